@@ -1,0 +1,483 @@
+"""Slides to patches.npy, dataset.csv and counts.h5ad: the one place where slides and counts are read.
+
+Question   Which pixels and which expression belong to each spot?
+Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
+Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, dataset.csv (the training target),
+           counts.h5ad (raw counts of the panel), meta.json, contact_sheet.png
+Prints     per slide: spots, image and how it is read, patches over its border; then the panel and the target
+Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
+Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
+
+A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded once each and
+only where a patch lies. JPEG and PNG have no such access and are decoded whole.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import anndata
+import harmonypy
+import numpy as np
+import pandas as pd
+import polars
+import scanpy
+import scipy.io
+import scipy.sparse
+import tifffile
+from PIL import Image
+from tqdm import tqdm
+
+import common
+from common import PATCH_SIZE, InputError
+
+# ---------------------------------------------------------------------------------------------- constants
+DATA_ROOT = "GSE240429_data"  # folder with slides.csv
+TARGET = "harmony"  # harmony (the paper's: Harmony over all slides) or lognorm
+HVG_PER_SLIDE = 1000  # highly variable genes of each slide; their union is the panel
+SEED = 42  # of Harmony's clustering
+# --------------------------------------------------------------------------------------------------------
+
+MANIFEST = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
+Image.MAX_IMAGE_PIXELS = 4_000_000_000  # a whole slide is no decompression bomb
+
+
+# ---------------------------------------------------------------------------------------------- manifest
+
+
+def read_manifest(root):
+    """slides.csv as a DataFrame with checked, absolute paths; `matrix` may be empty."""
+    path = root / "slides.csv"
+    if not path.is_file():
+        raise InputError(f"no {path}: make it with 17_download_data.py or 18_simulate_slides.py, or write it by hand")
+    try:
+        table = pd.read_csv(path, dtype={"name": str, "donor": str, "image": str, "positions": str, "matrix": str})
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a CSV table ({error})") from None
+    if missing := [column for column in MANIFEST if column not in table.columns]:
+        raise InputError(f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}")
+    if table.empty or not pd.api.types.is_integer_dtype(table["tissue_index"]) or table["tissue_index"].duplicated().any():
+        raise InputError(f"{path}: tissue_index must be a different whole number for every slide, and one at least")
+    if not pd.api.types.is_numeric_dtype(table["um_per_px"]) or not (table["um_per_px"] > 0).all():
+        raise InputError(f"{path}: um_per_px must be a number above 0 for every slide")
+    for column in ("image", "positions", "matrix"):
+        for row, value in table[column].items():
+            if pd.isna(value) and column == "matrix":
+                continue
+            full = (root / str(value)).resolve()
+            if not full.is_relative_to(root.resolve()):
+                raise InputError(f"{path}: {column} {value!r} lies outside {root}; copy or link it into the data root")
+            if not full.exists():
+                raise InputError(f"{path}: {column} {value!r} of slide {table['tissue_index'][row]} does not exist")
+            table.loc[row, column] = str(full)
+    return table.sort_values("tissue_index").reset_index(drop=True)
+
+
+# ---------------------------------------------------------------------------------------------- spots
+
+
+def read_positions(path):
+    """Space Ranger positions with or without a header: POSITION_COLUMNS, one row a barcode."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            header = 0 if file.readline().startswith("barcode") else None
+        table = pd.read_csv(path, header=header, encoding="utf-8-sig")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a positions table ({error})") from None
+    if table.shape[1] != 6:
+        raise InputError(f"{path}: {table.shape[1]} columns; expected {', '.join(common.POSITION_COLUMNS)}")
+    table.columns = common.POSITION_COLUMNS
+    numbers = table[common.POSITION_COLUMNS[1:]].apply(pd.to_numeric, errors="coerce")
+    if not np.isfinite(numbers.to_numpy(float)).all():
+        bad = table["barcode"][~np.isfinite(numbers.to_numpy(float)).all(1)].iloc[0]
+        raise InputError(f"{path}: the position of barcode {bad} is not a number")
+    table[common.POSITION_COLUMNS[1:]] = np.rint(numbers).astype(np.int64)
+    table["barcode"] = table["barcode"].astype(str)
+    if (twice := table["barcode"].duplicated()).any():
+        raise InputError(f"{path}: barcode {table['barcode'][twice].iloc[0]} stands there twice")
+    return table.set_index("barcode")
+
+
+def find_part(folder, name):
+    """`name` or `name`.gz in a 10x folder."""
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise InputError(f"no {name} (plain or .gz) in {folder}: expected a 10x folder")
+
+
+def read_matrix(path):
+    """Counts of one slide as AnnData (spots x genes, CSR): var_names are gene ids, var["name"] the symbols."""
+    path = Path(path)
+    if path.is_file():
+        try:
+            table = scanpy.read_10x_h5(path, gex_only=True)
+        except Exception as error:  # h5py raises what it likes; the cause goes into the message
+            raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
+        table.var["name"] = table.var_names
+        table.var_names = table.var["gene_ids"].astype(str)
+        return table
+    parts = {name: find_part(path, name) for name in ("matrix.mtx", "barcodes.tsv", "features.tsv")}
+    barcodes = pd.read_csv(parts["barcodes.tsv"], header=None, sep="\t", dtype=str)[0]
+    features = pd.read_csv(parts["features.tsv"], header=None, sep="\t", dtype=str)
+    try:
+        counts = scipy.sparse.csr_matrix(scipy.io.mmread(parts["matrix.mtx"]).T)
+    except (ValueError, OSError, EOFError, gzip.BadGzipFile) as error:
+        raise InputError(f"{parts['matrix.mtx']}: not a whole MatrixMarket file ({error})") from None
+    if counts.shape != (len(barcodes), len(features)):
+        raise InputError(
+            f"{parts['matrix.mtx']}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are {len(features)} "
+            f"features and {len(barcodes)} barcodes: the three files are not of one slide"
+        )
+    if features.shape[1] > 2:
+        keep = (features[2] == "Gene Expression").to_numpy()  # CytAssist and multi-modal folders hold other kinds too
+        counts, features = counts[:, keep], features[keep]
+    var = pd.DataFrame({"name": features[min(1, features.shape[1] - 1)].to_numpy()}, index=features[0].to_numpy())
+    return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
+
+
+def check_counts(table, path):
+    """Raise InputError unless the counts are finite whole numbers from 0 on, with unique barcodes and gene ids."""
+    values = table.X.data
+    if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
+        raise InputError(f"{path}: holds values that are no counts (negative, fractional or NaN); raw counts are needed")
+    for names, kind in ((table.obs_names, "barcode"), (table.var_names, "gene id")):
+        if names.has_duplicates:
+            raise InputError(f"{path}: {kind} {names[names.duplicated()][0]} stands there twice")
+
+
+def read_slide(slide):
+    """Counts of one slide, rows sorted by array_row, array_col, positions in obs; X is empty without a matrix."""
+    positions = read_positions(slide["positions"])
+    if pd.isna(slide["matrix"]):
+        inside = positions[positions["in_tissue"] == 1]
+        table = anndata.AnnData(obs=inside)
+    else:
+        table = read_matrix(slide["matrix"])
+        check_counts(table, slide["matrix"])
+        lost = table.obs_names.difference(positions.index)
+        if len(lost):
+            raise InputError(
+                f"{slide['positions']}: no position for barcode {lost[0]} of {slide['matrix']} "
+                f"({len(lost)} such barcodes): the two files are not of one slide"
+            )
+        table.obs = positions.loc[table.obs_names]
+    table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
+    table.obs["tissue_index"] = slide["tissue_index"]
+    table.obs["barcode"] = table.obs_names
+    table.obs_names = [f"{slide['tissue_index']}_{barcode}" for barcode in table.obs_names]
+    return table
+
+
+# ---------------------------------------------------------------------------------------------- pixels
+
+
+def copy_overlap(segment, top, left, corners, order, patches):
+    """Copy what a decoded region (h, w, 3) at (top, left) shares with each patch that it touches."""
+    bottom, right = top + segment.shape[0], left + segment.shape[1]
+    # Patches are sorted by their top row, so those that may touch this region are one run of them.
+    first = np.searchsorted(corners[order, 0], top - PATCH_SIZE, side="right")
+    last = np.searchsorted(corners[order, 0], bottom, side="left")
+    for i in order[first:last]:
+        y, x = corners[i]
+        y0, y1, x0, x1 = max(y, top), min(y + PATCH_SIZE, bottom), max(x, left), min(x + PATCH_SIZE, right)
+        if x0 < x1 and y0 < y1:
+            patches[i, y0 - y : y1 - y, x0 - x : x1 - x] = segment[y0 - top : y1 - top, x0 - left : x1 - left]
+
+
+def as_rgb(pixels, path):
+    """(h, w) or (h, w, 1 | 3 | 4) uint8 -> (h, w, 3): grey is repeated, alpha dropped."""
+    if pixels.dtype != np.uint8:
+        raise InputError(f"{path}: {pixels.dtype} pixels; expected 8 bits a channel: convert the image to 8-bit RGB")
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.shape[2] not in (1, 3, 4):
+        raise InputError(f"{path}: {pixels.shape[2]} channels; expected RGB, RGBA or grey")
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if pixels.shape[2] == 1 else pixels[:, :, :3]
+
+
+def read_tiff(path, corners, patches):
+    """Fill patches (n, 224, 224, 3) from a TIFF's first page; returns how it was read and its (height, width)."""
+    order = np.argsort(corners[:, 0], kind="stable")
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.series[0].keyframe
+            shape = (page.imagelength, page.imagewidth)
+            common.check_not_truncated(page, path)
+            if page.photometric == tifffile.PHOTOMETRIC.PALETTE or page.imagedepth != 1:
+                raise InputError(f"{path}: a {page.photometric.name} image; expected RGB or grey: convert it to 8-bit RGB")
+            if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
+                pixels = as_rgb(page.asarray(out="memmap").reshape(*shape, page.samplesperpixel), path)
+                copy_overlap_rows(pixels, corners, order, patches)
+                return "memory-mapped", shape
+            copy_segments(page, path, corners, order, patches)
+            kind = f"{'tiles' if page.is_tiled else 'strips'} of {page.chunks[1]} x {page.chunks[0]} px"
+            return f"{kind}, {page.compression.name.lower()}", shape
+    except (tifffile.TiffFileError, ValueError, IndexError, OSError, RuntimeError) as error:
+        raise InputError(f"{path}: not a readable TIFF ({error}); fetch or export it again") from None
+
+
+def copy_overlap_rows(pixels, corners, order, patches):
+    """Copy every patch out of an array that is on disk, from the top of the slide to its bottom."""
+    height, width = pixels.shape[:2]
+    for i in order:
+        y, x = corners[i]
+        y0, y1, x0, x1 = max(y, 0), min(y + PATCH_SIZE, height), max(x, 0), min(x + PATCH_SIZE, width)
+        if x0 < x1 and y0 < y1:
+            patches[i, y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0:y1, x0:x1]
+
+
+def copy_segments(page, path, corners, order, patches):
+    """Decode the tiles or strips that a patch touches, each once, one row of them at a time, on all cores."""
+    height, width = page.imagelength, page.imagewidth
+    segment_height, segment_width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
+    across = -(-width // segment_width)
+    down = -(-height // segment_height)
+    planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
+    first, last = np.maximum(corners, 0), np.minimum(corners + PATCH_SIZE, (height, width)) - 1
+    wanted = np.zeros((down, across), bool)
+    for (y0, x0), (y1, x1) in zip(first // (segment_height, segment_width), last // (segment_height, segment_width), strict=True):
+        wanted[y0 : y1 + 1, x0 : x1 + 1] = True
+    handle = page.parent.filehandle
+
+    def decode(part):
+        data, index = part
+        decoded, place, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+        if decoded is None:
+            decoded = np.full((*shape[:3], 1 if planes > 1 else page.samplesperpixel), 255, page.dtype)  # sparse TIFF
+        return place, decoded[0, : shape[1], : shape[2]]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row in tqdm(range(down), f"decode {Path(path).name}", leave=False, disable=None):
+            cells = [plane * down * across + row * across + col for plane in range(planes) for col in np.flatnonzero(wanted[row])]
+            if not cells:
+                continue
+            offsets, counts = [page.dataoffsets[c] for c in cells], [page.databytecounts[c] for c in cells]
+            parts = ((data, cells[k]) for data, k in handle.read_segments(offsets, counts, sort=False))
+            for (plane, _, top, left, _), pixels in pool.map(decode, parts):
+                if planes == 1:
+                    copy_overlap(as_rgb(pixels, path), top, left, corners, order, patches)
+                elif plane < 3:
+                    copy_overlap(as_rgb(pixels, path)[:, :, :1], top, left, corners, order, patches[..., plane : plane + 1])
+
+
+def read_picture(path, corners, patches):
+    """Fill patches from a JPEG or PNG, which is decoded whole; returns how it was read and its (height, width)."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("RGB", "RGBA", "L"):
+                raise InputError(f"{path}: a {image.mode} image; expected 8-bit RGB, RGBA or grey: convert it")
+            pixels = as_rgb(np.asarray(image), path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); fetch or export it again") from None
+    copy_overlap_rows(pixels, corners, np.argsort(corners[:, 0], kind="stable"), patches)
+    return "decoded whole", pixels.shape[:2]
+
+
+def read_patches(path, spots, patches):
+    """Fill patches (n, 224, 224, 3) uint8 with the pixels around each spot's centre, white beyond the border.
+
+    Returns how the image was read, its (height, width) and the number of patches over the border.
+    """
+    corners = spots[["pxl_row", "pxl_col"]].to_numpy() - PATCH_SIZE // 2
+    patches[:] = 255
+    with open(path, "rb") as file:
+        tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    how, shape = (read_tiff if tiff else read_picture)(path, corners, patches)
+    outside = (corners < -PATCH_SIZE // 2) | (corners + PATCH_SIZE // 2 >= shape)
+    if outside.any():
+        barcode = spots["barcode"].iloc[np.flatnonzero(outside.any(1))[0]]
+        raise InputError(
+            f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px, rows x columns); "
+            "are these the positions of this full-resolution image?"
+        )
+    over = ((corners < 0) | (corners + PATCH_SIZE > shape)).any(1)
+    return how, shape, int(over.sum())
+
+
+# ---------------------------------------------------------------------------------------------- expression
+
+
+def align_genes(tables):
+    """Restrict all slides to the genes that they share, by id, in the first slide's order; names are made unique."""
+    shared = tables[0].var_names[np.all([tables[0].var_names.isin(t.var_names) for t in tables], axis=0)]
+    if not len(shared):
+        raise InputError("the slides share no gene id: are they of one species and one annotation?")
+    counts = anndata.concat([table[:, shared] for table in tables], join="inner")
+    counts.var = pd.DataFrame({"gene_ids": shared, "name": tables[0][:, shared].var["name"].to_numpy()}, index=shared)
+    twice = counts.var["name"].duplicated()
+    if twice.any():
+        print(f"{twice.sum()} gene names stand for several ids and were made unique, as {counts.var['name'][twice].iloc[0]}-1")
+    counts.var_names = counts.var["name"].astype(str).to_numpy()
+    counts.var_names_make_unique()
+    clash = set(common.ID_COLUMNS) & set(counts.var_names)
+    if clash:
+        raise InputError(f"a gene is called {sorted(clash)[0]!r}, as a column of dataset.csv: rename it in the features table")
+    most = max(table.n_vars for table in tables)
+    print(f"{len(shared):,} genes in every slide" + (f" (of up to {most:,})" if most > len(shared) else ""))
+    return counts
+
+
+def published_panel(root, counts):
+    """Panel mask of the published preprocessing where hvg_union.npy is there and fits, else None."""
+    path = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
+    if not path.is_file():
+        return None
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
+    if mask.dtype != bool or mask.shape != (counts.n_vars,):
+        raise InputError(f"{path}: {mask.dtype} {mask.shape}; expected one bool for each of the {counts.n_vars} genes")
+    print(f"panel: the published {path.name}")
+    return mask
+
+
+def choose_panel(root, counts, full):
+    """Panel mask over genes and var columns hvg_<slide>: each slide's own highly variable genes, scanpy's seurat flavour."""
+    chosen = {}
+    for slide, rows in counts.obs.groupby("tissue_index").indices.items():
+        part = anndata.AnnData(full[rows], var=pd.DataFrame(index=counts.var_names))
+        if part.n_vars <= HVG_PER_SLIDE:
+            chosen[f"hvg_{slide}"] = np.ones(part.n_vars, bool)
+        else:
+            scanpy.pp.highly_variable_genes(part, flavor="seurat", n_top_genes=HVG_PER_SLIDE)
+            chosen[f"hvg_{slide}"] = part.var["highly_variable"].to_numpy()
+    markers = counts.var_names.isin(common.MARKER_GENES)
+    panel = published_panel(root, counts)
+    panel = np.any(list(chosen.values()), axis=0) if panel is None else panel
+    return panel | markers, pd.DataFrame({**chosen, "MG": markers}, index=counts.var_names)
+
+
+def harmonise(root, lognorm, counts, slides):
+    """Harmony over all slides on the log-normalised panel, (N, G) float32; the published matrices where they are."""
+    paths = [Path(slide["matrix"]) / "harmony_matrix.npy" for slide in slides]
+    published = (root / "data" / "filtered_expression_matrices" / "hvg_union.npy").is_file()
+    if published and all(path.is_file() for path in paths):
+        print("target: the published harmony_matrix.npy of every slide")
+        return np.concatenate([read_harmony(p, s, counts) for p, s in zip(paths, slides, strict=True)])
+    if len(slides) == 1:
+        raise InputError("--target harmony: Harmony aligns slides, and there is only one; use --target lognorm")
+    batch = pd.DataFrame({"slide": counts.obs["tissue_index"].astype(str)})
+    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=SEED, verbose=False).Z_corr
+    return np.ascontiguousarray(result if result.shape == lognorm.shape else result.T, np.float32)
+
+
+def read_harmony(path, slide, counts):
+    """One slide's published matrix (panel genes x spots, in the order of barcodes.tsv) in the order of `counts`."""
+    barcodes = pd.read_csv(find_part(Path(slide["matrix"]), "barcodes.tsv"), header=None, dtype=str)[0]
+    matrix = np.load(path, allow_pickle=False)
+    if matrix.shape[1] != len(barcodes) or matrix.shape[0] != counts.n_vars:
+        raise InputError(f"{path}: {matrix.shape}; expected ({counts.n_vars} genes of the panel, {len(barcodes)} spots)")
+    order = counts.obs["barcode"][counts.obs["tissue_index"] == slide["tissue_index"]]
+    return matrix[:, pd.Index(barcodes).get_indexer(order)].T.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def source_files(slide):
+    """Size and SHA-256 of what a slide was made from."""
+    matrix = [] if pd.isna(slide["matrix"]) else [Path(slide["matrix"])]
+    files = [Path(slide["image"]), Path(slide["positions"])]
+    files += [p for m in matrix for p in (sorted(m.iterdir()) if m.is_dir() else [m]) if p.is_file()]
+    facts = {}
+    for path in files:
+        with open(path, "rb") as file:
+            facts[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return facts
+
+
+def draw_contact_sheet(patches, slides, names):
+    """Eight patches of every slide in a row, as an image."""
+    rows = []
+    for slide in np.unique(slides):
+        at = np.flatnonzero(slides == slide)
+        chosen = at[np.linspace(0, len(at) - 1, 8).astype(int)]
+        rows.append(np.concatenate([np.pad(patches[i], ((2, 2), (2, 2), (0, 0)), constant_values=255) for i in chosen], 1))
+    return Image.fromarray(np.concatenate(rows)).resize((8 * 114, len(rows) * 114), Image.Resampling.BOX)
+
+
+def main():
+    root = Path(DATA_ROOT)
+    slides = read_manifest(root)
+    with_counts = slides["matrix"].notna()
+    if with_counts.any() and not with_counts.all():
+        raise InputError(f"{root / 'slides.csv'}: some slides have a matrix and some have none; use two data roots")
+    rows = slides.to_dict("records")
+    tables = [read_slide(slide) for slide in rows]
+    obs = pd.concat([table.obs for table in tables])
+    out = root / "dataset"
+    (out / "meta.json").unlink(missing_ok=True)  # no reader takes a folder without it, so no mixture is ever read
+    padded = {}
+    with common.whole_file(out / "patches.npy") as path:
+        patches = np.lib.format.open_memmap(path, "w+", np.uint8, (len(obs), PATCH_SIZE, PATCH_SIZE, 3))
+        print("slide  name       spots   rows x columns px   over the border   read as")
+        for slide in rows:
+            at = np.flatnonzero(obs["tissue_index"] == slide["tissue_index"])
+            spots = obs.iloc[at]
+            how, shape, over = read_patches(slide["image"], spots, patches[at[0] : at[-1] + 1])
+            padded[slide["name"]] = over
+            print(f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {shape[0]:>7} x {shape[1]:<7} {over:15}   {how}")
+        patches.flush()
+        sheet = draw_contact_sheet(patches, obs["tissue_index"].to_numpy(), slides["name"])
+        del patches
+    with common.whole_file(out / "contact_sheet.png") as path:
+        sheet.save(path)
+    target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
+    meta = {
+        "target": target,
+        "simulated": (root / "simulation.json").is_file(),
+        "spots": len(obs),
+        "patch_size": PATCH_SIZE,
+        "um_per_px": {row["name"]: row["um_per_px"] for row in rows},
+        "padded_at_border": padded,
+        "seed": SEED,
+        "hvg_per_slide": HVG_PER_SLIDE,
+        "slides": [{**{k: row[k] for k in ("tissue_index", "name", "donor")}, "files": source_files(row)} for row in rows],
+        "versions": {name: version(name) for name in ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")},
+    }
+    with common.whole_file(out / "meta.json") as path:
+        path.write_text(json.dumps(meta, indent=1) + "\n")
+    print(f"wrote {out}: {len(obs):,} spots, target {target or 'none'}")
+
+
+def write_expression(root, out, tables, slides):
+    """counts.h5ad and dataset.csv; returns the target's name."""
+    counts = align_genes(tables)
+    counts.obs["n_counts"] = np.asarray(counts.X.sum(1)).ravel()
+    empty = counts.obs["n_counts"] == 0
+    if empty.any():
+        raise InputError(f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix")
+    full = scipy.sparse.csr_matrix(counts.X, dtype=np.float32)
+    full = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy()) @ full
+    panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(full.log1p(), dtype=np.float32))
+    counts = counts[:, panel].copy()
+    counts.var = counts.var[["gene_ids"]].join(var[panel])
+    counts.X = scipy.sparse.csr_matrix(counts.X, dtype=np.int32)
+    counts.obsm["spatial"] = counts.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    lognorm = common.log_normalise(counts.X, counts.obs["n_counts"])
+    target = harmonise(root, lognorm, counts, slides) if TARGET == "harmony" else lognorm
+    print(f"panel of {counts.n_vars:,} genes; {counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them")
+    with common.whole_file(out / "counts.h5ad") as path:
+        counts.write_h5ad(path, compression="lzf")
+    table = polars.from_pandas(counts.obs.reset_index(names="id")[common.ID_COLUMNS])
+    with common.whole_file(out / "dataset.csv") as path:
+        table.hstack(polars.from_numpy(target, counts.var_names.tolist())).write_csv(path)
+    return TARGET
+
+
+def write_positions(out, obs):
+    """dataset.csv without expression, for slides that have none; returns None as the target."""
+    with common.whole_file(out / "dataset.csv") as path:
+        polars.from_pandas(obs.reset_index(names="id")[common.ID_COLUMNS]).write_csv(path)
+    (out / "counts.h5ad").unlink(missing_ok=True)
+    return None
+
+
+if __name__ == "__main__":
+    common.run_script(globals())
