@@ -105,7 +105,9 @@ def read_listing(url):
             for f in files
         }
     names = [urllib.parse.unquote(link) for link in re.findall(r'href="([^"?#/]+)"', text)]
-    return {name: {"url": urllib.parse.urljoin(url, urllib.parse.quote(name)), "size": None, "sha": None} for name in names}
+    return {
+        name: {"url": urllib.parse.urljoin(url, urllib.parse.quote(name)), "size": None, "sha": None} for name in names
+    }
 
 
 def remote_size(entry):
@@ -146,11 +148,13 @@ def fetch(entry, path):
                 if got > size or failures == ATTEMPTS:
                     part.unlink()
                     raise InputError(f"{entry['url']}: {got:,} bytes instead of {size:,}; run the same command again")
+    mark.unlink(missing_ok=True)
     if entry["sha"] and git_hash(part) != entry["sha"]:
         part.unlink()
-        raise InputError(f"{entry['url']}: the content does not have the listed hash {entry['sha']}; run the command again")
+        raise InputError(
+            f"{entry['url']}: the content does not have the listed hash {entry['sha']}; run the command again"
+        )
     part.replace(path)
-    mark.unlink(missing_ok=True)
     print(f"  {path}  {path.stat().st_size:,} bytes")
 
 
@@ -182,7 +186,9 @@ def check_space(root, needed):
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise InputError(f"{root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: use --data-root elsewhere")
+        raise InputError(
+            f"{root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: use --data-root elsewhere"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- GSE240429
@@ -192,7 +198,9 @@ def find_tiff(listing, name, where):
     """The one file of a sample's listing that is its merged H&E TIFF, possibly gzipped."""
     found = [key for key in listing if re.fullmatch(rf".*{name}.*\.tiff?(\.gz)?", key, re.IGNORECASE)]
     if len(found) != 1:
-        raise InputError(f"{where}: {len(found)} files look like the TIFF of {name}: {', '.join(listing) or 'empty listing'}")
+        raise InputError(
+            f"{where}: {len(found)} files look like the TIFF of {name}: {', '.join(listing) or 'empty listing'}"
+        )
     return found[0]
 
 
@@ -245,8 +253,12 @@ def download_gse240429(root, slides, source):
     """Fetch what is missing; a file that is there with the right size is left alone."""
     todo = []
     for entry, path in plan_gse240429(slides, source):
-        done = root / (path.with_suffix("") if path.suffix == ".gz" and path.name.endswith(("tiff.gz", "tif.gz")) else path)
-        if not done.exists() or (done.name == path.name and done.stat().st_size != (remote_size(entry) or done.stat().st_size)):
+        done = root / (
+            path.with_suffix("") if path.suffix == ".gz" and path.name.endswith(("tiff.gz", "tif.gz")) else path
+        )
+        if not done.exists() or (
+            done.name == path.name and done.stat().st_size != (remote_size(entry) or done.stat().st_size)
+        ):
             todo.append((entry, root / path))
     needed = sum((remote_size(entry) or 0) + UNPACKED_TIFF * path.name.endswith("tiff.gz") for entry, path in todo)
     check_space(root, needed)
@@ -266,7 +278,9 @@ def copy_mirror(root, slides, source):
     names += ["data/filtered_expression_matrices/hvg_union.npy"]
     if missing := [name for name in names if not (source / name).exists()]:
         raise InputError(f"{source / missing[0]} does not exist: --source needs GSE240429 in the published layout")
-    files = [file for name in names for file in ([source / name] if (source / name).is_file() else (source / name).iterdir())]
+    files = [
+        file for name in names for file in ([source / name] if (source / name).is_file() else (source / name).iterdir())
+    ]
     check_space(root, sum(file.stat().st_size for file in files))
     for file in files:
         copy_whole(file, root / file.relative_to(source))
@@ -326,7 +340,10 @@ def convert_her2st(root, section, source):
     except (ValueError, KeyError, EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{counts_path} or {spots_path}: not HER2ST tables ({error}); fetch them again") from None
     both = counts.index.intersection(spots.index[spots["selected"] == 1])
-    print(f"  {section}: {len(both)} spots with counts and a position (of {len(counts)} and {len(spots)}), {counts.shape[1]:,} genes")
+    print(
+        f"  {section}: {len(both)} spots with counts and a position (of {len(counts)} and {len(spots)}),"
+        f" {counts.shape[1]:,} genes"
+    )
     target = root / "image" / f"{section}{image.suffix}"
     positions, matrix = Path("data/positions", f"{section}.csv"), Path("data/matrices", section)
     copy_whole(image, target)

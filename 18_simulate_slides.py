@@ -64,8 +64,8 @@ PROGRAMMES = {
     "fibrosis": "COL1A1 COL1A2 COL3A1 COL4A1 DCN LUM ACTA2 TAGLN VIM IGFBP7 TIMP1 SPARC BGN VWF SOX9 KRT7 KRT19 ANXA4 "
     "COL18A1 TMSB10 MGP THBS1",
     "interface": "SPP1 EPCAM CD24 CLDN4 TACSTD2 KRT8 KRT18 ANXA2 S100A6 S100A11 LGALS3 CLU",
-    "immune": "IGKC IGHM IGHA1 IGHG1 JCHAIN CD74 HLA-A HLA-DRA HLA-DRB1 LYZ C1QA C1QB CD3D CD3E TRAC PTPRC CCL14 S100A8 "
-    "S100A9 TMSB4X LY6E CD99 MZB1 CXCL10",
+    "immune": "IGKC IGHM IGHA1 IGHG1 JCHAIN CD74 HLA-A HLA-DRA HLA-DRB1 LYZ C1QA C1QB CD3D CD3E TRAC PTPRC CCL14 "
+    "S100A8 S100A9 TMSB4X LY6E CD99 MZB1 CXCL10",
     "nuclear size": "MALAT1 NEAT1 MKI67 TOP2A CCND1 CDKN1A ATF3 FOS JUN EGR1 HSPB1 HSPA1A HSPA1B DNAJB1 UBC MDM2 TP53 "
     "CEBPD RHOB SAT1",
 }
@@ -75,7 +75,26 @@ HOUSEKEEPING = (
     + [f"RPS{i}" for i in ("2", "3", "3A", "5", "6", "7", "8", "9", "12", "13", "14", "15", "16", "17", "18", "19")]
     + [f"RPS{i}" for i in ("20", "21", "23", "24", "25", "27", "28", "29", "4X", "A")]
     + [f"MT-{i}" for i in ("ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "CO1", "CO2", "CO3", "ATP6", "CYB")]
-    + "UBA52 EEF1A1 TPT1 FAU ACTB B2M GAPDH TUBA1B CD81 IFITM3 P4HB SERF2 CST3 COX7B ATP5IF1 CALR PPIA HSPA5".split()
+    + [
+        "UBA52",
+        "EEF1A1",
+        "TPT1",
+        "FAU",
+        "ACTB",
+        "B2M",
+        "GAPDH",
+        "TUBA1B",
+        "CD81",
+        "IFITM3",
+        "P4HB",
+        "SERF2",
+        "CST3",
+        "COX7B",
+        "ATP5IF1",
+        "CALR",
+        "PPIA",
+        "HSPA5",
+    ]
 )
 # Optical density of the two dyes in red, green and blue (Ruifrok and Johnston 2001).
 HEMATOXYLIN = np.array([0.650, 0.704, 0.286], np.float32)
@@ -267,7 +286,9 @@ def gene_table(names, rng):
     programme = {gene: p for p, genes in enumerate(PROGRAMMES.values()) for gene in genes.split()}
     count = len(PROGRAMMES)
     known = np.array([name in programme or name in HOUSEKEEPING for name in names])
-    base = np.where(known, rng.normal(0, 0.8, len(names)) + 1.5 * np.isin(names, HOUSEKEEPING), rng.normal(-3.5, 1.6, len(names)))
+    base = np.where(
+        known, rng.normal(0, 0.8, len(names)) + 1.5 * np.isin(names, HOUSEKEEPING), rng.normal(-3.5, 1.6, len(names))
+    )
     home = np.array([programme.get(name, 2 if name in HOUSEKEEPING else rng.integers(count)) for name in names])
     visible = rng.normal(0, 0.12, (len(names), count))
     sign = np.where([name in programme for name in names], 1, rng.choice([-1, 1], len(names)))
@@ -359,13 +380,17 @@ def main():
     else:
         symbols = dict.fromkeys([g for genes in PROGRAMMES.values() for g in genes.split()] + HOUSEKEEPING)
         names = pd.DataFrame({"id": list(symbols), "name": list(symbols)})
-    genes = gene_table(names["name"].tolist(), common.numpy_generator(SEED, "genes"))
+    genes = gene_table(names["name"].tolist(), np.random.default_rng(common.seed_of(SEED, "genes")))
     print("SIMULATED slides\nslide  name      spots   rows x columns px   counts/spot (median)")
     rows, best = [], []
     for slide in range(1, SLIDES + 1):
         name = f"SIM_{'ABCDEFGH'[slide - 1]}1" if slide <= 8 else f"SIM_{slide}"
         table = read_geometry(GEOMETRY, slide)[0] if GEOMETRY else hexagonal_grid(SPOTS)
-        best.append(write_slide(root, slide, name, table, names, genes, common.numpy_generator(SEED, "slide", slide)))
+        best.append(
+            write_slide(
+                root, slide, name, table, names, genes, np.random.default_rng(common.seed_of(SEED, "slide", slide))
+            )
+        )
         rows.append(
             {
                 "tissue_index": slide,

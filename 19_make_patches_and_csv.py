@@ -60,7 +60,11 @@ def read_manifest(root):
         raise InputError(f"{path}: not a CSV table ({error})") from None
     if missing := [column for column in MANIFEST if column not in table.columns]:
         raise InputError(f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}")
-    if table.empty or not pd.api.types.is_integer_dtype(table["tissue_index"]) or table["tissue_index"].duplicated().any():
+    if (
+        table.empty
+        or not pd.api.types.is_integer_dtype(table["tissue_index"])
+        or table["tissue_index"].duplicated().any()
+    ):
         raise InputError(f"{path}: tissue_index must be a different whole number for every slide, and one at least")
     if not pd.api.types.is_numeric_dtype(table["um_per_px"]) or not (table["um_per_px"] > 0).all():
         raise InputError(f"{path}: um_per_px must be a number above 0 for every slide")
@@ -144,7 +148,9 @@ def check_counts(table, path):
     """Raise InputError unless the counts are finite whole numbers from 0 on, with unique barcodes and gene ids."""
     values = table.X.data
     if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
-        raise InputError(f"{path}: holds values that are no counts (negative, fractional or NaN); raw counts are needed")
+        raise InputError(
+            f"{path}: holds values that are no counts (negative, fractional or NaN); raw counts are needed"
+        )
     for names, kind in ((table.obs_names, "barcode"), (table.var_names, "gene id")):
         if names.has_duplicates:
             raise InputError(f"{path}: {kind} {names[names.duplicated()][0]} stands there twice")
@@ -209,7 +215,9 @@ def read_tiff(path, corners, patches):
             shape = (page.imagelength, page.imagewidth)
             common.check_not_truncated(page, path)
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE or page.imagedepth != 1:
-                raise InputError(f"{path}: a {page.photometric.name} image; expected RGB or grey: convert it to 8-bit RGB")
+                raise InputError(
+                    f"{path}: a {page.photometric.name} image; expected RGB or grey: convert it to 8-bit RGB"
+                )
             if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
                 pixels = as_rgb(page.asarray(out="memmap").reshape(*shape, page.samplesperpixel), path)
                 copy_overlap_rows(pixels, corners, order, patches)
@@ -240,7 +248,9 @@ def copy_segments(page, path, corners, order, patches):
     planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
     first, last = np.maximum(corners, 0), np.minimum(corners + PATCH_SIZE, (height, width)) - 1
     wanted = np.zeros((down, across), bool)
-    for (y0, x0), (y1, x1) in zip(first // (segment_height, segment_width), last // (segment_height, segment_width), strict=True):
+    for (y0, x0), (y1, x1) in zip(
+        first // (segment_height, segment_width), last // (segment_height, segment_width), strict=True
+    ):
         wanted[y0 : y1 + 1, x0 : x1 + 1] = True
     handle = page.parent.filehandle
 
@@ -249,20 +259,27 @@ def copy_segments(page, path, corners, order, patches):
         decoded, place, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         if decoded is None:
             decoded = np.full((*shape[:3], 1 if planes > 1 else page.samplesperpixel), 255, page.dtype)  # sparse TIFF
-        return place, decoded[0, : shape[1], : shape[2]]
+        return place, decoded[0]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for row in tqdm(range(down), f"decode {Path(path).name}", leave=False, disable=None):
-            cells = [plane * down * across + row * across + col for plane in range(planes) for col in np.flatnonzero(wanted[row])]
+            cells = [
+                plane * down * across + row * across + col
+                for plane in range(planes)
+                for col in np.flatnonzero(wanted[row]).tolist()
+            ]
             if not cells:
                 continue
             offsets, counts = [page.dataoffsets[c] for c in cells], [page.databytecounts[c] for c in cells]
             parts = ((data, cells[k]) for data, k in handle.read_segments(offsets, counts, sort=False))
             for (plane, _, top, left, _), pixels in pool.map(decode, parts):
+                pixels = pixels[: height - top, : width - left]  # the last tiles reach beyond the image
                 if planes == 1:
                     copy_overlap(as_rgb(pixels, path), top, left, corners, order, patches)
                 elif plane < 3:
-                    copy_overlap(as_rgb(pixels, path)[:, :, :1], top, left, corners, order, patches[..., plane : plane + 1])
+                    copy_overlap(
+                        as_rgb(pixels, path)[:, :, :1], top, left, corners, order, patches[..., plane : plane + 1]
+                    )
 
 
 def read_picture(path, corners, patches):
@@ -292,7 +309,7 @@ def read_patches(path, spots, patches):
     if outside.any():
         barcode = spots["barcode"].iloc[np.flatnonzero(outside.any(1))[0]]
         raise InputError(
-            f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px, rows x columns); "
+            f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px); "
             "are these the positions of this full-resolution image?"
         )
     over = ((corners < 0) | (corners + PATCH_SIZE > shape)).any(1)
@@ -311,12 +328,17 @@ def align_genes(tables):
     counts.var = pd.DataFrame({"gene_ids": shared, "name": tables[0][:, shared].var["name"].to_numpy()}, index=shared)
     twice = counts.var["name"].duplicated()
     if twice.any():
-        print(f"{twice.sum()} gene names stand for several ids and were made unique, as {counts.var['name'][twice].iloc[0]}-1")
+        print(
+            f"{twice.sum()} gene names stand for several ids and were made unique, "
+            f"as {counts.var['name'][twice].iloc[0]}-1"
+        )
     counts.var_names = counts.var["name"].astype(str).to_numpy()
     counts.var_names_make_unique()
     clash = set(common.ID_COLUMNS) & set(counts.var_names)
     if clash:
-        raise InputError(f"a gene is called {sorted(clash)[0]!r}, as a column of dataset.csv: rename it in the features table")
+        raise InputError(
+            f"a gene is called {sorted(clash)[0]!r}, as a column of dataset.csv: rename it in the features table"
+        )
     most = max(table.n_vars for table in tables)
     print(f"{len(shared):,} genes in every slide" + (f" (of up to {most:,})" if most > len(shared) else ""))
     return counts
@@ -338,7 +360,7 @@ def published_panel(root, counts):
 
 
 def choose_panel(root, counts, full):
-    """Panel mask over genes and var columns hvg_<slide>: each slide's own highly variable genes, scanpy's seurat flavour."""
+    """Panel mask over genes, and var columns hvg_<slide>: each slide's highly variable genes (scanpy, seurat)."""
     chosen = {}
     for slide, rows in counts.obs.groupby("tissue_index").indices.items():
         part = anndata.AnnData(full[rows], var=pd.DataFrame(index=counts.var_names))
@@ -372,7 +394,9 @@ def read_harmony(path, slide, counts):
     barcodes = pd.read_csv(find_part(Path(slide["matrix"]), "barcodes.tsv"), header=None, dtype=str)[0]
     matrix = np.load(path, allow_pickle=False)
     if matrix.shape[1] != len(barcodes) or matrix.shape[0] != counts.n_vars:
-        raise InputError(f"{path}: {matrix.shape}; expected ({counts.n_vars} genes of the panel, {len(barcodes)} spots)")
+        raise InputError(
+            f"{path}: {matrix.shape}; expected ({counts.n_vars} genes of the panel, {len(barcodes)} spots)"
+        )
     order = counts.obs["barcode"][counts.obs["tissue_index"] == slide["tissue_index"]]
     return matrix[:, pd.Index(barcodes).get_indexer(order)].T.astype(np.float32)
 
@@ -398,7 +422,9 @@ def draw_contact_sheet(patches, slides, names):
     for slide in np.unique(slides):
         at = np.flatnonzero(slides == slide)
         chosen = at[np.linspace(0, len(at) - 1, 8).astype(int)]
-        rows.append(np.concatenate([np.pad(patches[i], ((2, 2), (2, 2), (0, 0)), constant_values=255) for i in chosen], 1))
+        rows.append(
+            np.concatenate([np.pad(patches[i], ((2, 2), (2, 2), (0, 0)), constant_values=255) for i in chosen], 1)
+        )
     return Image.fromarray(np.concatenate(rows)).resize((8 * 114, len(rows) * 114), Image.Resampling.BOX)
 
 
@@ -422,7 +448,10 @@ def main():
             spots = obs.iloc[at]
             how, shape, over = read_patches(slide["image"], spots, patches[at[0] : at[-1] + 1])
             padded[slide["name"]] = over
-            print(f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {shape[0]:>7} x {shape[1]:<7} {over:15}   {how}")
+            print(
+                f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {shape[0]:>7} x {shape[1]:<7} "
+                f"{over:15}   {how}"
+            )
         patches.flush()
         sheet = draw_contact_sheet(patches, obs["tissue_index"].to_numpy(), slides["name"])
         del patches
@@ -438,7 +467,9 @@ def main():
         "padded_at_border": padded,
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
-        "slides": [{**{k: row[k] for k in ("tissue_index", "name", "donor")}, "files": source_files(row)} for row in rows],
+        "slides": [
+            {**{k: row[k] for k in ("tissue_index", "name", "donor")}, "files": source_files(row)} for row in rows
+        ],
         "versions": {name: version(name) for name in ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")},
     }
     with common.whole_file(out / "meta.json") as path:
@@ -452,7 +483,9 @@ def write_expression(root, out, tables, slides):
     counts.obs["n_counts"] = np.asarray(counts.X.sum(1)).ravel()
     empty = counts.obs["n_counts"] == 0
     if empty.any():
-        raise InputError(f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix")
+        raise InputError(
+            f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix"
+        )
     full = scipy.sparse.csr_matrix(counts.X, dtype=np.float32)
     full = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy()) @ full
     panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(full.log1p(), dtype=np.float32))
@@ -462,19 +495,28 @@ def write_expression(root, out, tables, slides):
     counts.obsm["spatial"] = counts.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     lognorm = common.log_normalise(counts.X, counts.obs["n_counts"])
     target = harmonise(root, lognorm, counts, slides) if TARGET == "harmony" else lognorm
-    print(f"panel of {counts.n_vars:,} genes; {counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them")
+    print(
+        f"panel of {counts.n_vars:,} genes, "
+        f"{counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them"
+    )
     with common.whole_file(out / "counts.h5ad") as path:
         counts.write_h5ad(path, compression="lzf")
-    table = polars.from_pandas(counts.obs.reset_index(names="id")[common.ID_COLUMNS])
+    expression = polars.from_numpy(target, counts.var_names.tolist())
     with common.whole_file(out / "dataset.csv") as path:
-        table.hstack(polars.from_numpy(target, counts.var_names.tolist())).write_csv(path)
+        spot_columns(counts.obs).hstack(expression).write_csv(path)
     return TARGET
+
+
+def spot_columns(obs):
+    """ID_COLUMNS as a polars table, whose CSV writer takes a second where pandas takes minutes."""
+    table = obs.reset_index(names="id")
+    return polars.DataFrame({name: table[name].to_list() for name in common.ID_COLUMNS})
 
 
 def write_positions(out, obs):
     """dataset.csv without expression, for slides that have none; returns None as the target."""
     with common.whole_file(out / "dataset.csv") as path:
-        polars.from_pandas(obs.reset_index(names="id")[common.ID_COLUMNS]).write_csv(path)
+        spot_columns(obs).write_csv(path)
     (out / "counts.h5ad").unlink(missing_ok=True)
     return None
 

@@ -79,25 +79,22 @@ def print_published(path):
 
 def main():
     out = Path(OUT or Path("runs") / Path(__file__).stem / Path(DATA_ROOT).resolve().name)
-    if QUICK and DATA_ROOT == QUICK_BUDGET["DATA_ROOT"] and not (Path(DATA_ROOT) / "dataset" / "meta.json").exists():
+    if QUICK and QUICK_BUDGET["DATA_ROOT"] == DATA_ROOT and not (Path(DATA_ROOT) / "dataset" / "meta.json").exists():
         make_simulated_slides()
     recipe = common.recipe_of(globals())
     data = common.load_dataset(DATA_ROOT, TARGET)
     rows = []
     for seed in SEEDS:
-        roles = common.split_random(data.spots, TRAIN_SLIDES, TEST_SLIDE, VALID_FRACTION, seed)
-        groups, source = common.choose_gene_groups(data, roles)
+        experiment = common.set_up_experiment(recipe, data, out, seed)
         if seed == SEEDS[0]:
-            common.print_header(Path(__file__).stem, recipe, data, roles, groups, source)
-            common.print_parameters(recipe, len(data.genes))
-        spots = {"data": data, "roles": roles, "groups": groups, "source": source, "out": out, "seed": seed}
-        rows += common.train_and_score("EfficientNet-B0", recipe, **spots)
-        rows += common.ridge_and_score(recipe, **spots)
+            common.print_header(globals(), recipe, experiment)
+        rows += common.run_setting("EfficientNet-B0", recipe, experiment, common.train_network)
+        rows += common.run_setting("ridge (colour)", recipe, experiment, common.ridge_on_colour)
     common.print_table(f"mean Pearson r per gene group ({data.root})", rows)
     if (data.root / "published_results.csv").is_file():
         print_published(data.root / "published_results.csv")
     print(f"figures, per-gene r, predictions and weights: {out}")
-    common.finish_run(globals(), out, data, rows)
+    common.finish_run(globals(), experiment, rows)
 
 
 if __name__ == "__main__":

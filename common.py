@@ -8,6 +8,7 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -27,7 +28,9 @@ import safetensors.torch
 import scipy.sparse
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants as hub
 from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -78,7 +81,7 @@ def whole_file(path):
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -91,91 +94,68 @@ def check_not_truncated(page, path):
         raise InputError(f"{path}: truncated: {held:,} of at least {needed:,} bytes; remove it and fetch it again")
 
 
-def _seed(*words):
+def seed_of(*words):
+    """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not matter."""
     return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little") >> 1
-
-
-def torch_generator(*words):
-    """CPU generator that depends on the words alone: what ran before does not matter."""
-    return torch.Generator().manual_seed(_seed(*words))
-
-
-def numpy_generator(*words):
-    """As `torch_generator`, for NumPy."""
-    return np.random.default_rng(_seed(*words))
 
 
 # ------------------------------------------------------------------------------------------- run set-up
 
 
-def constants_of(script):
-    """{name: value} of a script's UPPER_CASE settings that carry a value and a comment or stand in the ruled block."""
+def recipe_of(script):
+    """{name: value} of the constants in a script's ruled block as they stand now; a run is saved with them."""
+    return {name: script[name] for name, _ in _constant_lines(script)}
+
+
+def _constant_lines(script):
     block = re.split(r"^# -{20,}.*$", Path(script["__file__"]).read_text(), flags=re.MULTILINE)[1]
-    lines = re.findall(r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", block, flags=re.MULTILINE)
-    return {name: (script[name], comment) for name, comment in lines}
+    return re.findall(r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", block, flags=re.MULTILINE)
 
 
-def _parse_constant(name, text, default):
-    """The command line's `text` as a value of the default's type, checked against ALLOWED."""
-    flag = f"--{name.lower().replace('_', '-')} {text}"
+def _parse_constant(flag, text, default):
+    """The command line's text as a value of the default's type; an empty tuple takes whole numbers."""
     try:
         if isinstance(default, bool):
-            value = {"true": True, "false": False}[text.lower()]
-        elif isinstance(default, tuple):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, tuple):
             kind = type(default[0]) if default else int
-            value = tuple(kind(part) for part in text.split(",") if part)
-        else:
-            value = type(default)(text)
+            return tuple(kind(part) for part in text.split(",") if part)
+        return type(default)(text)
     except (KeyError, ValueError):
-        raise InputError(f"{flag}: expected {type(default).__name__} like {default!r}") from None
-    check_constant(name, value, flag)
-    return value
-
-
-def check_constant(name, value, shown=None):
-    """Raise InputError where ALLOWED forbids the value."""
-    allowed = ALLOWED.get(name)
-    shown = shown or f"{name} = {value!r}"
-    if isinstance(allowed, tuple) and value not in allowed:
-        raise InputError(f"{shown}: expected one of {', '.join(allowed)}")
-    if isinstance(allowed, range) and not allowed.start <= value <= allowed.stop:
-        raise InputError(f"{shown}: expected a number from {allowed.start} to {allowed.stop}")
+        raise InputError(f"{flag} {text}: expected {type(default).__name__} like {default!r}") from None
 
 
 def override_constants(script, argv):
     """Set a script's constants from the command line, `--quick`'s QUICK_BUDGET first. Prints what changed."""
-    constants = constants_of(script)
     parser = argparse.ArgumentParser(
-        description=script["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for name, (value, comment) in constants.items():
-        bare = {"nargs": "?", "const": "true"} if isinstance(value, bool) else {}
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        parser.add_argument(
-            f"--{name.lower().replace('_', '-')}",
-            dest=name,
-            metavar="",
-            help=f"{comment} [{shown}]".replace("%", "%%").strip(),
-            **bare,
-        )
     parser.exit_on_error = False
+    flags = {name: "--" + name.lower().replace("_", "-") for name, _ in _constant_lines(script)}
+    for name, comment in _constant_lines(script):
+        value = script[name]
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        bare = {"nargs": "?", "const": "true"} if isinstance(value, bool) else {}
+        parser.add_argument(flags[name], dest=name, metavar="", help=f"{comment} [{shown}]".replace("%", "%%"), **bare)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name.lower().replace('_', '-')}" for name in constants]
-        close = get_close_matches(unknown[0].split("=")[0], flags, 1)
+        close = get_close_matches(unknown[0].split("=")[0], flags.values(), 1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the constants"
         raise InputError(f"{Path(script['__file__']).name} has no constant {unknown[0]}: {hint}")
-    parsed = {k: _parse_constant(k, text, constants[k][0]) for k, text in vars(given).items() if text is not None}
-    if parsed.get("QUICK", script.get("QUICK", False)):
-        parsed = {**script["QUICK_BUDGET"], **parsed}
-    for name, value in parsed.items():
+    texts = {name: text for name, text in vars(given).items() if text is not None}
+    values = {name: _parse_constant(flags[name], text, script[name]) for name, text in texts.items()}
+    if values.get("QUICK", script.get("QUICK", False)):
+        values = script["QUICK_BUDGET"] | values
+    for name, value in values.items():
         if value != script[name]:
             print(f"{name} = {value!r}")
-    script.update(parsed)
-    for name in constants:
-        check_constant(name, script[name])
+    script.update(values)
+    for name in flags:
+        value, allowed = script[name], ALLOWED.get(name)
+        if isinstance(allowed, tuple) and value not in allowed:
+            raise InputError(f"{flags[name]} {value}: expected one of {', '.join(allowed)}")
+        if isinstance(allowed, range) and not allowed.start <= value <= allowed.stop:
+            raise InputError(f"{flags[name]} {value}: expected a number from {allowed.start} to {allowed.stop}")
 
 
 def run_script(script):
@@ -191,25 +171,23 @@ def run_script(script):
         sys.exit(130)
 
 
-def recipe_of(script):
-    """The script's constants as they stand now, {name: value}: what a run is made with and saved with."""
-    return {name: script[name] for name in constants_of(script)}
-
-
 def choose_device(recipe):
     """(torch.device, autocast dtype, reason) from DEVICE, PRECISION and IMAGE_SIZE."""
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and recipe["DEVICE"] != "cpu"
     if recipe["DEVICE"] == "cuda" and not cuda:
-        raise InputError("DEVICE = 'cuda': torch sees no CUDA device; use --device cpu")
-    device = torch.device("cuda" if cuda and recipe["DEVICE"] != "cpu" else "cpu")
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    device = torch.device("cuda" if cuda else "cpu")
+    if recipe["PRECISION"] == "fp16" and not cuda:
+        raise InputError("--precision fp16: needs a GPU, since it trains with a loss scaler; use bf16 or fp32")
     if recipe["PRECISION"] != "auto":
-        if recipe["PRECISION"] == "fp16" and device.type == "cpu":
-            raise InputError("PRECISION = 'fp16': needs a GPU, since it trains with a loss scaler; use bf16 or fp32")
-        return device, named[recipe["PRECISION"]], "as asked"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return device, torch.bfloat16, "the GPU has bf16"
+        return (
+            device,
+            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe["PRECISION"], torch.float32),
+            "as asked",
+        )
+    if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return device, torch.bfloat16, "the GPU has bf16"
+    if cuda:
         return device, torch.float16, "the GPU lacks bf16; with a loss scaler"
     if not torch.cpu._is_avx512_bf16_supported():
         return device, torch.float32, "the processor lacks bf16"
@@ -240,14 +218,10 @@ class SpotData:
 
     @property
     def pitch_px(self):
-        """Median distance between neighbouring spots, px; 1 where no slide has two spots."""
-        distances = [
-            np.sort(np.hypot(*(part[["pxl_row", "pxl_col"]].to_numpy()[:, None] - point).T), 0)[1]
-            for _, part in self.spots.groupby("tissue_index")
-            if len(part) > 1
-            for point in [part[["pxl_row", "pxl_col"]].to_numpy()]
-        ]
-        return float(np.median(np.concatenate(distances))) if distances else 1.0
+        """Median distance from a spot to its nearest neighbour on the slide, px; 1 where every spot is alone."""
+        places = self.spots[["tissue_index", "pxl_row", "pxl_col"]].to_numpy(float) * (1e9, 1, 1)
+        nearest = cKDTree(places).query(places, k=2)[0][:, 1]
+        return float(np.median(nearest[nearest < 1e8])) if (nearest < 1e8).any() else 1.0
 
 
 def log_normalise(counts, totals):
@@ -312,8 +286,10 @@ def split_random(spots, train_slides, test_slide, valid_fraction, seed):
     pool = np.flatnonzero(spots["tissue_index"].isin(train_slides))
     n_valid = round(valid_fraction * len(pool))
     if not 0 < n_valid < len(pool) - 1:
-        raise InputError(f"VALID_FRACTION = {valid_fraction} of {len(pool)} spots leaves none for validation or training")
-    order = numpy_generator(seed, "split").permutation(pool)
+        raise InputError(
+            f"VALID_FRACTION = {valid_fraction} of {len(pool)} spots leaves none for validation or training"
+        )
+    order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
     roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
     return roles
 
@@ -338,26 +314,23 @@ def choose_gene_groups(data, roles):
     return pd.DataFrame(rows, columns=["group", "gene", "rank"]), "training spots"
 
 
-def resize_patches(patches, size):
+def resize_patches(patches, size, device="cpu"):
     """(N, 224, 224, 3) uint8 array -> (N, 3, size, size) uint8 tensor in channels-last memory, antialiased.
 
-    At 224 px the memory map itself is passed on, so nothing is read yet.
+    On the device where that fills at most half of its free memory, else on the CPU; at 224 px there it is the memory
+    map itself, of which nothing is read yet.
     """
-    if size == patches.shape[1]:
-        return torch.from_numpy(patches).permute(0, 3, 1, 2)
-    small = torch.empty((len(patches), size, size, 3), dtype=torch.uint8)
-    for start in range(0, len(patches), 256):
-        chunk = torch.from_numpy(patches[start : start + 256]).permute(0, 3, 1, 2).float()
-        chunk = F.interpolate(chunk, size=(size, size), mode="bilinear", antialias=True)
-        small[start : start + 256] = chunk.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    return small.permute(0, 3, 1, 2)
-
-
-def place_patches(patches, device):
-    """The patches on the device where they fill at most half of its free memory, else where they are."""
-    if device.type == "cuda" and patches.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return patches.to(device, memory_format=torch.channels_last)
-    return patches
+    resized = torch.from_numpy(patches)
+    if size != patches.shape[1]:
+        resized = torch.empty((len(patches), size, size, 3), dtype=torch.uint8)
+        for start in range(0, len(patches), 256):
+            chunk = torch.from_numpy(patches[start : start + 256]).permute(0, 3, 1, 2).float()
+            chunk = F.interpolate(chunk, size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+            resized[start : start + 256] = chunk.to(torch.uint8).permute(0, 2, 3, 1)
+    device = torch.device(device)
+    if device.type == "cuda" and resized.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        resized = resized.to(device)
+    return resized.permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------- augmentation
@@ -401,7 +374,7 @@ def apply_symmetry(patches, symmetry):
 
 
 def augment(patches, draw):
-    """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample of the warped ones."""
+    """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample where drawn."""
     images = apply_symmetry(patches, draw.symmetry).float()
     rows = draw.warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
     if len(rows):
@@ -437,10 +410,13 @@ def build_model(backbone, n_genes, hidden, pretrained, seed, start=None):
     """
     import timm  # here, because it takes seconds to import and scripts 17-19 do without
 
-    if pretrained:
-        _go_offline_if_unreachable()
+    if pretrained:  # where the hub does not answer, read its cache only: the client would retry for most of a minute
+        try:
+            urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=10).close()
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(seed, "weights"))
+        torch.manual_seed(seed_of(seed, "weights"))
         try:
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         except (OSError, RuntimeError) as error:
@@ -458,16 +434,6 @@ def build_model(backbone, n_genes, hidden, pretrained, seed, start=None):
     return SpotRegressor(body, head, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
 
 
-def _go_offline_if_unreachable():
-    """Let the hub client read its cache only where the hub does not answer: it would retry for most of a minute."""
-    from huggingface_hub import constants
-
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
 def count_parameters(model):
     """{"backbone", "total", "trainable"}: numbers of parameters."""
     return {
@@ -482,7 +448,7 @@ def count_parameters(model):
 
 def learning_rate_at(epoch, epochs, base):
     """Cosine from `base` in epoch 0 to zero after the last one; stepped by the epoch, never by the loss."""
-    return base * 0.5 * (1 + np.cos(np.pi * epoch / epochs))
+    return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def batches_of(order, batch_size):
@@ -496,10 +462,10 @@ def batches_of(order, batch_size):
 def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, epoch, dtype):
     """One pass over `rows`; returns the mean training loss. Everything random follows from (seed, epoch)."""
     device = next(model.parameters()).device
-    generator = torch_generator(seed, "epoch", epoch)
+    generator = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
     order = rows[torch.randperm(len(rows), generator=generator)]
     draw = draw_augmentation(len(order), recipe["AUG"], generator)
-    torch.manual_seed(_seed(seed, "dropout", epoch))
+    torch.manual_seed(seed_of(seed, "dropout", epoch))
     model.train()
     total = torch.zeros((), device=device)
     start = 0
@@ -523,7 +489,8 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
 
     patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. `checkpoint` is a file that a killed
-    run goes on from. `report(epoch, predicted)` sees each epoch's validation prediction and returns more columns.
+    run goes on from. `report(line, predicted, best_epoch)` sees each epoch's line of the history, to which it may add,
+    and its validation prediction.
     """
     device = next(model.parameters()).device
     optimiser = torch.optim.Adam(
@@ -551,12 +518,14 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
         mse = float(np.mean((predicted.astype(np.float64) - target[valid_rows]) ** 2))
         if not np.isfinite(mse):
             raise InputError(f"epoch {epoch + 1}: the validation MSE is {mse}: lower LEARNING_RATE ({rate:g})")
-        line = {"epoch": epoch + 1, "learning_rate": float(rate), "train_mse": loss, "valid_mse": mse}
+        line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": mse}
         line |= {"images_per_s": len(rows) / trained, "seconds": time.perf_counter() - began}
         if best is None or mse < best["valid_mse"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             best = {"epoch": epoch + 1, "valid_mse": mse, "weights": weights}
-        history.append(line | (report(line, predicted, best["epoch"]) if report else {}))
+        if report is not None:
+            report(line, predicted, best["epoch"])
+        history.append(line)
         if checkpoint is not None:
             with whole_file(checkpoint) as path:
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
@@ -616,12 +585,6 @@ def colour_statistics(patches):
     return torch.cat(parts).double().numpy()
 
 
-def predict_ridge(features, target, train_rows, rows, alpha=100.0):
-    """Ridge regression on standardised features: (len(rows), G) float32 predicted from (N, K) features."""
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(features[train_rows], target[train_rows])
-    return ridge.predict(features[rows]).astype(np.float32)
-
-
 # ------------------------------------------------------------------------------------------- correlation
 
 
@@ -654,312 +617,285 @@ def score_genes(predicted, truth, slides):
     return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": mse})
 
 
-def group_means(per_gene, genes, groups, column="r"):
+def group_means(r, genes, groups):
     """{"heg": mean r, "heg_n": genes it is the mean of, ...}: missing genes and undefined r lower the count."""
-    r = pd.Series(per_gene[column].to_numpy(), index=genes)
-    means = {}
+    r, means = pd.Series(np.asarray(r), index=genes), {}
     for group in GROUPS:
         values = r.reindex(groups.loc[groups["group"] == group, "gene"]).dropna()
-        means |= {group.lower(): values.mean() if len(values) else np.nan, f"{group.lower()}_n": len(values)}
-    return means | {"all": r.mean(), "all_n": int(r.notna().sum())}
+        means |= {group.lower(): float(values.mean()), f"{group.lower()}_n": len(values)}
+    return means | {"all": float(r.mean()), "all_n": int(r.notna().sum())}
 
 
 # ------------------------------------------------------------------------------------------- reporting
 
 
-def row_folder(out, setting, recipe, seed, data):
-    """`<out>/<setting>-<hash>`: the hash is over the data and every constant that can change the row."""
-    unhashed = ("OUT", "ONLY", "QUICK", "DATA_ROOT", "SEEDS")
-    facts = {name: value for name, value in recipe.items() if name not in unhashed}
-    key = hashlib.sha256(json.dumps([setting, facts, seed, data.fingerprint], sort_keys=True).encode()).hexdigest()
-    return Path(out) / f"{re.sub(r'[^A-Za-z0-9.=]+', '_', setting).strip('_')}-{key[:10]}"
+@dataclass(frozen=True)
+class Experiment:
+    """One split of a data root: which spots do what, which genes are reported, and where the rows go."""
+
+    data: SpotData
+    roles: np.ndarray  # (N,) "train", "valid", "test" or ""
+    groups: pd.DataFrame  # columns group, gene, rank
+    gene_lists: str  # where the groups come from
+    out: Path
+    seed: int
+
+    def rows(self, *roles):
+        """Row numbers of the spots with these roles, in the order of the roles."""
+        return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
+
+    def title(self, text):
+        return f"SIMULATED slides: {text}" if self.data.simulated else text
 
 
-def finished_rows(folder):
-    """The rows of a setting that is on disk, else None."""
-    path = folder / "rows.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+def set_up_experiment(recipe, data, out, seed):
+    """Split the spots and choose the gene groups as the recipe says."""
+    slides = (recipe["TRAIN_SLIDES"], recipe["TEST_SLIDE"])
+    roles = split_random(data.spots, *slides, recipe["VALID_FRACTION"], seed)
+    return Experiment(data, roles, *choose_gene_groups(data, roles), Path(out), seed)
 
 
-def train_and_score(setting, recipe, *, data, roles, groups, source, out, seed):
-    """Train one setting, or take it from disk, and return its rows; all its files are in its own folder."""
-    folder = row_folder(out, setting, recipe, seed, data)
-    if (rows := finished_rows(folder)) is not None:
+def run_setting(setting, recipe, experiment, compute):
+    """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own.
+
+    The folder is <out>/<setting>-<hash over the data and every constant that can change a row>.
+    compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows("valid", "test") and facts for
+    the rows. rows.json is written last and marks the folder as whole.
+    """
+    data, roles = experiment.data, experiment.roles
+    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "ONLY", "QUICK", "DATA_ROOT", "SEEDS")}
+    facts |= {"seed": experiment.seed, "data": data.fingerprint}
+    key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
+    folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
+    if (folder / "rows.json").is_file():
         print(f"{setting}: on disk already ({folder})")
-        return rows
+        return json.loads((folder / "rows.json").read_text())
     began = time.perf_counter()
+    predicted, more = compute(recipe, experiment, folder)
+    rows, per_gene = score_rows(setting, recipe, experiment, predicted, more | {"seconds": time.perf_counter() - began})
+    split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""]
+    for name, table in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
+        with whole_file(folder / f"{name}.csv") as path:
+            table.to_csv(path, index=False)
+    with whole_file(folder / "recipe.json") as path:
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    write_predictions(folder / "predictions.h5ad", experiment, predicted, per_gene)
+    draw_ranked_r(folder / "r_ranked.png", experiment, per_gene, setting)
+    draw_maps(folder / "maps.png", experiment, predicted, per_gene, setting)
+    with whole_file(folder / "rows.json") as path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return rows
+
+
+def score_rows(setting, recipe, experiment, predicted, facts):
+    """([one dict a split and truth], per-gene table); NaN becomes None in the dicts, as JSON has none."""
+    data, rows = experiment.data, experiment.rows("valid", "test")
+    truths = {"lognorm": data.lognorm}
+    if recipe["TARGET"] == "harmony":
+        truths = {"harmony": data.target, **truths}
+    table, per_gene = [], pd.DataFrame({"gene": data.genes})
+    for split in ("valid", "test"):
+        at = experiment.roles[rows] == split
+        slides = data.spots["tissue_index"].to_numpy()[rows[at]]
+        for truth, values in truths.items():
+            scores = score_genes(predicted[at], values[rows[at]], slides)
+            per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
+            row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides))), "fold": 0}
+            row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+            row |= {"gene_lists": experiment.gene_lists, "n_spots": len(slides)}
+            row |= group_means(scores["r"], data.genes, experiment.groups)
+            pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
+            row |= {f"{group}_pooled": pooled[group] for group in ("heg", "hvg", "mg", "all")}
+            row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean()), **facts}
+            table.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+    return table, per_gene
+
+
+def train_network(recipe, experiment, folder):
+    """Train the recipe's network and predict, for run_setting; writes weights.safetensors, history.csv and loss.png."""
+    data = experiment.data
+    train_rows, valid_rows = experiment.rows("train"), experiment.rows("valid")
     device, dtype, _ = choose_device(recipe)
-    train_rows, valid_rows, test_rows = (np.flatnonzero(roles == role) for role in ("train", "valid", "test"))
     start = data.target[train_rows].mean(0) if recipe["START_AT_MEAN"] else None
-    model = build_model(recipe["BACKBONE"], len(data.genes), recipe["HIDDEN"], recipe["PRETRAINED"], seed, start)
+    model = build_model(
+        recipe["BACKBONE"], len(data.genes), recipe["HIDDEN"], recipe["PRETRAINED"], experiment.seed, start
+    )
     model.to(device, memory_format=torch.channels_last)
-    patches = place_patches(resize_patches(data.patches, recipe["IMAGE_SIZE"]), device)
-    slides = data.spots["tissue_index"].to_numpy()
+    patches = resize_patches(data.patches, recipe["IMAGE_SIZE"], device)
+    slides = data.spots["tissue_index"].to_numpy()[valid_rows]
+    print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
 
     def report(line, predicted, best_epoch):
-        heg = group_means(score_genes(predicted, data.target[valid_rows], slides[valid_rows]), data.genes, groups)["heg"]
-        mark = "*" if line["epoch"] == best_epoch else " "
-        if line["epoch"] == 1:
-            print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
-        print(
-            f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {line['train_mse']:11.5f} {line['valid_mse']:11.5f}"
-            f" {heg:13.3f} {line['images_per_s']:10.1f} {line['seconds']:9.1f}",
-            flush=True,
-        )
-        return {"valid_heg": heg}
+        r = score_genes(predicted, data.target[valid_rows], slides)["r"]
+        line["valid_heg"] = group_means(r, data.genes, experiment.groups)["heg"]
+        form = "{epoch:4}{mark} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
+        form += " {images_per_s:10.1f} {seconds:9.1f}"
+        print(form.format(mark="*" if line["epoch"] == best_epoch else " ", **line), flush=True)
 
     history = fit(
         model, patches, data.target, train_rows, valid_rows,
-        recipe=recipe, seed=seed, dtype=dtype, checkpoint=folder / "checkpoint.pt", report=report,
+        recipe=recipe, seed=experiment.seed, dtype=dtype, checkpoint=folder / "checkpoint.pt", report=report,
     )  # fmt: skip
-    rows = np.concatenate([valid_rows, test_rows])
-    predicted = predict(model, patches, rows, dtype=dtype, tta=recipe["TTA"])
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_memory()
-    facts = {
-        "backbone": recipe["BACKBONE"],
-        "weights": "pretrained" if recipe["PRETRAINED"] else "random",
-        "best_epoch": min(history, key=lambda line: line["valid_mse"])["epoch"],
-        "seconds": time.perf_counter() - began,
-        "images_per_s": float(np.median([line["images_per_s"] for line in history])),
-        "peak_memory_mb": peak / 2**20,
-        **{f"parameters_{part}": count for part, count in count_parameters(model).items()},
-    }
+    predicted = predict(model, patches, experiment.rows("valid", "test"), dtype=dtype, tta=recipe["TTA"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     metadata = {
         "recipe": recipe, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
-        "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "fingerprint": data.fingerprint,
+        "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "data": data.fingerprint,
     }  # fmt: skip
     with whole_file(folder / "weights.safetensors") as path:
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         safetensors.torch.save_file(state, path, {name: json.dumps(value) for name, value in metadata.items()})
     with whole_file(folder / "history.csv") as path:
         pd.DataFrame(history).to_csv(path, index=False)
-    draw_history(folder / "loss.png", history, _title(setting, data))
-    return write_rows(
-        folder, setting, recipe, predicted, rows,
-        data=data, roles=roles, groups=groups, source=source, seed=seed, facts=facts,
-    )  # fmt: skip
+    draw_history(folder / "loss.png", history, experiment.title(recipe["BACKBONE"]))
+    return predicted, {
+        "weights": "pretrained" if recipe["PRETRAINED"] else "random",
+        "best_epoch": min(history, key=lambda line: line["valid_mse"])["epoch"],
+        "images_per_s": float(np.median([line["images_per_s"] for line in history])),
+        "peak_memory_mb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**20,
+        **{f"parameters_{part}": count for part, count in count_parameters(model).items()},
+    }
 
 
-def _peak_memory():
-    """Peak resident memory of this process, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
+    """Ridge regression on standardised colour statistics, for run_setting: no image network may lose to it."""
+    features, target = colour_statistics(experiment.data.patches), experiment.data.target
+    train_rows = experiment.rows("train")
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(features[train_rows], target[train_rows])
+    return ridge.predict(features[experiment.rows("valid", "test")]).astype(np.float32), {"weights": "none"}
 
 
-def ridge_and_score(recipe, *, data, roles, groups, source, out, seed):
-    """The baseline that no image network may lose to: ridge regression on 40 colour statistics of the patch."""
-    setting = "ridge (colour)"
-    used = {name: recipe[name] for name in ("TARGET", "PROTOCOL", "TRAIN_SLIDES", "TEST_SLIDE", "VALID_FRACTION")}
-    folder = row_folder(out, setting, used, seed, data)
-    if (rows := finished_rows(folder)) is not None:
-        return rows
-    began = time.perf_counter()
-    rows = np.flatnonzero((roles == "valid") | (roles == "test"))
-    features = colour_statistics(data.patches)
-    predicted = predict_ridge(features, data.target, np.flatnonzero(roles == "train"), rows)
-    facts = {"weights": "none", "seconds": time.perf_counter() - began}
-    return write_rows(
-        folder, setting, used, predicted, rows,
-        data=data, roles=roles, groups=groups, source=source, seed=seed, facts=facts,
-    )  # fmt: skip
-
-
-def write_rows(folder, setting, recipe, predicted, rows, *, data, roles, groups, source, seed, facts):
-    """Score a prediction of the spots `rows` and write the setting's folder; rows.json comes last and marks it whole."""
-    truths = {"lognorm": data.lognorm} | ({"harmony": data.target} if recipe["TARGET"] == "harmony" else {})
-    slides = data.spots["tissue_index"].to_numpy()
-    table, per_gene = [], pd.DataFrame({"gene": data.genes})
-    for split in ("valid", "test"):
-        at = roles[rows] == split
-        for truth_name, truth in reversed(truths.items()):
-            scores = score_genes(predicted[at], truth[rows][at], slides[rows][at])
-            for column in scores:
-                per_gene[f"{split}_{truth_name}_{column}"] = scores[column]
-            pooled = group_means(scores, data.genes, groups, "r_pooled")
-            shown = np.unique(slides[rows][at]).tolist()
-            table.append(
-                {
-                    "setting": setting,
-                    "split": split,
-                    "slide": ",".join(map(str, shown)),
-                    "fold": 0,
-                    "seed": seed,
-                    "target": recipe["TARGET"],
-                    "truth": truth_name,
-                    "protocol": recipe["PROTOCOL"],
-                    "gene_lists": source,
-                    "n_spots": int(at.sum()),
-                    **group_means(scores, data.genes, groups),
-                    **{f"{group}_pooled": pooled[group] for group in ("heg", "hvg", "mg", "all")},
-                    "n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()),
-                    "mse": scores["mse"].mean(),
-                    **facts,
-                }
-            )
-    with whole_file(folder / "per_gene.csv") as path:
-        per_gene.to_csv(path, index=False)
-    with whole_file(folder / "split.csv") as path:
-        pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""].to_csv(path, index=False)
-    with whole_file(folder / "genes.csv") as path:
-        groups.to_csv(path, index=False)
-    with whole_file(folder / "recipe.json") as path:
-        path.write_text(json.dumps(recipe | {"seed": seed, "fingerprint": data.fingerprint}, indent=1) + "\n")
-    write_predictions(folder / "predictions.h5ad", predicted, rows, data, roles, per_gene)
-    draw_maps(folder / "maps.png", predicted, rows, data, roles, groups, per_gene, setting)
-    draw_ranked_r(folder / "r_ranked.png", per_gene, groups, _title(setting, data))
-    table = json.loads(pd.DataFrame(table).to_json(orient="records", double_precision=15))  # NaN -> null
-    with whole_file(folder / "rows.json") as path:
-        path.write_text(json.dumps(table, indent=1) + "\n")
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
-    return table
-
-
-def write_predictions(path, predicted, rows, data, roles, per_gene):
+def write_predictions(path, experiment, predicted, per_gene):
     """AnnData of the validation and test spots: X predicted; layers lognorm and target; var per-gene scores."""
-    obs = data.spots.iloc[rows].set_index("id").assign(role=roles[rows])
-    table = anndata.AnnData(
-        predicted,
-        obs=obs,
-        var=per_gene.set_index("gene"),
-        layers={"lognorm": data.lognorm[rows], "target": data.target[rows]},
-        obsm={"spatial": obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)},
-    )
+    data, rows = experiment.data, experiment.rows("valid", "test")
+    obs = data.spots.iloc[rows].set_index("id").assign(role=experiment.roles[rows])
+    table = anndata.AnnData(predicted, obs=obs, var=per_gene.set_index("gene"))
+    table.layers["lognorm"], table.layers["target"] = data.lognorm[rows], data.target[rows]
+    table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     with whole_file(path) as partial:
         table.write_h5ad(partial)
 
 
-def _title(text, data):
-    return f"SIMULATED slides: {text}" if data.simulated else text
-
-
-def _save_figure(figure, path):
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110)
+def _ranked_r(per_gene):
+    """(r of the genes that have one on the test slide, best first; the truth that it is measured on)."""
+    column = next(name for name in per_gene if name.startswith("test_") and name.endswith("_r"))
+    return per_gene.set_index("gene")[column].dropna().sort_values(ascending=False), column.split("_")[1]
 
 
 def draw_history(path, history, title):
     """Loss curves; the vertical line is the epoch whose weights are kept."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure, table = Figure(figsize=(6, 3.6), layout="constrained"), pd.DataFrame(history)
     axes = figure.subplots()
-    table = pd.DataFrame(history)
     axes.plot(table["epoch"], table["train_mse"], label="training (augmented, dropout)")
     axes.plot(table["epoch"], table["valid_mse"], label="validation")
     axes.axvline(table["epoch"][table["valid_mse"].idxmin()], color="grey", linewidth=0.8, label="kept")
     axes.set(xlabel="epoch", ylabel="MSE over the panel", title=title)
     axes.legend(frameon=False)
-    _save_figure(figure, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
-def draw_ranked_r(path, per_gene, groups, title):
-    """r of all genes on the test slide, sorted; the gene groups marked."""
-    column = next(c for c in per_gene if c.startswith("test_") and c.endswith("_r"))
-    ranked = per_gene.set_index("gene")[column].dropna().sort_values(ascending=False)
+def draw_ranked_r(path, experiment, per_gene, setting):
+    """r of all genes on the test slide, best first, the gene groups marked."""
+    ranked, truth = _ranked_r(per_gene)
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(np.arange(1, len(ranked) + 1), ranked, color="0.6", linewidth=1)
-    for group, colour in zip(GROUPS, ("tab:red", "tab:blue", "tab:green"), strict=True):
-        at = ranked.index.isin(groups.loc[groups["group"] == group, "gene"])
-        axes.plot(np.flatnonzero(at) + 1, ranked[at], ".", color=colour, label=group)
+    for group, names in experiment.groups.groupby("group", sort=False)["gene"]:
+        at = ranked.index.isin(names)
+        axes.plot(np.flatnonzero(at) + 1, ranked[at], ".", label=group)
     axes.axhline(R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
-    truth = column.split("_")[1]
-    axes.set(xlabel="gene, by r", ylabel=f"Pearson r, test slide\n({truth} truth)", title=title)
+    axes.set(xlabel="gene, best first", ylabel=f"Pearson r ({truth} truth)", title=experiment.title(f"{setting}, test"))
     axes.legend(frameon=False)
-    _save_figure(figure, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
-def draw_maps(path, predicted, rows, data, roles, groups, per_gene, setting):
-    """Measured beside predicted expression on the test slide: the best, a median and the best marker gene."""
-    column = next(c for c in per_gene if c.startswith("test_") and c.endswith("_r"))
-    ranked = per_gene.set_index("gene")[column].dropna().sort_values(ascending=False)
-    markers = ranked[ranked.index.isin(groups.loc[groups["group"] == "MG", "gene"])]
-    chosen = dict([("best", ranked.index[:1]), ("median", ranked.index[len(ranked) // 2 :][:1]), ("marker", markers.index[:1])])
-    chosen = {label: names[0] for label, names in chosen.items() if len(names)}
-    if not chosen:
-        return  # a constant prediction has no r and nothing to map
-    at = roles[rows] == "test"
-    spots = data.spots.iloc[rows[at]]
-    truth = data.target if column.startswith("test_harmony") else data.lognorm
-    figure = Figure(figsize=(3.4 * len(chosen), 6.2), layout="constrained")
-    axes = figure.subplots(2, len(chosen), squeeze=False)
-    extent = max(np.ptp(spots["pxl_col"]), np.ptp(spots["pxl_row"]), 1) + data.pitch_px
-    size = (0.9 * data.pitch_px / extent * 3.0 * 72) ** 2  # pt^2 of a marker as wide as the pitch, on 3 inches
-    for column_axes, (label, gene) in zip(axes.T, chosen.items(), strict=True):
+def draw_maps(path, experiment, predicted, per_gene, setting):
+    """Measured above predicted expression on the test slide: the best, a median and the best marker gene."""
+    data, rows = experiment.data, experiment.rows("valid", "test")
+    ranked, truth = _ranked_r(per_gene)
+    markers = ranked.index[ranked.index.isin(experiment.groups["gene"][experiment.groups["group"] == "MG"])]
+    chosen = [("best", ranked.index[:1]), ("median", ranked.index[len(ranked) // 2 :][:1]), ("marker", markers[:1])]
+    chosen = [(label, gene) for label, genes in chosen for gene in genes]  # a constant prediction has none
+    at = experiment.roles[rows] == "test"
+    spots, values = data.spots.iloc[rows[at]], (data.target if truth == "harmony" else data.lognorm)[rows[at]]
+    width = max(np.ptp(spots["pxl_col"]), np.ptp(spots["pxl_row"])) + data.pitch_px
+    size = (0.85 * data.pitch_px / width * 3.0 * 72) ** 2  # pt^2: a marker nearly as wide as the pitch, on 3 inches
+    figure = Figure(figsize=(3.4 * max(1, len(chosen)), 6.2), layout="constrained")
+    for column, (label, gene) in enumerate(chosen):
         g = data.genes.index(gene)
-        for ax, name, values in zip(column_axes, ("measured", "predicted"), (truth[rows[at], g], predicted[at, g]), strict=True):
-            shown = ax.scatter(spots["pxl_col"], spots["pxl_row"], c=values, s=size, cmap="viridis", linewidths=0)
-            figure.colorbar(shown, ax=ax, shrink=0.7)
-            ax.set_aspect("equal")
-            ax.invert_yaxis()
-            ax.set_axis_off()
-            ax.set_title(f"{gene} ({label}), {name}" + (f", r = {ranked[gene]:.2f}" if name == "predicted" else ""), size=9)
-    figure.suptitle(_title(f"{setting}, test slide {spots['tissue_index'].iloc[0]}", data), size=10)
-    _save_figure(figure, path)
+        panels = {f"{gene} ({label}), measured": values[:, g], f"predicted, r = {ranked[gene]:.2f}": predicted[at, g]}
+        for line, (title, colours) in enumerate(panels.items()):
+            axes = figure.add_subplot(2, len(chosen), line * len(chosen) + column + 1, aspect="equal")
+            shown = axes.scatter(spots["pxl_col"], -spots["pxl_row"], c=colours, s=size, linewidths=0)
+            figure.colorbar(shown, ax=axes, shrink=0.7)
+            axes.set_axis_off()
+            axes.set_title(title, size=9)
+    figure.suptitle(experiment.title(f"{setting}, test slide {spots['tissue_index'].iloc[0]}"), size=10)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
-def print_header(script_name, recipe, data, roles, groups, source):
-    """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
+def print_header(script, recipe, experiment):
+    """What is run on what: data, target, protocol, split, gene groups, machine, weights and size of the model."""
+    data, roles = experiment.data, experiment.roles
     device, dtype, reason = choose_device(recipe)
     slides = data.spots["tissue_index"]
     count = {role: int((roles == role).sum()) for role in ("train", "valid", "test")}
-    of = {role: ",".join(map(str, sorted(slides[roles == role].unique()))) for role in count}
-    missing = {
-        group: sorted(set(part["gene"]) - set(data.genes)) for group, part in groups.groupby("group", sort=False)
-    }
+    of = {role: ",".join(map(str, np.unique(slides[roles == role]))) for role in count}
+    target = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
+    lists = experiment.gene_lists
+    for group, names in experiment.groups.groupby("group", sort=False)["gene"]:
+        missing = [gene for gene in names if gene not in set(data.genes)]
+        lists += f"; {len(missing)} {group} not in the panel: {', '.join(missing)}" if missing else ""
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    harmony = "Harmony over all slides, the test slide included" if recipe["TARGET"] == "harmony" else "log1p of counts per 10,000"
-    print(f"\n{script_name}{'   SIMULATED slides' if data.simulated else ''}")
-    print(f"data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes")
-    print(f"target      {recipe['TARGET']} ({harmony})")
-    print(f"protocol    {recipe['PROTOCOL']} (as published: the panel is chosen on all slides, so transductive)")
-    print(f"split       {count['train']} training and {count['valid']} validation spots of slides {of['train']};"
-          f" {count['test']} test spots of slide {of['test']}")  # fmt: skip
-    print(f"gene groups {source}" + "".join(f"; {g}: not in the panel: {', '.join(m)}" for g, m in missing.items() if m))
-    print(f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})")
+    with torch.device("meta"):  # sizes without memory
+        model = build_model(recipe["BACKBONE"], len(data.genes), recipe["HIDDEN"], False, 0)
+    size = {part: f"{number / 1e6:.1f} M" for part, number in count_parameters(model).items()}
+    print(f"""
+{Path(script["__file__"]).stem}{"   SIMULATED slides" if data.simulated else ""}
+data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes
+target      {recipe["TARGET"]} ({target[recipe["TARGET"]]})
+protocol    {recipe["PROTOCOL"]} (as published: the panel is chosen on all slides, so transductive)
+split       {count["train"]} training, {count["valid"]} validation spots (slides {of["train"]}); \
+{count["test"]} test spots (slide {of["test"]})
+gene groups {lists}
+device      {device.type} ({where}), {str(dtype).removeprefix("torch.")} ({reason})
+weights     {"pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining"}
+model       {recipe["BACKBONE"]} at {recipe["IMAGE_SIZE"]} px: backbone {size["backbone"]} parameters, \
+with the head {size["total"]}""")
 
 
-def print_parameters(recipe, n_genes):
-    """The model's size and the weights it starts from."""
-    with torch.device("meta"):
-        count = count_parameters(build_model(recipe["BACKBONE"], n_genes, recipe["HIDDEN"], False, 0))
-    print(f"weights     {'ImageNet (timm)' if recipe['PRETRAINED'] else 'random: no pretraining'}")
-    print(f"model       {recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px: {count['backbone'] / 1e6:.1f} M in the backbone, "
-          f"{count['total'] / 1e6:.1f} M with the head")  # fmt: skip
-
-
-TABLE_COLUMNS = {  # row key: (heading, width, format)
-    "setting": ("setting", -24, "s"),
-    "split": ("split", -6, "s"),
-    "truth": ("truth", -8, "s"),
-    "n_spots": ("spots", 6, "d"),
-    "heg": ("HEG", 7, ".3f"),
-    "hvg": ("HVG", 7, ".3f"),
-    "mg": ("MG", 7, ".3f"),
-    "all": ("all", 7, ".3f"),
-    "heg_pooled": ("pooled", 7, ".3f"),
-    "n_genes_r30": ("r>=.30", 7, "d"),
-    "mse": ("MSE", 8, ".4f"),
-    "seconds": ("seconds", 8, ".0f"),
-}
+TABLE_COLUMNS = {  # key of a row: (heading, width, format)
+    "setting": ("setting", -18, "s"), "split": ("split", -5, "s"), "truth": ("truth", -7, "s"),
+    "n_spots": ("spots", 6, "d"), "heg": ("HEG", 8, ".3f"), "hvg": ("HVG", 8, ".3f"), "mg": ("MG", 8, ".3f"),
+    "all": ("all", 8, ".3f"), "heg_pooled": ("HEG pooled", 10, ".3f"), "n_genes_r30": ("r>=.30", 7, "d"),
+    "mse": ("MSE", 8, ".4f"), "seconds": ("seconds", 8, ".0f"),
+}  # fmt: skip
 
 
 def print_table(title, rows):
-    """One ruled table; a group mean over fewer genes than the group has shows their number, as 0.31/47."""
-    lines = []
-    for row in rows:
-        cells = []
-        for key, (_, width, form) in TABLE_COLUMNS.items():
-            value = row.get(key)
-            cells.append(f"{'-' if value is None else format(value, form):{'<' if width < 0 else '>'}{abs(width)}}")
-        lines.append(" ".join(cells))
-    head = " ".join(f"{h:{'<' if w < 0 else '>'}{abs(w)}}" for h, w, _ in TABLE_COLUMNS.values())
-    print(f"\n{title}\n{'=' * len(head)}\n{head}\n{'-' * len(head)}")
-    print("\n".join(lines))
-    print("=" * len(head))
+    """One ruled table; a group mean over fewer genes than the group has says over how many, as 0.310/47."""
+    full = {"heg_n": GROUP_SIZE, "hvg_n": GROUP_SIZE, "mg_n": len(MARKER_GENES)}
+
+    def cell(row, key):
+        _, width, form = TABLE_COLUMNS[key]
+        text = "-" if row.get(key) is None else format(row[key], form)
+        text += f"/{row[f'{key}_n']}" if row.get(f"{key}_n", math.inf) < full.get(f"{key}_n", 0) else ""
+        return text.ljust(-width) if width < 0 else text.rjust(width)
+
+    head = " ".join(name.ljust(-width) if width < 0 else name.rjust(width) for name, width, _ in TABLE_COLUMNS.values())
+    body = [" ".join(cell(row, key) for key in TABLE_COLUMNS) for row in rows]
+    print("", title, "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n")
 
 
-def finish_run(script, out, data, rows):
+def finish_run(script, experiment, rows):
     """Rewrite <out>/rows.csv from all rows on disk and print the one JSON line that ends every script's output."""
-    on_disk = [row for path in sorted(Path(out).glob("*/rows.json")) for row in json.loads(path.read_text())]
-    with whole_file(Path(out) / "rows.csv") as path:
+    out, data = experiment.out, experiment.data
+    on_disk = [row for path in sorted(out.glob("*/rows.json")) for row in json.loads(path.read_text())]
+    with whole_file(out / "rows.csv") as path:
         pd.DataFrame(on_disk).to_csv(path, index=False)
     result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.simulated}
     print(json.dumps(result | {"out": str(out), "rows": rows}))

@@ -1,0 +1,311 @@
+"""Script 19: the same spot in patch, row and count for every image kind; borders; both position formats; panel."""
+
+import gzip
+import json
+import shutil
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import tifffile
+from conftest import SHARED, load_script, run_script, write_slide
+from PIL import Image
+
+import common
+
+HEIGHT, WIDTH = 700, 900
+
+
+def spot_table(n=7, seed=0):
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"barcode": [f"{'ACGT'[i % 4]}{i}-1" for i in range(n)], "in_tissue": 1})
+    table["array_row"], table["array_col"] = rng.permutation(n), rng.permutation(n)
+    table["pxl_row"], table["pxl_col"] = rng.integers(0, HEIGHT, n), rng.integers(0, WIDTH, n)
+    return table
+
+
+def picture(seed=0):
+    """Smooth in every channel, so that JPEG keeps it, and different at every place."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return np.stack([y * 255 // HEIGHT, x * 255 // WIDTH, (x + y) * 255 // (HEIGHT + WIDTH)], -1).astype(np.uint8)
+
+
+def save_planes(path, image, **options):
+    tifffile.imwrite(path, np.moveaxis(image, -1, 0), photometric="rgb", planarconfig="separate", **options)
+
+
+WRITERS = {
+    "contiguous.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb"),
+    "big-endian.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", byteorder=">", bigtiff=True),
+    "strips.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", rowsperstrip=37),
+    "strips-lzw.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", rowsperstrip=37, compression="lzw"),
+    "one-strip-deflate.tif": lambda p, i: tifffile.imwrite(
+        p, i, photometric="rgb", rowsperstrip=HEIGHT, compression="zlib"
+    ),
+    "tiles.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", tile=(128, 256)),
+    "tiles-lzw-predictor.tif": lambda p, i: tifffile.imwrite(
+        p, i, photometric="rgb", tile=(64, 64), compression="lzw", predictor=True
+    ),
+    "tiles-jpeg.svs": lambda p, i: tifffile.imwrite(
+        p, i, photometric="rgb", tile=(256, 256), compression="jpeg", compressionargs={"level": 97}
+    ),
+    "tiles-ycbcr.tif": lambda p, i: tifffile.imwrite(
+        p,
+        i,
+        photometric="rgb",
+        tile=(128, 128),
+        compression="jpeg",
+        compressionargs={"level": 97, "outcolorspace": "ycbcr"},
+    ),
+    "planes.tif": save_planes,
+    "planes-tiles.tif": lambda p, i: save_planes(p, i, tile=(128, 128), compression="zlib"),
+    "alpha.tif": lambda p, i: tifffile.imwrite(
+        p, np.dstack([i, i[..., :1]]), photometric="rgb", extrasamples=["unassalpha"], tile=(128, 128)
+    ),
+    "pyramid.ome.tif": lambda p, i: write_pyramid(p, i),
+    "photo.jpg": lambda p, i: Image.fromarray(i).save(p, quality=97, subsampling=0),
+    "photo.png": lambda p, i: Image.fromarray(i).save(p),
+    "alpha.png": lambda p, i: Image.fromarray(np.dstack([i, i[..., :1]])).save(p),
+}
+
+
+def write_pyramid(path, image):
+    with tifffile.TiffWriter(path, ome=True) as tiff:
+        tiff.write(image, photometric="rgb", tile=(128, 128), subifds=1)
+        tiff.write(image[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
+
+
+def make_root(tmp_path, image="slide.tif", writer=None, pixels=None, spots=None, counts=None, genes=None):
+    spots = spot_table() if spots is None else spots
+    counts = np.random.default_rng(1).poisson(3.0, (len(spots), 12)) + 1 if counts is None else counts
+    genes = [f"G{i}" for i in range(np.shape(counts)[1])] if genes is None else genes
+    (writer or WRITERS["contiguous.tif"])(tmp_path / image, picture() if pixels is None else pixels)
+    write_slide(tmp_path, image, spots, counts, genes)
+    return spots, np.asarray(counts)
+
+
+def expected_patch(image, row, col):
+    padded = np.pad(image, ((112, 112), (112, 112), (0, 0)), constant_values=255)
+    return padded[row : row + 224, col : col + 224]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_patch_row_and_count_are_of_one_spot(tmp_path, kind, capsys):
+    spots, counts = make_root(tmp_path, kind, WRITERS[kind])
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    patches = np.load(tmp_path / "dataset" / "patches.npy", mmap_mode="r")
+    rows = pd.read_csv(tmp_path / "dataset" / "dataset.csv")
+    stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
+    assert patches.shape == (7, 224, 224, 3) and patches.dtype == np.uint8
+    assert list(rows.columns[:7]) == common.ID_COLUMNS
+    assert rows["array_row"].is_monotonic_increasing
+    assert rows["id"].tolist() == stored.obs_names.tolist()
+    image, lossy = picture(), "jp" in kind or "ycbcr" in kind
+    for i, row in rows.iterrows():
+        spot = spots[spots["barcode"] == row["barcode"]].iloc[0]
+        assert (row["array_row"], row["array_col"]) == (spot["array_row"], spot["array_col"])
+        patch = expected_patch(image, spot["pxl_row"], spot["pxl_col"]).astype(int)
+        if lossy:
+            difference = np.abs(patches[i] - patch)[8:-8, 8:-8]
+            assert np.median(difference) <= 4
+        else:
+            assert np.array_equal(patches[i], patch)
+        k = spots.index[spots["barcode"] == row["barcode"]][0]
+        assert np.array_equal(stored.X[i].toarray()[0], counts[k])
+        assert stored.obs["n_counts"].iloc[i] == counts[k].sum()
+        np.testing.assert_allclose(
+            row[stored.var_names].astype(float), np.log1p(counts[k] * 1e4 / counts[k].sum()), rtol=1e-6
+        )
+    how = {
+        "contiguous.tif": "memory-mapped",
+        "tiles-lzw-predictor.tif": "tiles of 64 x 64 px",
+        "strips-lzw.tif": "strips of 900 x 37 px",
+    }
+    assert how.get(kind, "") in capsys.readouterr().out
+
+
+def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
+    spots, _ = make_root(tmp_path, "s.tif", WRITERS["tiles-lzw-predictor.tif"])
+    decoded, original = [], tifffile.TiffPage.decode
+
+    class Spy:
+        def __get__(self, page, owner):
+            if page is None:
+                return original
+            return lambda data, index, **k: decoded.append(index) or original.__get__(page)(data, index, **k)
+
+    monkeypatch.setattr(tifffile.TiffPage, "decode", Spy())
+    patches = np.zeros((7, 224, 224, 3), np.uint8)
+    load_script("19").read_patches(tmp_path / "s.tif", spots, patches)
+    assert decoded and len(decoded) == len(set(decoded))
+    assert np.array_equal(patches[0], expected_patch(picture(), spots["pxl_row"][0], spots["pxl_col"][0]))
+
+
+def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
+    spots = spot_table(4)
+    spots["pxl_row"], spots["pxl_col"] = [0, 350, 699, 350], [0, 450, 899, 111]
+    make_root(tmp_path, spots=spots, pixels=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    patches = np.load(tmp_path / "dataset" / "patches.npy")
+    rows = pd.read_csv(tmp_path / "dataset" / "dataset.csv").set_index("barcode")
+    by_spot = [patches[rows.index.get_loc(b)] for b in spots["barcode"]]
+    white = [(patch == 255).mean() for patch in by_spot]
+    assert white == [0.75, 0, 1 - (113 / 224) ** 2, 1 / 224]
+    assert (by_spot[0][112:, 112:] == 0).all() and (by_spot[0][:112] == 255).all()
+    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["padded_at_border"] == {"S1": 3}
+
+
+def test_red_stays_red_from_slide_to_network(tmp_path):
+    pixels = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    pixels[300:400, 400:500] = (255, 0, 0)
+    spots = spot_table(3)
+    spots["pxl_row"], spots["pxl_col"] = 350, 450
+    make_root(tmp_path, spots=spots, pixels=pixels)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    data = common.load_dataset(tmp_path, "lognorm")
+    assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
+    seen = []
+    model = common.build_model("efficientnet_b0", 2, 0, False, 0)
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    import torch
+
+    for size in (224, 32):
+        common.predict(model, common.resize_patches(data.patches, size), [0], dtype=torch.float32)
+        centre = seen.pop()[0, :, size // 2, size // 2]
+        expected = [
+            (value - mean) / std
+            for value, mean, std in zip((1, 0, 0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+        ]
+        np.testing.assert_allclose(centre, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_both_position_formats(tmp_path, header):
+    spots, _ = make_root(tmp_path)
+    if header:
+        spots.columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+        spots.to_csv(tmp_path / "positions1.csv", index=False)
+    table = load_script("19").read_positions(tmp_path / "positions1.csv")
+    assert list(table.columns) == common.POSITION_COLUMNS[1:] and len(table) == 7
+    assert table.loc["A0-1"].tolist() == spots.iloc[0, 1:].tolist()
+
+
+def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
+    make_root(tmp_path)
+    script = load_script("19")
+    plain = script.read_matrix(tmp_path / "matrix1")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for path in (tmp_path / "matrix1").iterdir():
+        with open(path, "rb") as source, gzip.open(packed / f"{path.name}.gz", "wb") as target:
+            shutil.copyfileobj(source, target)
+    with h5py.File(tmp_path / "filtered_feature_bc_matrix.h5", "w") as file:
+        group, counts = file.create_group("matrix"), scipy.sparse.csc_matrix(plain.X.T)
+        for name, values in (
+            ("data", counts.data.astype(np.int32)),
+            ("indices", counts.indices),
+            ("indptr", counts.indptr),
+        ):
+            group[name] = values
+        group["shape"], group["barcodes"] = np.array(counts.shape), np.array(plain.obs_names, "S")
+        features = group.create_group("features")
+        features["id"], features["name"] = np.array(plain.var_names, "S"), np.array(plain.var["name"], "S")
+        features["feature_type"] = np.array(["Gene Expression"] * plain.n_vars, "S")
+        features["genome"] = np.array(["GRCh38"] * plain.n_vars, "S")
+    for other in (script.read_matrix(packed), script.read_matrix(tmp_path / "filtered_feature_bc_matrix.h5")):
+        assert (
+            other.obs_names.tolist() == plain.obs_names.tolist()
+            and other.var_names.tolist() == plain.var_names.tolist()
+        )
+        assert other.var["name"].tolist() == plain.var["name"].tolist() and (other.X != plain.X).nnz == 0
+
+
+def test_genes_are_aligned_by_id_and_shared_ones_kept(tmp_path, capsys):
+    make_root(tmp_path, "one.tif")
+    counts = np.random.default_rng(2).poisson(3.0, (7, 11)) + 1
+    WRITERS["contiguous.tif"](tmp_path / "two.tif", picture())
+    order = [f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)]  # G10 is missing, the order another one
+    write_slide(tmp_path, "two.tif", spot_table(seed=5), counts, order, slide=2)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    assert "11 genes in every slide (of up to 12)" in capsys.readouterr().out
+    stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
+    assert "G10" not in stored.var_names
+    second = stored[stored.obs["tissue_index"] == 2]
+    barcode = second.obs["barcode"].iloc[0]
+    at = spot_table(seed=5)["barcode"].tolist().index(barcode)
+    assert second[:, "G11"].X.toarray()[0, 0] == counts[at, 0] and second[:, "G3"].X.toarray()[0, 0] == counts[at, 1]
+
+
+def test_duplicate_gene_names_are_made_unique_and_said(tmp_path, capsys):
+    make_root(tmp_path)
+    path = tmp_path / "matrix1" / "features.tsv"
+    path.write_text(path.read_text().replace("\tG1\t", "\tG0\t"))
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    assert "1 gene names" in capsys.readouterr().out
+    assert "G0-1" in anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad").var_names
+
+
+def test_without_expression_patches_alone_are_made(tmp_path):
+    make_root(tmp_path)
+    table = pd.read_csv(tmp_path / "slides.csv")
+    table["matrix"] = None
+    table.to_csv(tmp_path / "slides.csv", index=False)
+    assert run_script("19", "--data-root", tmp_path) == 0
+    assert sorted(p.name for p in (tmp_path / "dataset").iterdir()) == [
+        "contact_sheet.png",
+        "dataset.csv",
+        "meta.json",
+        "patches.npy",
+    ]
+    assert pd.read_csv(tmp_path / "dataset" / "dataset.csv").columns.tolist() == common.ID_COLUMNS
+
+
+def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
+    folder = tmp_path / "data" / "filtered_expression_matrices"
+    folder.mkdir(parents=True)
+    spots, _ = make_root(tmp_path)
+    mask = np.arange(12) % 2 == 0
+    np.save(folder / "hvg_union.npy", mask)
+    harmony = np.random.default_rng(0).normal(size=(6, 7)).astype(np.float32)
+    np.save(tmp_path / "matrix1" / "harmony_matrix.npy", harmony)
+    assert run_script("19", "--data-root", tmp_path) == 0
+    data = common.load_dataset(tmp_path, "harmony")
+    assert data.genes == [f"G{i}" for i in range(0, 12, 2)]
+    order = [spots["barcode"].tolist().index(b) for b in data.spots["barcode"]]
+    assert np.array_equal(data.target, harmony.T[order])
+
+
+def test_panel_is_the_union_of_each_slides_variable_genes_and_the_markers(simulated):
+    stored = anndata.read_h5ad(simulated / "dataset" / "counts.h5ad")
+    assert {"hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"} <= set(stored.var.columns)
+    assert (stored.var[["hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"]].any(axis=1)).all()
+    assert stored.var_names[stored.var["MG"]].isin(common.MARKER_GENES).all() and stored.var["MG"].sum() == 8
+
+
+def test_harmony_takes_the_slide_effect_out(simulated):
+    data = common.load_dataset(simulated, "harmony")
+    slides = data.spots["tissue_index"].to_numpy()
+    between = lambda x: np.var([x[slides == s].mean(0) for s in (1, 2, 3, 4)], axis=0).mean()  # noqa: E731
+    assert between(data.target) < 0.8 * between(data.lognorm)
+
+
+def test_outputs_are_the_same_when_made_again(tmp_path):
+    make_root(tmp_path)
+    for _ in range(2):
+        assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+        files = {p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"}
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"}
+    assert not list((tmp_path / "dataset").glob(".partial*"))
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (SHARED / "gse240429").is_dir(), reason="shared/gse240429 is not there")
+def test_real_positions_and_features_are_read():
+    script = load_script("19")
+    table = script.read_positions(SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv")
+    barcodes = (SHARED / "gse240429/data/filtered_expression_matrices/1/barcodes.tsv").read_text().split()
+    assert len(table) == 4992 and set(barcodes) <= set(table.index) and len(barcodes) == 2378
