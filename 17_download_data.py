@@ -244,9 +244,12 @@ def check_tiff(path):
     """Raise InputError where a TIFF's own index points beyond its end."""
     try:
         with tifffile.TiffFile(path) as tiff:
-            common.check_not_truncated(tiff.pages[0], path)
+            page, held = tiff.pages[0], tiff.filehandle.size
+            needed = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
     except (tifffile.TiffFileError, IndexError, ValueError) as error:
         raise InputError(f"{path}: not a TIFF ({error}); remove it and run the same command again") from None
+    if needed > held:
+        raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")
 
 
 def download_gse240429(root, slides, source):

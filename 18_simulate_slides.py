@@ -321,11 +321,6 @@ def visible_programmes(fields, spots):
     )
 
 
-def log_normalise(rates):
-    """log1p of rates scaled to 10,000 a spot, float32."""
-    return np.log1p(rates * (1e4 / rates.sum(1, keepdims=True))).astype(np.float32)
-
-
 def simulate_counts(fields, spots, genes, shape, rng):
     """Counts (n, G) CSR, realised rate (n, G) and visible log-normalised expression (n, G) of one slide."""
     base, visible, hidden = genes
@@ -338,7 +333,12 @@ def simulate_counts(fields, spots, genes, shape, rng):
     rate *= depth / rate.sum(1, keepdims=True)
     if DISPERSION > 0:
         rate *= rng.gamma(1 / DISPERSION, DISPERSION, rate.shape)
-    return scipy.sparse.csr_matrix(rng.poisson(rate)), rate.astype(np.float32), log_normalise(np.exp(own + shown))
+    visible = np.exp(own + shown)
+    return (
+        scipy.sparse.csr_matrix(rng.poisson(rate)),
+        rate.astype(np.float32),
+        common.log_normalise(visible, visible.sum(1)),
+    )
 
 
 def write_slide(root, slide, name, table, names, genes, rng):
@@ -363,9 +363,9 @@ def write_slide(root, slide, name, table, names, genes, rng):
     truth.write_h5ad(root / "truth" / f"{slide}.h5ad")
     depth = np.asarray(counts.sum(1)).ravel()
     print(f"{slide:>5}  {name:8} {len(spots):6} {shape[0]:>7} x {shape[1]:<7} {np.median(depth):10.0f}")
-    measured = log_normalise(counts.toarray().astype(np.float64))
+    measured = common.log_normalise(counts, depth)
     heg = np.argsort(-measured.mean(0), kind="stable")[: common.GROUP_SIZE]
-    ceiling = common.pearson_per_gene(log_normalise(rate[:, :])[:, heg], measured[:, heg])
+    ceiling = common.pearson_per_gene(common.log_normalise(rate, rate.sum(1))[:, heg], measured[:, heg])
     shown = common.pearson_per_gene(visible[:, heg], measured[:, heg])
     return float(np.nanmean(ceiling)), float(np.nanmean(shown))
 

@@ -3,7 +3,7 @@
 Question   Which pixels and which expression belong to each spot?
 Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
 Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, dataset.csv (the training target),
-           counts.h5ad (raw counts of the panel), meta.json, contact_sheet.png
+           counts.h5ad (raw counts of the panel; colour statistics of the patches), meta.json, contact_sheet.png
 Prints     per slide: spots, image and how it is read, patches over its border; then the panel and the target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
@@ -29,6 +29,8 @@ import scanpy
 import scipy.io
 import scipy.sparse
 import tifffile
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -213,7 +215,11 @@ def read_tiff(path, corners, patches):
         with tifffile.TiffFile(path) as tiff:
             page = tiff.series[0].keyframe
             shape = (page.imagelength, page.imagewidth)
-            common.check_not_truncated(page, path)
+            needed, held = max(np.add(page.dataoffsets, page.databytecounts)), tiff.filehandle.size
+            if needed > held:
+                raise InputError(
+                    f"{path}: truncated: {held:,} of at least {needed:,} bytes; remove it and fetch it again"
+                )
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE or page.imagedepth != 1:
                 raise InputError(
                     f"{path}: a {page.photometric.name} image; expected RGB or grey: convert it to 8-bit RGB"
@@ -314,6 +320,36 @@ def read_patches(path, spots, patches):
         )
     over = ((corners < 0) | (corners + PATCH_SIZE > shape)).any(1)
     return how, shape, int(over.sum())
+
+
+def colour_statistics(patches):
+    """40 colour and texture statistics a patch, (n, 224, 224, 3) uint8 -> (n, 40) float64: a baseline's only input.
+
+    Mean, sd and three percentiles of red, green, blue; these and the skewness of the two dyes' densities
+    (Ruifrok and Johnston 2001); mean and sd of saturation; gradients and contrast of grey at three scales and
+    gradients of hematoxylin; shares of dark and white pixels.
+    """
+    dyes = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
+    unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
+    parts = []
+    for start in range(0, len(patches), 64):
+        rgb = torch.from_numpy(patches[start : start + 64]).permute(0, 3, 1, 2).float().div(255)
+        rgb = F.avg_pool2d(rgb, 2)
+        stains = torch.einsum("bchw,cd->bdhw", -torch.log(rgb.clamp_min(1 / 255)), unmix)
+        flat = torch.cat([rgb, stains], 1).flatten(2)
+        mean, sd = flat.mean(2), flat.std(2)
+        skew = ((flat[:, 3:] - mean[:, 3:, None]) ** 3).mean(2) / sd[:, 3:].clamp_min(1e-6) ** 3
+        levels = flat[:, :, ::4].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 0, 2).flatten(1)
+        saturation = (1 - rgb.amin(1) / rgb.amax(1).clamp_min(1e-3)).flatten(1)
+        grey = rgb.mean(1, keepdim=True)
+        texture = [saturation.mean(1), saturation.std(1)]
+        for scale in (1, 2, 4):
+            for image in (F.avg_pool2d(grey, scale), F.avg_pool2d(stains[:, :1], scale)):
+                texture += [(image.diff(dim=2).abs().mean((1, 2, 3)) + image.diff(dim=3).abs().mean((1, 2, 3)))]
+            texture += [F.avg_pool2d(grey, scale).std((1, 2, 3))]
+        texture += [(grey < 0.4).float().mean((1, 2, 3)), (grey > 0.85).float().mean((1, 2, 3))]
+        parts.append(torch.cat([mean, sd, skew, levels, torch.stack(texture, 1)], 1))
+    return torch.cat(parts).double().numpy()
 
 
 # ---------------------------------------------------------------------------------------------- expression
@@ -493,6 +529,7 @@ def write_expression(root, out, tables, slides):
     counts.var = counts.var[["gene_ids"]].join(var[panel])
     counts.X = scipy.sparse.csr_matrix(counts.X, dtype=np.int32)
     counts.obsm["spatial"] = counts.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    counts.obsm["colour"] = colour_statistics(np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False))
     lognorm = common.log_normalise(counts.X, counts.obs["n_counts"])
     target = harmonise(root, lognorm, counts, slides) if TARGET == "harmony" else lognorm
     print(

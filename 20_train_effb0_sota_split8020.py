@@ -15,7 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
 
 import common
 
@@ -69,6 +73,55 @@ def make_simulated_slides():
         subprocess.run([sys.executable, Path(__file__).parent / command[0], *command[1:]], check=True)
 
 
+def draw_figures(folder, title):
+    """figures.png of a row's folder: measured above predicted expression of the best, a median and the best marker
+    gene on the test slide; r of all genes, best first; loss curves where a network was trained.
+    """
+    table = anndata.read_h5ad(folder / "predictions.h5ad")
+    groups = pd.read_csv(folder / "genes.csv")
+    table = table[table.obs["role"] == "test"]
+    truth = "harmony" if "test_harmony_r" in table.var else "lognorm"
+    ranked = table.var[f"test_{truth}_r"].dropna().sort_values(ascending=False)
+    markers = ranked.index[ranked.index.isin(groups["gene"][groups["group"] == "MG"])]
+    chosen = {"best": ranked.index[:1], "median": ranked.index[len(ranked) // 2 :][:1], "best marker": markers[:1]}
+    x, y = table.obsm["spatial"].T
+    pitch = np.median(cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], k=2)[0][:, 1])
+    size = (0.8 * pitch / (max(np.ptp(x), np.ptp(y)) + pitch) * 3.0 * 72) ** 2  # pt^2 on axes of about 3 inches
+    figure = Figure(figsize=(14.5, 6.2), layout="constrained")
+    axes = figure.subplots(2, 4)
+    for (label, genes), pair in zip(chosen.items(), axes.T[:3], strict=True):
+        for gene in genes:  # one, or none where no r is defined
+            at = table.var_names.get_loc(gene)
+            for ax, values, name in zip(
+                pair, (table.layers["target"], table.X), ("measured", "predicted"), strict=True
+            ):
+                shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
+                figure.colorbar(shown, ax=ax, shrink=0.7)
+                ax.set_title(f"{gene} ({label}), {name}" + f", r = {ranked[gene]:.2f}" * (name == "predicted"), size=9)
+        for ax in pair:
+            ax.set(aspect="equal")
+            ax.set_axis_off()
+    axes[0, 3].plot(np.arange(1, len(ranked) + 1), ranked, color="0.6", linewidth=1)
+    for group, names in groups.groupby("group", sort=False)["gene"]:
+        places = np.flatnonzero(ranked.index.isin(names))
+        axes[0, 3].plot(places + 1, ranked.iloc[places], ".", label=group)
+    axes[0, 3].axhline(common.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
+    axes[0, 3].set(xlabel="gene, best first", ylabel=f"Pearson r ({truth} truth)")
+    axes[0, 3].legend(frameon=False)
+    axes[1, 3].set_axis_off()
+    if (folder / "history.csv").is_file():
+        history = pd.read_csv(folder / "history.csv").set_index("epoch")
+        axes[1, 3].set_axis_on()
+        axes[1, 3].plot(history["train_mse"], label="training (augmented, dropout)")
+        axes[1, 3].plot(history["valid_mse"], label="validation")
+        axes[1, 3].axvline(history["valid_mse"].idxmin(), color="grey", linewidth=0.8, label="kept")
+        axes[1, 3].set(xlabel="epoch", ylabel="MSE over the panel", yscale="log")
+        axes[1, 3].legend(frameon=False)
+    figure.suptitle(title)
+    with common.whole_file(folder / "figures.png") as path:
+        figure.savefig(path, dpi=100)
+
+
 def print_published(path):
     """Published numbers, under a rule of their own: other protocols, other spots, nothing computed here."""
     table = pd.read_csv(path)
@@ -88,9 +141,10 @@ def main():
         experiment = common.set_up_experiment(recipe, data, out, seed)
         if seed == SEEDS[0]:
             common.print_header(globals(), recipe, experiment)
-        rows += common.run_setting("EfficientNet-B0", recipe, experiment, common.train_network)
-        rows += common.run_setting("ridge (colour)", recipe, experiment, common.ridge_on_colour)
-    common.print_table(f"mean Pearson r per gene group ({data.root})", rows)
+        for setting, compute in (("EfficientNet-B0", common.train_network), ("ridge (colour)", common.ridge_on_colour)):
+            rows += common.run_setting(setting, recipe, experiment, compute)
+            draw_figures(out / rows[-1]["folder"], f"{common.title_of(data)}{setting}, test slide {TEST_SLIDE}")
+    common.print_table("mean Pearson r per gene group", experiment, rows)
     if (data.root / "published_results.csv").is_file():
         print_published(data.root / "published_results.csv")
     print(f"figures, per-gene r, predictions and weights: {out}")

@@ -29,8 +29,6 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants as hub
-from matplotlib.figure import Figure
-from scipy.spatial import cKDTree
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -50,21 +48,12 @@ R_THRESHOLD = 0.30  # the paper counts the genes above it
 
 # What a constant may be: a tuple of the allowed values, or the two ends of a range.
 ALLOWED = {
-    "TARGET": ("harmony", "lognorm"),
-    "PROTOCOL": ("paper",),
-    "AUG": ("mpa", "stnet", "none"),
-    "DEVICE": ("auto", "cpu", "cuda"),
-    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
-    "DATASET": ("GSE240429", "HER2ST"),
-    "VALID_FRACTION": range(0, 1),
-    "HIDDEN": range(0, 1 << 20),
-    "IMAGE_SIZE": range(32, 1 << 12),
-    "EPOCHS": range(1, 1 << 20),
-    "BATCH_SIZE": range(2, 1 << 20),
-    "LEARNING_RATE": range(0, 1),
-    "SPOTS": range(2, 1 << 20),
-    "SLIDES": range(1, 1 << 10),
-}
+    "TARGET": ("harmony", "lognorm"), "PROTOCOL": ("paper",), "AUG": ("mpa", "stnet", "none"),
+    "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"),
+    "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "HIDDEN": range(0, 10**6),
+    "IMAGE_SIZE": range(32, 4096), "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6),
+    "LEARNING_RATE": range(0, 1), "SPOTS": range(2, 10**6), "SLIDES": range(1, 1000),
+}  # fmt: skip
 
 
 class InputError(Exception):
@@ -84,14 +73,6 @@ def whole_file(path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def check_not_truncated(page, path):
-    """Raise InputError where a TIFF page's pixels (a tifffile page) lie beyond the end of its file."""
-    needed = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
-    if needed > page.parent.filehandle.size:
-        held = page.parent.filehandle.size
-        raise InputError(f"{path}: truncated: {held:,} of at least {needed:,} bytes; remove it and fetch it again")
 
 
 def seed_of(*words):
@@ -180,20 +161,17 @@ def choose_device(recipe):
     if recipe["PRECISION"] == "fp16" and not cuda:
         raise InputError("--precision fp16: needs a GPU, since it trains with a loss scaler; use bf16 or fp32")
     if recipe["PRECISION"] != "auto":
-        return (
-            device,
-            {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe["PRECISION"], torch.float32),
-            "as asked",
-        )
-    if cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        return device, torch.bfloat16, "the GPU has bf16"
-    if cuda:
-        return device, torch.float16, "the GPU lacks bf16; with a loss scaler"
-    if not torch.cpu._is_avx512_bf16_supported():
-        return device, torch.float32, "the processor lacks bf16"
-    if recipe["IMAGE_SIZE"] < 160:
-        return device, torch.float32, "bf16 was measured slower on processors below 160 px"
-    return device, torch.bfloat16, "the processor has bf16"
+        choice, reason = recipe["PRECISION"], "as asked"
+    elif cuda:
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        choice, reason = ("bf16", "the GPU has it") if has else ("fp16", "the GPU lacks bf16; with a loss scaler")
+    elif not torch.cpu._is_avx512_bf16_supported():
+        choice, reason = "fp32", "the processor lacks bf16"
+    elif recipe["IMAGE_SIZE"] < 160:
+        choice, reason = "fp32", "measured faster than bf16 on processors below 160 px"
+    else:
+        choice, reason = "bf16", "the processor has it"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice], reason
 
 
 # ------------------------------------------------------------------------------------------- dataset
@@ -209,19 +187,9 @@ class SpotData:
     genes: list  # G names: the panel
     target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
     lognorm: np.ndarray  # (N, G) float32, log-normalised counts
+    colour: np.ndarray  # (N, 40) float64, colour and texture statistics of every patch
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
-
-    @property
-    def simulated(self):
-        return self.meta["simulated"]
-
-    @property
-    def pitch_px(self):
-        """Median distance from a spot to its nearest neighbour on the slide, px; 1 where every spot is alone."""
-        places = self.spots[["tissue_index", "pxl_row", "pxl_col"]].to_numpy(float) * (1e9, 1, 1)
-        nearest = cKDTree(places).query(places, k=2)[0][:, 1]
-        return float(np.median(nearest[nearest < 1e8])) if (nearest < 1e8).any() else 1.0
 
 
 def log_normalise(counts, totals):
@@ -258,16 +226,10 @@ def load_dataset(data_root, target):
     patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
     if not len(table) == len(patches) == len(lognorm):
         raise InputError(f"{folder}: {len(table)} rows, {len(patches)} patches, {len(lognorm)} counts: run {command}")
-    return SpotData(
-        root=root,
-        patches=patches,
-        spots=pd.DataFrame({name: table[name].to_numpy() for name in ID_COLUMNS}),
-        genes=genes,
-        target=lognorm if target == "lognorm" else table.select(genes).to_numpy(),
-        lognorm=lognorm,
-        meta=meta,
-        fingerprint=hashlib.sha256(meta_text).hexdigest()[:16],
-    )
+    spots = pd.DataFrame({name: table[name].to_numpy() for name in ID_COLUMNS})
+    expression = lognorm if target == "lognorm" else table.select(genes).to_numpy()
+    fingerprint = hashlib.sha256(meta_text).hexdigest()[:16]
+    return SpotData(root, patches, spots, genes, expression, lognorm, counts.obsm["colour"], meta, fingerprint)
 
 
 def split_random(spots, train_slides, test_slide, valid_fraction, seed):
@@ -277,18 +239,15 @@ def split_random(spots, train_slides, test_slide, valid_fraction, seed):
     """
     slides = sorted(spots["tissue_index"].unique())
     train_slides = train_slides or tuple(s for s in slides if s != test_slide)
-    for slide in (*train_slides, test_slide):
-        if slide not in slides:
-            raise InputError(f"slide {slide} is not in the dataset: it holds slides {', '.join(map(str, slides))}")
+    if unknown := {*train_slides, test_slide} - set(slides):
+        raise InputError(f"slide {min(unknown)} is not in the dataset: it holds slides {', '.join(map(str, slides))}")
     if test_slide in train_slides:
         raise InputError(f"slide {test_slide} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
     roles = np.where(spots["tissue_index"] == test_slide, "test", "").astype("U5")
     pool = np.flatnonzero(spots["tissue_index"].isin(train_slides))
     n_valid = round(valid_fraction * len(pool))
     if not 0 < n_valid < len(pool) - 1:
-        raise InputError(
-            f"VALID_FRACTION = {valid_fraction} of {len(pool)} spots leaves none for validation or training"
-        )
+        raise InputError(f"--valid-fraction {valid_fraction} of {len(pool)} spots leaves validation or training none")
     order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
     roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
     return roles
@@ -336,21 +295,11 @@ def resize_patches(patches, size, device="cpu"):
 # ------------------------------------------------------------------------------------------- augmentation
 
 
-@dataclass(frozen=True)
-class AugmentationDraw:
-    """One draw for n patches, on the CPU; row i belongs to patch i."""
-
-    symmetry: torch.Tensor  # (n, 3) bool: flip left-right, flip up-down, transpose, applied in this order
-    warped: torch.Tensor  # (n,) bool: whether the affine warp is applied
-    affine: torch.Tensor  # (n, 2, 3) float32: output (x, y, 1) in [-1, 1] -> input (x, y), as F.affine_grid takes it
-
-    def __getitem__(self, rows):
-        return AugmentationDraw(self.symmetry[rows], self.warped[rows], self.affine[rows])
-
-
 def draw_augmentation(n, preset, generator):
-    """Draw parameters for n patches. Presets: "mpa" (the paper's), "stnet" (the 8 symmetries), "none".
+    """Parameters for n patches, on the CPU: symmetry (n, 3) bool, warped (n,) bool, affine (n, 2, 3) float32.
 
+    Symmetry is flip left-right, flip up-down, transpose, in this order; affine maps output (x, y, 1) in [-1, 1] to
+    input (x, y), as F.affine_grid takes it. Presets: "mpa" (the paper's), "stnet" (the 8 symmetries), "none".
     MPA: flip left-right, flip up-down, transpose, each p = .5; then with p = .5 one affine warp of shift within
     10 % of the side, scale 0.9-1.1 and rotation within 30 degrees.
     """
@@ -362,7 +311,7 @@ def draw_augmentation(n, preset, generator):
     angle = torch.deg2rad((uniform[:, 7] * 2 - 1) * 30)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     turn = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)  # inverse of rotate and scale
-    return AugmentationDraw(symmetry, warped, torch.cat([turn, -turn @ shift[:, :, None]], 2))
+    return symmetry, warped, torch.cat([turn, -turn @ shift[:, :, None]], 2)
 
 
 def apply_symmetry(patches, symmetry):
@@ -373,12 +322,12 @@ def apply_symmetry(patches, symmetry):
     return torch.where(transpose, patches.transpose(2, 3), patches)
 
 
-def augment(patches, draw):
-    """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample where drawn."""
-    images = apply_symmetry(patches, draw.symmetry).float()
-    rows = draw.warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
+def augment(patches, symmetry, warped, affine):
+    """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample where warped."""
+    images = apply_symmetry(patches, symmetry).float()
+    rows = warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
     if len(rows):
-        affine = draw.affine[rows].to(images.device, non_blocking=True)
+        affine = affine[rows].to(images.device, non_blocking=True)
         rows = rows.to(images.device, non_blocking=True)
         grid = F.affine_grid(affine, (len(rows), *images.shape[1:]), align_corners=False)
         images[rows] = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=False)
@@ -402,14 +351,15 @@ class SpotRegressor(nn.Module):
         return self.head(self.backbone((pixels.float() - self.mean) / self.std))
 
 
-def build_model(backbone, n_genes, hidden, pretrained, seed, start=None):
-    """timm backbone with the paper's head, Dropout - Linear - ReLU - Dropout - Linear; hidden = 0 is one Linear.
+def build_model(recipe, n_genes, seed, start=None):
+    """timm BACKBONE with the paper's head, Dropout - Linear - ReLU - Dropout - Linear; HIDDEN = 0 is one Linear.
 
     Same seed, same initial weights; `start` (G,) is the output bias to start from instead of a random one.
     Raises InputError for an unknown name and for weights that cannot be had.
     """
     import timm  # here, because it takes seconds to import and scripts 17-19 do without
 
+    backbone, hidden, pretrained = recipe["BACKBONE"], recipe["HIDDEN"], recipe["PRETRAINED"]
     if pretrained:  # where the hub does not answer, read its cache only: the client would retry for most of a minute
         try:
             urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=10).close()
@@ -420,12 +370,12 @@ def build_model(backbone, n_genes, hidden, pretrained, seed, start=None):
         try:
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         except (OSError, RuntimeError) as error:
-            if not pretrained and "Unknown model" in str(error):
-                raise InputError(f"BACKBONE = {backbone!r}: timm knows no such model") from None
-            reason = str(error).splitlines()[0]
+            if "Unknown model" in str(error):
+                raise InputError(f"--backbone {backbone}: timm knows no such model") from None
+            reason = str(error).splitlines()[0][:120]
             raise InputError(
-                f"pretrained weights of {backbone} could not be loaded ({reason[:120]}): "
-                "connect to the network once, or train from random weights with --pretrained false"
+                f"pretrained weights of {backbone} could not be loaded ({reason}): connect to the network once, "
+                "or train from random weights with --pretrained false"
             ) from None
         layers = [nn.Dropout(0.5), nn.Linear(body.num_features, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
         head = nn.Sequential(*layers, nn.Linear(hidden or body.num_features, n_genes))
@@ -436,11 +386,8 @@ def build_model(backbone, n_genes, hidden, pretrained, seed, start=None):
 
 def count_parameters(model):
     """{"backbone", "total", "trainable"}: numbers of parameters."""
-    return {
-        "backbone": sum(p.numel() for p in model.backbone.parameters()),
-        "total": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    size = lambda module, *kinds: sum(p.numel() for p in module.parameters() if p.requires_grad in kinds)  # noqa: E731
+    return {"backbone": size(model.backbone, 0, 1), "total": size(model, 0, 1), "trainable": size(model, 1)}
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -472,7 +419,7 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     for batch in tqdm(batches_of(order, recipe["BATCH_SIZE"]), f"epoch {epoch + 1}", leave=False, disable=None):
         stop = start + len(batch)
         at = batch.to(patches.device)
-        images = augment(patches[at].to(device, non_blocking=True), draw[start:stop])
+        images = augment(patches[at].to(device, non_blocking=True), *(part[start:stop] for part in draw))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(predicted.float(), target[batch.to(target.device)])
@@ -493,9 +440,8 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
     and its validation prediction.
     """
     device = next(model.parameters()).device
-    optimiser = torch.optim.Adam(
-        [p for p in model.parameters() if p.requires_grad], recipe["LEARNING_RATE"], fused=True
-    )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     truth = torch.from_numpy(target).to(device)
     rows = torch.from_numpy(train_rows)
@@ -555,36 +501,6 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=EVAL_BATCH):
     return torch.cat(parts).cpu().numpy()
 
 
-def colour_statistics(patches):
-    """40 colour and texture statistics a patch, (n, 224, 224, 3) uint8 -> (n, 40) float64: a baseline's only input.
-
-    Mean, sd and three percentiles of red, green, blue; these and the skewness of the two dyes' densities
-    (Ruifrok and Johnston 2001); mean and sd of saturation; gradients and contrast of grey at three scales and
-    gradients of hematoxylin; shares of dark and white pixels.
-    """
-    dyes = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-    unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
-    parts = []
-    for start in range(0, len(patches), 64):
-        rgb = torch.from_numpy(patches[start : start + 64]).permute(0, 3, 1, 2).float().div(255)
-        rgb = F.avg_pool2d(rgb, 2)
-        stains = torch.einsum("bchw,cd->bdhw", -torch.log(rgb.clamp_min(1 / 255)), unmix)
-        flat = torch.cat([rgb, stains], 1).flatten(2)
-        mean, sd = flat.mean(2), flat.std(2)
-        skew = ((flat[:, 3:] - mean[:, 3:, None]) ** 3).mean(2) / sd[:, 3:].clamp_min(1e-6) ** 3
-        levels = flat[:, :, ::4].quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 0, 2).flatten(1)
-        saturation = (1 - rgb.amin(1) / rgb.amax(1).clamp_min(1e-3)).flatten(1)
-        grey = rgb.mean(1, keepdim=True)
-        texture = [saturation.mean(1), saturation.std(1)]
-        for scale in (1, 2, 4):
-            for image in (F.avg_pool2d(grey, scale), F.avg_pool2d(stains[:, :1], scale)):
-                texture += [(image.diff(dim=2).abs().mean((1, 2, 3)) + image.diff(dim=3).abs().mean((1, 2, 3)))]
-            texture += [F.avg_pool2d(grey, scale).std((1, 2, 3))]
-        texture += [(grey < 0.4).float().mean((1, 2, 3)), (grey > 0.85).float().mean((1, 2, 3))]
-        parts.append(torch.cat([mean, sd, skew, levels, torch.stack(texture, 1)], 1))
-    return torch.cat(parts).double().numpy()
-
-
 # ------------------------------------------------------------------------------------------- correlation
 
 
@@ -601,11 +517,9 @@ def pearson_per_gene(predicted, truth):
     constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(truth, axis=0) == 0)
     predicted -= predicted.mean(0)
     truth -= truth.mean(0)
-    products = [np.einsum("ng,ng->g", a, b) for a, b in ((predicted, truth), (predicted, predicted), (truth, truth))]
+    scale = np.sqrt((predicted**2).sum(0) * (truth**2).sum(0))
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 of a constant column is the NaN that it should be
-        r = products[0] / np.sqrt(products[1] * products[2])
-    r[constant] = np.nan
-    return np.clip(r, -1, 1)
+        return np.clip(np.where(constant, np.nan, (predicted * truth).sum(0) / scale), -1, 1)
 
 
 def score_genes(predicted, truth, slides):
@@ -644,8 +558,10 @@ class Experiment:
         """Row numbers of the spots with these roles, in the order of the roles."""
         return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
 
-    def title(self, text):
-        return f"SIMULATED slides: {text}" if self.data.simulated else text
+
+def title_of(data):
+    """What the header, every table's title and every figure of a run on simulated slides begin with."""
+    return "SIMULATED slides: " if data.meta["simulated"] else ""
 
 
 def set_up_experiment(recipe, data, out, seed):
@@ -672,18 +588,22 @@ def run_setting(setting, recipe, experiment, compute):
         return json.loads((folder / "rows.json").read_text())
     began = time.perf_counter()
     predicted, more = compute(recipe, experiment, folder)
-    rows, per_gene = score_rows(setting, recipe, experiment, predicted, more | {"seconds": time.perf_counter() - began})
+    more |= {"seconds": time.perf_counter() - began, "folder": folder.name}
+    rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
     split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""]
-    for name, table in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
+    at = experiment.rows("valid", "test")
+    table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
+    table.var = per_gene.set_index("gene")
+    table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
+    table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    for name, frame in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
         with whole_file(folder / f"{name}.csv") as path:
-            table.to_csv(path, index=False)
-    with whole_file(folder / "recipe.json") as path:
-        path.write_text(json.dumps(facts, indent=1) + "\n")
-    write_predictions(folder / "predictions.h5ad", experiment, predicted, per_gene)
-    draw_ranked_r(folder / "r_ranked.png", experiment, per_gene, setting)
-    draw_maps(folder / "maps.png", experiment, predicted, per_gene, setting)
-    with whole_file(folder / "rows.json") as path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+            frame.to_csv(path, index=False)
+    with whole_file(folder / "predictions.h5ad") as path:
+        table.write_h5ad(path)
+    for name, content in (("recipe", facts), ("rows", rows)):
+        with whole_file(folder / f"{name}.json") as path:
+            path.write_text(json.dumps(content, indent=1) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return rows
 
@@ -691,9 +611,7 @@ def run_setting(setting, recipe, experiment, compute):
 def score_rows(setting, recipe, experiment, predicted, facts):
     """([one dict a split and truth], per-gene table); NaN becomes None in the dicts, as JSON has none."""
     data, rows = experiment.data, experiment.rows("valid", "test")
-    truths = {"lognorm": data.lognorm}
-    if recipe["TARGET"] == "harmony":
-        truths = {"harmony": data.target, **truths}
+    truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
     table, per_gene = [], pd.DataFrame({"gene": data.genes})
     for split in ("valid", "test"):
         at = experiment.roles[rows] == split
@@ -713,15 +631,12 @@ def score_rows(setting, recipe, experiment, predicted, facts):
 
 
 def train_network(recipe, experiment, folder):
-    """Train the recipe's network and predict, for run_setting; writes weights.safetensors, history.csv and loss.png."""
+    """Train the recipe's network and predict, for run_setting; writes weights.safetensors and history.csv."""
     data = experiment.data
     train_rows, valid_rows = experiment.rows("train"), experiment.rows("valid")
     device, dtype, _ = choose_device(recipe)
     start = data.target[train_rows].mean(0) if recipe["START_AT_MEAN"] else None
-    model = build_model(
-        recipe["BACKBONE"], len(data.genes), recipe["HIDDEN"], recipe["PRETRAINED"], experiment.seed, start
-    )
-    model.to(device, memory_format=torch.channels_last)
+    model = build_model(recipe, len(data.genes), experiment.seed, start).to(device, memory_format=torch.channels_last)
     patches = resize_patches(data.patches, recipe["IMAGE_SIZE"], device)
     slides = data.spots["tissue_index"].to_numpy()[valid_rows]
     print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
@@ -729,9 +644,10 @@ def train_network(recipe, experiment, folder):
     def report(line, predicted, best_epoch):
         r = score_genes(predicted, data.target[valid_rows], slides)["r"]
         line["valid_heg"] = group_means(r, data.genes, experiment.groups)["heg"]
-        form = "{epoch:4}{mark} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
-        form += " {images_per_s:10.1f} {seconds:9.1f}"
-        print(form.format(mark="*" if line["epoch"] == best_epoch else " ", **line), flush=True)
+        form = "{epoch:4}{} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
+        print(
+            (form + "{images_per_s:11.1f} {seconds:9.1f}").format("* "[line["epoch"] != best_epoch], **line), flush=True
+        )
 
     history = fit(
         model, patches, data.target, train_rows, valid_rows,
@@ -748,7 +664,6 @@ def train_network(recipe, experiment, folder):
         safetensors.torch.save_file(state, path, {name: json.dumps(value) for name, value in metadata.items()})
     with whole_file(folder / "history.csv") as path:
         pd.DataFrame(history).to_csv(path, index=False)
-    draw_history(folder / "loss.png", history, experiment.title(recipe["BACKBONE"]))
     return predicted, {
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
         "best_epoch": min(history, key=lambda line: line["valid_mse"])["epoch"],
@@ -760,135 +675,70 @@ def train_network(recipe, experiment, folder):
 
 def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
     """Ridge regression on standardised colour statistics, for run_setting: no image network may lose to it."""
-    features, target = colour_statistics(experiment.data.patches), experiment.data.target
-    train_rows = experiment.rows("train")
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(features[train_rows], target[train_rows])
-    return ridge.predict(features[experiment.rows("valid", "test")]).astype(np.float32), {"weights": "none"}
-
-
-def write_predictions(path, experiment, predicted, per_gene):
-    """AnnData of the validation and test spots: X predicted; layers lognorm and target; var per-gene scores."""
-    data, rows = experiment.data, experiment.rows("valid", "test")
-    obs = data.spots.iloc[rows].set_index("id").assign(role=experiment.roles[rows])
-    table = anndata.AnnData(predicted, obs=obs, var=per_gene.set_index("gene"))
-    table.layers["lognorm"], table.layers["target"] = data.lognorm[rows], data.target[rows]
-    table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    with whole_file(path) as partial:
-        table.write_h5ad(partial)
-
-
-def _ranked_r(per_gene):
-    """(r of the genes that have one on the test slide, best first; the truth that it is measured on)."""
-    column = next(name for name in per_gene if name.startswith("test_") and name.endswith("_r"))
-    return per_gene.set_index("gene")[column].dropna().sort_values(ascending=False), column.split("_")[1]
-
-
-def draw_history(path, history, title):
-    """Loss curves; the vertical line is the epoch whose weights are kept."""
-    figure, table = Figure(figsize=(6, 3.6), layout="constrained"), pd.DataFrame(history)
-    axes = figure.subplots()
-    axes.plot(table["epoch"], table["train_mse"], label="training (augmented, dropout)")
-    axes.plot(table["epoch"], table["valid_mse"], label="validation")
-    axes.axvline(table["epoch"][table["valid_mse"].idxmin()], color="grey", linewidth=0.8, label="kept")
-    axes.set(xlabel="epoch", ylabel="MSE over the panel", title=title)
-    axes.legend(frameon=False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110)
-
-
-def draw_ranked_r(path, experiment, per_gene, setting):
-    """r of all genes on the test slide, best first, the gene groups marked."""
-    ranked, truth = _ranked_r(per_gene)
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(np.arange(1, len(ranked) + 1), ranked, color="0.6", linewidth=1)
-    for group, names in experiment.groups.groupby("group", sort=False)["gene"]:
-        at = ranked.index.isin(names)
-        axes.plot(np.flatnonzero(at) + 1, ranked[at], ".", label=group)
-    axes.axhline(R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="gene, best first", ylabel=f"Pearson r ({truth} truth)", title=experiment.title(f"{setting}, test"))
-    axes.legend(frameon=False)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110)
-
-
-def draw_maps(path, experiment, predicted, per_gene, setting):
-    """Measured above predicted expression on the test slide: the best, a median and the best marker gene."""
-    data, rows = experiment.data, experiment.rows("valid", "test")
-    ranked, truth = _ranked_r(per_gene)
-    markers = ranked.index[ranked.index.isin(experiment.groups["gene"][experiment.groups["group"] == "MG"])]
-    chosen = [("best", ranked.index[:1]), ("median", ranked.index[len(ranked) // 2 :][:1]), ("marker", markers[:1])]
-    chosen = [(label, gene) for label, genes in chosen for gene in genes]  # a constant prediction has none
-    at = experiment.roles[rows] == "test"
-    spots, values = data.spots.iloc[rows[at]], (data.target if truth == "harmony" else data.lognorm)[rows[at]]
-    width = max(np.ptp(spots["pxl_col"]), np.ptp(spots["pxl_row"])) + data.pitch_px
-    size = (0.85 * data.pitch_px / width * 3.0 * 72) ** 2  # pt^2: a marker nearly as wide as the pitch, on 3 inches
-    figure = Figure(figsize=(3.4 * max(1, len(chosen)), 6.2), layout="constrained")
-    for column, (label, gene) in enumerate(chosen):
-        g = data.genes.index(gene)
-        panels = {f"{gene} ({label}), measured": values[:, g], f"predicted, r = {ranked[gene]:.2f}": predicted[at, g]}
-        for line, (title, colours) in enumerate(panels.items()):
-            axes = figure.add_subplot(2, len(chosen), line * len(chosen) + column + 1, aspect="equal")
-            shown = axes.scatter(spots["pxl_col"], -spots["pxl_row"], c=colours, s=size, linewidths=0)
-            figure.colorbar(shown, ax=axes, shrink=0.7)
-            axes.set_axis_off()
-            axes.set_title(title, size=9)
-    figure.suptitle(experiment.title(f"{setting}, test slide {spots['tissue_index'].iloc[0]}"), size=10)
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=110)
+    data, train_rows = experiment.data, experiment.rows("train")
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(data.colour[train_rows], data.target[train_rows])
+    return ridge.predict(data.colour[experiment.rows("valid", "test")]).astype(np.float32), {"weights": "none"}
 
 
 def print_header(script, recipe, experiment):
     """What is run on what: data, target, protocol, split, gene groups, machine, weights and size of the model."""
-    data, roles = experiment.data, experiment.roles
+    data = experiment.data
     device, dtype, reason = choose_device(recipe)
-    slides = data.spots["tissue_index"]
-    count = {role: int((roles == role).sum()) for role in ("train", "valid", "test")}
-    of = {role: ",".join(map(str, np.unique(slides[roles == role]))) for role in count}
+    slides, rows = data.spots["tissue_index"], {role: experiment.rows(role) for role in ("train", "valid", "test")}
+    of = {role: ",".join(map(str, np.unique(slides[at]))) for role, at in rows.items()}
     target = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
-    lists = experiment.gene_lists
-    for group, names in experiment.groups.groupby("group", sort=False)["gene"]:
-        missing = [gene for gene in names if gene not in set(data.genes)]
-        lists += f"; {len(missing)} {group} not in the panel: {', '.join(missing)}" if missing else ""
+    missing = experiment.groups[~experiment.groups["gene"].isin(data.genes)]
+    lists = experiment.gene_lists + (f"; not in the panel: {', '.join(missing['gene'])}" if len(missing) else "")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     with torch.device("meta"):  # sizes without memory
-        model = build_model(recipe["BACKBONE"], len(data.genes), recipe["HIDDEN"], False, 0)
+        model = build_model(recipe | {"PRETRAINED": False}, len(data.genes), 0)
     size = {part: f"{number / 1e6:.1f} M" for part, number in count_parameters(model).items()}
-    print(f"""
-{Path(script["__file__"]).stem}{"   SIMULATED slides" if data.simulated else ""}
-data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes
-target      {recipe["TARGET"]} ({target[recipe["TARGET"]]})
-protocol    {recipe["PROTOCOL"]} (as published: the panel is chosen on all slides, so transductive)
-split       {count["train"]} training, {count["valid"]} validation spots (slides {of["train"]}); \
-{count["test"]} test spots (slide {of["test"]})
-gene groups {lists}
-device      {device.type} ({where}), {str(dtype).removeprefix("torch.")} ({reason})
-weights     {"pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining"}
-model       {recipe["BACKBONE"]} at {recipe["IMAGE_SIZE"]} px: backbone {size["backbone"]} parameters, \
-with the head {size["total"]}""")
+    print(f"\n{title_of(data)}{Path(script['__file__']).stem}")
+    for name, text in {
+        "data": f"{data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
+        "target": f"{recipe['TARGET']} ({target[recipe['TARGET']]})",
+        "protocol": f"{recipe['PROTOCOL']} (as published: the panel is chosen on all slides, so transductive)",
+        "split": f"{len(rows['train'])} training, {len(rows['valid'])} validation spots (slides {of['train']}); "
+        f"{len(rows['test'])} test spots (slide {of['test']})",
+        "gene groups": lists,
+        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
+        "model": f"{recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px: backbone {size['backbone']} parameters, "
+        f"with the head {size['total']}",
+    }.items():
+        print(f"{name:11} {text}")
 
 
-TABLE_COLUMNS = {  # key of a row: (heading, width, format)
-    "setting": ("setting", -18, "s"), "split": ("split", -5, "s"), "truth": ("truth", -7, "s"),
-    "n_spots": ("spots", 6, "d"), "heg": ("HEG", 8, ".3f"), "hvg": ("HVG", 8, ".3f"), "mg": ("MG", 8, ".3f"),
-    "all": ("all", 8, ".3f"), "heg_pooled": ("HEG pooled", 10, ".3f"), "n_genes_r30": ("r>=.30", 7, "d"),
-    "mse": ("MSE", 8, ".4f"), "seconds": ("seconds", 8, ".0f"),
+TABLE_COLUMNS = {  # key of a row: (heading, format)
+    "setting": ("setting", "<18"), "split": ("split", "<5"), "truth": ("truth", "<7"), "n_spots": ("spots", ">6"),
+    "heg": ("HEG", ">8.3f"), "hvg": ("HVG", ">8.3f"), "mg": ("MG", ">8.3f"), "all": ("all", ">8.3f"),
+    "heg_pooled": ("HEG pooled", ">10.3f"), "n_genes_r30": ("r>=.30", ">7"), "mse": ("MSE", ">8.4f"),
+    "seconds": ("seconds", ">8.0f"),
 }  # fmt: skip
 
 
-def print_table(title, rows):
-    """One ruled table; a group mean over fewer genes than the group has says over how many, as 0.310/47."""
-    full = {"heg_n": GROUP_SIZE, "hvg_n": GROUP_SIZE, "mg_n": len(MARKER_GENES)}
+def print_table(title, experiment, rows):
+    """One ruled table; a group mean over fewer genes than the group lists says over how many, as 0.310/47."""
+    listed = experiment.groups["group"].value_counts()
 
-    def cell(row, key):
-        _, width, form = TABLE_COLUMNS[key]
-        text = "-" if row.get(key) is None else format(row[key], form)
-        text += f"/{row[f'{key}_n']}" if row.get(f"{key}_n", math.inf) < full.get(f"{key}_n", 0) else ""
-        return text.ljust(-width) if width < 0 else text.rjust(width)
+    def cell(key, value, form, row):
+        plain = re.match(r"[<>]\d+", form)[0]
+        text = "-" if value is None else format(value, form).strip()
+        few = key.upper() in listed.index and row[f"{key}_n"] < listed[key.upper()]
+        return format(f"{text}/{row[f'{key}_n']}" if few else text, plain)
 
-    head = " ".join(name.ljust(-width) if width < 0 else name.rjust(width) for name, width, _ in TABLE_COLUMNS.values())
-    body = [" ".join(cell(row, key) for key in TABLE_COLUMNS) for row in rows]
-    print("", title, "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n")
+    head = " ".join(cell("", name, re.match(r"[<>]\d+", form)[0], {}) for name, form in TABLE_COLUMNS.values())
+    body = [" ".join(cell(k, row.get(k), form, row) for k, (_, form) in TABLE_COLUMNS.items()) for row in rows]
+    print(
+        "",
+        f"{title_of(experiment.data)}{title} ({experiment.data.root})",
+        "=" * len(head),
+        head,
+        "-" * len(head),
+        *body,
+        "=" * len(head),
+        sep="\n",
+    )
 
 
 def finish_run(script, experiment, rows):
@@ -897,5 +747,5 @@ def finish_run(script, experiment, rows):
     on_disk = [row for path in sorted(out.glob("*/rows.json")) for row in json.loads(path.read_text())]
     with whole_file(out / "rows.csv") as path:
         pd.DataFrame(on_disk).to_csv(path, index=False)
-    result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.simulated}
+    result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
     print(json.dumps(result | {"out": str(out), "rows": rows}))

@@ -41,10 +41,10 @@ def test_mpa_equals_the_per_image_reference(symmetry, warped):
     generator = torch.Generator().manual_seed(3)
     patches = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8, generator=generator)
     draw = common.draw_augmentation(6, "mpa", generator)
-    draw = common.AugmentationDraw(torch.tensor([symmetry] * 6), torch.full((6,), warped), draw.affine)
-    got = common.augment(patches, draw).numpy()
+    affine = draw[2]
+    got = common.augment(patches, torch.tensor([symmetry] * 6), torch.full((6,), warped), affine).numpy()
     for i in range(6):
-        expected = reference(patches[i].numpy(), symmetry, warped, draw.affine[i].double().numpy())
+        expected = reference(patches[i].numpy(), symmetry, warped, affine[i].double().numpy())
         np.testing.assert_allclose(got[i], expected, atol=0.02)  # of 255 grey levels: float32 places
 
 
@@ -52,11 +52,11 @@ def test_mixed_batch_touches_only_its_own_rows():
     generator = torch.Generator().manual_seed(4)
     patches = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=generator)
     draw = common.draw_augmentation(40, "mpa", generator)
-    assert 5 < draw.warped.sum() < 35
-    whole = common.augment(patches, draw)
-    single = torch.cat([common.augment(patches[i : i + 1], draw[i : i + 1]) for i in range(40)])
+    assert 5 < draw[1].sum() < 35
+    whole = common.augment(patches, *draw)
+    single = torch.cat([common.augment(patches[i : i + 1], *(part[i : i + 1] for part in draw)) for i in range(40)])
     torch.testing.assert_close(whole, single, rtol=0, atol=1e-3)
-    exact = ~draw.warped
+    exact = ~draw[1]
     assert (whole[exact] == whole[exact].round()).all()
 
 
@@ -67,13 +67,13 @@ def test_the_eight_symmetries_are_exact_and_different():
 
 
 def test_draws_keep_their_limits_and_probabilities():
-    draw = common.draw_augmentation(20_000, "mpa", torch.Generator().manual_seed(0))
-    assert (draw.symmetry.float().mean(0) - 0.5).abs().max() < 0.02
-    assert abs(draw.warped.float().mean() - 0.5) < 0.02
-    turn = draw.affine[:, :, :2].double()
+    symmetry, warped, affine = common.draw_augmentation(20_000, "mpa", torch.Generator().manual_seed(0))
+    assert (symmetry.float().mean(0) - 0.5).abs().max() < 0.02
+    assert abs(warped.float().mean() - 0.5) < 0.02
+    turn = affine[:, :, :2].double()
     scale = 1 / torch.linalg.det(turn).sqrt()
     angle = torch.rad2deg(torch.atan2(turn[:, 0, 1], turn[:, 0, 0]))
-    shift = torch.linalg.solve(turn, -draw.affine[:, :, 2].double()) / 2  # of the side
+    shift = torch.linalg.solve(turn, -affine[:, :, 2].double()) / 2  # of the side
     for values, low, high in ((scale, 0.9, 1.1), (angle, -30, 30), (shift, -0.1, 0.1)):
         span = high - low
         assert low - 1e-4 <= values.min() < low + 0.01 * span and high - 0.01 * span < values.max() <= high + 1e-4
@@ -81,9 +81,8 @@ def test_draws_keep_their_limits_and_probabilities():
 
 def test_presets_differ_as_named():
     draws = {p: common.draw_augmentation(100, p, torch.Generator().manual_seed(0)) for p in ("mpa", "stnet", "none")}
-    assert not draws["none"].symmetry.any() and not draws["none"].warped.any()
-    assert draws["stnet"].symmetry.any() and not draws["stnet"].warped.any()
-    assert draws["mpa"].warped.any()
+    kinds = {preset: (bool(symmetry.any()), bool(warped.any())) for preset, (symmetry, warped, _) in draws.items()}
+    assert kinds == {"none": (False, False), "stnet": (True, False), "mpa": (True, True)}
 
 
 def test_resized_patches_keep_order_and_colour():

@@ -161,7 +161,7 @@ def check_one_line(capsys, words):
         (["--train-slides", "1,x"], ["--train-slides 1,x"]),
         (["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
         (["--test-slide", "9"], ["slide 9", "1, 2, 3, 4"]),
-        (["--valid-fraction", "0"], ["VALID_FRACTION = 0.0"]),
+        (["--valid-fraction", "0"], ["--valid-fraction 0.0"]),
         (["--valid-fraction", "1.5"], ["--valid-fraction 1.5"]),
         (["--backbone", "efficientnet_b00"], ["efficientnet_b00", "timm"]),
         (["--device", "tpu"], ["--device tpu"]),

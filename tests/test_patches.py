@@ -168,7 +168,7 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     data = common.load_dataset(tmp_path, "lognorm")
     assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
     seen = []
-    model = common.build_model("efficientnet_b0", 2, 0, False, 0)
+    model = common.build_model({"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False}, 2, 0)
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     import torch
 
@@ -276,6 +276,17 @@ def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
     assert data.genes == [f"G{i}" for i in range(0, 12, 2)]
     order = [spots["barcode"].tolist().index(b) for b in data.spots["barcode"]]
     assert np.array_equal(data.target, harmony.T[order])
+
+
+def test_colour_statistics_tell_what_they_say():
+    script = load_script("19")
+    patches = np.empty((3, 224, 224, 3), np.uint8)
+    patches[0], patches[1], patches[2] = 255, (200, 100, 50), np.random.default_rng(0).integers(0, 256, (224, 224, 3))
+    values = script.colour_statistics(patches)
+    assert values.shape == (3, 40) and np.isfinite(values).all()
+    np.testing.assert_allclose(values[1, :3], np.array([200, 100, 50]) / 255, rtol=1e-5)
+    halves = patches[2].reshape(112, 2, 112, 2, 3).mean((1, 3)) / 255
+    np.testing.assert_allclose(values[2, 5:8], halves.std((0, 1)), rtol=1e-3)  # sd, after 5 means
 
 
 def test_panel_is_the_union_of_each_slides_variable_genes_and_the_markers(simulated):

@@ -11,6 +11,7 @@ import torch
 
 import common
 
+NETWORK = {"BACKBONE": "efficientnet_b0", "HIDDEN": 8, "PRETRAINED": False}
 RECIPE = {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4, "AUG": "mpa"}
 
 
@@ -23,7 +24,7 @@ def little():
 
 def train(little, recipe=RECIPE, hidden=8, **more):
     patches, target, train_rows, valid_rows = little
-    model = common.build_model("efficientnet_b0", target.shape[1], hidden, False, 42)
+    model = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": hidden}, target.shape[1], 42)
     history = common.fit(
         model, patches, target, train_rows, valid_rows, recipe=recipe, seed=42, dtype=torch.float32, **more
     )
@@ -104,7 +105,7 @@ def test_the_kept_weights_are_the_best_epochs(little):
 
 def test_tta_is_the_mean_over_the_eight_symmetries(little):
     patches, _target, *_ = little
-    model = common.build_model("efficientnet_b0", 5, 0, False, 1).eval()
+    model = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 0}, 5, 1).eval()
     views = [f(g) for f in (lambda x: x, lambda x: x.flip(3)) for g in (patches, patches.flip(2))]
     views += [view.transpose(2, 3) for view in views]
     with torch.inference_mode():
@@ -115,15 +116,19 @@ def test_tta_is_the_mean_over_the_eight_symmetries(little):
 
 def test_parameters_of_the_papers_model():
     with torch.device("meta"):
-        count = common.count_parameters(common.build_model("efficientnet_b0", 3467, 3000, False, 0))
-        resnet = common.count_parameters(common.build_model("resnet50", 3467, 3000, False, 0))
+        count = common.count_parameters(
+            common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 3000}, 3467, 0)
+        )
+        resnet = common.count_parameters(
+            common.build_model({**NETWORK, "BACKBONE": "resnet50", "HIDDEN": 3000}, 3467, 0)
+        )
     assert count["backbone"] == 4_007_548 and count["total"] == 4_007_548 + 1281 * 3000 + 3001 * 3467
     assert resnet["backbone"] == 23_508_032 and resnet["total"] == 23_508_032 + 2049 * 3000 + 3001 * 3467
 
 
 def test_start_at_mean_is_the_first_prediction_of_a_silent_network():
     start = np.arange(5, dtype=np.float32)
-    model = common.build_model("efficientnet_b0", 5, 8, False, 0, start)
+    model = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 8}, 5, 0, start)
     assert np.array_equal(model.head[-1].bias.detach().numpy(), start)
 
 
@@ -162,11 +167,12 @@ def test_last_line_is_the_json_of_the_contract(trained, simulated):
         assert len(same) == 1 and same["mse"].iloc[0] == row.mse
 
 
-def test_simulated_slides_are_named_in_header_and_figures(trained):
-    assert "SIMULATED" in trained[1].splitlines()[9:16][0] or "SIMULATED slides" in trained[1]
+def test_simulated_slides_are_named_and_the_folder_is_complete(trained):
+    assert "\nSIMULATED slides: 20_train_effb0_sota_split8020\n" in trained[1]
+    assert "\nSIMULATED slides: mean Pearson r per gene group" in trained[1]
     (folder,) = trained[0].glob("EfficientNet-B0-*")
     names = {"per_gene.csv", "split.csv", "genes.csv", "recipe.json", "history.csv", "predictions.h5ad"}
-    names |= {"weights.safetensors", "maps.png", "r_ranked.png", "loss.png", "rows.json"}
+    names |= {"weights.safetensors", "figures.png", "rows.json"}
     assert {path.name for path in folder.iterdir()} == names
 
 
@@ -176,7 +182,7 @@ def test_the_reported_score_belongs_to_the_saved_weights(trained, simulated):
     data = common.load_dataset(simulated, "harmony")
     split = pd.read_csv(folder / "split.csv").set_index("id")["role"].reindex(data.spots["id"])
     test_rows = np.flatnonzero(split == "test")
-    model = common.build_model("efficientnet_b0", len(data.genes), 16, False, 7)
+    model = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 16}, len(data.genes), 7)
     model.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
     predicted = common.predict(model, common.resize_patches(data.patches, 32), test_rows, dtype=torch.float32)
     saved = scanpy.read_h5ad(folder / "predictions.h5ad")
@@ -258,9 +264,13 @@ def test_gpu_augments_and_trains_as_the_cpu_does(little):
     patches, target, train_rows, valid_rows = little
     draw = common.draw_augmentation(14, "mpa", torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        common.augment(patches.cuda(), draw).cpu(), common.augment(patches, draw), rtol=0, atol=0.05
+        common.augment(patches.cuda(), *draw).cpu(), common.augment(patches, *draw), rtol=0, atol=0.05
     )
-    model = common.build_model("efficientnet_b0", 5, 8, False, 42).cuda().to(memory_format=torch.channels_last)
+    model = (
+        common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 8}, 5, 42)
+        .cuda()
+        .to(memory_format=torch.channels_last)
+    )
     placed = common.resize_patches(patches.permute(0, 2, 3, 1).numpy(), 32, "cuda")
     history = common.fit(model, placed, target, train_rows, valid_rows, recipe=RECIPE, seed=42, dtype=torch.bfloat16)
     assert placed.is_cuda and np.isfinite([line["valid_mse"] for line in history]).all()
