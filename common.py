@@ -14,6 +14,7 @@ import re
 import resource
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,8 +82,6 @@ def seed_of(*words):
 
 
 # ------------------------------------------------------------------------------------------- run set-up
-
-
 def recipe_of(script):
     """{name: value} of the constants in a script's ruled block as they stand now; a run is saved with them."""
     return {name: script[name] for name, _ in _constant_lines(script)}
@@ -108,21 +107,19 @@ def _parse_constant(flag, text, default):
 
 def override_constants(script, argv):
     """Set a script's constants from the command line, `--quick`'s QUICK_BUDGET first. Prints what changed."""
-    parser = argparse.ArgumentParser(
-        description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
+    parser = argparse.ArgumentParser(None, None, script["__doc__"], formatter_class=raw, allow_abbrev=False)
     parser.exit_on_error = False
-    flags = {name: "--" + name.lower().replace("_", "-") for name, _ in _constant_lines(script)}
+    flags = {}
     for name, comment in _constant_lines(script):
-        value = script[name]
+        flags[name], value = "--" + name.lower().replace("_", "-"), script[name]
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         bare = {"nargs": "?", "const": "true"} if isinstance(value, bool) else {}
         parser.add_argument(flags[name], dest=name, metavar="", help=f"{comment} [{shown}]".replace("%", "%%"), **bare)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = get_close_matches(unknown[0].split("=")[0], flags.values(), 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists the constants"
-        raise InputError(f"{Path(script['__file__']).name} has no constant {unknown[0]}: {hint}")
+        close = [*get_close_matches(unknown[0].split("=")[0], flags.values(), 1), "--help, which lists the constants"]
+        raise InputError(f"{Path(script['__file__']).name} has no constant {unknown[0]}: did you mean {close[0]}?")
     texts = {name: text for name, text in vars(given).items() if text is not None}
     values = {name: _parse_constant(flags[name], text, script[name]) for name, text in texts.items()}
     if values.get("QUICK", script.get("QUICK", False)):
@@ -175,8 +172,6 @@ def choose_device(recipe):
 
 
 # ------------------------------------------------------------------------------------------- dataset
-
-
 @dataclass(frozen=True)
 class SpotData:
     """The spots of a data root; row i of every member is the same spot."""
@@ -193,10 +188,7 @@ class SpotData:
 
 
 def log_normalise(counts, totals):
-    """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G) float32.
-
-    Equals scanpy's normalize_total(target_sum=1e4) and log1p on the full matrix. A spot without counts is all 0.
-    """
+    """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G) float32."""
     scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
     dense = counts.toarray() if scipy.sparse.issparse(counts) else np.asarray(counts)
     return np.log1p(dense * scale[:, None]).astype(np.float32)
@@ -276,8 +268,7 @@ def choose_gene_groups(data, roles):
 def resize_patches(patches, size, device="cpu"):
     """(N, 224, 224, 3) uint8 array -> (N, 3, size, size) uint8 tensor in channels-last memory, antialiased.
 
-    On the device where that fills at most half of its free memory, else on the CPU; at 224 px there it is the memory
-    map itself, of which nothing is read yet.
+    On the device where it fills at most half of the free memory, else on the CPU: at 224 px the memory map itself.
     """
     resized = torch.from_numpy(patches)
     if size != patches.shape[1]:
@@ -293,8 +284,6 @@ def resize_patches(patches, size, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------- augmentation
-
-
 def draw_augmentation(n, preset, generator):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool, warped (n,) bool, affine (n, 2, 3) float32.
 
@@ -335,8 +324,6 @@ def augment(patches, symmetry, warped, affine):
 
 
 # ------------------------------------------------------------------------------------------- model
-
-
 class SpotRegressor(nn.Module):
     """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression."""
 
@@ -363,8 +350,8 @@ def build_model(recipe, n_genes, seed, start=None):
     if pretrained:  # where the hub does not answer, read its cache only: the client would retry for most of a minute
         try:
             urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=10).close()
-        except OSError:
-            hub.HF_HUB_OFFLINE = True
+        except OSError as error:
+            hub.HF_HUB_OFFLINE = not isinstance(error, urllib.error.HTTPError)  # which is an answer, too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
         try:
@@ -372,11 +359,8 @@ def build_model(recipe, n_genes, seed, start=None):
         except (OSError, RuntimeError) as error:
             if "Unknown model" in str(error):
                 raise InputError(f"--backbone {backbone}: timm knows no such model") from None
-            reason = str(error).splitlines()[0][:120]
-            raise InputError(
-                f"pretrained weights of {backbone} could not be loaded ({reason}): connect to the network once, "
-                "or train from random weights with --pretrained false"
-            ) from None
+            reason = f"no pretrained weights of {backbone}: {str(error).splitlines()[0][:120]}"
+            raise InputError(f"{reason}; connect to the network once, or use --pretrained false") from None
         layers = [nn.Dropout(0.5), nn.Linear(body.num_features, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
         head = nn.Sequential(*layers, nn.Linear(hidden or body.num_features, n_genes))
     if start is not None:
@@ -391,8 +375,6 @@ def count_parameters(model):
 
 
 # ------------------------------------------------------------------------------------------- training
-
-
 def learning_rate_at(epoch, epochs, base):
     """Cosine from `base` in epoch 0 to zero after the last one; stepped by the epoch, never by the loss."""
     return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
@@ -414,12 +396,12 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     draw = draw_augmentation(len(order), recipe["AUG"], generator)
     torch.manual_seed(seed_of(seed, "dropout", epoch))
     model.train()
-    total = torch.zeros((), device=device)
-    start = 0
+    total, start = torch.zeros((), device=device), 0
     for batch in tqdm(batches_of(order, recipe["BATCH_SIZE"]), f"epoch {epoch + 1}", leave=False, disable=None):
         stop = start + len(batch)
-        at = batch.to(patches.device)
-        images = augment(patches[at].to(device, non_blocking=True), *(part[start:stop] for part in draw))
+        images = augment(
+            patches[batch.to(patches.device)].to(device, non_blocking=True), *(part[start:stop] for part in draw)
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(predicted.float(), target[batch.to(target.device)])
@@ -436,21 +418,19 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
 
     patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. `checkpoint` is a file that a killed
-    run goes on from. `report(line, predicted, best_epoch)` sees each epoch's line of the history, to which it may add,
-    and its validation prediction.
+    run goes on from. `report(line, predicted, best_epoch)` sees each epoch's line of the history and may add to it.
     """
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    truth = torch.from_numpy(target).to(device)
-    rows = torch.from_numpy(train_rows)
+    stateful = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    truth, rows = torch.from_numpy(target).to(device), torch.from_numpy(train_rows)
     history, best = [], None
     if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
+        for part, owner in stateful.items():
+            owner.load_state_dict(state[part])
         history, best = state["history"], state["best"]
         print(f"going on after epoch {len(history)} of {recipe['EPOCHS']} ({checkpoint})")
     for epoch in range(len(history), recipe["EPOCHS"]):
@@ -474,15 +454,13 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
         history.append(line)
         if checkpoint is not None:
             with whole_file(checkpoint) as path:
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-                torch.save(state | {"scaler": scaler.state_dict(), "history": history, "best": best}, path)
+                state = {part: owner.state_dict() for part, owner in stateful.items()}
+                torch.save(state | {"history": history, "best": best}, path)
     model.load_state_dict(best["weights"])
     return history
 
 
 # ------------------------------------------------------------------------------------------- prediction
-
-
 @torch.inference_mode()
 def predict(model, patches, rows, *, dtype, tta=False, batch_size=EVAL_BATCH):
     """(len(rows), G) float32 expression; with `tta` the mean over the 8 symmetries of every patch."""
@@ -502,8 +480,6 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=EVAL_BATCH):
 
 
 # ------------------------------------------------------------------------------------------- correlation
-
-
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.
 
@@ -541,8 +517,6 @@ def group_means(r, genes, groups):
 
 
 # ------------------------------------------------------------------------------------------- reporting
-
-
 @dataclass(frozen=True)
 class Experiment:
     """One split of a data root: which spots do what, which genes are reported, and where the rows go."""
@@ -566,19 +540,17 @@ def title_of(data):
 
 def set_up_experiment(recipe, data, out, seed):
     """Split the spots and choose the gene groups as the recipe says."""
-    slides = (recipe["TRAIN_SLIDES"], recipe["TEST_SLIDE"])
-    roles = split_random(data.spots, *slides, recipe["VALID_FRACTION"], seed)
+    roles = split_random(data.spots, recipe["TRAIN_SLIDES"], recipe["TEST_SLIDE"], recipe["VALID_FRACTION"], seed)
     return Experiment(data, roles, *choose_gene_groups(data, roles), Path(out), seed)
 
 
 def run_setting(setting, recipe, experiment, compute):
     """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own.
 
-    The folder is <out>/<setting>-<hash over the data and every constant that can change a row>.
-    compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows("valid", "test") and facts for
-    the rows. rows.json is written last and marks the folder as whole.
+    The folder is <out>/<setting>-<hash of data and constants>; rows.json is written last and marks it as whole.
+    compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows("valid", "test") and facts.
     """
-    data, roles = experiment.data, experiment.roles
+    data, roles, at = experiment.data, experiment.roles, experiment.rows("valid", "test")
     facts = {k: v for k, v in recipe.items() if k not in ("OUT", "ONLY", "QUICK", "DATA_ROOT", "SEEDS")}
     facts |= {"seed": experiment.seed, "data": data.fingerprint}
     key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
@@ -591,7 +563,6 @@ def run_setting(setting, recipe, experiment, compute):
     more |= {"seconds": time.perf_counter() - began, "folder": folder.name}
     rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
     split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""]
-    at = experiment.rows("valid", "test")
     table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
     table.var = per_gene.set_index("gene")
     table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
@@ -621,11 +592,11 @@ def score_rows(setting, recipe, experiment, predicted, facts):
             per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
             row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides))), "fold": 0}
             row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
-            row |= {"gene_lists": experiment.gene_lists, "n_spots": len(slides)}
+            row |= {"gene_lists": experiment.gene_lists, "n_spots": len(slides), **facts}
             row |= group_means(scores["r"], data.genes, experiment.groups)
             pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
             row |= {f"{group}_pooled": pooled[group] for group in ("heg", "hvg", "mg", "all")}
-            row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean()), **facts}
+            row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean())}
             table.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
     return table, per_gene
 
@@ -646,7 +617,8 @@ def train_network(recipe, experiment, folder):
         line["valid_heg"] = group_means(r, data.genes, experiment.groups)["heg"]
         form = "{epoch:4}{} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
         print(
-            (form + "{images_per_s:11.1f} {seconds:9.1f}").format("* "[line["epoch"] != best_epoch], **line), flush=True
+            (form + " {images_per_s:10.1f} {seconds:9.1f}").format("* "[line["epoch"] != best_epoch], **line),
+            flush=True,
         )
 
     history = fit(
@@ -659,9 +631,9 @@ def train_network(recipe, experiment, folder):
         "recipe": recipe, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
         "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), "data": data.fingerprint,
     }  # fmt: skip
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
     with whole_file(folder / "weights.safetensors") as path:
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(state, path, {name: json.dumps(value) for name, value in metadata.items()})
+        path.write_bytes(safetensors.torch.save(state, {name: json.dumps(value) for name, value in metadata.items()}))
     with whole_file(folder / "history.csv") as path:
         pd.DataFrame(history).to_csv(path, index=False)
     return predicted, {
@@ -684,61 +656,40 @@ def print_header(script, recipe, experiment):
     """What is run on what: data, target, protocol, split, gene groups, machine, weights and size of the model."""
     data = experiment.data
     device, dtype, reason = choose_device(recipe)
-    slides, rows = data.spots["tissue_index"], {role: experiment.rows(role) for role in ("train", "valid", "test")}
-    of = {role: ",".join(map(str, np.unique(slides[at]))) for role, at in rows.items()}
+    slides, rows = data.spots["tissue_index"], [experiment.rows(role) for role in ("train", "valid", "test")]
+    of = [",".join(map(str, np.unique(slides[at]))) for at in rows]
     target = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
     missing = experiment.groups[~experiment.groups["gene"].isin(data.genes)]
     lists = experiment.gene_lists + (f"; not in the panel: {', '.join(missing['gene'])}" if len(missing) else "")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     with torch.device("meta"):  # sizes without memory
-        model = build_model(recipe | {"PRETRAINED": False}, len(data.genes), 0)
-    size = {part: f"{number / 1e6:.1f} M" for part, number in count_parameters(model).items()}
+        size = count_parameters(build_model(recipe | {"PRETRAINED": False}, len(data.genes), 0))
     print(f"\n{title_of(data)}{Path(script['__file__']).stem}")
-    for name, text in {
-        "data": f"{data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
-        "target": f"{recipe['TARGET']} ({target[recipe['TARGET']]})",
-        "protocol": f"{recipe['PROTOCOL']} (as published: the panel is chosen on all slides, so transductive)",
-        "split": f"{len(rows['train'])} training, {len(rows['valid'])} validation spots (slides {of['train']}); "
-        f"{len(rows['test'])} test spots (slide {of['test']})",
-        "gene groups": lists,
-        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
-        "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
-        "model": f"{recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px: backbone {size['backbone']} parameters, "
-        f"with the head {size['total']}",
-    }.items():
-        print(f"{name:11} {text}")
-
-
-TABLE_COLUMNS = {  # key of a row: (heading, format)
-    "setting": ("setting", "<18"), "split": ("split", "<5"), "truth": ("truth", "<7"), "n_spots": ("spots", ">6"),
-    "heg": ("HEG", ">8.3f"), "hvg": ("HVG", ">8.3f"), "mg": ("MG", ">8.3f"), "all": ("all", ">8.3f"),
-    "heg_pooled": ("HEG pooled", ">10.3f"), "n_genes_r30": ("r>=.30", ">7"), "mse": ("MSE", ">8.4f"),
-    "seconds": ("seconds", ">8.0f"),
-}  # fmt: skip
+    print(f"data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes")
+    print(f"target      {recipe['TARGET']} ({target[recipe['TARGET']]})")
+    print(f"protocol    {recipe['PROTOCOL']} (as published: the panel is chosen on all slides, so transductive)")
+    print(f"split       training {len(rows[0])} and validation {len(rows[1])} spots of slides {of[0]}", end="; ")
+    print(f"test {len(rows[2])} spots of slide {of[2]}")
+    print(f"gene groups {lists}")
+    print(f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})")
+    print(f"weights     {'pretrained (timm)' if recipe['PRETRAINED'] else 'random: no pretraining'}")
+    millions = f"{size['backbone'] / 1e6:.1f} M parameters, {size['total'] / 1e6:.1f} M with the head"
+    print(f"model       {recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px: {millions}")
 
 
 def print_table(title, experiment, rows):
     """One ruled table; a group mean over fewer genes than the group lists says over how many, as 0.310/47."""
-    listed = experiment.groups["group"].value_counts()
-
-    def cell(key, value, form, row):
-        plain = re.match(r"[<>]\d+", form)[0]
-        text = "-" if value is None else format(value, form).strip()
-        few = key.upper() in listed.index and row[f"{key}_n"] < listed[key.upper()]
-        return format(f"{text}/{row[f'{key}_n']}" if few else text, plain)
-
-    head = " ".join(cell("", name, re.match(r"[<>]\d+", form)[0], {}) for name, form in TABLE_COLUMNS.values())
-    body = [" ".join(cell(k, row.get(k), form, row) for k, (_, form) in TABLE_COLUMNS.items()) for row in rows]
-    print(
-        "",
-        f"{title_of(experiment.data)}{title} ({experiment.data.root})",
-        "=" * len(head),
-        head,
-        "-" * len(head),
-        *body,
-        "=" * len(head),
-        sep="\n",
-    )
+    table, listed = pd.DataFrame(rows), experiment.groups["group"].value_counts()
+    shown = table[["setting", "split", "truth", "n_spots"]].rename(columns={"n_spots": "spots"})
+    shown["setting"] = shown["setting"].str.ljust(shown["setting"].str.len().max())
+    for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all"), ("heg_pooled", "HEG pooled")):
+        few = [f"/{n}" if n < listed.get(heading, 0) else "" for n in table.get(f"{key}_n", [math.inf] * len(table))]
+        shown[heading] = table[key].astype(float).map("{:.3f}".format).replace("nan", "-") + few
+    shown["r>=.30"], shown["MSE"] = table["n_genes_r30"], table["mse"].map("{:.4f}".format)
+    shown["seconds"] = table["seconds"].map("{:.0f}".format)
+    head, *body = shown.to_string(index=False, col_space=7).splitlines()
+    title = f"\n{title_of(experiment.data)}{title} ({experiment.data.root})"
+    print(title, "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n")
 
 
 def finish_run(script, experiment, rows):
