@@ -316,8 +316,7 @@ def augment(patches, symmetry, warped, affine):
     images = apply_symmetry(patches, symmetry).float()
     rows = warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
     if len(rows):
-        affine = affine[rows].to(images.device, non_blocking=True)
-        rows = rows.to(images.device, non_blocking=True)
+        affine, rows = (part.to(images.device, non_blocking=True) for part in (affine[rows], rows))
         grid = F.affine_grid(affine, (len(rows), *images.shape[1:]), align_corners=False)
         images[rows] = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=False)
     return images
@@ -485,14 +484,13 @@ def pearson_per_gene(predicted, truth):
 
     NaN where r is undefined: a constant or non-finite column, or fewer than two spots. Never 0 in its place.
     """
-    predicted, truth = np.array(predicted, np.float64), np.array(truth, np.float64)
+    predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
     if predicted.shape != truth.shape or predicted.ndim != 2:
         raise ValueError(f"predicted {predicted.shape} and truth {truth.shape} must be one (n, G)")
     if len(truth) < 2:
         return np.full(truth.shape[1], np.nan)
     constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(truth, axis=0) == 0)
-    predicted -= predicted.mean(0)
-    truth -= truth.mean(0)
+    predicted, truth = predicted - predicted.mean(0), truth - truth.mean(0)
     scale = np.sqrt((predicted**2).sum(0) * (truth**2).sum(0))
     with np.errstate(divide="ignore", invalid="ignore"):  # 0/0 of a constant column is the NaN that it should be
         return np.clip(np.where(constant, np.nan, (predicted * truth).sum(0) / scale), -1, 1)
