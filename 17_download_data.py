@@ -18,10 +18,12 @@ import http.client
 import json
 import re
 import shutil
+import struct
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -47,6 +49,7 @@ UNPACKED_TIFF = 2_600_000_000  # bytes; about what one slide's TIFF takes where 
 ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
 HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
 CHUNK = 1 << 20
+DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, KeyError, ZeroDivisionError, struct.error, OSError)
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -90,10 +93,10 @@ def read_listing(url):
     try:
         with connect(url) as response:
             text = response.read().decode("utf-8", "replace")
-    except OSError as error:
-        raise InputError(f"{url}: cannot be reached ({error}); try again later") from None
-    if text.lstrip().startswith("["):
-        files = [entry for entry in json.loads(text) if entry["type"] == "file"]
+        files = [e for e in json.loads(text) if e["type"] == "file"] if text.lstrip().startswith("[") else None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InputError(f"{url}: cannot be read ({error}); try again later") from None
+    if files is not None:
         # A file in Git LFS is served from elsewhere, and size and hash in the listing are those of its pointer.
         stored = {f["name"]: "media.githubusercontent" not in f["download_url"] for f in files}
         return {
@@ -234,7 +237,7 @@ def unpack(path):
     try:
         with gzip.open(path) as packed, common.whole_file(path.with_suffix("")) as partial, open(partial, "wb") as file:
             shutil.copyfileobj(packed, file, CHUNK)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         path.unlink()
         raise InputError(f"{path}: {error}; it was removed: run the same command again") from None
     path.unlink()
@@ -246,7 +249,7 @@ def check_tiff(path):
         with tifffile.TiffFile(path) as tiff:
             page, held = tiff.pages[0], tiff.filehandle.size
             needed = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
-    except (tifffile.TiffFileError, IndexError, ValueError) as error:
+    except (*DAMAGED_TIFF, IndexError) as error:
         raise InputError(f"{path}: not a TIFF ({error}); remove it and run the same command again") from None
     if needed > held:
         raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")
@@ -263,7 +266,9 @@ def download_gse240429(root, slides, source):
             done.name == path.name and done.stat().st_size != (remote_size(entry) or done.stat().st_size)
         ):
             todo.append((entry, root / path))
+    parts = [path.with_name(path.name + ".part") for _, path in todo]
     needed = sum((remote_size(entry) or 0) + UNPACKED_TIFF * path.name.endswith("tiff.gz") for entry, path in todo)
+    needed -= sum(part.stat().st_size for part in parts if part.exists())
     check_space(root, needed)
     print(f"{len(todo)} files to fetch, {needed / 1e9:.1f} GB")
     for entry, path in todo:
@@ -340,7 +345,7 @@ def convert_her2st(root, section, source):
         spots = pd.read_csv(spots_path, sep="\t").astype({"x": int, "y": int})
         spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
         spots = spots[["selected", "y", "x", "pixel_y", "pixel_x"]].round().astype(int)
-    except (ValueError, KeyError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, KeyError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{counts_path} or {spots_path}: not HER2ST tables ({error}); fetch them again") from None
     both = counts.index.intersection(spots.index[spots["selected"] == 1])
     print(
@@ -364,13 +369,16 @@ def convert_her2st(root, section, source):
 
 def main():
     root = Path(DATA_ROOT or f"{DATASET}_data")
+    published = Path(__file__).parent / "GSE240429_data"  # manifest, gene lists and results are in the repository
     remote = SOURCE == "" or "://" in SOURCE
     if not remote and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
     if DATASET == "GSE240429":
-        slides = pd.read_csv(Path(__file__).parent / "GSE240429_data" / "slides.csv")
+        slides = pd.read_csv(published / "slides.csv")
         (download_gse240429 if remote else copy_mirror)(root, slides, SOURCE.rstrip("/") if remote else Path(SOURCE))
     else:
+        if not SECTIONS or len(set(SECTIONS)) < len(SECTIONS):
+            raise InputError(f"--sections {','.join(SECTIONS)}: expected different sections, one at least")
         source = mirror_her2st(root, SECTIONS, SOURCE.rstrip("/")) if remote else Path(SOURCE)
         rows = [
             {"tissue_index": i, "name": section, "donor": section[0], "um_per_px": HER2ST_UM_PER_PX}
@@ -378,9 +386,12 @@ def main():
             for i, section in enumerate(SECTIONS, 1)
         ]
         slides = pd.DataFrame(rows)
-    if not (root / "slides.csv").exists() or DATASET == "HER2ST":
+    if DATASET == "HER2ST":
         with common.whole_file(root / "slides.csv") as path:
             slides.to_csv(path, index=False)
+    elif root.resolve() != published.resolve():
+        for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):
+            copy_whole(published / name, root / name)
     print(f"next: python 19_make_patches_and_csv.py --data-root {root}")
 
 

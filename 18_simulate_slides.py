@@ -26,6 +26,7 @@ import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates, zoom
 from scipy.spatial import cKDTree
+from scipy.special import expit
 from scipy.stats import norm
 from tqdm import tqdm
 
@@ -131,6 +132,8 @@ def read_geometry(folder, slide):
     path = Path(folder) / "data" / "tissue_pos_matrices" / f"tissue_positions_list_{slide}.csv"
     if not path.is_file():
         raise common.InputError(f"no {path}: --geometry needs positions and 10x tables in GSE240429's layout")
+    if not (matrices / "barcodes.tsv").is_file() or not (matrices / "features.tsv").is_file():
+        raise common.InputError(f"{matrices}: expected barcodes.tsv and features.tsv")
     table = pd.read_csv(path, header=None, names=common.POSITION_COLUMNS)
     barcodes = (matrices / "barcodes.tsv").read_text().split()
     table["in_tissue"] = table["barcode"].isin(barcodes).astype(int)
@@ -150,7 +153,7 @@ def smooth_noise(shape, scale, rng):
 def tissue_fields(positions, shape, rng):
     """The slide's morphology on the cell grid: {name: (rows, columns) float32 in 0..1} and two nuisance fields."""
     rows, cols = (int(np.ceil(n / CELL)) for n in shape)
-    squash = lambda field, middle, width: 1 / (1 + np.exp(-(field - middle) / width))  # noqa: E731
+    squash = lambda field, middle, width: expit((field - middle) / width)  # noqa: E731
     spacing = 6 * PITCH  # between central veins
     grid = np.mgrid[-1 : shape[0] / spacing + 2, -1 : shape[1] / spacing + 2].reshape(2, -1).T
     grid[:, 1] += 0.5 * (np.rint(grid[:, 0]) % 2)
@@ -375,6 +378,7 @@ def main():
     if (root / "slides.csv").exists():
         raise common.InputError(f"{root / 'slides.csv'} exists already: remove {root} or choose another --data-root")
     (root / "image").mkdir(parents=True, exist_ok=True)
+    tables = [read_geometry(GEOMETRY, i + 1)[0] if GEOMETRY else hexagonal_grid(SPOTS) for i in range(SLIDES)]
     if GEOMETRY:
         names = read_geometry(GEOMETRY, 1)[1]
     else:
@@ -385,7 +389,7 @@ def main():
     rows, best = [], []
     for slide in range(1, SLIDES + 1):
         name = f"SIM_{'ABCDEFGH'[slide - 1]}1" if slide <= 8 else f"SIM_{slide}"
-        table = read_geometry(GEOMETRY, slide)[0] if GEOMETRY else hexagonal_grid(SPOTS)
+        table = tables[slide - 1]
         best.append(
             write_slide(
                 root, slide, name, table, names, genes, np.random.default_rng(common.seed_of(SEED, "slide", slide))

@@ -12,10 +12,14 @@ A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and
 only where a patch lies. JPEG and PNG have no such access and are decoded whole.
 """
 
-import gzip
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import shutil
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +49,8 @@ SEED = 42  # of Harmony's clustering
 # --------------------------------------------------------------------------------------------------------
 
 MANIFEST = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
+DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, OSError)
+DAMAGED_TIFF += (RuntimeError,)  # of the codecs
 Image.MAX_IMAGE_PIXELS = 4_000_000_000  # a whole slide is no decompression bomb
 
 
@@ -70,6 +76,8 @@ def read_manifest(root):
         raise InputError(f"{path}: tissue_index must be a different whole number for every slide, and one at least")
     if not pd.api.types.is_numeric_dtype(table["um_per_px"]) or not (table["um_per_px"] > 0).all():
         raise InputError(f"{path}: um_per_px must be a number above 0 for every slide")
+    if table["name"].isna().any() or table["name"].duplicated().any():
+        raise InputError(f"{path}: every slide needs a name of its own")
     for column in ("image", "positions", "matrix"):
         for row, value in table[column].items():
             if pd.isna(value) and column == "matrix":
@@ -77,8 +85,9 @@ def read_manifest(root):
             full = (root / str(value)).resolve()
             if not full.is_relative_to(root.resolve()):
                 raise InputError(f"{path}: {column} {value!r} lies outside {root}; copy or link it into the data root")
-            if not full.exists():
-                raise InputError(f"{path}: {column} {value!r} of slide {table['tissue_index'][row]} does not exist")
+            if not (full.exists() if column == "matrix" else full.is_file()):
+                which = f"{column} {value!r} of slide {table['tissue_index'][row]}"
+                raise InputError(f"{path}: {which} does not exist: fetch it with 17_download_data.py or mend the path")
             table.loc[row, column] = str(full)
     return table.sort_values("tissue_index").reset_index(drop=True)
 
@@ -128,12 +137,16 @@ def read_matrix(path):
         table.var_names = table.var["gene_ids"].astype(str)
         return table
     parts = {name: find_part(path, name) for name in ("matrix.mtx", "barcodes.tsv", "features.tsv")}
-    barcodes = pd.read_csv(parts["barcodes.tsv"], header=None, sep="\t", dtype=str)[0]
-    features = pd.read_csv(parts["features.tsv"], header=None, sep="\t", dtype=str)
-    try:
-        counts = scipy.sparse.csr_matrix(scipy.io.mmread(parts["matrix.mtx"]).T)
-    except (ValueError, OSError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{parts['matrix.mtx']}: not a whole MatrixMarket file ({error})") from None
+    read_table = functools.partial(pd.read_csv, header=None, sep="\t", dtype=str)
+    readers = {"barcodes.tsv": read_table, "features.tsv": read_table, "matrix.mtx": scipy.io.mmread}
+    content = {}
+    for name, reader in readers.items():
+        try:
+            content[name] = reader(parts[name])
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{parts[name]}: not a whole file of this kind ({error}); fetch it again") from None
+    barcodes, features = content["barcodes.tsv"][0], content["features.tsv"]
+    counts = scipy.sparse.csr_matrix(content["matrix.mtx"].T)
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
             f"{parts['matrix.mtx']}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are {len(features)} "
@@ -174,6 +187,7 @@ def read_slide(slide):
                 f"({len(lost)} such barcodes): the two files are not of one slide"
             )
         table.obs = positions.loc[table.obs_names]
+        table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()  # over all genes, also those of this slide alone
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide["tissue_index"]
     table.obs["barcode"] = table.obs_names
@@ -220,9 +234,14 @@ def read_tiff(path, corners, patches):
                 raise InputError(
                     f"{path}: truncated: {held:,} of at least {needed:,} bytes; remove it and fetch it again"
                 )
-            if page.photometric == tifffile.PHOTOMETRIC.PALETTE or page.imagedepth != 1:
+            decoded = page.photometric.name == "YCBCR" and page.compression.name == "JPEG"  # which comes out as RGB
+            if page.photometric.name not in ("RGB", "MINISBLACK") and not decoded:
                 raise InputError(
                     f"{path}: a {page.photometric.name} image; expected RGB or grey: convert it to 8-bit RGB"
+                )
+            if len(tiff.series[0].pages) > 1 or page.imagedepth != 1:
+                raise InputError(
+                    f"{path}: its channels or planes are pages of their own: convert it to 8-bit RGB in one"
                 )
             if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
                 pixels = as_rgb(page.asarray(out="memmap").reshape(*shape, page.samplesperpixel), path)
@@ -231,7 +250,7 @@ def read_tiff(path, corners, patches):
             copy_segments(page, path, corners, order, patches)
             kind = f"{'tiles' if page.is_tiled else 'strips'} of {page.chunks[1]} x {page.chunks[0]} px"
             return f"{kind}, {page.compression.name.lower()}", shape
-    except (tifffile.TiffFileError, ValueError, IndexError, OSError, RuntimeError) as error:
+    except DAMAGED_TIFF as error:
         raise InputError(f"{path}: not a readable TIFF ({error}); fetch or export it again") from None
 
 
@@ -428,10 +447,14 @@ def harmonise(root, lognorm, counts, slides):
 def read_harmony(path, slide, counts):
     """One slide's published matrix (panel genes x spots, in the order of barcodes.tsv) in the order of `counts`."""
     barcodes = pd.read_csv(find_part(Path(slide["matrix"]), "barcodes.tsv"), header=None, dtype=str)[0]
-    matrix = np.load(path, allow_pickle=False)
-    if matrix.shape[1] != len(barcodes) or matrix.shape[0] != counts.n_vars:
+    try:
+        matrix = np.load(path, allow_pickle=False)
+        usable = matrix.shape == (counts.n_vars, len(barcodes)) and np.isfinite(matrix).all()
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
+    if not usable:
         raise InputError(
-            f"{path}: {matrix.shape}; expected ({counts.n_vars} genes of the panel, {len(barcodes)} spots)"
+            f"{path}: {matrix.shape}; expected finite ({counts.n_vars} genes of the panel, {len(barcodes)} spots)"
         )
     order = counts.obs["barcode"][counts.obs["tissue_index"] == slide["tissue_index"]]
     return matrix[:, pd.Index(barcodes).get_indexer(order)].T.astype(np.float32)
@@ -452,7 +475,7 @@ def source_files(slide):
     return facts
 
 
-def draw_contact_sheet(patches, slides, names):
+def draw_contact_sheet(patches, slides):
     """Eight patches of every slide in a row, as an image."""
     rows = []
     for slide in np.unique(slides):
@@ -464,6 +487,27 @@ def draw_contact_sheet(patches, slides, names):
     return Image.fromarray(np.concatenate(rows)).resize((8 * 114, len(rows) * 114), Image.Resampling.BOX)
 
 
+@contextlib.contextmanager
+def whole_folder(folder):
+    """Give an empty folder beside `folder`; move its files there at the end, meta.json last. On failure nothing moves.
+
+    meta.json of the old files goes first, and no reader takes a folder without it, so no mixture is ever read.
+    """
+    work = folder.with_name(f".{folder.name}-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        folder.mkdir(exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        for path in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def main():
     root = Path(DATA_ROOT)
     slides = read_manifest(root)
@@ -473,50 +517,49 @@ def main():
     rows = slides.to_dict("records")
     tables = [read_slide(slide) for slide in rows]
     obs = pd.concat([table.obs for table in tables])
-    out = root / "dataset"
-    (out / "meta.json").unlink(missing_ok=True)  # no reader takes a folder without it, so no mixture is ever read
+    with whole_folder(root / "dataset") as out:
+        padded = write_patches(out, rows, obs)
+        target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
+        with open(out / "dataset.csv", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = {
+            "target": target,
+            "simulated": (root / "simulation.json").is_file(),
+            "spots": len(obs),
+            "patch_size": PATCH_SIZE,
+            "um_per_px": {row["name"]: row["um_per_px"] for row in rows},
+            "padded_at_border": padded,
+            "seed": SEED,
+            "hvg_per_slide": HVG_PER_SLIDE,
+            "dataset_sha256": digest,
+            "slides": [
+                {**{k: row[k] for k in ("tissue_index", "name", "donor")}, "files": source_files(row)} for row in rows
+            ],
+            "versions": {n: version(n) for n in ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")},
+        }
+        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    print(f"wrote {root / 'dataset'}: {len(obs):,} spots, target {target or 'none'}")
+
+
+def write_patches(out, slides, obs):
+    """patches.npy and contact_sheet.png; returns the number of patches over the border, by slide name."""
+    patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, (len(obs), PATCH_SIZE, PATCH_SIZE, 3))
     padded = {}
-    with common.whole_file(out / "patches.npy") as path:
-        patches = np.lib.format.open_memmap(path, "w+", np.uint8, (len(obs), PATCH_SIZE, PATCH_SIZE, 3))
-        print("slide  name       spots   rows x columns px   over the border   read as")
-        for slide in rows:
-            at = np.flatnonzero(obs["tissue_index"] == slide["tissue_index"])
-            spots = obs.iloc[at]
-            how, shape, over = read_patches(slide["image"], spots, patches[at[0] : at[-1] + 1])
-            padded[slide["name"]] = over
-            print(
-                f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {shape[0]:>7} x {shape[1]:<7} "
-                f"{over:15}   {how}"
-            )
-        patches.flush()
-        sheet = draw_contact_sheet(patches, obs["tissue_index"].to_numpy(), slides["name"])
-        del patches
-    with common.whole_file(out / "contact_sheet.png") as path:
-        sheet.save(path)
-    target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
-    meta = {
-        "target": target,
-        "simulated": (root / "simulation.json").is_file(),
-        "spots": len(obs),
-        "patch_size": PATCH_SIZE,
-        "um_per_px": {row["name"]: row["um_per_px"] for row in rows},
-        "padded_at_border": padded,
-        "seed": SEED,
-        "hvg_per_slide": HVG_PER_SLIDE,
-        "slides": [
-            {**{k: row[k] for k in ("tissue_index", "name", "donor")}, "files": source_files(row)} for row in rows
-        ],
-        "versions": {name: version(name) for name in ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")},
-    }
-    with common.whole_file(out / "meta.json") as path:
-        path.write_text(json.dumps(meta, indent=1) + "\n")
-    print(f"wrote {out}: {len(obs):,} spots, target {target or 'none'}")
+    print("slide  name       spots   rows x columns px   over the border   read as")
+    for slide in slides:
+        at = np.flatnonzero(obs["tissue_index"] == slide["tissue_index"])
+        how, shape, over = read_patches(slide["image"], obs.iloc[at], patches[at[0] : at[-1] + 1])
+        padded[slide["name"]] = over
+        size = f"{shape[0]:>7} x {shape[1]:<7}"
+        print(f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {size} {over:15}   {how}")
+    patches.flush()
+    draw_contact_sheet(patches, obs["tissue_index"].to_numpy()).save(out / "contact_sheet.png")
+    return padded
 
 
 def write_expression(root, out, tables, slides):
     """counts.h5ad and dataset.csv; returns the target's name."""
     counts = align_genes(tables)
-    counts.obs["n_counts"] = np.asarray(counts.X.sum(1)).ravel()
     empty = counts.obs["n_counts"] == 0
     if empty.any():
         raise InputError(
@@ -536,11 +579,9 @@ def write_expression(root, out, tables, slides):
         f"panel of {counts.n_vars:,} genes, "
         f"{counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them"
     )
-    with common.whole_file(out / "counts.h5ad") as path:
-        counts.write_h5ad(path, compression="lzf")
+    counts.write_h5ad(out / "counts.h5ad", compression="lzf")
     expression = polars.from_numpy(target, counts.var_names.tolist())
-    with common.whole_file(out / "dataset.csv") as path:
-        spot_columns(counts.obs).hstack(expression).write_csv(path)
+    spot_columns(counts.obs).hstack(expression).write_csv(out / "dataset.csv")
     return TARGET
 
 
@@ -552,9 +593,7 @@ def spot_columns(obs):
 
 def write_positions(out, obs):
     """dataset.csv without expression, for slides that have none; returns None as the target."""
-    with common.whole_file(out / "dataset.csv") as path:
-        spot_columns(obs).write_csv(path)
-    (out / "counts.h5ad").unlink(missing_ok=True)
+    spot_columns(obs).write_csv(out / "dataset.csv")
     return None
 
 

@@ -65,12 +65,13 @@ QUICK_BUDGET = {
 
 def make_simulated_slides():
     """Call scripts 18 and 19, printing the commands."""
-    for command in (["18_simulate_slides.py"], ["19_make_patches_and_csv.py", "--target", "lognorm"]):
+    for command in (["18_simulate_slides.py"], ["19_make_patches_and_csv.py", "--target", TARGET]):
         command += ["--data-root", DATA_ROOT]
         if command[0].startswith("18") and (Path(DATA_ROOT) / "slides.csv").exists():
             continue
         print("$ python", *command, flush=True)
-        subprocess.run([sys.executable, Path(__file__).parent / command[0], *command[1:]], check=True)
+        if subprocess.run([sys.executable, Path(__file__).parent / command[0], *command[1:]]).returncode:
+            raise common.InputError(f"{command[0]} failed: its message stands above")
 
 
 def draw_figures(folder, title):
@@ -85,7 +86,8 @@ def draw_figures(folder, title):
     markers = ranked.index[ranked.index.isin(groups["gene"][groups["group"] == "MG"])]
     chosen = {"best": ranked.index[:1], "median": ranked.index[len(ranked) // 2 :][:1], "best marker": markers[:1]}
     x, y = table.obsm["spatial"].T
-    pitch = np.median(cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], k=2)[0][:, 1])
+    nearest = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], k=2)[0][:, 1]
+    pitch = np.median(nearest) if len(table) > 1 else 1.0
     size = (0.8 * pitch / (max(np.ptp(x), np.ptp(y)) + pitch) * 3.0 * 72) ** 2  # pt^2 on axes of about 3 inches
     figure = Figure(figsize=(14.5, 6.2), layout="constrained")
     axes = figure.subplots(2, 4)
@@ -134,6 +136,8 @@ def main():
     out = Path(OUT or Path("runs") / Path(__file__).stem / Path(DATA_ROOT).resolve().name)
     if QUICK and QUICK_BUDGET["DATA_ROOT"] == DATA_ROOT and not (Path(DATA_ROOT) / "dataset" / "meta.json").exists():
         make_simulated_slides()
+    if not SEEDS:
+        raise common.InputError("--seeds: expected one number at least")
     recipe = common.recipe_of(globals())
     data = common.load_dataset(DATA_ROOT, TARGET)
     rows = []

@@ -44,7 +44,6 @@ GROUPS = ("HEG", "HVG", "MG")
 MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
-EVAL_BATCH = 128  # prediction keeps no activations for a backward pass, so it affords more than training
 R_THRESHOLD = 0.30  # the paper counts the genes above it
 
 # What a constant may be: a tuple of the allowed values, or the two ends of a range.
@@ -54,6 +53,7 @@ ALLOWED = {
     "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "HIDDEN": range(0, 10**6),
     "IMAGE_SIZE": range(32, 4096), "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6),
     "LEARNING_RATE": range(0, 1), "SPOTS": range(2, 10**6), "SLIDES": range(1, 1000),
+    "HVG_PER_SLIDE": range(1, 10**6), "DEPTH": range(1, 10**9), "DISPERSION": range(0, 100),
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def run_script(script):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last finished epoch or row", file=sys.stderr)
+        print("interrupted: run the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -196,14 +196,14 @@ def log_normalise(counts, totals):
 
 def load_dataset(data_root, target):
     """Read what script 19 wrote. Raises InputError with 19's command where it is missing or made otherwise."""
-    root = Path(data_root)
-    folder = root / "dataset"
+    root, folder = Path(data_root), Path(data_root) / "dataset"
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
-    for name in ("meta.json", "patches.npy", "dataset.csv", "counts.h5ad"):
-        if not (folder / name).is_file():
-            raise InputError(f"no {name} in {folder}: run {command} first")
+    if not (folder / "meta.json").is_file():
+        raise InputError(f"no meta.json in {folder}: run {command} first")
     meta_text = (folder / "meta.json").read_bytes()
     meta = json.loads(meta_text)
+    if meta["target"] is None:
+        raise InputError(f"{folder} holds patches alone: its slides.csv names no matrix, so there is nothing to learn")
     if target == "harmony" and meta["target"] != "harmony":
         raise InputError(f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
@@ -225,9 +225,8 @@ def load_dataset(data_root, target):
 
 
 def split_random(spots, train_slides, test_slide, valid_fraction, seed):
-    """The paper's split: (N,) array of "train", "valid", "test" or "" (a slide that takes no part).
-
-    The training slides' spots are pooled and `valid_fraction` of them drawn at random for validation.
+    """The paper's split: (N,) array of "train", "valid", "test" or "" (a slide that takes no part). The training
+    slides' spots are pooled and `valid_fraction` of them drawn at random for validation.
     """
     slides = sorted(spots["tissue_index"].unique())
     train_slides = train_slides or tuple(s for s in slides if s != test_slide)
@@ -246,15 +245,16 @@ def split_random(spots, train_slides, test_slide, valid_fraction, seed):
 
 
 def choose_gene_groups(data, roles):
-    """(table, source): a table `group, gene, rank` of HEG, HVG and MG, and where it comes from.
-
-    The data root's gene_sets.csv where there is one, else HEG and HVG are the 50 genes of the panel with the
-    highest mean and variance of the log-normalised expression over the training spots.
+    """(table `group, gene, rank` of HEG, HVG and MG, where it comes from): the data root's gene_sets.csv, else the
+    50 genes of the panel with the highest mean and variance of log-normalised expression over the training spots.
     """
     path = data.root / "gene_sets.csv"
     if path.is_file():
-        table = pd.read_csv(path)
-        if not {"group", "gene"} <= set(table.columns) or not set(table["group"]) <= set(GROUPS):
+        try:
+            table = pd.read_csv(path)[["group", "gene"]].dropna()
+        except (ValueError, KeyError):
+            table = pd.DataFrame({"group": [""]})
+        if not set(table["group"]) <= set(GROUPS):
             raise InputError(f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}")
         return table.assign(rank=table.groupby("group").cumcount() + 1)[["group", "gene", "rank"]], path.name
     train = data.lognorm[roles == "train"].astype(np.float64)
@@ -266,9 +266,8 @@ def choose_gene_groups(data, roles):
 
 
 def resize_patches(patches, size, device="cpu"):
-    """(N, 224, 224, 3) uint8 array -> (N, 3, size, size) uint8 tensor in channels-last memory, antialiased.
-
-    On the device where it fills at most half of the free memory, else on the CPU: at 224 px the memory map itself.
+    """(N, 224, 224, 3) uint8 array -> (N, 3, size, size) uint8 tensor in channels-last memory, antialiased; on the
+    device where it fills at most half of the free memory, else on the CPU: at 224 px the memory map itself.
     """
     resized = torch.from_numpy(patches)
     if size != patches.shape[1]:
@@ -288,9 +287,8 @@ def draw_augmentation(n, preset, generator):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool, warped (n,) bool, affine (n, 2, 3) float32.
 
     Symmetry is flip left-right, flip up-down, transpose, in this order; affine maps output (x, y, 1) in [-1, 1] to
-    input (x, y), as F.affine_grid takes it. Presets: "mpa" (the paper's), "stnet" (the 8 symmetries), "none".
-    MPA: flip left-right, flip up-down, transpose, each p = .5; then with p = .5 one affine warp of shift within
-    10 % of the side, scale 0.9-1.1 and rotation within 30 degrees.
+    input (x, y), as F.affine_grid takes it. Presets: "mpa" (each symmetry p = .5, then p = .5 one warp of shift within
+    10 % of the side, scale 0.9-1.1 and rotation within 30 degrees), "stnet" (the 8 symmetries alone), "none".
     """
     uniform = torch.rand((n, 8), generator=generator)
     symmetry = (uniform[:, :3] < 0.5) & (preset != "none")
@@ -340,8 +338,7 @@ class SpotRegressor(nn.Module):
 def build_model(recipe, n_genes, seed, start=None):
     """timm BACKBONE with the paper's head, Dropout - Linear - ReLU - Dropout - Linear; HIDDEN = 0 is one Linear.
 
-    Same seed, same initial weights; `start` (G,) is the output bias to start from instead of a random one.
-    Raises InputError for an unknown name and for weights that cannot be had.
+    Same seed, same weights; `start` (G,) is an output bias. InputError for an unknown name or weights not to be had.
     """
     import timm  # here, because it takes seconds to import and scripts 17-19 do without
 
@@ -356,12 +353,15 @@ def build_model(recipe, n_genes, seed, start=None):
         try:
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         except (OSError, RuntimeError) as error:
-            if "Unknown model" in str(error):
-                raise InputError(f"--backbone {backbone}: timm knows no such model") from None
-            reason = f"no pretrained weights of {backbone}: {str(error).splitlines()[0][:120]}"
-            raise InputError(f"{reason}; connect to the network once, or use --pretrained false") from None
-        layers = [nn.Dropout(0.5), nn.Linear(body.num_features, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
-        head = nn.Sequential(*layers, nn.Linear(hidden or body.num_features, n_genes))
+            fix = (
+                "connect to the network once, or use --pretrained false"
+                if pretrained
+                else "choose a name that timm has"
+            )
+            raise InputError(f"--backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
+        width = getattr(body, "head_hidden_size", None) or body.num_features  # of what comes out: VGG, MobileNetV3
+        layers = [nn.Dropout(0.5), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
+        head = nn.Sequential(*layers, nn.Linear(hidden or width, n_genes))
     if start is not None:
         head[-1].bias.data.copy_(torch.from_numpy(start))
     return SpotRegressor(body, head, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
@@ -413,9 +413,10 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     return total.item() / len(order)  # the epoch's only synchronisation
 
 
-def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, checkpoint=None, report=None):
+def fit(
+    model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, checkpoint=None, report=lambda *_: None
+):
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
-
     patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. `checkpoint` is a file that a killed
     run goes on from. `report(line, predicted, best_epoch)` sees each epoch's line of the history and may add to it.
     """
@@ -448,8 +449,7 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
         if best is None or mse < best["valid_mse"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             best = {"epoch": epoch + 1, "valid_mse": mse, "weights": weights}
-        if report is not None:
-            report(line, predicted, best["epoch"])
+        report(line, predicted, best["epoch"])
         history.append(line)
         if checkpoint is not None:
             with whole_file(checkpoint) as path:
@@ -461,7 +461,7 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
 
 # ------------------------------------------------------------------------------------------- prediction
 @torch.inference_mode()
-def predict(model, patches, rows, *, dtype, tta=False, batch_size=EVAL_BATCH):
+def predict(model, patches, rows, *, dtype, tta=False, batch_size=128):
     """(len(rows), G) float32 expression; with `tta` the mean over the 8 symmetries of every patch."""
     device = next(model.parameters()).device
     model.eval()
@@ -481,7 +481,6 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=EVAL_BATCH):
 # ------------------------------------------------------------------------------------------- correlation
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.
-
     NaN where r is undefined: a constant or non-finite column, or fewer than two spots. Never 0 in its place.
     """
     predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
@@ -501,8 +500,8 @@ def score_genes(predicted, truth, slides):
     within = np.stack([pearson_per_gene(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)])
     defined = np.isfinite(within).sum(0)
     r = np.where(defined > 0, np.nansum(within, axis=0) / np.maximum(defined, 1), np.nan)
-    mse = np.mean((predicted.astype(np.float64) - truth) ** 2, axis=0)
-    return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": mse})
+    squared = (predicted.astype(np.float64) - truth) ** 2
+    return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": squared.mean(0)})
 
 
 def group_means(r, genes, groups):
@@ -543,14 +542,14 @@ def set_up_experiment(recipe, data, out, seed):
 
 
 def run_setting(setting, recipe, experiment, compute):
-    """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own.
+    """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own:
+    <out>/<setting>-<hash of data and constants>. rows.json is written last and marks the folder as whole.
 
-    The folder is <out>/<setting>-<hash of data and constants>; rows.json is written last and marks it as whole.
     compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows("valid", "test") and facts.
     """
     data, roles, at = experiment.data, experiment.roles, experiment.rows("valid", "test")
-    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "ONLY", "QUICK", "DATA_ROOT", "SEEDS")}
-    facts |= {"seed": experiment.seed, "data": data.fingerprint}
+    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS")}
+    facts |= {"seed": experiment.seed, "data": data.fingerprint, "genes": experiment.groups.values.tolist()}
     key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
     folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
     if (folder / "rows.json").is_file():
@@ -558,7 +557,7 @@ def run_setting(setting, recipe, experiment, compute):
         return json.loads((folder / "rows.json").read_text())
     began = time.perf_counter()
     predicted, more = compute(recipe, experiment, folder)
-    more |= {"seconds": time.perf_counter() - began, "folder": folder.name}
+    more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
     rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
     split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""]
     table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
@@ -593,7 +592,7 @@ def score_rows(setting, recipe, experiment, predicted, facts):
             row |= {"gene_lists": experiment.gene_lists, "n_spots": len(slides), **facts}
             row |= group_means(scores["r"], data.genes, experiment.groups)
             pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
-            row |= {f"{group}_pooled": pooled[group] for group in ("heg", "hvg", "mg", "all")}
+            row |= {f"{group}_pooled": r for group, r in pooled.items() if not group.endswith("_n")}
             row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean())}
             table.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
     return table, per_gene
@@ -638,6 +637,7 @@ def train_network(recipe, experiment, folder):
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
         "best_epoch": min(history, key=lambda line: line["valid_mse"])["epoch"],
         "images_per_s": float(np.median([line["images_per_s"] for line in history])),
+        "seconds": sum(line["seconds"] for line in history),  # also of epochs before an interruption
         "peak_memory_mb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**20,
         **{f"parameters_{part}": count for part, count in count_parameters(model).items()},
     }
@@ -670,15 +670,18 @@ def print_header(script, recipe, experiment):
     print(f"test {len(rows[2])} spots of slide {of[2]}")
     print(f"gene groups {lists}")
     print(f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})")
-    print(f"weights     {'pretrained (timm)' if recipe['PRETRAINED'] else 'random: no pretraining'}")
-    millions = f"{size['backbone'] / 1e6:.1f} M parameters, {size['total'] / 1e6:.1f} M with the head"
-    print(f"model       {recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px: {millions}")
+    print("weights    ", "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining")
+    print(
+        f"model       {recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px, {size['total'] / 1e6:.1f} M parameters,",
+        end=" ",
+    )
+    print(f"{size['backbone'] / 1e6:.1f} M of them in the backbone")
 
 
 def print_table(title, experiment, rows):
     """One ruled table; a group mean over fewer genes than the group lists says over how many, as 0.310/47."""
-    table, listed = pd.DataFrame(rows), experiment.groups["group"].value_counts()
-    shown = table[["setting", "split", "truth", "n_spots"]].rename(columns={"n_spots": "spots"})
+    table, listed = pd.DataFrame(rows), {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}
+    shown = table[["setting", "seed", "split", "truth", "n_spots"]].rename(columns={"n_spots": "spots"})
     shown["setting"] = shown["setting"].str.ljust(shown["setting"].str.len().max())
     for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all"), ("heg_pooled", "HEG pooled")):
         few = [f"/{n}" if n < listed.get(heading, 0) else "" for n in table.get(f"{key}_n", [math.inf] * len(table))]
@@ -692,9 +695,9 @@ def print_table(title, experiment, rows):
 
 def finish_run(script, experiment, rows):
     """Rewrite <out>/rows.csv from all rows on disk and print the one JSON line that ends every script's output."""
-    out, data = experiment.out, experiment.data
+    out, data, name = experiment.out, experiment.data, Path(script["__file__"]).stem
     on_disk = [row for path in sorted(out.glob("*/rows.json")) for row in json.loads(path.read_text())]
     with whole_file(out / "rows.csv") as path:
         pd.DataFrame(on_disk).to_csv(path, index=False)
-    result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
-    print(json.dumps(result | {"out": str(out), "rows": rows}))
+    result = {"script": name, "data_root": str(data.root), "simulated": data.meta["simulated"], "out": str(out)}
+    print(json.dumps(result | {"rows": rows}))

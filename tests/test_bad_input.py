@@ -1,5 +1,7 @@
 """Bad input: exit code 2, one line that names the file or value and the fix, nothing half-written."""
 
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,6 +33,10 @@ def replace_image(root, write):
 
 def write_text(path, text):
     path.write_text(text)
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
 
 
 def append_positions(root, change):
@@ -124,6 +130,39 @@ CASES = {
         ["matrix1", "no counts"],
     ),
     "no h5": (lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")), ["m.h5", "10x"]),
+    "channels as pages": (
+        lambda r: replace_image(
+            r, lambda p: tifffile.imwrite(p, picture().transpose(2, 0, 1), photometric="minisblack")
+        ),
+        ["slide.tif", "pages", "RGB"],
+    ),
+    "CMYK": (
+        lambda r: replace_image(r, lambda p: Image.fromarray(picture()).convert("CMYK").save(p, "TIFF")),
+        ["slide.tif", "SEPARATED"],
+    ),
+    "cut within the TIFF header": (
+        lambda r: write_bytes(r / "slide.tif", (r / "slide.tif").read_bytes()[:6]),
+        ["slide.tif"],
+    ),
+    "a folder for an image": (lambda r: edit_manifest(r, image="matrix1"), ["matrix1", "does not exist"]),
+    "empty barcodes": (lambda r: write_text(r / "matrix1/barcodes.tsv", ""), ["barcodes.tsv"]),
+    "ragged features": (lambda r: write_text(r / "matrix1/features.tsv", "a\nb\tc\td\te\n"), ["features.tsv"]),
+    "corrupt gzip": (
+        lambda r: (
+            (r / "matrix1/matrix.mtx").unlink(),
+            write_bytes(r / "matrix1/matrix.mtx.gz", gzip.compress(b"x" * 99)[:-12] + b"no" * 9),
+        ),
+        ["matrix.mtx.gz"],
+    ),
+    "two slides of one name": (
+        lambda r: write_text(
+            r / "slides.csv",
+            (r / "slides.csv").read_text()
+            + (r / "slides.csv").read_text().split("\n")[1].replace("1,", "2,", 1)
+            + "\n",
+        ),
+        ["slides.csv", "name"],
+    ),
     "one slide for harmony": (lambda r: None, ["harmony", "--target lognorm"]),
 }
 
@@ -132,12 +171,15 @@ CASES = {
 def test_script_19_refuses(tmp_path, case, capsys):
     spoil, words = CASES[case]
     make_root(tmp_path)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
+    capsys.readouterr()
     spoil(tmp_path)
     target = "harmony" if "harmony" in case else "lognorm"
     assert run_script("19", "--data-root", tmp_path, "--target", target) == 2
     check_one_line(capsys, words)
-    assert not (tmp_path / "dataset" / "meta.json").exists()
-    assert not list(tmp_path.glob("dataset/.partial*"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before, "the old one is whole"
+    assert not list(tmp_path.glob(".dataset*")) and not list(tmp_path.glob("dataset/.partial*"))
 
 
 def check_one_line(capsys, words):
@@ -164,6 +206,8 @@ def check_one_line(capsys, words):
         (["--valid-fraction", "0"], ["--valid-fraction 0.0"]),
         (["--valid-fraction", "1.5"], ["--valid-fraction 1.5"]),
         (["--backbone", "efficientnet_b00"], ["efficientnet_b00", "timm"]),
+        (["--backbone", "efficientnet_b0.zzz"], ["efficientnet_b0.zzz", "timm"]),
+        (["--seeds", ""], ["--seeds"]),
         (["--device", "tpu"], ["--device tpu"]),
         (["--precision", "fp16"], ["fp16", "GPU"]),
         (["--data-root", "nowhere"], ["nowhere", "19_make_patches_and_csv.py --data-root nowhere"]),

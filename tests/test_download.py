@@ -204,9 +204,11 @@ def test_a_tiff_that_was_truncated_at_the_source_is_told(mirror, liver, tmp_path
     expect_refusal(mirror, tmp_path, capsys, "D1_Merged.tiff", "truncated")
 
 
-def test_a_broken_gzip_is_removed_and_told(mirror, liver, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["cut", "corrupt"])
+def test_a_broken_gzip_is_removed_and_told(mirror, liver, tmp_path, capsys, damage):
     path = next(path for path in mirror.files if path.endswith("A1_Merged.tiff.gz"))
-    mirror.files[path] = mirror.files[path][:-3000]
+    content = mirror.files[path]
+    mirror.files[path] = content[:-3000] if damage == "cut" else content[:500] + b"\xff" * 3000 + content[3500:]
     expect_refusal(mirror, tmp_path, capsys, "A1_Merged.tiff.gz", "again")
     assert not list(tmp_path.glob("image/*A1*"))
 
@@ -293,7 +295,15 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
     assert table.X.toarray().tolist() == [[1, 3, 4], [1, 4, 5], [2, 4, 6]]
 
 
-@pytest.mark.parametrize("arguments, words", [(["--sections", "Z9"], "Z9"), (["--source", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--sections", "Z9"], "Z9"),
+        (["--sections", "C2,C2"], "different"),
+        (["--sections", ""], "--sections"),
+        (["--source", "nowhere"], "nowhere"),
+    ],
+)
 def test_her2st_refusals(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

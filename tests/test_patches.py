@@ -233,6 +233,8 @@ def test_genes_are_aligned_by_id_and_shared_ones_kept(tmp_path, capsys):
     assert "11 genes in every slide (of up to 12)" in capsys.readouterr().out
     stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
     assert "G10" not in stored.var_names
+    first = stored[stored.obs["tissue_index"] == 1]
+    assert (first.obs["n_counts"] >= np.asarray(first.X.sum(1)).ravel() + 1).all(), "depth counts G10 too"
     second = stored[stored.obs["tissue_index"] == 2]
     barcode = second.obs["barcode"].iloc[0]
     at = spot_table(seed=5)["barcode"].tolist().index(barcode)
