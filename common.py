@@ -1,5 +1,4 @@
-"""Everything that two scripts share, in the order in which the data flows.
-
+"""Everything that two scripts share, in the order in which the data flows:
 conventions -> run set-up -> dataset -> augmentation -> model -> training -> prediction -> correlation -> reporting
 
 Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the plain dict of a script's constants.
@@ -64,7 +63,6 @@ class InputError(Exception):
 @contextmanager
 def whole_file(path):
     """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")  # keeps the suffix, which writers look at
     try:
@@ -142,7 +140,7 @@ def run_script(script):
         override_constants(script, sys.argv[1:])
         script["main"]()
     except (InputError, argparse.ArgumentError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library's message held
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
@@ -285,7 +283,6 @@ def resize_patches(patches, size, device="cpu"):
 # ------------------------------------------------------------------------------------------- augmentation
 def draw_augmentation(n, preset, generator):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool, warped (n,) bool, affine (n, 2, 3) float32.
-
     Symmetry is flip left-right, flip up-down, transpose, in this order; affine maps output (x, y, 1) in [-1, 1] to
     input (x, y), as F.affine_grid takes it. Presets: "mpa" (each symmetry p = .5, then p = .5 one warp of shift within
     10 % of the side, scale 0.9-1.1 and rotation within 30 degrees), "stnet" (the 8 symmetries alone), "none".

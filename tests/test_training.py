@@ -140,7 +140,8 @@ def test_changed_gene_lists_are_another_row(trained, simulated, tmp_path, capsys
 
     shutil.copytree(simulated / "dataset", tmp_path / "SIMULATED_data" / "dataset")
     (tmp_path / "SIMULATED_data" / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHEG,nowhere\nMG,HAL\n")
-    assert run_script("20", "--data-root", tmp_path / "SIMULATED_data", "--out", trained[0], *TINY) == 0
+    shutil.copytree(trained[0], tmp_path / "out")
+    assert run_script("20", "--data-root", tmp_path / "SIMULATED_data", "--out", tmp_path / "out", *TINY) == 0
     stdout = capsys.readouterr().out
     assert "gene_sets.csv; not in the panel: nowhere" in stdout and "on disk already" not in stdout
     row = json.loads(stdout.splitlines()[-1])["rows"][0]
