@@ -129,7 +129,7 @@ def print_published(path):
     table = pd.read_csv(path)
     print("\npublished, not computed here\n" + "-" * 100)
     for row in table.itertuples():
-        print(f"{row.method[:42]:42} HEG {row.HEG50:>24}   {row.source}\n{'':42} {row.protocol} [{row.verified}]")
+        print(f"{row.method[:42]:42} HEG {row.HEG50:>26}   {row.source}\n{'':42} {row.protocol} [{row.verified}]")
 
 
 def main():

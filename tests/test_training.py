@@ -136,13 +136,16 @@ def test_the_head_fits_every_kind_of_backbone(backbone):
 def test_changed_gene_lists_are_another_row(trained, simulated, tmp_path, capsys):
     import shutil
 
-    from conftest import TINY, run_script
+    from conftest import REPOSITORY, TINY, run_script
 
     shutil.copytree(simulated / "dataset", tmp_path / "SIMULATED_data" / "dataset")
     (tmp_path / "SIMULATED_data" / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHEG,nowhere\nMG,HAL\n")
+    shutil.copy(REPOSITORY / "GSE240429_data" / "published_results.csv", tmp_path / "SIMULATED_data")
     shutil.copytree(trained[0], tmp_path / "out")
     assert run_script("20", "--data-root", tmp_path / "SIMULATED_data", "--out", tmp_path / "out", *TINY) == 0
     stdout = capsys.readouterr().out
+    below = stdout.split("published, not computed here")[1]
+    assert "0.315" in below and "README of the published code" in below and "fixed gene lists" in below
     assert "gene_sets.csv; not in the panel: nowhere" in stdout and "on disk already" not in stdout
     row = json.loads(stdout.splitlines()[-1])["rows"][0]
     assert (row["heg_n"], row["hvg_n"], row["hvg"], row["gene_lists"]) == (1, 0, None, "gene_sets.csv")
