@@ -152,7 +152,8 @@ def main():
     common.print_table("mean Pearson r per gene group", experiment, rows)
     if (data.root / "published_results.csv").is_file():
         print_published(data.root / "published_results.csv")
-    print(f"figures, per-gene r, predictions and weights: {out}")
+    for folder in dict.fromkeys(row["folder"] for row in rows):
+        print(f"figures, per-gene r and predictions: {out / folder}")
     common.finish_run(globals(), experiment, rows)
 
 
