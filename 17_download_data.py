@@ -49,7 +49,7 @@ UNPACKED_TIFF = 2_600_000_000  # bytes; about what one slide's TIFF takes where 
 ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
 HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
 CHUNK = 1 << 20
-DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, KeyError, ZeroDivisionError, struct.error, OSError)
+DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ZeroDivisionError, struct.error, OSError)
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -249,7 +249,7 @@ def check_tiff(path):
         with tifffile.TiffFile(path) as tiff:
             page, held = tiff.pages[0], tiff.filehandle.size
             needed = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
-    except (*DAMAGED_TIFF, IndexError) as error:
+    except DAMAGED_TIFF as error:
         raise InputError(f"{path}: not a TIFF ({error}); remove it and run the same command again") from None
     if needed > held:
         raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")

@@ -78,26 +78,8 @@ HOUSEKEEPING = (
     + [f"RPS{i}" for i in ("2", "3", "3A", "5", "6", "7", "8", "9", "12", "13", "14", "15", "16", "17", "18", "19")]
     + [f"RPS{i}" for i in ("20", "21", "23", "24", "25", "27", "28", "29", "4X", "A")]
     + [f"MT-{i}" for i in ("ND1", "ND2", "ND3", "ND4", "ND4L", "ND5", "CO1", "CO2", "CO3", "ATP6", "CYB")]
-    + [
-        "UBA52",
-        "EEF1A1",
-        "TPT1",
-        "FAU",
-        "ACTB",
-        "B2M",
-        "GAPDH",
-        "TUBA1B",
-        "CD81",
-        "IFITM3",
-        "P4HB",
-        "SERF2",
-        "CST3",
-        "COX7B",
-        "ATP5IF1",
-        "CALR",
-        "PPIA",
-        "HSPA5",
-    ]
+    + ["UBA52", "EEF1A1", "TPT1", "FAU", "ACTB", "B2M", "GAPDH", "TUBA1B", "CD81", "IFITM3", "P4HB", "SERF2", "CST3"]
+    + ["COX7B", "ATP5IF1", "CALR", "PPIA", "HSPA5"]
 )
 # Optical density of the two dyes in red, green and blue (Ruifrok and Johnston 2001).
 HEMATOXYLIN = np.array([0.650, 0.704, 0.286], np.float32)

@@ -199,7 +199,7 @@ def read_slide(slide):
 
 
 def copy_overlap(segment, top, left, corners, order, patches):
-    """Copy what a decoded region (h, w, 3) at (top, left) shares with each patch that it touches."""
+    """Copy what a region (h, w, 3) of the slide at (top, left) shares with each patch."""
     bottom, right = top + segment.shape[0], left + segment.shape[1]
     # Patches are sorted by their top row, so those that may touch this region are one run of them.
     first = np.searchsorted(corners[order, 0], top - PATCH_SIZE, side="right")
@@ -245,23 +245,13 @@ def read_tiff(path, corners, patches):
                 )
             if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
                 pixels = as_rgb(page.asarray(out="memmap").reshape(*shape, page.samplesperpixel), path)
-                copy_overlap_rows(pixels, corners, order, patches)
+                copy_overlap(pixels, 0, 0, corners, order, patches)  # one region: the whole slide, on disk
                 return "memory-mapped", shape
             copy_segments(page, path, corners, order, patches)
             kind = f"{'tiles' if page.is_tiled else 'strips'} of {page.chunks[1]} x {page.chunks[0]} px"
             return f"{kind}, {page.compression.name.lower()}", shape
     except DAMAGED_TIFF as error:
         raise InputError(f"{path}: not a readable TIFF ({error}); fetch or export it again") from None
-
-
-def copy_overlap_rows(pixels, corners, order, patches):
-    """Copy every patch out of an array that is on disk, from the top of the slide to its bottom."""
-    height, width = pixels.shape[:2]
-    for i in order:
-        y, x = corners[i]
-        y0, y1, x0, x1 = max(y, 0), min(y + PATCH_SIZE, height), max(x, 0), min(x + PATCH_SIZE, width)
-        if x0 < x1 and y0 < y1:
-            patches[i, y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0:y1, x0:x1]
 
 
 def copy_segments(page, path, corners, order, patches):
@@ -316,7 +306,7 @@ def read_picture(path, corners, patches):
             pixels = as_rgb(np.asarray(image), path)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch or export it again") from None
-    copy_overlap_rows(pixels, corners, np.argsort(corners[:, 0], kind="stable"), patches)
+    copy_overlap(pixels, 0, 0, corners, np.argsort(corners[:, 0], kind="stable"), patches)
     return "decoded whole", pixels.shape[:2]
 
 
