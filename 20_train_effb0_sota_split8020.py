@@ -12,15 +12,16 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
            BMC Bioinformatics, 2026
 """
 
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import anndata
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import common
 
@@ -29,7 +30,7 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # spots of the training slides split at random; one test slide
+PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -38,6 +39,7 @@ SEEDS = (42,)  # one training each
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights; false = random weights
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
+TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean: a great help from random weights
 
 AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
@@ -64,15 +66,23 @@ QUICK_BUDGET = {
 }
 
 
-def make_simulated_slides():
-    """Call scripts 18 and 19, printing the commands."""
-    for command in (["18_simulate_slides.py"], ["19_make_patches_and_csv.py", "--target", TARGET]):
-        command += ["--data-root", DATA_ROOT]
-        if command[0].startswith("18") and (Path(DATA_ROOT) / "slides.csv").exists():
-            continue
-        print("$ python", *command, flush=True)
-        if subprocess.run([sys.executable, Path(__file__).parent / command[0], *command[1:]]).returncode:
-            raise common.InputError(f"{command[0]} failed: its message stands above")
+def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
+    """Ridge regression on standardised colour statistics, for run_setting: no image network may lose to it."""
+    data, train_rows = experiment.data, experiment.rows("train")
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(data.colour[train_rows], data.target[train_rows])
+    return ridge.predict(data.colour[experiment.rows(*common.SPLITS)]).astype(np.float32), {"weights": "none"}
+
+
+def print_epoch(experiment, line, predicted, best_epoch):
+    """One line an epoch, with the mean r of HEG over the validation spots."""
+    data, rows = experiment.data, experiment.rows("valid")
+    r = common.score_genes(predicted, data.target[rows], data.spots["tissue_index"].to_numpy()[rows])["r"]
+    line["valid_heg"] = common.group_means(r, data.genes, experiment.groups)["heg"]
+    if line["epoch"] == 1:
+        print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
+    form = "{epoch:4}{} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
+    form += " {images_per_s:10.1f} {seconds:9.1f}"
+    print(form.format("* "[line["epoch"] != best_epoch], **line), flush=True)
 
 
 def draw_figures(folder, title):
@@ -134,26 +144,18 @@ def print_published(path):
 
 
 def main():
-    out = Path(OUT or Path("runs") / Path(__file__).stem / Path(DATA_ROOT).resolve().name)
-    if QUICK and QUICK_BUDGET["DATA_ROOT"] == DATA_ROOT and not (Path(DATA_ROOT) / "dataset" / "meta.json").exists():
-        make_simulated_slides()
-    if not SEEDS:
-        raise common.InputError("--seeds: expected one number at least")
-    recipe = common.recipe_of(globals())
-    data = common.load_dataset(DATA_ROOT, TARGET)
-    rows = []
-    for seed in SEEDS:
-        experiment = common.set_up_experiment(recipe, data, out, seed)
-        if seed == SEEDS[0]:
-            common.print_header(globals(), recipe, experiment)
-        for setting, compute in (("EfficientNet-B0", common.train_network), ("ridge (colour)", common.ridge_on_colour)):
+    recipe, experiments = common.open_run(globals())
+    data, rows = experiments[0].data, []
+    for experiment in experiments:
+        train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
+        for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", ridge_on_colour)):
             rows += common.run_setting(setting, recipe, experiment, compute)
-            draw_figures(out / rows[-1]["folder"], f"{common.title_of(data)}{setting}, test slide {TEST_SLIDE}")
-    common.print_table("mean Pearson r per gene group", experiment, rows)
+            draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}, test slide {TEST_SLIDE}")
+    common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows))
     if (data.root / "published_results.csv").is_file():
         print_published(data.root / "published_results.csv")
     for folder in dict.fromkeys(row["folder"] for row in rows):
-        print(f"figures, per-gene r and predictions: {out / folder}")
+        print(f"figures, per-gene r and predictions: {experiment.out / folder}")
     common.finish_run(globals(), experiment, rows)
 
 

@@ -5,19 +5,17 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 """
 
 import argparse
+import functools
 import hashlib
 import json
-import math
 import os
 import re
 import resource
+import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import anndata
@@ -25,34 +23,29 @@ import numpy as np
 import pandas as pd
 import polars
 import safetensors.torch
-import scipy.sparse
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants as hub
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- conventions
-
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
 MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
+SPLITS = ("oof", "valid", "test")  # roles whose spots are scored; oof = out of fold
 R_THRESHOLD = 0.30  # the paper counts the genes above it
 
 # What a constant may be: a tuple of the allowed values, or the two ends of a range.
 ALLOWED = {
-    "TARGET": ("harmony", "lognorm"), "PROTOCOL": ("paper",), "AUG": ("mpa", "stnet", "none"),
-    "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"),
-    "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "HIDDEN": range(0, 10**6),
-    "IMAGE_SIZE": range(32, 4096), "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6),
-    "LEARNING_RATE": range(0, 1), "SPOTS": range(2, 10**6), "SLIDES": range(1, 1000),
-    "HVG_PER_SLIDE": range(1, 10**6), "DEPTH": range(1, 10**9), "DISPERSION": range(0, 100),
+    "TARGET": ("harmony", "lognorm"), "AUG": ("mpa", "stnet", "none"),
+    "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"), "LEARNING_RATE": range(0, 1),
+    "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "FOLDS": range(2, 100), "SPOTS": range(2, 10**6),
+    "HIDDEN": range(0, 10**6), "TRAINABLE_STAGES": range(-1, 1000), "IMAGE_SIZE": range(32, 4096),
+    "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6), "HVG_PER_SLIDE": range(1, 10**6),
+    "SLIDES": range(1, 1000), "DEPTH": range(1, 10**9), "DISPERSION": range(0, 100),
 }  # fmt: skip
 
 
@@ -82,25 +75,24 @@ def seed_of(*words):
 # ------------------------------------------------------------------------------------------- run set-up
 def recipe_of(script):
     """{name: value} of the constants in a script's ruled block as they stand now; a run is saved with them."""
-    return {name: script[name] for name, _ in _constant_lines(script)}
+    return {name: script[name] for name in _constant_comments(script)}
 
 
-def _constant_lines(script):
+def _constant_comments(script):
     block = re.split(r"^# -{20,}.*$", Path(script["__file__"]).read_text(), flags=re.MULTILINE)[1]
-    return re.findall(r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", block, flags=re.MULTILINE)
+    return dict(re.findall(r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", block, flags=re.MULTILINE))
 
 
-def _parse_constant(flag, text, default):
+def _parse_constant(default, text):
     """The command line's text as a value of the default's type; an empty tuple takes whole numbers."""
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
         if isinstance(default, tuple):
-            kind = type(default[0]) if default else int
-            return tuple(kind(part) for part in text.split(",") if part)
+            return tuple(type((*default, 0)[0])(part) for part in text.split(",") if part)
         return type(default)(text)
     except (KeyError, ValueError):
-        raise InputError(f"{flag} {text}: expected {type(default).__name__} like {default!r}") from None
+        raise argparse.ArgumentTypeError(f"{text}: expected {type(default).__name__} like {default!r}") from None
 
 
 def override_constants(script, argv):
@@ -108,30 +100,26 @@ def override_constants(script, argv):
     raw = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
     parser = argparse.ArgumentParser(None, None, script["__doc__"], formatter_class=raw, allow_abbrev=False)
     parser.exit_on_error = False
-    flags = {}
-    for name, comment in _constant_lines(script):
-        flags[name], value = "--" + name.lower().replace("_", "-"), script[name]
-        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        bare = {"nargs": "?", "const": "true"} if isinstance(value, bool) else {}
-        parser.add_argument(flags[name], dest=name, metavar="", help=f"{comment} [{shown}]".replace("%", "%%"), **bare)
+    flags = {name: "--" + name.lower().replace("_", "-") for name in recipe_of(script)}
+    for name, comment in _constant_comments(script).items():
+        value, kind = script[name], functools.partial(_parse_constant, script[name])
+        shown = f"{comment} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
+        bare = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        parser.add_argument(flags[name], dest=name, type=kind, metavar="", help=shown, **bare)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = [*get_close_matches(unknown[0].split("=")[0], flags.values(), 1), "--help, which lists the constants"]
-        raise InputError(f"{Path(script['__file__']).name} has no constant {unknown[0]}: did you mean {close[0]}?")
-    texts = {name: text for name, text in vars(given).items() if text is not None}
-    values = {name: _parse_constant(flags[name], text, script[name]) for name, text in texts.items()}
+        raise InputError(f"{Path(script['__file__']).name} has no constant {' '.join(unknown)}: --help lists them")
+    values = {name: value for name, value in vars(given).items() if value is not None}
     if values.get("QUICK", script.get("QUICK", False)):
         values = script["QUICK_BUDGET"] | values
-    for name, value in values.items():
-        if value != script[name]:
-            print(f"{name} = {value!r}")
+    print(*(f"{name} = {value!r}\n" for name, value in values.items() if value != script[name]), sep="", end="")
     script.update(values)
-    for name in flags:
+    for name, flag in flags.items():
         value, allowed = script[name], ALLOWED.get(name)
         if isinstance(allowed, tuple) and value not in allowed:
-            raise InputError(f"{flags[name]} {value}: expected one of {', '.join(allowed)}")
+            raise InputError(f"{flag} {value}: expected one of {', '.join(allowed)}")
         if isinstance(allowed, range) and not allowed.start <= value <= allowed.stop:
-            raise InputError(f"{flags[name]} {value}: expected a number from {allowed.start} to {allowed.stop}")
+            raise InputError(f"{flag} {value}: expected a number from {allowed.start} to {allowed.stop}")
 
 
 def run_script(script):
@@ -152,25 +140,47 @@ def choose_device(recipe):
     cuda = torch.cuda.is_available() and recipe["DEVICE"] != "cpu"
     if recipe["DEVICE"] == "cuda" and not cuda:
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    device = torch.device("cuda" if cuda else "cpu")
-    if recipe["PRECISION"] == "fp16" and not cuda:
-        raise InputError("--precision fp16: needs a GPU, since it trains with a loss scaler; use bf16 or fp32")
+    has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
     if recipe["PRECISION"] != "auto":
         choice, reason = recipe["PRECISION"], "as asked"
-    elif cuda:
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        choice, reason = ("bf16", "the GPU has it") if has else ("fp16", "the GPU lacks bf16; with a loss scaler")
-    elif not torch.cpu._is_avx512_bf16_supported():
-        choice, reason = "fp32", "the processor lacks bf16"
-    elif recipe["IMAGE_SIZE"] < 160:
+    elif has_bf16 and not cuda and recipe["IMAGE_SIZE"] < 160:
         choice, reason = "fp32", "measured faster than bf16 on processors below 160 px"
+    elif has_bf16:
+        choice, reason = "bf16", "the device has it"
     else:
-        choice, reason = "bf16", "the processor has it"
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice], reason
+        choice, reason = ("fp16", "no bf16; with a loss scaler") if cuda else ("fp32", "the processor lacks bf16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice]
+    return torch.device("cuda" if cuda else "cpu"), dtype, reason
+
+
+def call_script(name, *flags):
+    """Run another numbered script, its command printed first. InputError where it fails."""
+    print("$ python", name, *flags, flush=True)
+    if subprocess.run([sys.executable, Path(__file__).with_name(name), *flags]).returncode:
+        raise InputError(f"{name} failed: its message stands above")
+
+
+def open_run(script, split=None):
+    """(recipe, one Experiment a seed) under the header; `--quick` has its slides made. `split` as split_random."""
+    recipe, root = recipe_of(script), Path(script["DATA_ROOT"])
+    if not recipe["SEEDS"]:
+        raise InputError("--seeds: expected one number at least")
+    if recipe["QUICK"] and str(root) == script["QUICK_BUDGET"]["DATA_ROOT"]:
+        if not (root / "slides.csv").exists():
+            call_script("18_simulate_slides.py", "--data-root", str(root))
+        if not (root / "dataset" / "meta.json").exists():
+            call_script("19_make_patches_and_csv.py", "--data-root", str(root), "--target", recipe["TARGET"])
+    out = Path(recipe["OUT"] or Path("runs", Path(script["__file__"]).stem, root.resolve().name))
+    data, experiments = load_dataset(root, recipe["TARGET"]), []
+    for seed in recipe["SEEDS"]:
+        roles = (split or split_random)(data.spots, recipe, seed)
+        experiments.append(Experiment(data, roles, choose_gene_groups(data, roles == "train"), out, seed))
+    print_header(script, recipe, experiments[0])
+    return recipe, experiments
 
 
 # ------------------------------------------------------------------------------------------- dataset
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, for place_patches
 class SpotData:
     """The spots of a data root; row i of every member is the same spot."""
 
@@ -183,12 +193,13 @@ class SpotData:
     colour: np.ndarray  # (N, 40) float64, colour and texture statistics of every patch
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
+    title: str  # begins the header, tables and figures of a run on simulated slides
 
 
 def log_normalise(counts, totals):
     """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G) float32."""
     scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
-    dense = counts.toarray() if scipy.sparse.issparse(counts) else np.asarray(counts)
+    dense = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
     return np.log1p(dense * scale[:, None]).astype(np.float32)
 
 
@@ -198,53 +209,47 @@ def load_dataset(data_root, target):
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
     if not (folder / "meta.json").is_file():
         raise InputError(f"no meta.json in {folder}: run {command} first")
-    meta_text = (folder / "meta.json").read_bytes()
-    meta = json.loads(meta_text)
+    meta = json.loads(meta_text := (folder / "meta.json").read_bytes())
     if meta["target"] is None:
         raise InputError(f"{folder} holds patches alone: its slides.csv names no matrix, so there is nothing to learn")
     if target == "harmony" and meta["target"] != "harmony":
         raise InputError(f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
-    genes = counts.var_names.tolist()
-    lognorm = log_normalise(counts.X, counts.obs["n_counts"])
-    columns = polars.scan_csv(folder / "dataset.csv", n_rows=0).collect_schema().names()
-    if columns != ID_COLUMNS + genes:
-        raise InputError(f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
-    types = dict.fromkeys(genes, polars.Float32) | dict.fromkeys(("id", "barcode"), polars.String)
-    wanted = ID_COLUMNS if target == "lognorm" else columns
-    table = polars.read_csv(folder / "dataset.csv", columns=wanted, schema_overrides=types)
+    genes, expression = counts.var_names.tolist(), log_normalise(counts.X, counts.obs["n_counts"])
+    lognorm, spots = expression, counts.obs.reset_index(names="id")[ID_COLUMNS]
+    if target == "harmony":
+        table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
+        if table.collect_schema().names() != ID_COLUMNS + genes:
+            raise InputError(f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
+        expression = table.select(genes).collect().to_numpy()
     patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
-    if not len(table) == len(patches) == len(lognorm):
-        raise InputError(f"{folder}: {len(table)} rows, {len(patches)} patches, {len(lognorm)} counts: run {command}")
-    spots = pd.DataFrame({name: table[name].to_numpy() for name in ID_COLUMNS})
-    expression = lognorm if target == "lognorm" else table.select(genes).to_numpy()
-    fingerprint = hashlib.sha256(meta_text).hexdigest()[:16]
-    return SpotData(root, patches, spots, genes, expression, lognorm, counts.obsm["colour"], meta, fingerprint)
+    fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
+    return SpotData(root, patches, spots, genes, expression, lognorm, counts.obsm["colour"], meta, fingerprint, title)
 
 
-def split_random(spots, train_slides, test_slide, valid_fraction, seed):
-    """The paper's split: (N,) array of "train", "valid", "test" or "" (a slide that takes no part). The training
-    slides' spots are pooled and `valid_fraction` of them drawn at random for validation.
-    """
-    slides = sorted(spots["tissue_index"].unique())
-    train_slides = train_slides or tuple(s for s in slides if s != test_slide)
-    if unknown := {*train_slides, test_slide} - set(slides):
-        raise InputError(f"slide {min(unknown)} is not in the dataset: it holds slides {', '.join(map(str, slides))}")
-    if test_slide in train_slides:
-        raise InputError(f"slide {test_slide} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
-    roles = np.where(spots["tissue_index"] == test_slide, "test", "").astype("U5")
-    pool = np.flatnonzero(spots["tissue_index"].isin(train_slides))
-    n_valid = round(valid_fraction * len(pool))
+def split_random(spots, recipe, seed):
+    """The paper's split, (N,) of "train", "valid" (VALID_FRACTION of the training slides' spots), "test" or ""."""
+    slide, test, fraction = spots["tissue_index"].to_numpy(), recipe["TEST_SLIDE"], recipe["VALID_FRACTION"]
+    train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, test))
+    if recipe["PROTOCOL"] != "paper":
+        raise InputError(f"--protocol {recipe['PROTOCOL']}: this script has paper alone")
+    if unknown := {*train, test} - set(slide):
+        raise InputError(f"slide {min(unknown)} is not in the dataset: it holds slides {np.unique(slide)}")
+    if test in train:
+        raise InputError(f"slide {test} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
+    roles = np.where(slide == test, "test", "").astype("U5")
+    pool = np.flatnonzero(np.isin(slide, train))
+    n_valid = round(fraction * len(pool))
     if not 0 < n_valid < len(pool) - 1:
-        raise InputError(f"--valid-fraction {valid_fraction} of {len(pool)} spots leaves validation or training none")
+        raise InputError(f"--valid-fraction {fraction} of {len(pool)} spots leaves validation or training none")
     order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
     roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
     return roles
 
 
-def choose_gene_groups(data, roles):
-    """(table `group, gene, rank` of HEG, HVG and MG, where it comes from): the data root's gene_sets.csv, else the
-    50 genes of the panel with the highest mean and variance of log-normalised expression over the training spots.
+def choose_gene_groups(data, spots):
+    """Table group, gene, rank, attrs["source"]: the data root's gene_sets.csv, else HEG and HVG are the 50 genes of the
+    panel with the highest mean and variance of log-normalised expression over `spots`.
     """
     path = data.root / "gene_sets.csv"
     if path.is_file():
@@ -254,38 +259,34 @@ def choose_gene_groups(data, roles):
             table = pd.DataFrame({"group": [""]})
         if not set(table["group"]) <= set(GROUPS):
             raise InputError(f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}")
-        return table.assign(rank=table.groupby("group").cumcount() + 1)[["group", "gene", "rank"]], path.name
-    train = data.lognorm[roles == "train"].astype(np.float64)
-    parts = {"HEG": train.mean(0), "HVG": train.var(0)}
-    lists = {group: [data.genes[g] for g in np.argsort(-v, kind="stable")[:GROUP_SIZE]] for group, v in parts.items()}
-    lists["MG"] = list(MARKER_GENES)
-    rows = [(group, gene, rank) for group, names in lists.items() for rank, gene in enumerate(names, 1)]
-    return pd.DataFrame(rows, columns=["group", "gene", "rank"]), "training spots"
+        table, source = table.assign(rank=table.groupby("group").cumcount() + 1), path.name
+    else:
+        ranked = {"HEG": data.lognorm[spots].mean(0, np.float64), "HVG": data.lognorm[spots].var(0, np.float64)}
+        lists = {k: [data.genes[g] for g in np.argsort(-v, kind="stable")[:GROUP_SIZE]] for k, v in ranked.items()}
+        rows = [(k, gene, n) for k, genes in (lists | {"MG": MARKER_GENES}).items() for n, gene in enumerate(genes, 1)]
+        table, source = pd.DataFrame(rows, columns=["group", "gene", "rank"]), "training spots"
+    table.attrs["source"] = source
+    return table
 
 
-def resize_patches(patches, size, device="cpu"):
-    """(N, 224, 224, 3) uint8 array -> (N, 3, size, size) uint8 tensor in channels-last memory, antialiased; on the
-    device where it fills at most half of the free memory, else on the CPU: at 224 px the memory map itself.
+@functools.lru_cache(maxsize=1)  # the trainings of a run share one copy
+def place_patches(data, size, device):
+    """data.patches as (N, 3, size, size) uint8, channels last; on the device where they fill at most half of its free
+    memory, else on the CPU: at 224 px the memory map itself.
     """
-    resized = torch.from_numpy(patches)
-    if size != patches.shape[1]:
-        resized = torch.empty((len(patches), size, size, 3), dtype=torch.uint8)
-        for start in range(0, len(patches), 256):
-            chunk = torch.from_numpy(patches[start : start + 256]).permute(0, 3, 1, 2).float()
-            chunk = F.interpolate(chunk, size=(size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
-            resized[start : start + 256] = chunk.to(torch.uint8).permute(0, 2, 3, 1)
-    device = torch.device(device)
-    if device.type == "cuda" and resized.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        resized = resized.to(device)
-    return resized.permute(0, 3, 1, 2)
+    images = torch.from_numpy(data.patches).permute(0, 3, 1, 2)
+    if size != PATCH_SIZE:
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+    fits = device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
+    return images.to(device) if fits else images
 
 
 # ------------------------------------------------------------------------------------------- augmentation
 def draw_augmentation(n, preset, generator):
-    """Parameters for n patches, on the CPU: symmetry (n, 3) bool, warped (n,) bool, affine (n, 2, 3) float32.
-    Symmetry is flip left-right, flip up-down, transpose, in this order; affine maps output (x, y, 1) in [-1, 1] to
-    input (x, y), as F.affine_grid takes it. Presets: "mpa" (each symmetry p = .5, then p = .5 one warp of shift within
-    10 % of the side, scale 0.9-1.1 and rotation within 30 degrees), "stnet" (the 8 symmetries alone), "none".
+    """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down, transpose, in this
+    order), warped (n,) bool, affine (n, 2, 3), which F.affine_grid takes. Presets: "mpa" (each symmetry p = .5, then
+    p = .5 one warp of shift within 10 % of the side, scale 0.9-1.1, rotation within 30 degrees), "stnet" (the 8
+    symmetries alone; "stnet_color" of script 23 likewise), "none".
     """
     uniform = torch.rand((n, 8), generator=generator)
     symmetry = (uniform[:, :3] < 0.5) & (preset != "none")
@@ -318,72 +319,76 @@ def augment(patches, symmetry, warped, affine):
 
 
 # ------------------------------------------------------------------------------------------- model
-class SpotRegressor(nn.Module):
-    """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression."""
+def stages_of(backbone):
+    """The backbone's modules in stages, input side first; of EfficientNet-B0 stem, seven stages, head convolution."""
+    stages = []
+    for name, child in backbone.named_children():
+        for module in child.children() if name in ("blocks", "features", "stages", "layers") else [child]:
+            if not stages or any(p.ndim > 1 for p in module.parameters()):  # norm and pooling: not a stage of their own
+                stages.append([])
+            stages[-1].append(module)
+    return stages
 
-    def __init__(self, backbone, head, mean, std):
+
+class SpotRegressor(nn.Module):
+    """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression; the last stages are trainable."""
+
+    def __init__(self, backbone, head, trainable_stages):
         super().__init__()
-        self.backbone = backbone
-        self.head = head
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.backbone, self.head = backbone, head
+        for name in ("mean", "std"):  # of the images that the backbone was pretrained on
+            self.register_buffer(name, 255 * torch.tensor(backbone.pretrained_cfg[name]).view(3, 1, 1), False)
+        stages = stages_of(backbone)
+        if trainable_stages > len(stages):
+            raise InputError(f"TRAINABLE_STAGES {trainable_stages}: this backbone has {len(stages)} stages")
+        n_frozen = 0 if trainable_stages == -1 else len(stages) - trainable_stages
+        self.frozen = [module for stage in stages[:n_frozen] for module in stage]
+        backbone.requires_grad_(not self.frozen)  # a transformer's own parameters belong to the stem
+        for module in [module for stage in stages[n_frozen:] for module in stage]:
+            module.requires_grad_(True)
+
+    def train(self, mode=True):
+        """Frozen stages stay in evaluation mode: their BatchNorm would go on averaging, dropping paths would go on."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def encode(self, pixels):
+        """(B, 3, S, S) pixel values 0..255 -> (B, F) features."""
+        return self.backbone((pixels.float() - self.mean) / self.std)
 
     def forward(self, pixels):
-        return self.head(self.backbone((pixels.float() - self.mean) / self.std))
+        return self.head(self.encode(pixels))
 
 
-def build_model(recipe, n_genes, seed, start=None):
+def build_model(recipe, n_genes, seed):
     """timm BACKBONE with the paper's head, Dropout - Linear - ReLU - Dropout - Linear; HIDDEN = 0 is one Linear.
-
-    Same seed, same weights; `start` (G,) is an output bias. InputError for an unknown name or weights not to be had.
+    Same seed, same weights. InputError for an unknown name or weights that are not to be had.
     """
     import timm  # here, because it takes seconds to import and scripts 17-19 do without
 
     backbone, hidden, pretrained = recipe["BACKBONE"], recipe["HIDDEN"], recipe["PRETRAINED"]
-    if pretrained:  # where the hub does not answer, read its cache only: the client would retry for most of a minute
-        try:
-            urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=10).close()
-        except OSError as error:
-            hub.HF_HUB_OFFLINE = not isinstance(error, urllib.error.HTTPError)  # which is an answer, too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
         try:
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         except (OSError, RuntimeError) as error:
-            fix = (
-                "connect to the network once, or use --pretrained false"
-                if pretrained
-                else "choose a name that timm has"
-            )
+            fix = "connect to the network once, or use --pretrained false" if pretrained else "choose a name of timm's"
             raise InputError(f"--backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
         width = getattr(body, "head_hidden_size", None) or body.num_features  # of what comes out: VGG, MobileNetV3
         layers = [nn.Dropout(0.5), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
         head = nn.Sequential(*layers, nn.Linear(hidden or width, n_genes))
-    if start is not None:
-        head[-1].bias.data.copy_(torch.from_numpy(start))
-    return SpotRegressor(body, head, body.pretrained_cfg["mean"], body.pretrained_cfg["std"])
+    return SpotRegressor(body, head, recipe["TRAINABLE_STAGES"])
 
 
 def count_parameters(model):
-    """{"backbone", "total", "trainable"}: numbers of parameters."""
+    """{"backbone", "trainable", "total"}: numbers of parameters."""
     size = lambda module, *kinds: sum(p.numel() for p in module.parameters() if p.requires_grad in kinds)  # noqa: E731
-    return {"backbone": size(model.backbone, 0, 1), "total": size(model, 0, 1), "trainable": size(model, 1)}
+    return {"backbone": size(model.backbone, 0, 1), "trainable": size(model, 1), "total": size(model, 0, 1)}
 
 
 # ------------------------------------------------------------------------------------------- training
-def learning_rate_at(epoch, epochs, base):
-    """Cosine from `base` in epoch 0 to zero after the last one; stepped by the epoch, never by the loss."""
-    return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-
-
-def batches_of(order, batch_size):
-    """Split row indices into batches; a last batch of one joins the one before, since BatchNorm needs two."""
-    parts = list(order.split(batch_size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
-
-
 def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, epoch, dtype):
     """One pass over `rows`; returns the mean training loss. Everything random follows from (seed, epoch)."""
     device = next(model.parameters()).device
@@ -393,11 +398,10 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     torch.manual_seed(seed_of(seed, "dropout", epoch))
     model.train()
     total, start = torch.zeros((), device=device), 0
-    for batch in tqdm(batches_of(order, recipe["BATCH_SIZE"]), f"epoch {epoch + 1}", leave=False, disable=None):
-        stop = start + len(batch)
-        images = augment(
-            patches[batch.to(patches.device)].to(device, non_blocking=True), *(part[start:stop] for part in draw)
-        )
+    batches = [batch for batch in order.split(recipe["BATCH_SIZE"]) if len(batch) > 1]  # BatchNorm needs two
+    for batch in tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None):
+        stop, images = start + len(batch), patches[batch.to(patches.device)].to(device, non_blocking=True)
+        images = augment(images, *(part[start:stop] for part in draw))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(predicted.float(), target[batch.to(target.device)])
@@ -407,21 +411,21 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
         scaler.update()
         total += loss.detach() * len(batch)
         start = stop
-    return total.item() / len(order)  # the epoch's only synchronisation
+    return total.item() / start  # the epoch's only synchronisation
 
 
-def fit(
-    model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, checkpoint=None, report=lambda *_: None
-):
+def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, keep=0, checkpoint=None, report=None):
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
-    patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. `checkpoint` is a file that a killed
-    run goes on from. `report(line, predicted, best_epoch)` sees each epoch's line of the history and may add to it.
+    patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. With `keep` there is no validation and
+    training ends with that epoch. `checkpoint` is a file that a killed run goes on from. `report(line, predicted,
+    best_epoch)` sees each epoch's line of the history and may add to it.
     """
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])  # stepped by the epoch
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    stateful = {"model": model, "optimiser": optimiser, "scaler": scaler}
+    stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     truth, rows = torch.from_numpy(target).to(device), torch.from_numpy(train_rows)
     history, best = [], None
     if checkpoint is not None and checkpoint.is_file():
@@ -429,24 +433,23 @@ def fit(
         for part, owner in stateful.items():
             owner.load_state_dict(state[part])
         history, best = state["history"], state["best"]
-        print(f"going on after epoch {len(history)} of {recipe['EPOCHS']} ({checkpoint})")
-    for epoch in range(len(history), recipe["EPOCHS"]):
-        began = time.perf_counter()
-        rate = learning_rate_at(epoch, recipe["EPOCHS"], recipe["LEARNING_RATE"])
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        tqdm.write(f"going on after epoch {len(history)} of {recipe['EPOCHS']} ({checkpoint})")
+    for epoch in range(len(history), keep or recipe["EPOCHS"]):
+        began, rate = time.perf_counter(), schedule.get_last_lr()[0]
         loss = train_epoch(model, optimiser, scaler, patches, truth, rows, recipe, seed, epoch, dtype)
+        schedule.step()
         trained = time.perf_counter() - began
-        predicted = predict(model, patches, valid_rows, dtype=dtype)
-        mse = float(np.mean((predicted.astype(np.float64) - target[valid_rows]) ** 2))
+        predicted = None if keep else predict(model, patches, valid_rows, dtype=dtype)
+        mse = loss if keep else float(np.mean((predicted.astype(np.float64) - target[valid_rows]) ** 2))
         if not np.isfinite(mse):
-            raise InputError(f"epoch {epoch + 1}: the validation MSE is {mse}: lower LEARNING_RATE ({rate:g})")
-        line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": mse}
+            raise InputError(f"epoch {epoch + 1}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
+        line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": None if keep else mse}
         line |= {"images_per_s": len(rows) / trained, "seconds": time.perf_counter() - began}
-        if best is None or mse < best["valid_mse"]:
+        if best is None or keep or mse < best["valid_mse"]:
             weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
             best = {"epoch": epoch + 1, "valid_mse": mse, "weights": weights}
-        report(line, predicted, best["epoch"])
+        if report is not None:
+            report(line, predicted, best["epoch"])
         history.append(line)
         if checkpoint is not None:
             with whole_file(checkpoint) as path:
@@ -478,13 +481,10 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=128):
 # ------------------------------------------------------------------------------------------- correlation
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.
-    NaN where r is undefined: a constant or non-finite column, or fewer than two spots. Never 0 in its place.
+    NaN where r is undefined: a constant or non-finite column, or a single spot. Never 0 in its place.
     """
     predicted, truth = np.asarray(predicted, np.float64), np.asarray(truth, np.float64)
-    if predicted.shape != truth.shape or predicted.ndim != 2:
-        raise ValueError(f"predicted {predicted.shape} and truth {truth.shape} must be one (n, G)")
-    if len(truth) < 2:
-        return np.full(truth.shape[1], np.nan)
+    assert predicted.shape == truth.shape and predicted.ndim == 2
     constant = (np.ptp(predicted, axis=0) == 0) | (np.ptp(truth, axis=0) == 0)
     predicted, truth = predicted - predicted.mean(0), truth - truth.mean(0)
     scale = np.sqrt((predicted**2).sum(0) * (truth**2).sum(0))
@@ -495,10 +495,9 @@ def pearson_per_gene(predicted, truth):
 def score_genes(predicted, truth, slides):
     """Per gene (G rows): r (mean over slides of the r within each), r_pooled (all spots together) and mse."""
     within = np.stack([pearson_per_gene(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)])
-    defined = np.isfinite(within).sum(0)
-    r = np.where(defined > 0, np.nansum(within, axis=0) / np.maximum(defined, 1), np.nan)
-    squared = (predicted.astype(np.float64) - truth) ** 2
-    return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": squared.mean(0)})
+    r = pd.DataFrame(within).mean().to_numpy()  # without the slides where it is undefined
+    mse = ((predicted.astype(np.float64) - truth) ** 2).mean(0)
+    return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": mse})
 
 
 def group_means(r, genes, groups):
@@ -516,47 +515,36 @@ class Experiment:
     """One split of a data root: which spots do what, which genes are reported, and where the rows go."""
 
     data: SpotData
-    roles: np.ndarray  # (N,) "train", "valid", "test" or ""
-    groups: pd.DataFrame  # columns group, gene, rank
-    gene_lists: str  # where the groups come from
+    roles: np.ndarray  # (N,) "train", one of SPLITS, or "" for a spot that takes no part
+    groups: pd.DataFrame  # columns group, gene, rank; attrs["source"]
     out: Path
     seed: int
+    fold: int = 0
 
     def rows(self, *roles):
         """Row numbers of the spots with these roles, in the order of the roles."""
         return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
 
 
-def title_of(data):
-    """What the header, every table's title and every figure of a run on simulated slides begin with."""
-    return "SIMULATED slides: " if data.meta["simulated"] else ""
-
-
-def set_up_experiment(recipe, data, out, seed):
-    """Split the spots and choose the gene groups as the recipe says."""
-    roles = split_random(data.spots, recipe["TRAIN_SLIDES"], recipe["TEST_SLIDE"], recipe["VALID_FRACTION"], seed)
-    return Experiment(data, roles, *choose_gene_groups(data, roles), Path(out), seed)
-
-
 def run_setting(setting, recipe, experiment, compute):
-    """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own:
-    <out>/<setting>-<hash of data and constants>. rows.json is written last and marks the folder as whole.
-
-    compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows("valid", "test") and facts.
+    """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own,
+    <out>/<setting>-<hash of what they follow from>; rows.json comes last and marks it as whole.
+    compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows(*SPLITS) and facts.
     """
-    data, roles, at = experiment.data, experiment.roles, experiment.rows("valid", "test")
-    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS")}
-    facts |= {"seed": experiment.seed, "data": data.fingerprint, "genes": experiment.groups.values.tolist()}
+    data, roles, at = experiment.data, experiment.roles, experiment.rows(*SPLITS)
+    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")}
+    facts |= {"seed": experiment.seed, "fold": experiment.fold, "data": data.fingerprint}
+    facts |= {"split": hashlib.sha256(roles).hexdigest(), "genes": experiment.groups.values.tolist()}
     key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
     folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
     if (folder / "rows.json").is_file():
-        print(f"{setting}: on disk already ({folder})")
+        tqdm.write(f"{setting}: on disk already ({folder})")
         return json.loads((folder / "rows.json").read_text())
     began = time.perf_counter()
     predicted, more = compute(recipe, experiment, folder)
     more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
     rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
-    split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": 0})[roles != ""]
+    split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
     table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
     table.var = per_gene.set_index("gene")
     table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
@@ -570,56 +558,73 @@ def run_setting(setting, recipe, experiment, compute):
         with whole_file(folder / f"{name}.json") as path:
             path.write_text(json.dumps(content, indent=1) + "\n")
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    on_disk = [row for path in sorted(experiment.out.glob("*/rows.json")) for row in json.loads(path.read_text())]
+    with whole_file(experiment.out / "rows.csv") as path:
+        pd.DataFrame(on_disk).to_csv(path, index=False)
+    return rows
+
+
+def run_grid(script, settings, experiments, adapt=None):
+    """The rows of each setting {name: {CONSTANT: value}}, or of ONLY, and experiment, by train_network with `adapt`."""
+    recipe, only, rows = recipe_of(script), script["ONLY"], []
+    if only and only not in settings:
+        raise InputError(f"--only {only}: expected one of {'; '.join(settings)}")
+    tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
+    with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, disable=None) as bar:
+        train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
+        for number, (name, changed, experiment) in enumerate(tasks, 1):
+            bar.set_description(f"{number}/{len(tasks)} {name}")
+            before = bar.n
+            rows += run_setting(name, changed, experiment, train)
+            bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk
+            left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(bar.n, 1)
+            tqdm.write(f"{number:4}/{len(tasks)} {name}: done, about {tqdm.format_interval(left)} left")
     return rows
 
 
 def score_rows(setting, recipe, experiment, predicted, facts):
     """([one dict a split and truth], per-gene table); NaN becomes None in the dicts, as JSON has none."""
-    data, rows = experiment.data, experiment.rows("valid", "test")
+    data, rows = experiment.data, experiment.rows(*SPLITS)
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
     table, per_gene = [], pd.DataFrame({"gene": data.genes})
-    for split in ("valid", "test"):
+    for split in [split for split in SPLITS if split in experiment.roles]:
         at = experiment.roles[rows] == split
         slides = data.spots["tissue_index"].to_numpy()[rows[at]]
         for truth, values in truths.items():
             scores = score_genes(predicted[at], values[rows[at]], slides)
             per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
-            row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides))), "fold": 0}
-            row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
-            row |= {"gene_lists": experiment.gene_lists, "n_spots": len(slides), **facts}
-            row |= group_means(scores["r"], data.genes, experiment.groups)
+            row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides)))}
+            row |= {"fold": experiment.fold, "seed": experiment.seed, "target": recipe["TARGET"], "truth": truth}
+            row |= {
+                "protocol": recipe["PROTOCOL"],
+                "gene_lists": experiment.groups.attrs["source"],
+                "n_spots": len(slides),
+            }
+            row |= facts | group_means(scores["r"], data.genes, experiment.groups)
             pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
             row |= {f"{group}_pooled": r for group, r in pooled.items() if not group.endswith("_n")}
             row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean())}
-            table.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+            table.append({k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()})
     return table, per_gene
 
 
-def train_network(recipe, experiment, folder):
-    """Train the recipe's network and predict, for run_setting; writes weights.safetensors and history.csv."""
-    data = experiment.data
-    train_rows, valid_rows = experiment.rows("train"), experiment.rows("valid")
-    device, dtype, _ = choose_device(recipe)
-    start = data.target[train_rows].mean(0) if recipe["START_AT_MEAN"] else None
-    model = build_model(recipe, len(data.genes), experiment.seed, start).to(device, memory_format=torch.channels_last)
-    patches = resize_patches(data.patches, recipe["IMAGE_SIZE"], device)
-    slides = data.spots["tissue_index"].to_numpy()[valid_rows]
-    print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
-
-    def report(line, predicted, best_epoch):
-        r = score_genes(predicted, data.target[valid_rows], slides)["r"]
-        line["valid_heg"] = group_means(r, data.genes, experiment.groups)["heg"]
-        form = "{epoch:4}{} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
-        print(
-            (form + " {images_per_s:10.1f} {seconds:9.1f}").format("* "[line["epoch"] != best_epoch], **line),
-            flush=True,
-        )
-
+def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None):
+    """Train and predict, for run_setting; writes weights.safetensors and history.csv. `keep` and `report` as in fit;
+    adapt(model, patches, recipe, experiment) returns another (network, its input) that holds `model.head` to train.
+    """
+    data, (device, dtype, _) = experiment.data, choose_device(recipe)
+    patches = place_patches(data, recipe["IMAGE_SIZE"], device)
+    with suppress(OSError):  # the peak is to be this training's own; only Linux can forget an earlier one
+        Path("/proc/self/clear_refs").write_text("5")
+    model = build_model(recipe, len(data.genes), experiment.seed).to(device, memory_format=torch.channels_last)
+    if recipe["START_AT_MEAN"]:
+        model.head[-1].bias.data.copy_(torch.from_numpy(data.target[experiment.rows("train")].mean(0)))
+    network, patches = adapt(model, patches, recipe, experiment) if adapt else (model, patches)
     history = fit(
-        model, patches, data.target, train_rows, valid_rows,
-        recipe=recipe, seed=experiment.seed, dtype=dtype, checkpoint=folder / "checkpoint.pt", report=report,
+        network, patches, data.target, experiment.rows("train"), experiment.rows("valid"), recipe=recipe,
+        seed=experiment.seed, dtype=dtype, keep=keep, checkpoint=folder / "checkpoint.pt", report=report,
     )  # fmt: skip
-    predicted = predict(model, patches, experiment.rows("valid", "test"), dtype=dtype, tta=recipe["TTA"])
+    predicted = predict(network, patches, experiment.rows(*SPLITS), dtype=dtype, tta=recipe["TTA"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     metadata = {
         "recipe": recipe, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
@@ -632,7 +637,7 @@ def train_network(recipe, experiment, folder):
         pd.DataFrame(history).to_csv(path, index=False)
     return predicted, {
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
-        "best_epoch": min(history, key=lambda line: line["valid_mse"])["epoch"],
+        "best_epoch": keep or min(history, key=lambda line: line["valid_mse"])["epoch"],
         "images_per_s": float(np.median([line["images_per_s"] for line in history])),
         "seconds": sum(line["seconds"] for line in history),  # also of epochs before an interruption
         "peak_memory_mb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**20,
@@ -640,61 +645,56 @@ def train_network(recipe, experiment, folder):
     }
 
 
-def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
-    """Ridge regression on standardised colour statistics, for run_setting: no image network may lose to it."""
-    data, train_rows = experiment.data, experiment.rows("train")
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(data.colour[train_rows], data.target[train_rows])
-    return ridge.predict(data.colour[experiment.rows("valid", "test")]).astype(np.float32), {"weights": "none"}
-
-
 def print_header(script, recipe, experiment):
-    """What is run on what: data, target, protocol, split, gene groups, machine, weights and size of the model."""
-    data = experiment.data
-    device, dtype, reason = choose_device(recipe)
-    slides, rows = data.spots["tissue_index"], [experiment.rows(role) for role in ("train", "valid", "test")]
-    of = [",".join(map(str, np.unique(slides[at]))) for at in rows]
-    target = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
-    missing = experiment.groups[~experiment.groups["gene"].isin(data.genes)]
-    lists = experiment.gene_lists + (f"; not in the panel: {', '.join(missing['gene'])}" if len(missing) else "")
+    """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
+    data, (device, dtype, reason) = experiment.data, choose_device(recipe)
+    slides, split = data.spots["tissue_index"], []
+    for role in [role for role in ("train", *SPLITS) if role in experiment.roles]:
+        at = experiment.rows(role)
+        split.append(f"{role} {len(at)} spots of slides {','.join(map(str, np.unique(slides[at])))}")
+    missing = sorted(set(experiment.groups["gene"]) - set(data.genes))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    with torch.device("meta"):  # sizes without memory
-        size = count_parameters(build_model(recipe | {"PRETRAINED": False}, len(data.genes), 0))
-    print(f"\n{title_of(data)}{Path(script['__file__']).stem}")
-    print(f"data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes")
-    print(f"target      {recipe['TARGET']} ({target[recipe['TARGET']]})")
-    print(f"protocol    {recipe['PROTOCOL']} (as published: the panel is chosen on all slides, so transductive)")
-    print(f"split       training {len(rows[0])} and validation {len(rows[1])} spots of slides {of[0]}", end="; ")
-    print(f"test {len(rows[2])} spots of slide {of[2]}")
-    print(f"gene groups {lists}")
-    print(f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})")
-    print("weights    ", "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining")
+    paper = " (as published: the panel is chosen on all slides, so transductive)" * (recipe["PROTOCOL"] == "paper")
+    lists = experiment.groups.attrs["source"] + f"; not in the panel: {', '.join(missing)}" * bool(missing)
+    of = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
     print(
-        f"model       {recipe['BACKBONE']} at {recipe['IMAGE_SIZE']} px, {size['total'] / 1e6:.1f} M parameters,",
-        end=" ",
+        f"\n{data.title}{Path(script['__file__']).stem}",
+        f"data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
+        f"target      {recipe['TARGET']} ({of[recipe['TARGET']]})",
+        f"protocol    {recipe['PROTOCOL']}{paper}",
+        f"split       {'; '.join(split)}",
+        f"gene groups {lists}",
+        f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        f"weights     {'pretrained (timm)' if recipe['PRETRAINED'] else 'random: no pretraining'}",
+        sep="\n",
     )
-    print(f"{size['backbone'] / 1e6:.1f} M of them in the backbone")
 
 
-def print_table(title, experiment, rows):
-    """One ruled table; a group mean over fewer genes than the group lists says over how many, as 0.310/47."""
-    table, listed = pd.DataFrame(rows), {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}
-    shown = table[["setting", "seed", "split", "truth", "n_spots"]].rename(columns={"n_spots": "spots"})
-    shown["setting"] = shown["setting"].str.ljust(shown["setting"].str.len().max())
-    for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all"), ("heg_pooled", "HEG pooled")):
-        few = [f"/{n}" if n < listed.get(heading, 0) else "" for n in table.get(f"{key}_n", [math.inf] * len(table))]
-        shown[heading] = table[key].astype(float).map("{:.3f}".format).replace("nan", "-") + few
-    shown["r>=.30"], shown["MSE"] = table["n_genes_r30"], table["mse"].map("{:.4f}".format)
-    shown["seconds"] = table["seconds"].map("{:.0f}".format)
-    head, *body = shown.to_string(index=False, col_space=7).splitlines()
-    title = f"\n{title_of(experiment.data)}{title} ({experiment.data.root})"
-    print(title, "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n")
+def tabulate_scores(experiment, rows):
+    """One line a setting, split and truth, as text: mean±sd over n seeds or folds; 0.310/47 is of 47 genes only."""
+    sizes, lines = {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}, []
+    width = max(len(row["setting"]) for row in rows)
+    for (setting, split, truth), of in pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False):
+        line = {"setting": setting.ljust(width), "n": len(of), "split": split, "truth": truth}
+        line |= {"spots": int(of["n_spots"].mean()), "r>=.30": f"{of['n_genes_r30'].mean():.0f}"}
+        for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all")):
+            spread = f"±{of[key].std():.3f}" if len(of) > 1 else ""
+            few = f"/{of[f'{key}_n'].min()}" if of[f"{key}_n"].min() < sizes.get(heading, 0) else ""
+            line[heading] = f"{of[key].mean():.3f}{spread}{few}".replace("nan", "-")
+        lines.append(line | {"MSE": f"{of['mse'].mean():.4f}", "seconds": f"{of['seconds'].sum():.0f}"})
+    return pd.DataFrame(lines)
+
+
+def print_table(title, data, table):
+    """One ruled table."""
+    head, *body = table.to_string(index=False, col_space=7).splitlines()
+    print(
+        f"\n{data.title}{title} ({data.root})", "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n"
+    )
 
 
 def finish_run(script, experiment, rows):
-    """Rewrite <out>/rows.csv from all rows on disk and print the one JSON line that ends every script's output."""
-    out, data, name = experiment.out, experiment.data, Path(script["__file__"]).stem
-    on_disk = [row for path in sorted(out.glob("*/rows.json")) for row in json.loads(path.read_text())]
-    with whole_file(out / "rows.csv") as path:
-        pd.DataFrame(on_disk).to_csv(path, index=False)
-    result = {"script": name, "data_root": str(data.root), "simulated": data.meta["simulated"], "out": str(out)}
-    print(json.dumps(result | {"rows": rows}))
+    """Print the one JSON line that ends every script's output."""
+    data = experiment.data
+    result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
+    print(json.dumps(result | {"out": str(experiment.out), "rows": rows}))

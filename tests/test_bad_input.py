@@ -192,24 +192,26 @@ def check_one_line(capsys, words):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
+        (["--epoch", "3", "--nonsense"], ["--epoch", "--nonsense", "--help"]),
         (["--nonsense", "3"], ["--nonsense", "--help"]),
-        (["--epochs", "three"], ["--epochs three", "int"]),
+        (["--epochs", "three"], ["--epochs", "three: expected int"]),
         (["--epochs", "0"], ["--epochs 0", "from 1"]),
         (["--epochs"], ["--epochs"]),
         (["--batch-size", "1"], ["--batch-size 1", "from 2"]),
         (["--target", "raw"], ["--target raw", "harmony, lognorm"]),
-        (["--pretrained", "no"], ["--pretrained no", "bool"]),
-        (["--train-slides", "1,x"], ["--train-slides 1,x"]),
+        (["--pretrained", "no"], ["--pretrained", "no: expected bool"]),
+        (["--train-slides", "1,x"], ["--train-slides", "1,x: expected tuple"]),
         (["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
-        (["--test-slide", "9"], ["slide 9", "1, 2, 3, 4"]),
+        (["--test-slide", "9"], ["slide 9", "[1 2 3 4]"]),
         (["--valid-fraction", "0"], ["--valid-fraction 0.0"]),
         (["--valid-fraction", "1.5"], ["--valid-fraction 1.5"]),
         (["--backbone", "efficientnet_b00"], ["efficientnet_b00", "timm"]),
         (["--backbone", "efficientnet_b0.zzz"], ["efficientnet_b0.zzz", "timm"]),
         (["--seeds", ""], ["--seeds"]),
         (["--device", "tpu"], ["--device tpu"]),
-        (["--precision", "fp16"], ["fp16", "GPU"]),
+        (["--protocol", "block"], ["--protocol block", "paper"]),
+        (["--trainable-stages", "10"], ["TRAINABLE_STAGES 10", "9 stages"]),
+        (["--trainable-stages", "-2"], ["--trainable-stages -2", "from -1"]),
         (["--data-root", "nowhere"], ["nowhere", "19_make_patches_and_csv.py --data-root nowhere"]),
     ],
 )
@@ -241,8 +243,9 @@ def test_unknown_group_in_gene_sets(simulated, tmp_path, capsys):
 def test_pretrained_weights_without_a_network_name_the_way_out(simulated, tmp_path, monkeypatch, capsys):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
+    monkeypatch.setattr(
+        constants, "HF_HUB_OFFLINE", True
+    )  # as HF_HUB_OFFLINE=1 does: the client would retry for a minute
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, "--pretrained", "true") == 2
     check_one_line(capsys, ["efficientnet_b0", "--pretrained false"])

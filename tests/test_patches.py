@@ -168,12 +168,14 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     data = common.load_dataset(tmp_path, "lognorm")
     assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
     seen = []
-    model = common.build_model({"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False}, 2, 0)
+    model = common.build_model(
+        {"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False, "TRAINABLE_STAGES": -1}, 2, 0
+    )
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     import torch
 
     for size in (224, 32):
-        common.predict(model, common.resize_patches(data.patches, size), [0], dtype=torch.float32)
+        common.predict(model, common.place_patches(data, size, torch.device("cpu")), [0], dtype=torch.float32)
         centre = seen.pop()[0, :, size // 2, size // 2]
         expected = [
             (value - mean) / std
