@@ -45,7 +45,7 @@ START_AT_MEAN = False  # true = output bias starts at each gene's training mean:
 AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 TTA = False  # average predictions over the 8 symmetries
 

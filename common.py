@@ -5,6 +5,7 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 """
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import json
@@ -247,12 +248,12 @@ def split_random(spots, recipe, seed):
     return roles
 
 
-def choose_gene_groups(data, spots):
-    """Table group, gene, rank, attrs["source"]: the data root's gene_sets.csv, else HEG and HVG are the 50 genes of the
-    panel with the highest mean and variance of log-normalised expression over `spots`.
+def choose_gene_groups(data, spots, published=True):
+    """Table group, gene, rank, attrs["source"]: the data root's gene_sets.csv if `published` may be used, else HEG and
+    HVG are the 50 genes of the panel with the highest mean and variance of log-normalised expression over `spots`.
     """
     path = data.root / "gene_sets.csv"
-    if path.is_file():
+    if published and path.is_file():
         try:
             table = pd.read_csv(path)[["group", "gene"]].dropna()
         except (ValueError, KeyError):
@@ -271,10 +272,8 @@ def choose_gene_groups(data, spots):
 
 @functools.lru_cache(maxsize=1)  # the trainings of a run share one copy
 def place_patches(data, size, device):
-    """data.patches as (N, 3, size, size) uint8, channels last; on the device where they fill at most half of its free
-    memory, else on the CPU: at 224 px the memory map itself.
-    """
-    images = torch.from_numpy(data.patches).permute(0, 3, 1, 2)
+    """data.patches as (N, 3, size, size) uint8, channels last; on a GPU where half of its free memory holds them."""
+    images = torch.from_numpy(data.patches).permute(0, 3, 1, 2)  # the memory map itself
     if size != PATCH_SIZE:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     fits = device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
@@ -570,15 +569,13 @@ def run_grid(script, settings, experiments, adapt=None):
     if only and only not in settings:
         raise InputError(f"--only {only}: expected one of {'; '.join(settings)}")
     tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
-    with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, disable=None) as bar:
+    with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2) as bar:
         train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
         for number, (name, changed, experiment) in enumerate(tasks, 1):
             bar.set_description(f"{number}/{len(tasks)} {name}")
             before = bar.n
             rows += run_setting(name, changed, experiment, train)
             bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk
-            left = (bar.total - bar.n) * bar.format_dict["elapsed"] / max(bar.n, 1)
-            tqdm.write(f"{number:4}/{len(tasks)} {name}: done, about {tqdm.format_interval(left)} left")
     return rows
 
 
@@ -614,7 +611,8 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     """
     data, (device, dtype, _) = experiment.data, choose_device(recipe)
     patches = place_patches(data, recipe["IMAGE_SIZE"], device)
-    with suppress(OSError):  # the peak is to be this training's own; only Linux can forget an earlier one
+    with suppress(OSError, AttributeError, TypeError):  # the peak is to be this training's own; Linux can forget others
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     model = build_model(recipe, len(data.genes), experiment.seed).to(device, memory_format=torch.channels_last)
     if recipe["START_AT_MEAN"]:
@@ -676,12 +674,13 @@ def tabulate_scores(experiment, rows):
     width = max(len(row["setting"]) for row in rows)
     for (setting, split, truth), of in pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False):
         line = {"setting": setting.ljust(width), "n": len(of), "split": split, "truth": truth}
-        line |= {"spots": int(of["n_spots"].mean()), "r>=.30": f"{of['n_genes_r30'].mean():.0f}"}
+        line |= {"spots": int(of["n_spots"].mean())}
         for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all")):
             spread = f"±{of[key].std():.3f}" if len(of) > 1 else ""
             few = f"/{of[f'{key}_n'].min()}" if of[f"{key}_n"].min() < sizes.get(heading, 0) else ""
             line[heading] = f"{of[key].mean():.3f}{spread}{few}".replace("nan", "-")
-        lines.append(line | {"MSE": f"{of['mse'].mean():.4f}", "seconds": f"{of['seconds'].sum():.0f}"})
+        line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].mean():.4f}"}
+        lines.append(line | {"seconds": f"{of['seconds'].sum():.0f}"})
     return pd.DataFrame(lines)
 
 

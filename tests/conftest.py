@@ -25,11 +25,12 @@ def load_script(name):
     return module
 
 
-def run_script(name, *arguments):
-    """Run a numbered script as the shell would, in this process; returns its exit code."""
+def run_script(name, *arguments, **changed):
+    """Run a numbered script as the shell would, in this process, with names `changed`; returns its exit code."""
     import common
 
     module, before = load_script(name), sys.argv
+    vars(module).update(changed)
     sys.argv = [module.__file__, *map(str, arguments)]
     try:
         common.run_script(vars(module))

@@ -1,0 +1,279 @@
+"""Cross-validated search: how many trailing stages to train, and how wide a head.
+
+Question   Which number of trainable stages and hidden units predicts spots best that were left out of training?
+Reads      <DATA_ROOT>/dataset/ (script 19)
+Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions (as script 20),
+           search.png
+Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on the test slide,
+           one JSON line
+Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
+Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data --test-slide 4 --pretrained false
+           python 22_search_freeze_and_hidden_cv5.py --quick      (four settings, two folds: no evidence)
+Time       TIME22
+Source     the paper's search, whose settings were all the same network
+
+The choice is by out-of-fold HEG, then HVG, never by the test slide. It is then trained once on all training spots, up
+to the epoch that was best over the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike; with all
+of them frozen, features are computed once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, one
+of which a spot draws in each epoch.
+"""
+
+import dataclasses
+import functools
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from scipy.spatial import cKDTree
+from torch import nn
+from tqdm import tqdm
+
+import common
+
+# ---------------------------------------------------------------------------------------------- constants
+DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
+OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
+
+TARGET = "harmony"  # harmony (the paper's) or lognorm
+PROTOCOL = "paper"  # folds of random spots, or block: of spatial blocks, nothing of the test slide used
+TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
+TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
+FOLDS = 5
+SEEDS = (42,)  # one search each
+
+BACKBONE = "efficientnet_b0"  # any timm name
+PRETRAINED = True  # ImageNet weights; false = random weights
+START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+
+AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
+IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
+EPOCHS = 30
+BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
+LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+TTA = False  # average predictions over the 8 symmetries; without effect where all stages are frozen
+
+DEVICE = "auto"  # auto, cpu or cuda
+PRECISION = "auto"  # auto, bf16, fp16 or fp32
+ONLY = ""  # one setting, as "stages=3 hidden=1024", without the choice; empty = all
+QUICK = False  # the small budget below, on simulated slides
+# --------------------------------------------------------------------------------------------------------
+
+STAGES = (0, 1, 3, 5, 7, 9)  # trainable ones, from the head convolution back to the stem; 9 = all of EfficientNet-B0
+HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
+
+QUICK_BUDGET = {
+    "DATA_ROOT": "SIMULATED_data",
+    "TARGET": "lognorm",
+    "FOLDS": 2,
+    "PRETRAINED": False,
+    "START_AT_MEAN": True,
+    "IMAGE_SIZE": 64,
+    "EPOCHS": 3,
+    "LEARNING_RATE": 1e-3,
+    "STAGES": (0, 9),
+    "HIDDENS": (0, 512),
+}
+
+VIEWS = 8  # augmented views of each patch whose features a frozen backbone computes
+BLOCK_WIDTH = 5  # pitches; the squares that PROTOCOL "block" leaves whole
+MARGIN = 2  # pitches; with it, training spots this near to a validation spot take no part
+
+
+def split_training(spots, recipe, seed):
+    """(N,) roles with every spot of the training slides in training, as `split` of common.open_run."""
+    if recipe["PROTOCOL"] not in ("paper", "block"):
+        raise common.InputError(f"--protocol {recipe['PROTOCOL']}: expected paper or block")
+    if recipe["PROTOCOL"] == "block" and recipe["TARGET"] == "harmony":
+        raise common.InputError("--protocol block needs --target lognorm: Harmony has seen the test slide")
+    roles = common.split_random(spots, recipe | {"PROTOCOL": "paper", "VALID_FRACTION": 1 / FOLDS}, seed)
+    return np.where(roles == "valid", "train", roles)
+
+
+def split_folds(spots, roles, seed):
+    """FOLDS arrays (N,) of roles, each with another share of the training spots as "valid" and without the test slide.
+
+    PROTOCOL paper draws spots, block draws squares BLOCK_WIDTH pitches wide and leaves out ("") training spots within
+    MARGIN pitches of a validation spot.
+    """
+    slide, xy = spots["tissue_index"].to_numpy(), spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    pool, pitch = np.flatnonzero(roles == "train"), np.ones(len(spots))
+    for s in np.unique(slide[pool]):
+        near = cKDTree(xy[slide == s]).query(xy[slide == s], k=2)[0][:, 1]
+        pitch[slide == s] = np.median(near[np.isfinite(near)]) if np.isfinite(near).any() else 1
+    cells = np.column_stack([slide, xy // (BLOCK_WIDTH * pitch[:, None])])[pool]
+    units = np.arange(len(pool)) if PROTOCOL == "paper" else np.unique(cells, axis=0, return_inverse=True)[1].ravel()
+    sizes = np.bincount(units)
+    order = np.random.default_rng(common.seed_of(seed, "folds")).permutation(len(sizes))
+    drawn_before = np.empty(len(sizes), np.int64)
+    drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
+    fold_of = drawn_before[units] * FOLDS // len(pool)
+    folds = []
+    for fold in range(FOLDS):
+        parts = np.where(roles == "train", roles, "")
+        parts[pool[fold_of == fold]] = "valid"
+        for s in np.unique(slide[parts == "valid"]) if PROTOCOL == "block" else ():
+            valid, train = (np.flatnonzero((slide == s) & (parts == role)) for role in ("valid", "train"))
+            distance = cKDTree(xy[valid]).query(xy[train])[0]
+            parts[train[distance <= (MARGIN + 0.1) * pitch[train]]] = ""  # positions are not exactly on the grid
+        if (parts == "valid").sum() < 1 or (parts == "train").sum() < 2:
+            raise common.InputError(f"--folds {FOLDS}: fold {fold} of {len(pool)} spots has no spots left; take fewer")
+        folds.append(parts)
+    return folds
+
+
+def narrow_panel(experiment):
+    """The experiment without what the test slide decided: the panel of the training slides, lists of their spots."""
+    data, train = experiment.data, experiment.roles == "train"
+    var = anndata.read_h5ad(data.root / "dataset" / "counts.h5ad").var
+    slides = np.unique(data.spots["tissue_index"][train])
+    kept = var[["MG", *(f"hvg_{slide}" for slide in slides)]].any(axis=1).to_numpy()
+    genes, lognorm = [gene for gene, keep in zip(data.genes, kept, strict=True) if keep], data.lognorm[:, kept]
+    data = dataclasses.replace(data, genes=genes, lognorm=lognorm, target=lognorm)
+    groups = common.choose_gene_groups(data, train, published=False)
+    print(f"block       {len(genes):,} genes variable on the training slides, gene groups ranked on their spots alone")
+    return dataclasses.replace(experiment, data=data, groups=groups)
+
+
+class FrozenFeatures(nn.Module):
+    """In place of a backbone that never changes: (B, 1, 1, 1) spot numbers -> (B, F) features of the plain patch; while
+    training, of one of its augmented views drawn at random.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("features", features, persistent=False)  # (1 + views, N, F), the plain patches first
+
+    def forward(self, spots):
+        spots = spots.flatten().round().long()
+        last = len(self.features) - 1
+        if not self.training or not last:
+            return self.features[0, spots]
+        return self.features[torch.randint(1, last + 1, (len(spots),)).to(spots.device), spots]
+
+
+@functools.lru_cache(maxsize=1)  # all folds and widths of the head share it
+def compute_features(data, seed, views, constants):
+    """(1 + views, N, F) features of the recipe's untrained backbone; view 0 is the plain patch."""
+    recipe = dict(constants)
+    device, dtype, _ = common.choose_device(recipe)
+    model = common.build_model(recipe | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}, 1, seed)
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    patches, parts = common.place_patches(data, recipe["IMAGE_SIZE"], device), []
+    tqdm.write(f"all stages frozen: features of the plain patches and {views} augmented views are computed once")
+    with torch.inference_mode(), tqdm(total=(1 + views) * len(patches), unit="patch", leave=False) as bar:
+        for view in range(1 + views):
+            generator = torch.Generator().manual_seed(common.seed_of(seed, "view", view))
+            draw = common.draw_augmentation(len(patches), recipe["AUG"] if view else "none", generator)
+            for rows in torch.arange(len(patches)).split(128):
+                images = patches[rows.to(patches.device)].to(device, non_blocking=True)
+                images = common.augment(images, *(part[rows] for part in draw))
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    parts.append(model.encode(images.contiguous(memory_format=torch.channels_last)).float())
+                bar.update(len(rows))
+    return torch.cat(parts).view(1 + views, len(patches), -1)
+
+
+def use_features(model, patches, recipe, experiment):
+    """`adapt` of common.train_network: with no stage to train, the head alone is trained, on features."""
+    if recipe["TRAINABLE_STAGES"] != 0:
+        return model, patches
+    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
+    views = min(VIEWS, recipe["EPOCHS"]) * (recipe["AUG"] != "none")
+    features = compute_features(experiment.data, experiment.seed, views, tuple((k, recipe[k]) for k in names))
+    spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
+    return nn.Sequential(FrozenFeatures(features.clone()), model.head), spots
+
+
+def join_folds(rows, recipe, experiment, folder):
+    """`compute` of common.run_setting: the folds' predictions, each spot's by the network that did not see it."""
+    rows = [row for row in rows if row["truth"] == recipe["TARGET"]]
+    tables = [anndata.read_h5ad(experiment.out / row["folder"] / "predictions.h5ad") for row in rows]
+    ids = experiment.data.spots["id"].to_numpy()[experiment.rows("oof")]
+    facts = {k: rows[0][k] for k in ("weights", "parameters_backbone", "parameters_trainable", "parameters_total")}
+    for group in ("heg", "hvg", "mg", "all"):
+        values = pd.Series([row[group] for row in rows], dtype=float)
+        facts |= {f"{group}_folds_mean": values.mean(), f"{group}_folds_sd": values.std()}
+    curves = [pd.read_csv(experiment.out / row["folder"] / "history.csv")["valid_mse"] for row in rows]
+    facts |= {"best_epoch": int(np.mean(curves, axis=0).argmin()) + 1, "seconds": sum(row["seconds"] for row in rows)}
+    return anndata.concat(tables)[ids].X, facts
+
+
+def rank_settings(rows):
+    """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean over the seeds. A
+    setting without a defined r of HEG is left out.
+    """
+    table = pd.DataFrame(rows).query("split == 'oof' and truth == @TARGET").astype({"heg": float, "hvg": float})
+    table = table.groupby("setting", sort=False)[["heg", "hvg"]].mean().dropna(subset="heg")
+    if table.empty:
+        raise common.InputError("no setting has a defined r of HEG: its genes are missing from the panel or constant")
+    return table.sort_values(["heg", "hvg"], ascending=False, kind="stable").index.tolist()
+
+
+def add_folds(table, rows):
+    """The table with mean±sd over the folds of each gene group's r."""
+    rows = pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False).mean(numeric_only=True)
+    for group in ("heg", "hvg", "mg", "all"):
+        mean, sd = (rows[f"{group}_folds_{part}"].map("{:.3f}".format) for part in ("mean", "sd"))
+        table[f"{group.upper() if group != 'all' else group} folds"] = (
+            (mean + "±" + sd).str.replace("nan", "-").to_numpy()
+        )
+    return table.drop(columns="n")
+
+
+def draw_figure(path, title, rows):
+    """Out-of-fold HEG r of the grid, against the target."""
+    table = pd.DataFrame(rows).query("truth == @TARGET").astype({"heg": float})
+    grid = table.groupby("setting")["heg"].mean()
+    values = np.array([[grid[f"stages={k} hidden={h}"] for h in HIDDENS] for k in STAGES])
+    figure = Figure(figsize=(1.5 + 0.9 * len(HIDDENS), 1.5 + 0.45 * len(STAGES)), layout="constrained")
+    ax = figure.subplots()
+    figure.colorbar(ax.imshow(values, aspect="auto"), label="mean Pearson r, HEG, out of fold")
+    for (y, x), value in np.ndenumerate(values):
+        ax.text(x, y, f"{value:.3f}", ha="center", va="center", size=8, bbox={"fc": "white", "ec": "none", "pad": 1})
+    ax.set_xticks(range(len(HIDDENS)), HIDDENS)
+    ax.set_yticks(range(len(STAGES)), STAGES)
+    ax.set(xlabel="hidden units", ylabel="trainable stages")
+    ax.set_title(title, size=9)
+    with common.whole_file(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def main():
+    settings = {f"stages={k} hidden={h}": {"TRAINABLE_STAGES": k, "HIDDEN": h} for k in STAGES for h in HIDDENS}
+    recipe, wholes = common.open_run(globals(), split_training)
+    wholes = wholes if PROTOCOL == "paper" else [narrow_panel(whole) for whole in wholes]
+    with torch.device("meta"):  # InputError now, not hours from now, where the backbone has fewer stages
+        common.build_model(recipe | {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}, 1, 0)
+    data, out, note = wholes[0].data, wholes[0].out, "quick budget, no evidence: " * QUICK
+    folds, oof, final = [], [], []
+    for whole in wholes:
+        splits = split_folds(data.spots, whole.roles, whole.seed)
+        folds += [dataclasses.replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(splits)]
+    trained = common.run_grid(globals(), settings, folds, use_features)
+    for name in [name for name in settings if ONLY in ("", name)]:
+        for whole in wholes:
+            of = [row for row in trained if (row["setting"], row["seed"]) == (name, whole.seed)]
+            left_out = dataclasses.replace(whole, roles=np.where(whole.roles == "train", "oof", ""), fold=-1)
+            oof += common.run_setting(name, recipe | settings[name], left_out, functools.partial(join_folds, of))
+    order = rank_settings(oof)
+    oof.sort(key=lambda row: order.index(row["setting"]) if row["setting"] in order else len(order))
+    title = f"{note}out of fold over {FOLDS} folds, best setting first"
+    common.print_table(title, data, add_folds(common.tabulate_scores(wholes[0], oof), oof))
+    if not ONLY:
+        draw_figure(out / "search.png", f"{data.title}{note}", oof)
+        for whole in wholes:
+            (keep,) = {row["best_epoch"] for row in oof if (row["setting"], row["seed"]) == (order[0], whole.seed)}
+            train = functools.partial(common.train_network, keep=keep, adapt=use_features)
+            final += common.run_setting(
+                order[0], recipe | settings[order[0]], dataclasses.replace(whole, fold=-1), train
+            )
+        title = f"{note}the chosen setting, trained on all training spots up to its folds' best epoch"
+        common.print_table(title, data, common.tabulate_scores(wholes[0], final))
+        print(f"figure: {out / 'search.png'}")
+    common.finish_run(globals(), wholes[0], oof + final + trained)
+
+
+if __name__ == "__main__":
+    common.run_script(globals())
