@@ -12,10 +12,11 @@ Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data --t
 Time       TIME22
 Source     the paper's search, whose settings were all the same network
 
-The choice is by out-of-fold HEG, then HVG, never by the test slide. It is then trained once on all training spots, up
-to the epoch that was best over the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike; with all
-of them frozen, features are computed once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, one
-of which a spot draws in each epoch.
+The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen on its validation
+spots, so out-of-fold r flatters a little, and every setting alike.) The chosen one is trained once on all training spots,
+up to the epoch that was best over the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike; with
+all of them frozen, features are computed once: of each plain patch and, where AUG asks, of VIEWS augmented views of it,
+one of which a spot draws in each epoch.
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ def split_training(spots, recipe, seed):
         raise common.InputError(f"--protocol {recipe['PROTOCOL']}: expected paper or block")
     if recipe["PROTOCOL"] == "block" and recipe["TARGET"] == "harmony":
         raise common.InputError("--protocol block needs --target lognorm: Harmony has seen the test slide")
-    roles = common.split_random(spots, recipe | {"PROTOCOL": "paper", "VALID_FRACTION": 1 / FOLDS}, seed)
+    roles = common.split_random(spots, recipe | {"PROTOCOL": "paper", "VALID_FRACTION": 0.5}, seed)
     return np.where(roles == "valid", "train", roles)
 
 
@@ -153,7 +154,7 @@ class FrozenFeatures(nn.Module):
         return self.features[torch.randint(1, last + 1, (len(spots),)).to(spots.device), spots]
 
 
-@functools.lru_cache(maxsize=1)  # all folds and widths of the head share it
+@functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
 def compute_features(data, seed, views, constants):
     """(1 + views, N, F) features of the recipe's untrained backbone; view 0 is the plain patch."""
     recipe = dict(constants)
@@ -183,7 +184,7 @@ def use_features(model, patches, recipe, experiment):
     views = min(VIEWS, recipe["EPOCHS"]) * (recipe["AUG"] != "none")
     features = compute_features(experiment.data, experiment.seed, views, tuple((k, recipe[k]) for k in names))
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
-    return nn.Sequential(FrozenFeatures(features.clone()), model.head), spots
+    return nn.Sequential(FrozenFeatures(features), model.head), spots
 
 
 def join_folds(rows, recipe, experiment, folder):
@@ -202,10 +203,11 @@ def join_folds(rows, recipe, experiment, folder):
 
 def rank_settings(rows):
     """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean over the seeds. A
-    setting without a defined r of HEG is left out.
+    setting whose r of HEG is undefined, or defined for fewer genes than another's, is left out.
     """
     table = pd.DataFrame(rows).query("split == 'oof' and truth == @TARGET").astype({"heg": float, "hvg": float})
-    table = table.groupby("setting", sort=False)[["heg", "hvg"]].mean().dropna(subset="heg")
+    table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean().dropna(subset="heg")
+    table = table[table["heg_n"] == table["heg_n"].max()]
     if table.empty:
         raise common.InputError("no setting has a defined r of HEG: its genes are missing from the panel or constant")
     return table.sort_values(["heg", "hvg"], ascending=False, kind="stable").index.tolist()

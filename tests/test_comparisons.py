@@ -153,6 +153,7 @@ def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path, caps
         ("22", ["--protocol", "block", "--target", "harmony"], {}, ["--protocol block", "--target lognorm"]),
         ("22", ["--folds", "1"], {}, ["--folds 1", "from 2"]),
         ("22", ["--folds", "40"], {}, ["--folds 40", "fewer"]),
+        ("22", ["--folds", "99"], {}, ["--folds 99", "fewer"]),
         ("22", [], {"STAGES": (0, 12), "HIDDENS": (0,)}, ["TRAINABLE_STAGES 12", "9 stages"]),
         ("23", ["--only", "mpa2"], {}, ["--only mpa2", "stnet_color"]),
     ],
@@ -322,7 +323,7 @@ def test_the_final_training_has_no_validation_and_keeps_its_folds_best_epoch(sea
 def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
     script = load_script("22")
     script.TARGET = "lognorm"
-    row = lambda setting, heg, hvg, split="oof", truth="lognorm": locals()  # noqa: E731
+    row = lambda setting, heg, hvg, split="oof", truth="lognorm", heg_n=50: locals()  # noqa: E731
     rows = [
         row("undefined", None, 0.9),
         row("second", 0.3, 0.1),
@@ -332,10 +333,11 @@ def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
         row("nor folds", 0.9, 0.9, split="valid"),
         row("nor the other truth", 0.9, 0.9, truth="harmony"),
         row("no hvg", 0.3, None),
+        row("best of a few genes", 0.8, 0.8, heg_n=3),
     ]
     assert script.rank_settings(rows) == ["first", "second", "no hvg", "test is not looked at"]
     with pytest.raises(common.InputError, match="no setting"):
-        script.rank_settings(rows[:1])
+        script.rank_settings([row("undefined", None, 0.9, heg_n=0)])
 
 
 def test_a_killed_search_loses_no_row_and_computes_none_twice(searched, simulated, tmp_path, monkeypatch, capsys):
