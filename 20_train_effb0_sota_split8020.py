@@ -145,6 +145,7 @@ def print_published(path):
 
 def main():
     recipe, experiments = common.open_run(globals())
+    common.print_header(globals(), recipe, experiments[0])
     data, rows = experiments[0].data, []
     for experiment in experiments:
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))

@@ -46,7 +46,7 @@ QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------------
 
 # Any timm name, or hf-hub:owner/name such as a pathology foundation model's; transformers need IMAGE_SIZE 224.
-BACKBONES = ("efficientnet_b0", "efficientnet_b7", "resnet18", "resnet50", "densenet121", "mobilenetv2_100")
+BACKBONES = ("efficientnet_b0", "tf_efficientnet_b7.ra_in1k", "resnet18", "resnet50", "densenet121", "mobilenetv2_100")
 FROZEN = ("resnet50",)  # trained once more with no stage trainable, as published
 
 QUICK_BUDGET = {
@@ -64,10 +64,14 @@ QUICK_BUDGET = {
 
 
 def count_on_meta(recipe, setting, n_genes):
-    """Parameters of a setting, without memory or weights. InputError for what could not be trained hours from now."""
+    """Parameters of a setting, without memory or weights. InputError now for what could not be trained later."""
     with torch.device("meta"):
         model = common.build_model(recipe | setting | {"PRETRAINED": False}, n_genes, 0)
     needs = model.backbone.pretrained_cfg
+    if recipe["PRETRAINED"] and not any(needs.get(source) for source in ("url", "hf_hub_id", "file")):
+        raise common.InputError(
+            f"{setting['BACKBONE']} has no pretrained weights: choose a variant with, or leave it out"
+        )
     if needs.get("fixed_input_size") and needs["input_size"][1] != recipe["IMAGE_SIZE"]:
         raise common.InputError(f"{setting['BACKBONE']} takes --image-size {needs['input_size'][1]} alone")
     return common.count_parameters(model)
@@ -107,8 +111,9 @@ def main():
     settings = {name: {"BACKBONE": name, "TRAINABLE_STAGES": -1} for name in BACKBONES}
     settings |= {f"{name} frozen": {"BACKBONE": name, "TRAINABLE_STAGES": 0} for name in FROZEN}
     recipe, experiments = common.open_run(globals())
+    common.print_header(globals(), recipe, experiments[0])
     data, out = experiments[0].data, experiments[0].out
-    for setting in settings.values():
+    for setting in [settings[name] for name in settings if ONLY in ("", name)]:
         count_on_meta(recipe, setting, len(data.genes))
     rows = common.run_grid(globals(), settings, experiments)
     table = common.tabulate_scores(experiments[0], rows)
@@ -116,8 +121,9 @@ def main():
     note = "quick budget, no evidence: " * QUICK
     title = f"{note}backbones, all stages trainable unless named frozen"
     common.print_table(title, data, add_costs(table, rows, resnet))
-    draw_figure(out / "r_against_parameters.png", f"{data.title}{note}test slide {TEST_SLIDE}", rows)
-    print(f"figure: {out / 'r_against_parameters.png'}")
+    if not ONLY:
+        draw_figure(out / "r_against_parameters.png", f"{data.title}{note}test slide {TEST_SLIDE}", rows)
+        print(f"figure: {out / 'r_against_parameters.png'}")
     common.finish_run(globals(), experiments[0], rows)
 
 

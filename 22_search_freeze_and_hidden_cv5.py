@@ -13,7 +13,7 @@ Time       TIME22
 Source     the paper's search, whose settings were all the same network
 
 The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen on its validation
-spots, so out-of-fold r flatters a little, and every setting alike.) The chosen one is trained once on all training spots,
+spots, so out-of-fold r flatters a little, every setting alike.) The chosen one is trained once on all training spots,
 up to the epoch that was best over the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike; with
 all of them frozen, features are computed once: of each plain patch and, where AUG asks, of VIEWS augmented views of it,
 one of which a spot draws in each epoch.
@@ -42,6 +42,8 @@ PROTOCOL = "paper"  # folds of random spots, or block: of spatial blocks, nothin
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
+BLOCK_WIDTH = 5  # pitches between spots; a side of the squares that PROTOCOL block leaves whole
+MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 SEEDS = (42,)  # one search each
 
 BACKBONE = "efficientnet_b0"  # any timm name
@@ -49,11 +51,11 @@ PRETRAINED = True  # ImageNet weights; false = random weights
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean
 
 AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
+VIEWS = 8  # augmented views of each patch whose features a wholly frozen backbone computes
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
-TTA = False  # average predictions over the 8 symmetries; without effect where all stages are frozen
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
@@ -61,7 +63,9 @@ ONLY = ""  # one setting, as "stages=3 hidden=1024", without the choice; empty =
 QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------------
 
-STAGES = (0, 1, 3, 5, 7, 9)  # trainable ones, from the head convolution back to the stem; 9 = all of EfficientNet-B0
+# Trainable stages, from the head convolution back to the stem: 9 = all of EfficientNet-B0. Dearest first, so that the
+# time left is not told too short.
+STAGES = (9, 7, 5, 3, 1, 0)
 HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
 
 QUICK_BUDGET = {
@@ -73,13 +77,9 @@ QUICK_BUDGET = {
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
-    "STAGES": (0, 9),
+    "STAGES": (9, 0),
     "HIDDENS": (0, 512),
 }
-
-VIEWS = 8  # augmented views of each patch whose features a frozen backbone computes
-BLOCK_WIDTH = 5  # pitches; the squares that PROTOCOL "block" leaves whole
-MARGIN = 2  # pitches; with it, training spots this near to a validation spot take no part
 
 
 def split_training(spots, recipe, seed):
@@ -133,7 +133,6 @@ def narrow_panel(experiment):
     genes, lognorm = [gene for gene, keep in zip(data.genes, kept, strict=True) if keep], data.lognorm[:, kept]
     data = dataclasses.replace(data, genes=genes, lognorm=lognorm, target=lognorm)
     groups = common.choose_gene_groups(data, train, published=False)
-    print(f"block       {len(genes):,} genes variable on the training slides, gene groups ranked on their spots alone")
     return dataclasses.replace(experiment, data=data, groups=groups)
 
 
@@ -193,9 +192,6 @@ def join_folds(rows, recipe, experiment, folder):
     tables = [anndata.read_h5ad(experiment.out / row["folder"] / "predictions.h5ad") for row in rows]
     ids = experiment.data.spots["id"].to_numpy()[experiment.rows("oof")]
     facts = {k: rows[0][k] for k in ("weights", "parameters_backbone", "parameters_trainable", "parameters_total")}
-    for group in ("heg", "hvg", "mg", "all"):
-        values = pd.Series([row[group] for row in rows], dtype=float)
-        facts |= {f"{group}_folds_mean": values.mean(), f"{group}_folds_sd": values.std()}
     curves = [pd.read_csv(experiment.out / row["folder"] / "history.csv")["valid_mse"] for row in rows]
     facts |= {"best_epoch": int(np.mean(curves, axis=0).argmin()) + 1, "seconds": sum(row["seconds"] for row in rows)}
     return anndata.concat(tables)[ids].X, facts
@@ -213,11 +209,13 @@ def rank_settings(rows):
     return table.sort_values(["heg", "hvg"], ascending=False, kind="stable").index.tolist()
 
 
-def add_folds(table, rows):
-    """The table with mean±sd over the folds of each gene group's r."""
-    rows = pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False).mean(numeric_only=True)
-    for group in ("heg", "hvg", "mg", "all"):
-        mean, sd = (rows[f"{group}_folds_{part}"].map("{:.3f}".format) for part in ("mean", "sd"))
+def add_folds(table, oof, trained):
+    """The table of the out-of-fold rows with mean±sd over the folds of each gene group's r."""
+    keys, groups = ["setting", "truth"], ["heg", "hvg", "mg", "all"]
+    folds = pd.DataFrame(trained).astype(dict.fromkeys(groups, float)).groupby(keys)[groups].agg(["mean", "std"])
+    folds = folds.loc[list(dict.fromkeys((row["setting"], row["truth"]) for row in oof))]
+    for group in groups:
+        mean, sd = (folds[group, part].map("{:.3f}".format) for part in ("mean", "std"))
         table[f"{group.upper() if group != 'all' else group} folds"] = (
             (mean + "±" + sd).str.replace("nan", "-").to_numpy()
         )
@@ -243,9 +241,14 @@ def draw_figure(path, title, rows):
 
 
 def main():
-    settings = {f"stages={k} hidden={h}": {"TRAINABLE_STAGES": k, "HIDDEN": h} for k in STAGES for h in HIDDENS}
+    settings = {
+        f"stages={k} hidden={h}": {"TRAINABLE_STAGES": k, "HIDDEN": h, "TTA": False} for k in STAGES for h in HIDDENS
+    }
     recipe, wholes = common.open_run(globals(), split_training)
-    wholes = wholes if PROTOCOL == "paper" else [narrow_panel(whole) for whole in wholes]
+    if PROTOCOL == "block":
+        narrow = narrow_panel(wholes[0])  # for every seed: all training spots are the same
+        wholes = [dataclasses.replace(whole, data=narrow.data, groups=narrow.groups) for whole in wholes]
+    common.print_header(globals(), recipe, wholes[0])
     with torch.device("meta"):  # InputError now, not hours from now, where the backbone has fewer stages
         common.build_model(recipe | {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}, 1, 0)
     data, out, note = wholes[0].data, wholes[0].out, "quick budget, no evidence: " * QUICK
@@ -258,19 +261,19 @@ def main():
         for whole in wholes:
             of = [row for row in trained if (row["setting"], row["seed"]) == (name, whole.seed)]
             left_out = dataclasses.replace(whole, roles=np.where(whole.roles == "train", "oof", ""), fold=-1)
-            oof += common.run_setting(name, recipe | settings[name], left_out, functools.partial(join_folds, of))
+            changed = recipe | settings[name] | {"JOINED": sorted({row["folder"] for row in of})}
+            oof += common.run_setting(name, changed, left_out, functools.partial(join_folds, of))
     order = rank_settings(oof)
     oof.sort(key=lambda row: order.index(row["setting"]) if row["setting"] in order else len(order))
     title = f"{note}out of fold over {FOLDS} folds, best setting first"
-    common.print_table(title, data, add_folds(common.tabulate_scores(wholes[0], oof), oof))
+    common.print_table(title, data, add_folds(common.tabulate_scores(wholes[0], oof), oof, trained))
     if not ONLY:
         draw_figure(out / "search.png", f"{data.title}{note}", oof)
         for whole in wholes:
             (keep,) = {row["best_epoch"] for row in oof if (row["setting"], row["seed"]) == (order[0], whole.seed)}
             train = functools.partial(common.train_network, keep=keep, adapt=use_features)
-            final += common.run_setting(
-                order[0], recipe | settings[order[0]], dataclasses.replace(whole, fold=-1), train
-            )
+            changed = recipe | settings[order[0]] | {"KEEP": keep}
+            final += common.run_setting(order[0], changed, dataclasses.replace(whole, fold=-1), train)
         title = f"{note}the chosen setting, trained on all training spots up to its folds' best epoch"
         common.print_table(title, data, common.tabulate_scores(wholes[0], final))
         print(f"figure: {out / 'search.png'}")

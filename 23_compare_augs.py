@@ -124,26 +124,28 @@ def add_colour(model, patches, recipe, experiment):
     return (nn.Sequential(ColourAndBlur(), model) if recipe["AUG"] == "stnet_color" else model), patches
 
 
-def average_views(weights, recipe, experiment, folder):
-    """`compute` of common.run_setting: trained weights once more, averaged over the 8 symmetries."""
+def average_views(trained, recipe, experiment, folder):
+    """`compute` of common.run_setting: the weights of a `trained` row once more, averaged over the 8 symmetries."""
     device, dtype, _ = common.choose_device(recipe)
     model = common.build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
-    model.load_state_dict(safetensors.torch.load_file(weights))
+    model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
     model = model.to(device, memory_format=torch.channels_last)
     patches = common.place_patches(experiment.data, recipe["IMAGE_SIZE"], device)
     rows = experiment.rows(*common.SPLITS)
-    return common.predict(model, patches, rows, dtype=dtype, tta=True), {"tta": True}
+    facts = {key: trained[key] for key in trained if key in ("weights", "best_epoch") or key.startswith("parameters_")}
+    return common.predict(model, patches, rows, dtype=dtype, tta=True), facts
 
 
 def compare_with_mpa(rows, experiment):
-    """Per setting and group: mean over the group's genes of (r - r of MPA, same seed, same gene), averaged over seeds,
-    with a 95 % bootstrap interval over genes. Test slide, log-normalised truth.
+    """Per setting and gene group: mean over its genes of r minus that of MPA, same gene and seed, averaged over seeds;
+    test slide, log-normalised truth. Settings with 8 views are compared with MPA with 8 views, and that with plain MPA.
 
-    The interval says how far the mean depends on the choice of genes: they are correlated, slides are not resampled.
+    The 95 % interval is a bootstrap over genes and seeds. It holds neither other slides nor that genes are correlated.
     Groups are the first seed's.
     """
-    table = pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'")
-    folders = table.set_index(["setting", "seed"])["folder"]
+    folders = (
+        pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'").set_index(["setting", "seed"])["folder"]
+    )
     r = {
         key: pd.read_csv(experiment.out / folder / "per_gene.csv", index_col="gene")["test_lognorm_r"]
         for key, folder in folders.items()
@@ -151,15 +153,15 @@ def compare_with_mpa(rows, experiment):
     groups = {group: of["gene"] for group, of in experiment.groups.groupby("group", sort=False)}
     lines, random = [], np.random.default_rng(common.seed_of("bootstrap"))
     for setting in [name for name in folders.index.unique("setting") if name != "mpa"]:
-        pairs = pd.DataFrame({seed: r[setting, seed] - r["mpa", seed] for seed in folders["mpa"].index})
+        against = "mpa, 8 views" if setting.endswith(", 8 views") and setting != "mpa, 8 views" else "mpa"
+        pairs = pd.DataFrame({seed: r[setting, seed] - r[against, seed] for seed in folders["mpa"].index})
         for group, genes in (groups | {"all": pairs.index}).items():
-            of = pairs.reindex(genes).mean(axis=1).dropna().to_numpy()
-            line = {"setting": setting, "group": group, "genes": len(of), "seeds": pairs.shape[1]}
+            of = pairs.reindex(genes).dropna().to_numpy()  # (genes, seeds)
+            line = {"setting": setting, "minus": against, "group": group, "genes": len(of), "seeds": of.shape[1]}
             if len(of):
-                draws = of[random.integers(len(of), size=(DRAWS, len(of)))].mean(1)
-                low, high = np.quantile(draws, [0.025, 0.975])
-                by_seed = pairs.reindex(genes).mean()
-                line |= {"difference": of.mean(), "low": low, "high": high, "seeds_above_0": int((by_seed > 0).sum())}
+                drawn = zip(*(random.integers(n, size=(DRAWS, n)) for n in of.shape), strict=True)
+                low, high = np.quantile([of[g][:, s].mean() for g, s in drawn], [0.025, 0.975])
+                line |= {"difference": of.mean(), "low": low, "high": high, "seeds_above_0": (of.mean(0) > 0).sum()}
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -168,9 +170,11 @@ def format_differences(table):
     """The differences as text: difference [low, high], and over how many seeds it is above zero."""
     form = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format
     cells = [form(**line) if np.isfinite(line["difference"]) else "-" for line in table.to_dict("records")]
-    shown = table.assign(text=cells).pivot(index="setting", columns="group", values="text")[[*common.GROUPS, "all"]]
+    shown = table.assign(text=cells).pivot(index="setting", columns="group", values="text")
+    shown = shown.reindex(columns=[*common.GROUPS, "all"]).fillna("-")
     above = table[table["group"] == "HEG"].set_index("setting")
     shown["HEG above 0"] = above["seeds_above_0"].map("{:.0f}".format) + " of " + above["seeds"].map(str) + " seeds"
+    shown.insert(0, "minus", above["minus"])
     shown = shown.reindex(table["setting"].unique()).reset_index()
     return shown.assign(setting=shown["setting"].str.ljust(shown["setting"].str.len().max()))
 
@@ -179,15 +183,17 @@ def draw_figure(path, title, table):
     """Difference to MPA of the gene groups, with intervals."""
     figure = Figure(figsize=(7, 1 + 0.35 * table["setting"].nunique() * 2), layout="constrained")
     ax = figure.subplots()
-    names = list(table["setting"].unique())
+    names = dict(zip(table["setting"], table["setting"] + " - " + table["minus"], strict=True))
     for shift, group in zip((-0.2, 0, 0.2), ("HEG", "HVG", "all"), strict=True):
         of = table[table["group"] == group].dropna()
         error = np.stack([of["difference"] - of["low"], of["high"] - of["difference"]])
-        ax.errorbar(of["difference"], [names.index(s) + shift for s in of["setting"]], xerr=error, fmt="o", label=group)
+        ax.errorbar(
+            of["difference"], [list(names).index(s) + shift for s in of["setting"]], xerr=error, fmt="o", label=group
+        )
     ax.axvline(0, color="grey", linewidth=0.8)
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names.values())
     ax.invert_yaxis()
-    ax.set(xlabel="Pearson r minus that of MPA, mean over genes", title=title)
+    ax.set(xlabel="difference of Pearson r, mean over genes", title=title)
     ax.legend(frameon=False)
     with common.whole_file(path) as partial:
         figure.savefig(partial, dpi=120)
@@ -196,23 +202,24 @@ def draw_figure(path, title, table):
 def main():
     settings = {aug: {"AUG": aug, "TTA": False} for aug in AUGS}
     recipe, experiments = common.open_run(globals())
+    common.print_header(globals(), recipe, experiments[0])
     data, out, note = experiments[0].data, experiments[0].out, "quick budget, no evidence: " * QUICK
     rows = common.run_grid(globals(), settings, experiments, add_colour)
     averaged = []
     for aug in [aug for aug in AUGS if ONLY in ("", aug)]:
         for experiment in experiments:
-            (folder,) = {row["folder"] for row in rows if (row["setting"], row["seed"]) == (aug, experiment.seed)}
-            compute = functools.partial(average_views, out / folder / "weights.safetensors")
+            trained = next(row for row in rows if (row["setting"], row["seed"]) == (aug, experiment.seed))
+            compute = functools.partial(average_views, trained)
             changed = recipe | {"AUG": aug, "TTA": True}
             averaged += common.run_setting(f"{aug}, 8 views", changed, experiment, compute)
     rows += averaged
     title = f"{note}augmentations; 8 views = averaged over the symmetries at test time"
     common.print_table(title, data, common.tabulate_scores(experiments[0], rows))
-    if ONLY in ("", "mpa"):
+    if "mpa" in AUGS and not ONLY:
         table = compare_with_mpa(rows, experiments[0])
         with common.whole_file(out / "paired_differences.csv") as path:
             table.to_csv(path, index=False)
-        title = f"{note}r minus that of MPA, same seeds, same genes, test slide [95 % over genes]"
+        title = f"{note}r minus that of MPA, same seeds and genes, test slide [95 % over genes and seeds]"
         common.print_table(title, data, format_differences(table))
         draw_figure(out / "paired_differences.png", f"{data.title}{note}test slide {TEST_SLIDE}", table)
         print(f"figure: {out / 'paired_differences.png'}")

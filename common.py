@@ -162,7 +162,7 @@ def call_script(name, *flags):
 
 
 def open_run(script, split=None):
-    """(recipe, one Experiment a seed) under the header; `--quick` has its slides made. `split` as split_random."""
+    """(recipe, one Experiment a seed); `--quick` has its slides made where missing. `split` as split_random."""
     recipe, root = recipe_of(script), Path(script["DATA_ROOT"])
     if not recipe["SEEDS"]:
         raise InputError("--seeds: expected one number at least")
@@ -176,7 +176,6 @@ def open_run(script, split=None):
     for seed in recipe["SEEDS"]:
         roles = (split or split_random)(data.spots, recipe, seed)
         experiments.append(Experiment(data, roles, choose_gene_groups(data, roles == "train"), out, seed))
-    print_header(script, recipe, experiments[0])
     return recipe, experiments
 
 
@@ -372,8 +371,8 @@ def build_model(recipe, n_genes, seed):
         torch.manual_seed(seed_of(seed, "weights"))
         try:
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
-        except (OSError, RuntimeError) as error:
-            fix = "connect to the network once, or use --pretrained false" if pretrained else "choose a name of timm's"
+        except (OSError, RuntimeError, ValueError) as error:
+            fix = "connect to the network once, or use --pretrained false" if pretrained else "is it a name of timm's?"
             raise InputError(f"--backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
         width = getattr(body, "head_hidden_size", None) or body.num_features  # of what comes out: VGG, MobileNetV3
         layers = [nn.Dropout(0.5), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
@@ -538,29 +537,29 @@ def run_setting(setting, recipe, experiment, compute):
     folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
     if (folder / "rows.json").is_file():
         tqdm.write(f"{setting}: on disk already ({folder})")
-        return json.loads((folder / "rows.json").read_text())
-    began = time.perf_counter()
-    predicted, more = compute(recipe, experiment, folder)
-    more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
-    rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
-    split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
-    table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
-    table.var = per_gene.set_index("gene")
-    table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
-    table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    for name, frame in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
-        with whole_file(folder / f"{name}.csv") as path:
-            frame.to_csv(path, index=False)
-    with whole_file(folder / "predictions.h5ad") as path:
-        table.write_h5ad(path)
-    for name, content in (("recipe", facts), ("rows", rows)):
-        with whole_file(folder / f"{name}.json") as path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    else:
+        began = time.perf_counter()
+        predicted, more = compute(recipe, experiment, folder)
+        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
+        rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
+        split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
+        table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
+        table.var = per_gene.set_index("gene")
+        table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
+        table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+        for name, frame in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
+            with whole_file(folder / f"{name}.csv") as path:
+                frame.to_csv(path, index=False)
+        with whole_file(folder / "predictions.h5ad") as path:
+            table.write_h5ad(path)
+        for name, content in (("recipe", facts), ("rows", rows)):
+            with whole_file(folder / f"{name}.json") as path:
+                path.write_text(json.dumps(content, indent=1) + "\n")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     on_disk = [row for path in sorted(experiment.out.glob("*/rows.json")) for row in json.loads(path.read_text())]
     with whole_file(experiment.out / "rows.csv") as path:
         pd.DataFrame(on_disk).to_csv(path, index=False)
-    return rows
+    return json.loads((folder / "rows.json").read_text())
 
 
 def run_grid(script, settings, experiments, adapt=None):
@@ -612,7 +611,7 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     data, (device, dtype, _) = experiment.data, choose_device(recipe)
     patches = place_patches(data, recipe["IMAGE_SIZE"], device)
     with suppress(OSError, AttributeError, TypeError):  # the peak is to be this training's own; Linux can forget others
-        ctypes.CDLL(None).malloc_trim(0)
+        torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     model = build_model(recipe, len(data.genes), experiment.seed).to(device, memory_format=torch.channels_last)
     if recipe["START_AT_MEAN"]:
@@ -669,7 +668,7 @@ def print_header(script, recipe, experiment):
 
 
 def tabulate_scores(experiment, rows):
-    """One line a setting, split and truth, as text: mean±sd over n seeds or folds; 0.310/47 is of 47 genes only."""
+    """One line a setting, split and truth, as text: mean±sd over n seeds; 0.310/47 is of 47 genes only."""
     sizes, lines = {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}, []
     width = max(len(row["setting"]) for row in rows)
     for (setting, split, truth), of in pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False):
@@ -679,6 +678,7 @@ def tabulate_scores(experiment, rows):
             spread = f"±{of[key].std():.3f}" if len(of) > 1 else ""
             few = f"/{of[f'{key}_n'].min()}" if of[f"{key}_n"].min() < sizes.get(heading, 0) else ""
             line[heading] = f"{of[key].mean():.3f}{spread}{few}".replace("nan", "-")
+        line["HEG pooled"] = f"{of['heg_pooled'].mean():.3f}".replace("nan", "-")
         line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].mean():.4f}"}
         lines.append(line | {"seconds": f"{of['seconds'].sum():.0f}"})
     return pd.DataFrame(lines)

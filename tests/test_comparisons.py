@@ -7,6 +7,8 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import timm
 import torch
 from conftest import TINY, load_script, run_script
 from scipy.spatial.distance import cdist
@@ -30,7 +32,7 @@ def last_json(stdout):
 # Parameters of the whole network as torchvision's documentation lists them, less its classifier of 1,000 classes.
 PUBLISHED = {
     "efficientnet_b0": 5_288_548 - 1281 * 1000,
-    "efficientnet_b7": 66_347_960 - 2561 * 1000,
+    "tf_efficientnet_b7.ra_in1k": 66_347_960 - 2561 * 1000,
     "resnet18": 11_689_512 - 513 * 1000,
     "resnet50": 25_557_032 - 2049 * 1000,
     "densenet121": 7_978_856 - 1025 * 1000,
@@ -47,6 +49,12 @@ def test_every_backbone_is_whole_and_wholly_trainable(backbone):
     total = PUBLISHED[backbone] + head
     assert common.count_parameters(model) == {"backbone": PUBLISHED[backbone], "trainable": total, "total": total}
     assert common.count_parameters(frozen) == {"backbone": PUBLISHED[backbone], "trainable": head, "total": total}
+
+
+def test_every_default_backbone_has_pretrained_weights():
+    backbones = load_script("21").BACKBONES
+    assert set(backbones) == set(PUBLISHED)
+    assert all(timm.get_pretrained_cfg(name).hf_hub_id for name in backbones)
 
 
 def mbconv(inputs, outputs, kernel, expansion):
@@ -148,6 +156,12 @@ def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path, caps
         ("21", ["--only", "resnet5"], {}, ["--only resnet5", "efficientnet_b0", "resnet50 frozen"]),
         ("21", [], {"BACKBONES": ("resnet18", "resnet51")}, ["resnet51", "timm"]),
         ("21", [], {"BACKBONES": ("resnet18", "vit_tiny_patch16_224")}, ["vit_tiny_patch16_224", "--image-size 224"]),
+        (
+            "21",
+            ["--pretrained", "true"],
+            {"BACKBONES": ("efficientnet_b7",)},
+            ["efficientnet_b7", "no pretrained weights"],
+        ),
         ("21", ["--protocol", "block"], {}, ["--protocol block", "paper"]),
         ("22", ["--protocol", "loso"], {}, ["--protocol loso", "paper or block"]),
         ("22", ["--protocol", "block", "--target", "harmony"], {}, ["--protocol block", "--target lognorm"]),
@@ -214,9 +228,12 @@ def test_blocks_are_really_apart():
 
 
 def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeypatch, capsys):
-    """Other counts and variable genes on the test slide: the same panel, lists, folds and out-of-fold scores."""
-    load = common.load_dataset
-    arguments = ("--data-root", simulated, *TINY_22, "--protocol", "block")
+    """Other counts, variable genes and published lists: the same panel, lists, folds and out-of-fold scores."""
+    import shutil
+
+    load, root = common.load_dataset, tmp_path / "root"
+    shutil.copytree(simulated / "dataset", root / "dataset")
+    arguments = ("--data-root", root, *TINY_22, "--protocol", "block")
     read = anndata.read_h5ad
 
     def run(out):
@@ -246,6 +263,7 @@ def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeyp
         return table
 
     quiet = run(tmp_path / "a")
+    (root / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHVG,ALB\n")  # as if ranked on the test slide
     monkeypatch.setattr(common, "load_dataset", disturb)
     monkeypatch.setattr(anndata, "read_h5ad", other_genes)
     loud = run(tmp_path / "b")
@@ -274,12 +292,13 @@ def test_search_reports_out_of_fold_and_then_the_test_slide(searched, simulated)
     assert rows["split"].value_counts().to_dict() == {"valid": 8, "oof": 4, "test": 1}
     oof, valid = rows[rows["split"] == "oof"], rows[rows["split"] == "valid"]
     assert (oof["n_spots"] == 30).all() and set(valid["n_spots"]) == {15} and set(valid["fold"]) == {0, 1}
-    for row in oof.itertuples():
-        of = valid[valid["setting"] == row.setting]["heg"].astype(float)
-        assert row.heg_folds_mean == pytest.approx(of.mean()) and row.heg_folds_sd == pytest.approx(of.std())
-    best = oof.astype({"heg": float}).sort_values("heg", ascending=False)["setting"].iloc[0]
-    assert rows[rows["split"] == "test"]["setting"].tolist() == [best]
-    assert stdout.index(best + " ", stdout.index("best setting first")) > 0
+    ranked = oof.astype({"heg": float}).sort_values("heg", ascending=False)["setting"].tolist()
+    assert rows[rows["split"] == "test"]["setting"].tolist() == ranked[:1]
+    lines = stdout[stdout.index("best setting first") :].splitlines()[4:8]
+    assert [" ".join(line.split()[:2]) for line in lines] == ranked
+    for setting, line in zip(ranked, lines, strict=True):
+        of = valid[valid["setting"] == setting]["heg"].astype(float)
+        assert f" {of.mean():.3f}±{of.std():.3f} " in line
     assert (out / "search.png").stat().st_size > 5000
 
 
@@ -318,6 +337,30 @@ def test_the_final_training_has_no_validation_and_keeps_its_folds_best_epoch(sea
     assert final["best_epoch"] == curve.argmin() + 1
     history = pd.read_csv(out / final["folder"] / "history.csv")
     assert len(history) == final["best_epoch"] and history["valid_mse"].isna().all()
+
+
+def test_search_under_harmony_with_two_seeds_keeps_truths_apart(simulated, tmp_path, capsys):
+    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22, "--target", "harmony", "--seeds", "42,43")
+    assert run_script("22", *arguments, STAGES=(0,), HIDDENS=(0,)) == 0
+    stdout = capsys.readouterr().out
+    rows = pd.DataFrame(last_json(stdout)["rows"])
+    assert rows.groupby(["split", "truth"]).size().to_dict() == {
+        (split, truth): n for split, n in (("oof", 2), ("test", 2), ("valid", 4)) for truth in ("harmony", "lognorm")
+    }
+    lines = stdout[stdout.index("best setting first") :].splitlines()[4:6]
+    for truth, line in zip(("harmony", "lognorm"), lines, strict=True):
+        of = rows[(rows["split"] == "valid") & (rows["truth"] == truth)]["heg"].astype(float)
+        assert truth in line and f" {of.mean():.3f}±{of.std():.3f} " in line
+
+
+def test_a_changed_block_is_another_row(simulated, tmp_path, capsys):
+    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22, "--protocol", "block", "--margin", 0)
+    changed = {"STAGES": (0,), "HIDDENS": (0,)}
+    folders = []
+    for width in (1, 2):
+        assert run_script("22", *arguments, "--block-width", width, **changed) == 0
+        folders.append({row["folder"] for row in last_json(capsys.readouterr().out)["rows"]})
+    assert not folders[0] & folders[1]
 
 
 def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
@@ -367,7 +410,9 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(searched, simulate
     plain = [{k: v for k, v in row.items() if k not in timing} for row in last_json(resumed)["rows"]]
     whole = [{k: v for k, v in row.items() if k not in timing} for row in last_json(searched[1])["rows"]]
     assert plain == whole, "an interrupted search must end with the same numbers"
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole)
+    (tmp_path / "rows.csv").unlink()
+    assert run_script("22", *arguments, **SMALL_GRID) == 0
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole), "a lost table is mended from the rows' own folders"
 
 
 def test_frozen_features_are_exact_without_augmentation(simulated, tmp_path, monkeypatch, capsys):
@@ -495,9 +540,45 @@ def test_augmentations_end_to_end_with_paired_differences(simulated, tmp_path, c
 
 
 def test_a_setting_compared_with_itself_differs_by_nothing(simulated, tmp_path, capsys):
-    changed = {"AUGS": ("mpa",)}
     arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm", "--epochs", 1)
-    assert run_script("23", *arguments, "--seeds", "42", **changed) == 0
-    capsys.readouterr()
-    table = pd.read_csv(tmp_path / "paired_differences.csv")
-    assert set(table["setting"]) == {"mpa, 8 views"} and (table["low"] <= table["high"]).all()
+    assert run_script("23", *arguments, "--seeds", "42", AUGS=("mpa",)) == 0
+    rows = last_json(capsys.readouterr().out)["rows"]
+    plain = [row for row in rows if row["setting"] == "mpa"]
+    data = common.load_dataset(simulated, "lognorm")
+    groups = common.choose_gene_groups(data, np.ones(len(data.spots), bool))
+    experiment = common.Experiment(data, np.zeros(len(data.spots), "U5"), groups, tmp_path, 42)
+    table = load_script("23").compare_with_mpa([*plain, *(row | {"setting": "twin"} for row in plain)], experiment)
+    assert len(table) == 4 and (table[["difference", "low", "high", "seeds_above_0"]] == 0).all(axis=None)
+
+
+def test_views_are_averaged_over_the_rows_own_weights(simulated, tmp_path, capsys):
+    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm", "--epochs", 1)
+    assert run_script("23", *arguments, "--seeds", "42,43", AUGS=("mpa", "none")) == 0
+    rows = pd.DataFrame(last_json(capsys.readouterr().out)["rows"]).query("split == 'test'")
+    data = common.load_dataset(simulated, "lognorm")
+    patches = common.place_patches(data, 32, torch.device("cpu"))
+    for (setting, seed), folder in rows.set_index(["setting", "seed"])["folder"].items():
+        if not setting.endswith(", 8 views"):
+            continue
+        (own,) = rows[(rows["setting"] == setting.removesuffix(", 8 views")) & (rows["seed"] == seed)]["folder"]
+        model = common.build_model(NETWORK | {"HIDDEN": 16}, len(data.genes), 0)
+        model.load_state_dict(safetensors.torch.load_file(tmp_path / own / "weights.safetensors"))
+        table = anndata.read_h5ad(tmp_path / folder / "predictions.h5ad")
+        at = data.spots.reset_index().set_index("id")["index"].loc[table.obs_names].to_numpy()
+        np.testing.assert_allclose(
+            table.X, common.predict(model, patches, at, dtype=torch.float32, tta=True), atol=1e-4
+        )
+    assert rows["weights"].notna().all() and rows["parameters_total"].notna().all()
+
+
+def test_a_group_without_genes_is_a_dash_in_every_table(simulated, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(simulated / "dataset", tmp_path / "root" / "dataset")
+    genes = common.load_dataset(simulated, "lognorm").genes
+    (tmp_path / "root" / "gene_sets.csv").write_text("group,gene\n" + "".join(f"HEG,{gene}\n" for gene in genes[:5]))
+    arguments = ("--data-root", tmp_path / "root", "--out", tmp_path / "out", "--target", "lognorm")
+    assert run_script("22", *arguments, *TINY_22, STAGES=(0,), HIDDENS=(0,)) == 0
+    assert run_script("23", *arguments, *TINY, "--epochs", 1, "--seeds", "42", AUGS=("mpa", "none")) == 0
+    shown = capsys.readouterr().out
+    assert "-±-" in shown and len(pd.read_csv(tmp_path / "out" / "paired_differences.csv")) == 3 * 2
