@@ -7,7 +7,7 @@ Prints     header, the table of mean r and sd over the seeds, the table of diffe
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --pretrained false --seeds 42,43
            python 23_compare_augs.py --quick      (one seed on simulated slides: no evidence)
-Time       TIME23
+Time       --quick: 85 s, slides included; HER2ST, README's small budget: 20 min (two Intel Xeon cores, 2026-11-23)
 Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color is what its published scripts did
 
 "stnet_color" is this script's own: flips and turns, then brightness, contrast and saturation times 0.9-1.1 and hue by
