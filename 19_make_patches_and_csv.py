@@ -36,6 +36,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import common
@@ -190,9 +191,15 @@ def read_slide(slide):
         table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()  # over all genes, also those of this slide alone
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide["tissue_index"]
+    table.obs["pitch"] = measure_pitch(table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64))
     table.obs["barcode"] = table.obs_names
     table.obs_names = [f"{slide['tissue_index']}_{barcode}" for barcode in table.obs_names]
     return table
+
+
+def measure_pitch(centres):
+    """px between the (n, 2) centres: the median distance from each to its nearest; 1 where there is one alone."""
+    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1])) if len(centres) > 1 else 1.0
 
 
 # ---------------------------------------------------------------------------------------------- pixels

@@ -18,10 +18,6 @@ import anndata
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.spatial import cKDTree
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import common
 
@@ -66,13 +62,6 @@ QUICK_BUDGET = {
 }
 
 
-def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
-    """Ridge regression on standardised colour statistics, for run_setting: no image network may lose to it."""
-    data, train_rows = experiment.data, experiment.rows("train")
-    ridge = make_pipeline(StandardScaler(), Ridge(alpha)).fit(data.colour[train_rows], data.target[train_rows])
-    return ridge.predict(data.colour[experiment.rows(*common.SPLITS)]).astype(np.float32), {"weights": "none"}
-
-
 def print_epoch(experiment, line, predicted, best_epoch):
     """One line an epoch, with the mean r of HEG over the validation spots."""
     data, rows = experiment.data, experiment.rows("valid")
@@ -97,8 +86,7 @@ def draw_figures(folder, title):
     markers = ranked.index[ranked.index.isin(groups["gene"][groups["group"] == "MG"])]
     chosen = {"best": ranked.index[:1], "median": ranked.index[len(ranked) // 2 :][:1], "best marker": markers[:1]}
     x, y = table.obsm["spatial"].T
-    nearest = cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], k=2)[0][:, 1]
-    pitch = np.median(nearest) if len(table) > 1 else 1.0
+    pitch = table.obs["pitch"].iloc[0]
     size = (0.8 * pitch / (max(np.ptp(x), np.ptp(y)) + pitch) * 3.0 * 72) ** 2  # pt^2 on axes of about 3 inches
     figure = Figure(figsize=(14.5, 6.2), layout="constrained")
     axes = figure.subplots(2, 4)
@@ -135,26 +123,17 @@ def draw_figures(folder, title):
         figure.savefig(path, dpi=100)
 
 
-def print_published(path):
-    """Published numbers, under a rule of their own: other protocols, other spots, nothing computed here."""
-    table = pd.read_csv(path)
-    print("\npublished, not computed here\n" + "-" * 100)
-    for row in table.itertuples():
-        print(f"{row.method[:42]:42} HEG {row.HEG50:>26}   {row.source}\n{'':42} {row.protocol} [{row.verified}]")
-
-
 def main():
     recipe, experiments = common.open_run(globals())
     common.print_header(globals(), recipe, experiments[0])
     data, rows = experiments[0].data, []
     for experiment in experiments:
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
-        for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", ridge_on_colour)):
+        for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
             rows += common.run_setting(setting, recipe, experiment, compute)
             draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}, test slide {TEST_SLIDE}")
     common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows))
-    if (data.root / "published_results.csv").is_file():
-        print_published(data.root / "published_results.csv")
+    common.print_published(data)
     for folder in dict.fromkeys(row["folder"] for row in rows):
         print(f"figures, per-gene r and predictions: {experiment.out / folder}")
     common.finish_run(globals(), experiment, rows)

@@ -99,12 +99,8 @@ def split_folds(spots, roles, seed):
     MARGIN pitches of a validation spot.
     """
     slide, xy = spots["tissue_index"].to_numpy(), spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    pool, pitch = np.flatnonzero(roles == "train"), np.ones(len(spots))
-    for s in np.unique(slide[pool]):
-        near = cKDTree(xy[slide == s]).query(xy[slide == s], k=2)[0][:, 1]
-        pitch[slide == s] = np.median(near[np.isfinite(near)]) if np.isfinite(near).any() else 1
-    cells = np.column_stack([slide, xy // (BLOCK_WIDTH * pitch[:, None])])[pool]
-    units = np.arange(len(pool)) if PROTOCOL == "paper" else np.unique(cells, axis=0, return_inverse=True)[1].ravel()
+    pool, pitch = np.flatnonzero(roles == "train"), spots["pitch"].to_numpy()
+    units = np.arange(len(pool)) if PROTOCOL == "paper" else common.number_blocks(spots.iloc[pool], BLOCK_WIDTH)
     sizes = np.bincount(units)
     order = np.random.default_rng(common.seed_of(seed, "folds")).permutation(len(sizes))
     drawn_before = np.empty(len(sizes), np.int64)
@@ -127,11 +123,11 @@ def split_folds(spots, roles, seed):
 def narrow_panel(experiment):
     """The experiment without what the test slide decided: the panel of the training slides, lists of their spots."""
     data, train = experiment.data, experiment.roles == "train"
-    var = anndata.read_h5ad(data.root / "dataset" / "counts.h5ad").var
     slides = np.unique(data.spots["tissue_index"][train])
-    kept = var[["MG", *(f"hvg_{slide}" for slide in slides)]].any(axis=1).to_numpy()
-    genes, lognorm = [gene for gene, keep in zip(data.genes, kept, strict=True) if keep], data.lognorm[:, kept]
-    data = dataclasses.replace(data, genes=genes, lognorm=lognorm, target=lognorm)
+    kept = data.counts.var[["MG", *(f"hvg_{slide}" for slide in slides)]].any(axis=1).to_numpy()
+    counts, lognorm = data.counts[:, kept], data.lognorm[:, kept]
+    genes = counts.var_names.tolist()
+    data = dataclasses.replace(data, genes=genes, counts=counts, lognorm=lognorm, target=lognorm)
     groups = common.choose_gene_groups(data, train, published=False)
     return dataclasses.replace(experiment, data=data, groups=groups)
 

@@ -17,7 +17,6 @@ at most 0.02 of a turn, in this order (p = .5), then a Gaussian blur of 3 or 5 p
 import functools
 
 import numpy as np
-import pandas as pd
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -55,7 +54,6 @@ QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------------
 
 AUGS = ("mpa", "stnet", "stnet_color", "none")
-DRAWS = 1000  # of the bootstrap
 
 QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",
@@ -136,49 +134,6 @@ def average_views(trained, recipe, experiment, folder):
     return common.predict(model, patches, rows, dtype=dtype, tta=True), facts
 
 
-def compare_with_mpa(rows, experiment):
-    """Per setting and gene group: mean over its genes of r minus that of MPA, same gene and seed, averaged over seeds;
-    test slide, log-normalised truth. Settings with 8 views are compared with MPA with 8 views, and that with plain MPA.
-
-    The 95 % interval is a bootstrap over genes and seeds. It holds neither other slides nor that genes are correlated.
-    Groups are the first seed's.
-    """
-    folders = (
-        pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'").set_index(["setting", "seed"])["folder"]
-    )
-    r = {
-        key: pd.read_csv(experiment.out / folder / "per_gene.csv", index_col="gene")["test_lognorm_r"]
-        for key, folder in folders.items()
-    }
-    groups = {group: of["gene"] for group, of in experiment.groups.groupby("group", sort=False)}
-    lines, random = [], np.random.default_rng(common.seed_of("bootstrap"))
-    for setting in [name for name in folders.index.unique("setting") if name != "mpa"]:
-        against = "mpa, 8 views" if setting.endswith(", 8 views") and setting != "mpa, 8 views" else "mpa"
-        pairs = pd.DataFrame({seed: r[setting, seed] - r[against, seed] for seed in folders["mpa"].index})
-        for group, genes in (groups | {"all": pairs.index}).items():
-            of = pairs.reindex(genes).dropna().to_numpy()  # (genes, seeds)
-            line = {"setting": setting, "minus": against, "group": group, "genes": len(of), "seeds": of.shape[1]}
-            if len(of):
-                drawn = zip(*(random.integers(n, size=(DRAWS, n)) for n in of.shape), strict=True)
-                low, high = np.quantile([of[g][:, s].mean() for g, s in drawn], [0.025, 0.975])
-                line |= {"difference": of.mean(), "low": low, "high": high, "seeds_above_0": (of.mean(0) > 0).sum()}
-            lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def format_differences(table):
-    """The differences as text: difference [low, high], and over how many seeds it is above zero."""
-    form = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format
-    cells = [form(**line) if np.isfinite(line["difference"]) else "-" for line in table.to_dict("records")]
-    shown = table.assign(text=cells).pivot(index="setting", columns="group", values="text")
-    shown = shown.reindex(columns=[*common.GROUPS, "all"]).fillna("-")
-    above = table[table["group"] == "HEG"].set_index("setting")
-    shown["HEG above 0"] = above["seeds_above_0"].map("{:.0f}".format) + " of " + above["seeds"].map(str) + " seeds"
-    shown.insert(0, "minus", above["minus"])
-    shown = shown.reindex(table["setting"].unique()).reset_index()
-    return shown.assign(setting=shown["setting"].str.ljust(shown["setting"].str.len().max()))
-
-
 def draw_figure(path, title, table):
     """Difference to MPA of the gene groups, with intervals."""
     figure = Figure(figsize=(7, 1 + 0.35 * table["setting"].nunique() * 2), layout="constrained")
@@ -214,14 +169,13 @@ def main():
             averaged += common.run_setting(f"{aug}, 8 views", changed, experiment, compute)
     rows += averaged
     title = f"{note}augmentations; 8 views = averaged over the symmetries at test time"
-    common.print_table(title, data, common.tabulate_scores(experiments[0], rows))
-    if "mpa" in AUGS and not ONLY:
-        table = compare_with_mpa(rows, experiments[0])
-        with common.whole_file(out / "paired_differences.csv") as path:
-            table.to_csv(path, index=False)
-        title = f"{note}r minus that of MPA, same seeds and genes, test slide [95 % over genes and seeds]"
-        common.print_table(title, data, format_differences(table))
-        draw_figure(out / "paired_differences.png", f"{data.title}{note}test slide {TEST_SLIDE}", table)
+    against = dict.fromkeys(AUGS, "mpa") | {f"{aug}, 8 views": "mpa, 8 views" for aug in AUGS} | {"mpa, 8 views": "mpa"}
+    against = {} if ONLY or "mpa" not in AUGS else {one: other for one, other in against.items() if one != other}
+    differences = common.pair_differences(rows, out, against)
+    common.print_table(title, data, common.tabulate_scores(experiments[0], rows, differences))
+    if against:
+        common.save_csv(out / "paired_differences.csv", differences)
+        draw_figure(out / "paired_differences.png", f"{data.title}{note}test slide {TEST_SLIDE}", differences)
         print(f"figure: {out / 'paired_differences.png'}")
     common.finish_run(globals(), experiments[0], rows)
 

@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import polars
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
 from torch import nn
 from tqdm import tqdm
 
@@ -38,6 +40,8 @@ ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_ro
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
 SPLITS = ("oof", "valid", "test")  # roles whose spots are scored; oof = out of fold
 R_THRESHOLD = 0.30  # the paper counts the genes above it
+BLOCK_WIDTH = 5  # pitches between spots; a side of the squares that folds and bootstrap draws leave whole
+DRAWS = 1000  # of the bootstrap
 
 # What a constant may be: a tuple of the allowed values, or the two ends of a range.
 ALLOWED = {
@@ -54,6 +58,12 @@ class InputError(Exception):
     """The user's input is at fault. Its one line names the file or value, what was expected and the fix."""
 
 
+def require(condition, message):
+    """InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
 @contextmanager
 def whole_file(path):
     """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise."""
@@ -66,6 +76,12 @@ def whole_file(path):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_csv(path, table):
+    """Write the table, without its index, whole or not at all."""
+    with whole_file(path) as partial:
+        table.to_csv(partial, index=False)
 
 
 def seed_of(*words):
@@ -108,8 +124,7 @@ def override_constants(script, argv):
         bare = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
         parser.add_argument(flags[name], dest=name, type=kind, metavar="", help=shown, **bare)
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"{Path(script['__file__']).name} has no constant {' '.join(unknown)}: --help lists them")
+    require(not unknown, f"{Path(script['__file__']).name} has no constant {' '.join(unknown)}: --help lists them")
     values = {name: value for name, value in vars(given).items() if value is not None}
     if values.get("QUICK", script.get("QUICK", False)):
         values = script["QUICK_BUDGET"] | values
@@ -117,10 +132,11 @@ def override_constants(script, argv):
     script.update(values)
     for name, flag in flags.items():
         value, allowed = script[name], ALLOWED.get(name)
-        if isinstance(allowed, tuple) and value not in allowed:
-            raise InputError(f"{flag} {value}: expected one of {', '.join(allowed)}")
-        if isinstance(allowed, range) and not allowed.start <= value <= allowed.stop:
-            raise InputError(f"{flag} {value}: expected a number from {allowed.start} to {allowed.stop}")
+        if isinstance(allowed, tuple):
+            require(value in allowed, f"{flag} {value}: expected one of {', '.join(allowed)}")
+        if isinstance(allowed, range):
+            fits = allowed.start <= value <= allowed.stop
+            require(fits, f"{flag} {value}: expected a number from {allowed.start} to {allowed.stop}")
 
 
 def run_script(script):
@@ -139,17 +155,15 @@ def run_script(script):
 def choose_device(recipe):
     """(torch.device, autocast dtype, reason) from DEVICE, PRECISION and IMAGE_SIZE."""
     cuda = torch.cuda.is_available() and recipe["DEVICE"] != "cpu"
-    if recipe["DEVICE"] == "cuda" and not cuda:
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    require(cuda or recipe["DEVICE"] != "cuda", "--device cuda: torch sees no CUDA device; use --device cpu")
     has_bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
+    choice, reason = ("fp16", "no bf16; with a loss scaler") if cuda else ("fp32", "the processor lacks bf16")
     if recipe["PRECISION"] != "auto":
         choice, reason = recipe["PRECISION"], "as asked"
     elif has_bf16 and not cuda and recipe["IMAGE_SIZE"] < 160:
         choice, reason = "fp32", "measured faster than bf16 on processors below 160 px"
     elif has_bf16:
         choice, reason = "bf16", "the device has it"
-    else:
-        choice, reason = ("fp16", "no bf16; with a loss scaler") if cuda else ("fp32", "the processor lacks bf16")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice]
     return torch.device("cuda" if cuda else "cpu"), dtype, reason
 
@@ -157,15 +171,14 @@ def choose_device(recipe):
 def call_script(name, *flags):
     """Run another numbered script, its command printed first. InputError where it fails."""
     print("$ python", name, *flags, flush=True)
-    if subprocess.run([sys.executable, Path(__file__).with_name(name), *flags]).returncode:
-        raise InputError(f"{name} failed: its message stands above")
+    status = subprocess.run([sys.executable, Path(__file__).with_name(name), *flags]).returncode
+    require(status == 0, f"{name} failed: its message stands above")
 
 
 def open_run(script, split=None):
     """(recipe, one Experiment a seed); `--quick` has its slides made where missing. `split` as split_random."""
     recipe, root = recipe_of(script), Path(script["DATA_ROOT"])
-    if not recipe["SEEDS"]:
-        raise InputError("--seeds: expected one number at least")
+    require(recipe["SEEDS"], "--seeds: expected one number at least")
     if recipe["QUICK"] and str(root) == script["QUICK_BUDGET"]["DATA_ROOT"]:
         if not (root / "slides.csv").exists():
             call_script("18_simulate_slides.py", "--data-root", str(root))
@@ -186,11 +199,11 @@ class SpotData:
 
     root: Path
     patches: np.ndarray  # (N, 224, 224, 3) uint8 RGB, memory-mapped
-    spots: pd.DataFrame  # N rows, ID_COLUMNS
+    spots: pd.DataFrame  # N rows, ID_COLUMNS and pitch (px)
     genes: list  # G names: the panel
     target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
     lognorm: np.ndarray  # (N, G) float32, log-normalised counts
-    colour: np.ndarray  # (N, 40) float64, colour and texture statistics of every patch
+    counts: anndata.AnnData  # N x G raw counts; obs n_counts; obsm colour (N, 40), colour and texture statistics
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
     title: str  # begins the header, tables and figures of a run on simulated slides
@@ -207,44 +220,47 @@ def load_dataset(data_root, target):
     """Read what script 19 wrote. Raises InputError with 19's command where it is missing or made otherwise."""
     root, folder = Path(data_root), Path(data_root) / "dataset"
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
-    if not (folder / "meta.json").is_file():
-        raise InputError(f"no meta.json in {folder}: run {command} first")
+    require((folder / "meta.json").is_file(), f"no meta.json in {folder}: run {command} first")
     meta = json.loads(meta_text := (folder / "meta.json").read_bytes())
-    if meta["target"] is None:
-        raise InputError(f"{folder} holds patches alone: its slides.csv names no matrix, so there is nothing to learn")
-    if target == "harmony" and meta["target"] != "harmony":
-        raise InputError(f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
+    require(meta["target"], f"{folder} holds patches alone: its slides.csv names no matrix, so nothing can be learnt")
+    made = meta["target"] == "harmony" or target == "lognorm"
+    require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
     genes, expression = counts.var_names.tolist(), log_normalise(counts.X, counts.obs["n_counts"])
-    lognorm, spots = expression, counts.obs.reset_index(names="id")[ID_COLUMNS]
+    require("pitch" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
+    lognorm, spots = expression, counts.obs.reset_index(names="id")[[*ID_COLUMNS, "pitch"]]
     if target == "harmony":
         table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
-        if table.collect_schema().names() != ID_COLUMNS + genes:
-            raise InputError(f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
+        whole = table.collect_schema().names() == ID_COLUMNS + genes
+        require(whole, f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
         expression = table.select(genes).collect().to_numpy()
     patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
     fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
-    return SpotData(root, patches, spots, genes, expression, lognorm, counts.obsm["colour"], meta, fingerprint, title)
+    return SpotData(root, patches, spots, genes, expression, lognorm, counts, meta, fingerprint, title)
 
 
 def split_random(spots, recipe, seed):
     """The paper's split, (N,) of "train", "valid" (VALID_FRACTION of the training slides' spots), "test" or ""."""
     slide, test, fraction = spots["tissue_index"].to_numpy(), recipe["TEST_SLIDE"], recipe["VALID_FRACTION"]
     train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, test))
-    if recipe["PROTOCOL"] != "paper":
-        raise InputError(f"--protocol {recipe['PROTOCOL']}: this script has paper alone")
-    if unknown := {*train, test} - set(slide):
-        raise InputError(f"slide {min(unknown)} is not in the dataset: it holds slides {np.unique(slide)}")
-    if test in train:
-        raise InputError(f"slide {test} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
+    require(recipe["PROTOCOL"] == "paper", f"--protocol {recipe['PROTOCOL']}: this script has paper alone")
+    for s in (*train, test):
+        require(s in set(slide), f"slide {s} is not in the dataset: it holds slides {np.unique(slide)}")
+    require(test not in train, f"slide {test} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
     roles = np.where(slide == test, "test", "").astype("U5")
     pool = np.flatnonzero(np.isin(slide, train))
     n_valid = round(fraction * len(pool))
-    if not 0 < n_valid < len(pool) - 1:
-        raise InputError(f"--valid-fraction {fraction} of {len(pool)} spots leaves validation or training none")
+    enough = 0 < n_valid < len(pool) - 1
+    require(enough, f"--valid-fraction {fraction} of {len(pool)} spots leaves validation or training none")
     order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
     roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
     return roles
+
+
+def number_blocks(spots, width):
+    """(n,) numbers from 0 on of the squares, `width` pitches wide, that the spots lie in, slide by slide."""
+    cells = spots[["pxl_col", "pxl_row"]].floordiv(width * spots["pitch"], axis=0).assign(slide=spots["tissue_index"])
+    return cells.groupby(["slide", "pxl_col", "pxl_row"]).ngroup().to_numpy()
 
 
 def choose_gene_groups(data, spots, published=True):
@@ -253,12 +269,13 @@ def choose_gene_groups(data, spots, published=True):
     """
     path = data.root / "gene_sets.csv"
     if published and path.is_file():
-        try:
+        table = pd.DataFrame({"group": ["unread"]})
+        with suppress(ValueError, KeyError):
             table = pd.read_csv(path)[["group", "gene"]].dropna()
-        except (ValueError, KeyError):
-            table = pd.DataFrame({"group": [""]})
-        if not set(table["group"]) <= set(GROUPS):
-            raise InputError(f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}")
+        require(
+            set(table["group"]) <= set(GROUPS),
+            f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}",
+        )
         table, source = table.assign(rank=table.groupby("group").cumcount() + 1), path.name
     else:
         ranked = {"HEG": data.lognorm[spots].mean(0, np.float64), "HVG": data.lognorm[spots].var(0, np.float64)}
@@ -395,14 +412,14 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     draw = draw_augmentation(len(order), recipe["AUG"], generator)
     torch.manual_seed(seed_of(seed, "dropout", epoch))
     model.train()
-    total, start = torch.zeros((), device=device), 0
+    total, start, loss_of = torch.zeros((), device=device), 0, getattr(model, "loss", F.mse_loss)
     batches = [batch for batch in order.split(recipe["BATCH_SIZE"]) if len(batch) > 1]  # BatchNorm needs two
     for batch in tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None):
         stop, images = start + len(batch), patches[batch.to(patches.device)].to(device, non_blocking=True)
         images = augment(images, *(part[start:stop] for part in draw))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images.contiguous(memory_format=torch.channels_last))
-        loss = F.mse_loss(predicted.float(), target[batch.to(target.device)])
+        loss = loss_of(predicted.float(), target[batch.to(target.device)])
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimiser)
@@ -412,16 +429,22 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     return total.item() / start  # the epoch's only synchronisation
 
 
+def adam_with_cosine(parameters, recipe):
+    """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
+    optimiser = torch.optim.Adam(parameters, recipe["LEARNING_RATE"], fused=True)
+    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+
+
 def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, keep=0, checkpoint=None, report=None):
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
+    Loss and optimiser are MSE and adam_with_cosine, or the model's own `loss` and `optimise`.
     patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. With `keep` there is no validation and
     training ends with that epoch. `checkpoint` is a file that a killed run goes on from. `report(line, predicted,
     best_epoch)` sees each epoch's line of the history and may add to it.
     """
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])  # stepped by the epoch
+    optimiser, schedule = getattr(model, "optimise", adam_with_cosine)(trainable, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     truth, rows = torch.from_numpy(target).to(device), torch.from_numpy(train_rows)
@@ -439,8 +462,7 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
         trained = time.perf_counter() - began
         predicted = None if keep else predict(model, patches, valid_rows, dtype=dtype)
         mse = loss if keep else float(np.mean((predicted.astype(np.float64) - target[valid_rows]) ** 2))
-        if not np.isfinite(mse):
-            raise InputError(f"epoch {epoch + 1}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
+        require(np.isfinite(mse), f"epoch {epoch + 1}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
         line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": None if keep else mse}
         line |= {"images_per_s": len(rows) / trained, "seconds": time.perf_counter() - began}
         if best is None or keep or mse < best["valid_mse"]:
@@ -476,6 +498,15 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=128):
     return torch.cat(parts).cpu().numpy()
 
 
+def encode_patches(data, backbone, recipe, seed):
+    """(N, F) float32 features of the plain patches by a timm backbone as it comes, PRETRAINED or random by `seed`."""
+    device, dtype, _ = choose_device(recipe)
+    model = build_model(recipe | {"BACKBONE": backbone, "HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
+    model.head = nn.Identity()
+    patches = place_patches(data, recipe["IMAGE_SIZE"], device)
+    return predict(model.to(device, memory_format=torch.channels_last), patches, np.arange(len(patches)), dtype=dtype)
+
+
 # ------------------------------------------------------------------------------------------- correlation
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.
@@ -501,10 +532,54 @@ def score_genes(predicted, truth, slides):
 def group_means(r, genes, groups):
     """{"heg": mean r, "heg_n": genes it is the mean of, ...}: missing genes and undefined r lower the count."""
     r, means = pd.Series(np.asarray(r), index=genes), {}
-    for group in GROUPS:
-        values = r.reindex(groups.loc[groups["group"] == group, "gene"]).dropna()
-        means |= {group.lower(): float(values.mean()), f"{group.lower()}_n": len(values)}
-    return means | {"all": float(r.mean()), "all_n": int(r.notna().sum())}
+    for key, members in group_members(genes, groups).items():
+        means |= {key: float(r[members].mean()), f"{key}_n": int(r[members].notna().sum())}
+    return means
+
+
+def group_members(genes, groups):
+    """{"heg": its genes of the panel, "hvg", "mg", "all": the whole panel}."""
+    panel = set(genes)
+    lists = {group: groups.loc[groups["group"] == group, "gene"] for group in GROUPS} | {"all": genes}
+    return {group.lower(): [gene for gene in names if gene in panel] for group, names in lists.items()}
+
+
+def bootstrap_means(predicted, truth, spots, genes, groups):
+    """(DRAWS, 4) table heg, hvg, mg, all: group means of r when whole blocks of one slide's spots are drawn with
+    replacement. The draws follow from the spots alone, so those of two methods are paired.
+    """
+    block = number_blocks(spots, BLOCK_WIDTH)
+    inside = (np.arange(block.max() + 1)[:, None] == block).astype(np.float64)  # (blocks, n)
+    random = np.random.default_rng(seed_of("bootstrap"))
+    drawn = random.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), DRAWS).astype(np.float64)
+    x, y = (values.astype(np.float64) - values.mean(0, np.float64) for values in (predicted, truth))
+    mean = lambda values: drawn @ (inside @ values) / (drawn @ inside.sum(1))[:, None]  # noqa: E731
+    mean_x, mean_y = mean(x), mean(y)
+    spread = (mean(x**2) - mean_x**2) * (mean(y**2) - mean_y**2)
+    defined = spread > 1e-9 * (x**2).mean(0) * (y**2).mean(0)  # else the gene is constant in this draw
+    r = np.where(defined, (mean(x * y) - mean_x * mean_y) / np.sqrt(np.where(defined, spread, 1)), np.nan)
+    r = pd.DataFrame(r if len(inside) > 1 else np.nan, range(DRAWS), genes)  # one block says nothing of others
+    return pd.DataFrame({key: r[members].mean(axis=1) for key, members in group_members(genes, groups).items()})
+
+
+def pair_differences(rows, out, against):
+    """r of a setting minus r of another, {setting: another}, of the same seeds: table setting, minus, group, seeds,
+    difference, low, high (95 % over blocks and seeds). Test slide, log-normalised truth. NaN where r is not defined for
+    equally many genes in both.
+    """
+    of = {(row["setting"], row["seed"]): row for row in rows if (row["split"], row["truth"]) == ("test", "lognorm")}
+    draws = {key: pd.read_csv(out / row["folder"] / "bootstrap.csv") for key, row in of.items()}
+    lines, seeds = [], list(dict.fromkeys(seed for _, seed in of))
+    picked = np.random.default_rng(seed_of("seeds")).integers(len(seeds), size=(DRAWS, len(seeds)))
+    for (setting, other), group in itertools.product(against.items(), (*GROUPS, "all")):
+        key, pairs = group.lower(), [((setting, seed), (other, seed)) for seed in seeds]
+        difference, low, high = np.nan, np.nan, np.nan
+        if all(of[a][f"{key}_n"] == of[b][f"{key}_n"] > 0 for a, b in pairs):
+            drawn = np.stack([draws[a][f"lognorm_{key}"] - draws[b][f"lognorm_{key}"] for a, b in pairs], axis=1)
+            low, high = pd.Series(np.take_along_axis(drawn, picked, 1).mean(1)).quantile([0.025, 0.975])
+            difference = np.mean([of[a][key] - of[b][key] for a, b in pairs])
+        lines.append((setting, other, group, len(seeds), difference, low, high))
+    return pd.DataFrame(lines, columns=["setting", "minus", "group", "seeds", "difference", "low", "high"])
 
 
 # ------------------------------------------------------------------------------------------- reporting
@@ -541,15 +616,15 @@ def run_setting(setting, recipe, experiment, compute):
         began = time.perf_counter()
         predicted, more = compute(recipe, experiment, folder)
         more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
-        rows, per_gene = score_rows(setting, recipe, experiment, predicted, more)
+        rows, per_gene, draws = score_rows(setting, recipe, experiment, predicted, more)
         split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
         table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
         table.var = per_gene.set_index("gene")
         table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
         table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-        for name, frame in (("per_gene", per_gene), ("split", split), ("genes", experiment.groups)):
-            with whole_file(folder / f"{name}.csv") as path:
-                frame.to_csv(path, index=False)
+        tables = {"per_gene": per_gene, "split": split, "genes": experiment.groups, "bootstrap": draws}
+        for name, frame in tables.items():
+            save_csv(folder / f"{name}.csv", frame)
         with whole_file(folder / "predictions.h5ad") as path:
             table.write_h5ad(path)
         for name, content in (("recipe", facts), ("rows", rows)):
@@ -557,16 +632,22 @@ def run_setting(setting, recipe, experiment, compute):
                 path.write_text(json.dumps(content, indent=1) + "\n")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     on_disk = [row for path in sorted(experiment.out.glob("*/rows.json")) for row in json.loads(path.read_text())]
-    with whole_file(experiment.out / "rows.csv") as path:
-        pd.DataFrame(on_disk).to_csv(path, index=False)
+    save_csv(experiment.out / "rows.csv", pd.DataFrame(on_disk))
     return json.loads((folder / "rows.json").read_text())
+
+
+def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
+    """`compute` of run_setting: ridge on standardised colour statistics, which no image network may lose to."""
+    colour, train = experiment.data.counts.obsm["colour"], experiment.rows("train")
+    colour = (colour - colour[train].mean(0)) / np.maximum(colour[train].std(0), 1e-12)
+    ridge = Ridge(alpha).fit(colour[train], experiment.data.target[train])
+    return ridge.predict(colour[experiment.rows(*SPLITS)]).astype(np.float32), {"weights": "none"}
 
 
 def run_grid(script, settings, experiments, adapt=None):
     """The rows of each setting {name: {CONSTANT: value}}, or of ONLY, and experiment, by train_network with `adapt`."""
     recipe, only, rows = recipe_of(script), script["ONLY"], []
-    if only and only not in settings:
-        raise InputError(f"--only {only}: expected one of {'; '.join(settings)}")
+    require(only in ("", *settings), f"--only {only}: expected one of {'; '.join(settings)}")
     tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
     with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2) as bar:
         train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
@@ -579,29 +660,31 @@ def run_grid(script, settings, experiments, adapt=None):
 
 
 def score_rows(setting, recipe, experiment, predicted, facts):
-    """([one dict a split and truth], per-gene table); NaN becomes None in the dicts, as JSON has none."""
+    """([one dict a split and truth], per-gene table, bootstrap draws); NaN is None in the dicts, as JSON has none."""
     data, rows = experiment.data, experiment.rows(*SPLITS)
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
-    table, per_gene = [], pd.DataFrame({"gene": data.genes})
+    table, per_gene, draws = [], pd.DataFrame({"gene": data.genes}), pd.DataFrame()
     for split in [split for split in SPLITS if split in experiment.roles]:
         at = experiment.roles[rows] == split
-        slides = data.spots["tissue_index"].to_numpy()[rows[at]]
+        spots = data.spots.iloc[rows[at]]
+        slides = spots["tissue_index"].to_numpy()
         for truth, values in truths.items():
             scores = score_genes(predicted[at], values[rows[at]], slides)
             per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
             row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides)))}
             row |= {"fold": experiment.fold, "seed": experiment.seed, "target": recipe["TARGET"], "truth": truth}
-            row |= {
-                "protocol": recipe["PROTOCOL"],
-                "gene_lists": experiment.groups.attrs["source"],
-                "n_spots": len(slides),
-            }
-            row |= facts | group_means(scores["r"], data.genes, experiment.groups)
+            row |= {"protocol": recipe["PROTOCOL"], "gene_lists": experiment.groups.attrs["source"]}
+            row |= {"n_spots": len(slides)} | facts | group_means(scores["r"], data.genes, experiment.groups)
             pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
             row |= {f"{group}_pooled": r for group, r in pooled.items() if not group.endswith("_n")}
             row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean())}
-            table.append({k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()})
-    return table, per_gene
+            row |= {f"{group.lower()}_ci": None for group in (*GROUPS, "all")}
+            if split == "test":
+                means = bootstrap_means(predicted[at], values[rows[at]], spots, data.genes, experiment.groups)
+                draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
+                row |= {f"{key}_ci": means[key].quantile([0.025, 0.975]).tolist() for key in means.dropna(axis=1)}
+            table.append({key: None if value != value else value for key, value in row.items()})
+    return table, per_gene, draws
 
 
 def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None):
@@ -630,8 +713,7 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     with whole_file(folder / "weights.safetensors") as path:
         path.write_bytes(safetensors.torch.save(state, {name: json.dumps(value) for name, value in metadata.items()}))
-    with whole_file(folder / "history.csv") as path:
-        pd.DataFrame(history).to_csv(path, index=False)
+    save_csv(folder / "history.csv", pd.DataFrame(history))
     return predicted, {
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
         "best_epoch": keep or min(history, key=lambda line: line["valid_mse"])["epoch"],
@@ -652,44 +734,57 @@ def print_header(script, recipe, experiment):
     missing = sorted(set(experiment.groups["gene"]) - set(data.genes))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     paper = " (as published: the panel is chosen on all slides, so transductive)" * (recipe["PROTOCOL"] == "paper")
-    lists = experiment.groups.attrs["source"] + f"; not in the panel: {', '.join(missing)}" * bool(missing)
     of = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
-    print(
-        f"\n{data.title}{Path(script['__file__']).stem}",
-        f"data        {data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
-        f"target      {recipe['TARGET']} ({of[recipe['TARGET']]})",
-        f"protocol    {recipe['PROTOCOL']}{paper}",
-        f"split       {'; '.join(split)}",
-        f"gene groups {lists}",
-        f"device      {device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
-        f"weights     {'pretrained (timm)' if recipe['PRETRAINED'] else 'random: no pretraining'}",
-        sep="\n",
-    )
+    print(f"\n{data.title}{Path(script['__file__']).stem}")
+    for name, value in {
+        "data": f"{data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
+        "target": f"{recipe['TARGET']} ({of[recipe['TARGET']]})",
+        "protocol": recipe["PROTOCOL"] + paper,
+        "split": "; ".join(split),
+        "gene groups": experiment.groups.attrs["source"] + f"; not in the panel: {', '.join(missing)}" * bool(missing),
+        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
+    }.items():
+        print(f"{name:11} {value}")
 
 
-def tabulate_scores(experiment, rows):
-    """One line a setting, split and truth, as text: mean±sd over n seeds; 0.310/47 is of 47 genes only."""
+def tabulate_scores(experiment, rows, ahead=None):
+    """One line a setting, split and truth, as text: mean±sd over n seeds; 0.310/47 is of 47 genes only; 95 % intervals
+    over blocks. `ahead`, a table of pair_differences, adds how far HEG r is ahead of another setting's.
+    """
     sizes, lines = {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}, []
     width = max(len(row["setting"]) for row in rows)
     for (setting, split, truth), of in pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False):
         line = {"setting": setting.ljust(width), "n": len(of), "split": split, "truth": truth}
         line |= {"spots": int(of["n_spots"].mean())}
-        for key, heading in (("heg", "HEG"), ("hvg", "HVG"), ("mg", "MG"), ("all", "all")):
-            spread = f"±{of[key].std():.3f}" if len(of) > 1 else ""
-            few = f"/{of[f'{key}_n'].min()}" if of[f"{key}_n"].min() < sizes.get(heading, 0) else ""
-            line[heading] = f"{of[key].mean():.3f}{spread}{few}".replace("nan", "-")
-        line["HEG pooled"] = f"{of['heg_pooled'].mean():.3f}".replace("nan", "-")
-        line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].mean():.4f}"}
+        for heading in (*GROUPS, "all"):
+            r, n = of[heading.lower()].astype(float), of[f"{heading.lower()}_n"].min()
+            spread, few = f"±{r.std():.3f}" * (len(of) > 1), f"/{n}" * bool(n < sizes.get(heading, 0))
+            line[heading] = f"{r.mean():.3f}{spread}{few}"
+        line["HEG 95 %"] = "[{:.2f}, {:.2f}]".format(*np.mean([ends or [np.nan] * 2 for ends in of["heg_ci"]], axis=0))
+        if ahead is not None and split == "test" and truth == "lognorm":
+            of_pair = ahead[(ahead["setting"] == setting) & (ahead["group"] == "HEG")].itertuples()
+            line["HEG ahead"] = "".join(
+                f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}] of {d.minus}" for d in of_pair
+            )
+        line |= {"HEG pooled": f"{of['heg_pooled'].astype(float).mean():.3f}"}
+        line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].astype(float).mean():.4f}"}
         lines.append(line | {"seconds": f"{of['seconds'].sum():.0f}"})
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("").replace(r"^\[?nan.*", "-", regex=True)
 
 
 def print_table(title, data, table):
     """One ruled table."""
     head, *body = table.to_string(index=False, col_space=7).splitlines()
-    print(
-        f"\n{data.title}{title} ({data.root})", "=" * len(head), head, "-" * len(head), *body, "=" * len(head), sep="\n"
-    )
+    double, single = "=" * len(head), "-" * len(head)
+    print(f"\n{data.title}{title} ({data.root})", double, head, single, *body, double, sep="\n")
+
+
+def print_published(data):
+    """The data root's published numbers, in a table of their own: other protocols, nothing computed here."""
+    if (data.root / "published_results.csv").is_file():
+        published = pd.read_csv(data.root / "published_results.csv").fillna("-")
+        print_table("published, not computed here", data, published)
 
 
 def finish_run(script, experiment, rows):
