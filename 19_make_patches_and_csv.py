@@ -49,6 +49,7 @@ HVG_PER_SLIDE = 1000  # highly variable genes of each slide; their union is the 
 SEED = 42  # of Harmony's clustering
 # --------------------------------------------------------------------------------------------------------
 
+BLOCK_WIDTH = 5  # pitches
 MANIFEST = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
 DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, OSError)
 DAMAGED_TIFF += (RuntimeError,)  # of the codecs
@@ -191,15 +192,19 @@ def read_slide(slide):
         table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()  # over all genes, also those of this slide alone
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide["tissue_index"]
-    table.obs["pitch"] = measure_pitch(table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64))
+    table.obs["pitch"], table.obs["block"] = lay_blocks(table.obs, slide["tissue_index"])
     table.obs["barcode"] = table.obs_names
     table.obs_names = [f"{slide['tissue_index']}_{barcode}" for barcode in table.obs_names]
     return table
 
 
-def measure_pitch(centres):
-    """px between the (n, 2) centres: the median distance from each to its nearest; 1 where there is one alone."""
-    return float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1])) if len(centres) > 1 else 1.0
+def lay_blocks(positions, tissue_index):
+    """(pitch, blocks): px from a spot to its nearest, median over the slide (1 for a spot alone), and of each spot the
+    square, BLOCK_WIDTH pitches wide, that it lies in, as "slide:column:row". Folds and intervals take blocks whole.
+    """
+    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    pitch = float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1])) if len(centres) > 1 else 1.0
+    return pitch, [f"{tissue_index}:{x}:{y}" for x, y in (centres // (BLOCK_WIDTH * pitch)).astype(int)]
 
 
 # ---------------------------------------------------------------------------------------------- pixels

@@ -133,7 +133,9 @@ def main():
             rows += common.run_setting(setting, recipe, experiment, compute)
             draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}, test slide {TEST_SLIDE}")
     common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows))
-    common.print_published(data)
+    if (data.root / "published_results.csv").is_file():
+        published = pd.read_csv(data.root / "published_results.csv")
+        common.print_table("published, not computed here, other protocols", data, published.fillna("-"))
     for folder in dict.fromkeys(row["folder"] for row in rows):
         print(f"figures, per-gene r and predictions: {experiment.out / folder}")
     common.finish_run(globals(), experiment, rows)

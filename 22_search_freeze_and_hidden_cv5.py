@@ -42,7 +42,6 @@ PROTOCOL = "paper"  # folds of random spots, or block: of spatial blocks, nothin
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
-BLOCK_WIDTH = 5  # pitches between spots; a side of the squares that PROTOCOL block leaves whole
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 SEEDS = (42,)  # one search each
 
@@ -95,12 +94,12 @@ def split_training(spots, recipe, seed):
 def split_folds(spots, roles, seed):
     """FOLDS arrays (N,) of roles, each with another share of the training spots as "valid" and without the test slide.
 
-    PROTOCOL paper draws spots, block draws squares BLOCK_WIDTH pitches wide and leaves out ("") training spots within
+    PROTOCOL paper draws spots, block draws script 19's squares and leaves out ("") training spots within
     MARGIN pitches of a validation spot.
     """
     slide, xy = spots["tissue_index"].to_numpy(), spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     pool, pitch = np.flatnonzero(roles == "train"), spots["pitch"].to_numpy()
-    units = np.arange(len(pool)) if PROTOCOL == "paper" else common.number_blocks(spots.iloc[pool], BLOCK_WIDTH)
+    units = np.arange(len(pool)) if PROTOCOL == "paper" else pd.factorize(spots["block"].iloc[pool], sort=True)[0]
     sizes = np.bincount(units)
     order = np.random.default_rng(common.seed_of(seed, "folds")).permutation(len(sizes))
     drawn_before = np.empty(len(sizes), np.int64)

@@ -274,8 +274,9 @@ def main():
     ahead = common.pair_differences(rows, out, {} if ONLY else {name: "BLEEP" for name in names if name != "BLEEP"})
     table = add_costs_and_gain(common.tabulate_scores(experiments[0], rows, ahead), rows)
     common.print_table(f"{note}methods; a control uses what no image model may", data, table)
-    if PUBLISHED:
-        common.print_published(data)
+    if PUBLISHED and (data.root / "published_results.csv").is_file():
+        published = pd.read_csv(data.root / "published_results.csv")
+        common.print_table("published, not computed here, other protocols", data, published.fillna("-"))
     common.finish_run(globals(), experiments[0], rows)
 
 

@@ -40,7 +40,6 @@ ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_ro
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
 SPLITS = ("oof", "valid", "test")  # roles whose spots are scored; oof = out of fold
 R_THRESHOLD = 0.30  # the paper counts the genes above it
-BLOCK_WIDTH = 5  # pitches between spots; a side of the squares that folds and bootstrap draws leave whole
 DRAWS = 1000  # of the bootstrap
 
 # What a constant may be: a tuple of the allowed values, or the two ends of a range.
@@ -199,7 +198,7 @@ class SpotData:
 
     root: Path
     patches: np.ndarray  # (N, 224, 224, 3) uint8 RGB, memory-mapped
-    spots: pd.DataFrame  # N rows, ID_COLUMNS and pitch (px)
+    spots: pd.DataFrame  # N rows, ID_COLUMNS, pitch (px) and block, a square five pitches wide
     genes: list  # G names: the panel
     target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
     lognorm: np.ndarray  # (N, G) float32, log-normalised counts
@@ -227,8 +226,8 @@ def load_dataset(data_root, target):
     require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
     genes, expression = counts.var_names.tolist(), log_normalise(counts.X, counts.obs["n_counts"])
-    require("pitch" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
-    lognorm, spots = expression, counts.obs.reset_index(names="id")[[*ID_COLUMNS, "pitch"]]
+    require("block" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
+    lognorm, spots = expression, counts.obs.reset_index(names="id")[[*ID_COLUMNS, "pitch", "block"]]
     if target == "harmony":
         table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
         whole = table.collect_schema().names() == ID_COLUMNS + genes
@@ -255,12 +254,6 @@ def split_random(spots, recipe, seed):
     order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
     roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
     return roles
-
-
-def number_blocks(spots, width):
-    """(n,) numbers from 0 on of the squares, `width` pitches wide, that the spots lie in, slide by slide."""
-    cells = spots[["pxl_col", "pxl_row"]].floordiv(width * spots["pitch"], axis=0).assign(slide=spots["tissue_index"])
-    return cells.groupby(["slide", "pxl_col", "pxl_row"]).ngroup().to_numpy()
 
 
 def choose_gene_groups(data, spots, published=True):
@@ -548,7 +541,7 @@ def bootstrap_means(predicted, truth, spots, genes, groups):
     """(DRAWS, 4) table heg, hvg, mg, all: group means of r when whole blocks of one slide's spots are drawn with
     replacement. The draws follow from the spots alone, so those of two methods are paired.
     """
-    block = number_blocks(spots, BLOCK_WIDTH)
+    block = pd.factorize(spots["block"], sort=True)[0]
     inside = (np.arange(block.max() + 1)[:, None] == block).astype(np.float64)  # (blocks, n)
     random = np.random.default_rng(seed_of("bootstrap"))
     drawn = random.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), DRAWS).astype(np.float64)
@@ -778,13 +771,6 @@ def print_table(title, data, table):
     head, *body = table.to_string(index=False, col_space=7).splitlines()
     double, single = "=" * len(head), "-" * len(head)
     print(f"\n{data.title}{title} ({data.root})", double, head, single, *body, double, sep="\n")
-
-
-def print_published(data):
-    """The data root's published numbers, in a table of their own: other protocols, nothing computed here."""
-    if (data.root / "published_results.csv").is_file():
-        published = pd.read_csv(data.root / "published_results.csv").fillna("-")
-        print_table("published, not computed here", data, published)
 
 
 def finish_run(script, experiment, rows):

@@ -190,7 +190,9 @@ def two_slides():
     grid = pd.DataFrame([(r, 2 * c + r % 2) for r in range(24) for c in range(40)], columns=["array_row", "array_col"])
     grid = pd.concat([grid.assign(tissue_index=slide) for slide in (1, 2, 3)], ignore_index=True)
     grid["pxl_row"] = np.rint(grid["array_row"] * 100 * 3**0.5 / 2).astype(int) + 250
-    return grid.assign(pxl_col=grid["array_col"] * 50 + 400, id=grid.index.astype(str), pitch=100.0)
+    grid = grid.assign(pxl_col=grid["array_col"] * 50 + 400, id=grid.index.astype(str), pitch=100.0)
+    square = [f"{s}:{x // 500}:{y // 500}" for s, x, y in grid[["tissue_index", "pxl_col", "pxl_row"]].to_numpy()]
+    return grid.assign(block=square)
 
 
 @pytest.mark.parametrize("protocol", ["paper", "block"])
@@ -237,7 +239,7 @@ def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeyp
     read = anndata.read_h5ad
 
     def run(out):
-        changed = {"STAGES": (0,), "HIDDENS": (0,), "BLOCK_WIDTH": 1, "MARGIN": 0}
+        changed = {"STAGES": (0,), "HIDDENS": (0,), "MARGIN": 0}
         assert run_script("22", *arguments, "--out", out, **changed) == 0
         rows = last_json(capsys.readouterr().out)["rows"]
         return [
@@ -353,12 +355,11 @@ def test_search_under_harmony_with_two_seeds_keeps_truths_apart(simulated, tmp_p
         assert truth in line and f" {of.mean():.3f}±{of.std():.3f} " in line
 
 
-def test_a_changed_block_is_another_row(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22, "--protocol", "block", "--margin", 0)
-    changed = {"STAGES": (0,), "HIDDENS": (0,)}
-    folders = []
-    for width in (1, 2):
-        assert run_script("22", *arguments, "--block-width", width, **changed) == 0
+def test_a_changed_margin_is_another_row(simulated, tmp_path, capsys):
+    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22, "--protocol", "block")
+    changed, folders = {"STAGES": (0,), "HIDDENS": (0,)}, []
+    for margin in (0, 1):
+        assert run_script("22", *arguments, "--margin", margin, **changed) == 0
         folders.append({row["folder"] for row in last_json(capsys.readouterr().out)["rows"]})
     assert not folders[0] & folders[1]
 

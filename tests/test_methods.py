@@ -90,7 +90,9 @@ def test_accumulation_gives_the_loss_and_gradient_of_one_contrastive_batch(micro
         network.model.eval(), network.model.spots.eval()  # dropout draws depend on the split; BLEEP itself trains
         network.training = True
         network.loss(network(images), target).backward()
-    assert whole.loss(whole(images), target).item() == pytest.approx(parts.loss(parts(images), target).item(), rel=1e-12)
+    assert whole.loss(whole(images), target).item() == pytest.approx(
+        parts.loss(parts(images), target).item(), rel=1e-12
+    )
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
 
@@ -355,7 +357,8 @@ def test_cluster_ids_end_to_end(simulated, tmp_path, capsys):
 def make_slide(noise, n=20, genes=6, seed=0):
     """(spots, predicted, truth) of an n x n grid, where prediction and truth share a smooth field."""
     random, (rows, cols) = np.random.default_rng(seed), (axis.ravel() for axis in np.mgrid[:n, :n])
-    spots = pd.DataFrame({"tissue_index": 1, "pxl_row": rows * 100, "pxl_col": cols * 100, "pitch": 100.0})
+    block = [f"1:{col // 5}:{row // 5}" for row, col in zip(rows, cols, strict=True)]
+    spots = pd.DataFrame({"tissue_index": 1, "pxl_row": rows * 100, "pxl_col": cols * 100, "block": block})
     field = np.sin(rows / 4)[:, None] * random.normal(size=genes) + np.cos(cols / 5)[:, None]
     return spots, field + noise * random.normal(size=field.shape), field + random.normal(size=field.shape)
 
@@ -367,7 +370,7 @@ def test_a_bootstrap_draw_is_r_of_whole_blocks_drawn_by_hand():
     spots, predicted, truth = make_slide(1.0)
     predicted[:, 5] = 3.0
     means = common.bootstrap_means(predicted, truth, spots, [str(g) for g in range(6)], GROUPS)
-    block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()  # column by column
+    block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()  # in the order of their names
     drawn = np.random.default_rng(common.seed_of("bootstrap")).multinomial(16, np.full(16, 1 / 16), common.DRAWS)
     for i in (0, 7, 999):
         at = np.concatenate([np.flatnonzero(block == b) for b in np.repeat(np.arange(16), drawn[i])])
@@ -382,9 +385,8 @@ def test_intervals_over_blocks_are_wider_than_over_spots():
     spots, predicted, truth = make_slide(0.3)
     names = [str(g) for g in range(6)]
     by_block = common.bootstrap_means(predicted, truth, spots, names, GROUPS)["heg"]
-    by_spot = common.bootstrap_means(predicted, truth, spots.assign(pitch=100 / common.BLOCK_WIDTH), names, GROUPS)[
-        "heg"
-    ]
+    alone = spots.assign(block=spots.index.astype(str))
+    by_spot = common.bootstrap_means(predicted, truth, alone, names, GROUPS)["heg"]
     assert by_block.std() > 1.3 * by_spot.std()
     r = common.pearson_per_gene(predicted, truth)[:2].mean()
     assert by_block.quantile(0.025) < r < by_block.quantile(0.975)
