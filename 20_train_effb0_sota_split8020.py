@@ -132,7 +132,8 @@ def main():
         for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
             rows += common.run_setting(setting, recipe, experiment, compute)
             draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}, test slide {TEST_SLIDE}")
-    common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows))
+    ahead = common.pair_differences(rows, experiment.out, {"EfficientNet-B0": "ridge (colour)"})
+    common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows, ahead))
     if (data.root / "published_results.csv").is_file():
         published = pd.read_csv(data.root / "published_results.csv")
         common.print_table("published, not computed here, other protocols", data, published.fillna("-"))

@@ -7,7 +7,7 @@ Prints     header, the table with parameters, minutes and gain over BLEEP, one J
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data --published
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --test-slide 4 --pretrained false --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget on simulated slides: no evidence)
-Time       TIME25
+Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023. The ridge on frozen
            features follows HEST-Benchmark (Jaume et al., NeurIPS 2024), with alpha by cross-validation
 

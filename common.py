@@ -763,7 +763,7 @@ def tabulate_scores(experiment, rows, ahead=None):
         line |= {"HEG pooled": f"{of['heg_pooled'].astype(float).mean():.3f}"}
         line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].astype(float).mean():.4f}"}
         lines.append(line | {"seconds": f"{of['seconds'].sum():.0f}"})
-    return pd.DataFrame(lines).fillna("").replace(r"^\[?nan.*", "-", regex=True)
+    return pd.DataFrame(lines).fillna("").replace(r"^\[?\+?nan.*", "-", regex=True)
 
 
 def print_table(title, data, table):
