@@ -203,7 +203,8 @@ def lay_blocks(positions, tissue_index):
     square, BLOCK_WIDTH pitches wide, that it lies in, as "slide:column:row". Folds and intervals take blocks whole.
     """
     centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    pitch = float(np.median(cKDTree(centres).query(centres, k=2)[0][:, 1])) if len(centres) > 1 else 1.0
+    nearest = cKDTree(centres).query(centres, k=2)[0][:, 1]  # infinite for a spot alone, 0 where two are in one place
+    pitch = max(float(np.median(nearest)), 1.0) if len(centres) > 1 else 1.0
     return pitch, [f"{tissue_index}:{x}:{y}" for x, y in (centres // (BLOCK_WIDTH * pitch)).astype(int)]
 
 

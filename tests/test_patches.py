@@ -158,6 +158,16 @@ def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
     assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["padded_at_border"] == {"S1": 3}
 
 
+def test_blocks_are_squares_five_pitches_wide():
+    rows, cols = (axis.ravel() for axis in np.mgrid[:12, :11])
+    spots = pd.DataFrame({"pxl_row": rows * 80, "pxl_col": cols * 80})
+    pitch, blocks = load_script("19").lay_blocks(spots, 7)
+    assert pitch == 80 and blocks[0] == "7:0:0" and blocks[-1] == "7:2:2" and len(set(blocks)) == 9
+    assert pd.Series(blocks).value_counts().max() == 25
+    assert load_script("19").lay_blocks(spots.iloc[:1], 7) == (1.0, ["7:0:0"]), "a spot alone"
+    assert load_script("19").lay_blocks(spots.iloc[[3, 3, 3]], 7)[0] == 1.0, "three in one place"
+
+
 def test_red_stays_red_from_slide_to_network(tmp_path):
     pixels = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     pixels[300:400, 400:500] = (255, 0, 0)
