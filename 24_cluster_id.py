@@ -124,7 +124,7 @@ def cluster_spots(data, train, recipe, seed):
         ids = HDBSCAN(smallest, copy=True).fit_predict(points)
         inside, line = ids >= 0, {"image": weights[0], "position": weights[1], "clusters": ids.max() + 1}
         line["left out"] = f"{1 - inside.mean():.0%}"
-        if ids.max() > 0:
+        if 0 < ids.max() < 256:  # an id travels as a byte
             for name, score in (
                 ("silhouette", silhouette_score),
                 ("Calinski-Harabasz", calinski_harabasz_score),
@@ -137,7 +137,7 @@ def cluster_spots(data, train, recipe, seed):
             found[weights] = every, points
         lines.append(line)
     torch.set_num_threads(threads)  # numba has set it to the number of cores, whatever the user asked for
-    common.require(found, f"no weights of {WEIGHTS} give two clusters: lower MIN_CLUSTER ({MIN_CLUSTER})")
+    common.require(found, f"no weights of {WEIGHTS} give 2 to 256 clusters: change MIN_CLUSTER ({MIN_CLUSTER})")
     grid = pd.DataFrame(lines).sort_values("silhouette", ascending=False, kind="stable")
     return *found[tuple(grid.iloc[0][["image", "position"]])], grid
 
@@ -248,9 +248,12 @@ def main():
     common.save_csv(out / "clusters.csv", data.spots[["id", "tissue_index"]].join(clusters))
     draw_clusters(out / "clusters.png", f"{data.title}{note}seed {SEEDS[0]}", experiments[0], ids, points)
     every = {seed: of[0] for seed, of in clusterings.items()}
+    # A row follows from the ids, not from how they were found; without an id, from neither.
     shared = {"TTA": False, "AUG": "mpa", "TRAINABLE_STAGES": -1}
-    shared["IDS"] = hashlib.sha256(clusters.to_numpy().tobytes()).hexdigest()
-    settings = {name: shared | {"ID": name} for name in SETTINGS}
+    shared |= dict.fromkeys(("FEATURES", "MIN_CLUSTER", "NEIGHBOURS"))
+    found = {"IDS": hashlib.sha256(clusters.to_numpy().tobytes()).hexdigest()}
+    settings = {name: shared | {"ID": name} | found for name in SETTINGS}
+    settings["no id"] |= {"IDS": None, "EMBEDDING": None}
     rows = common.run_grid(globals(), settings, experiments, functools.partial(add_id, every))
     against = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
     differences = common.pair_differences(rows, out, against)

@@ -17,6 +17,8 @@ what the image encoder holds in memory at once. A control uses what no image mod
 expression measured next door.
 """
 
+import functools
+
 import numpy as np
 import pandas as pd
 import torch
@@ -158,12 +160,11 @@ class Bleep(nn.Module):
     def forward(self, patches):
         if not self.training:
             return retrieve(self.model(patches).float(), self.embedded, self.expression)
-        if len(patches) <= self.micro_batch:
-            return self.model(patches)
         # The encoder holds one part in memory and computes it again, with the same dropout, when its gradient is due.
         # Loss and gradient are those of the whole batch; BatchNorm averages within a part.
         parts = patches.tensor_split(-(-len(patches) // self.micro_batch))
-        return torch.cat([checkpoint(self.model, part, use_reentrant=False) for part in parts])
+        again = functools.partial(checkpoint, self.model, use_reentrant=False)
+        return torch.cat([again(part) for part in parts]) if len(parts) > 1 else self.model(patches)
 
     def loss(self, embedded, target):
         return contrast(embedded, self.model.spots(target))
@@ -250,27 +251,24 @@ def add_costs_and_gain(table, rows):
 
 
 def main():
-    trained, base = methods(), ("TARGET", "PROTOCOL")
     computed = {
-        "training mean": (training_mean, base),
-        "ridge (colour)": (common.ridge_on_colour, base),
-        f"ridge ({FEATURES})": (
-            ridge_on_features,
-            (*base, "FEATURES", "PRETRAINED", "IMAGE_SIZE", "DEVICE", "PRECISION"),
-        ),
-        "depth only (control)": (depth_only, base),
-        "nearest spot (control)": (nearest_spot, base),
+        "training mean": training_mean,
+        "ridge (colour)": common.ridge_on_colour,
+        f"ridge ({FEATURES})": ridge_on_features,
+        "depth only (control)": depth_only,
+        "nearest spot (control)": nearest_spot,
     }
+    trained, rows = methods(), []
     names = (*trained, *computed)
     common.require(ONLY in ("", *names), f"--only {ONLY}: expected one of {'; '.join(names)}")
     recipe, experiments = common.open_run(globals())
     common.print_header(globals(), recipe, experiments[0])
     data, out, note = experiments[0].data, experiments[0].out, "quick budget, no evidence: " * QUICK
-    rows = common.run_grid(globals(), trained, experiments, adapt) if ONLY in ("", *trained) else []
-    for name in [name for name in computed if ONLY in ("", name)]:
-        compute, constants = computed[name]
+    own = ("TARGET", "PROTOCOL", "FEATURES", "PRETRAINED", "IMAGE_SIZE", "DEVICE", "PRECISION")
+    for name in [name for name in computed if ONLY in ("", name)]:  # before the trainings: what fails, fails now
         for experiment in experiments:
-            rows += common.run_setting(name, {key: recipe[key] for key in constants}, experiment, compute)
+            rows += common.run_setting(name, {key: recipe[key] for key in own}, experiment, computed[name])
+    rows = (common.run_grid(globals(), trained, experiments, adapt) if ONLY in ("", *trained) else []) + rows
     ahead = common.pair_differences(rows, out, {} if ONLY else {name: "BLEEP" for name in names if name != "BLEEP"})
     table = add_costs_and_gain(common.tabulate_scores(experiments[0], rows, ahead), rows)
     common.print_table(f"{note}methods; a control uses what no image model may", data, table)

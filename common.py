@@ -49,6 +49,8 @@ ALLOWED = {
     "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "FOLDS": range(2, 100), "SPOTS": range(2, 10**6),
     "HIDDEN": range(0, 10**6), "TRAINABLE_STAGES": range(-1, 1000), "IMAGE_SIZE": range(32, 4096),
     "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6), "HVG_PER_SLIDE": range(1, 10**6),
+    "STNET_EPOCHS": range(1, 10**6), "BLEEP_EPOCHS": range(1, 10**6), "BLEEP_BATCH": range(2, 10**6),
+    "MICRO_BATCH": range(3, 10**6), "EMBEDDING": range(1, 999), "NEIGHBOURS": range(2, 999), "MIN_CLUSTER": range(0, 1),
     "SLIDES": range(1, 1000), "DEPTH": range(1, 10**9), "DISPERSION": range(0, 100),
 }  # fmt: skip
 
@@ -383,7 +385,7 @@ def build_model(recipe, n_genes, seed):
             body = timm.create_model(backbone, pretrained=pretrained, num_classes=0)
         except (OSError, RuntimeError, ValueError) as error:
             fix = "connect to the network once, or use --pretrained false" if pretrained else "is it a name of timm's?"
-            raise InputError(f"--backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
+            raise InputError(f"backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
         width = getattr(body, "head_hidden_size", None) or body.num_features  # of what comes out: VGG, MobileNetV3
         layers = [nn.Dropout(0.5), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
         head = nn.Sequential(*layers, nn.Linear(hidden or width, n_genes))

@@ -133,6 +133,37 @@ def test_bleep_retrieves_training_spots_with_the_weights_of_now(experiment):
     assert not torch.equal(before, network.eval().embedded)
 
 
+@pytest.mark.parametrize("method", ["BLEEP", "ST-Net"])
+def test_an_interrupted_training_ends_with_the_same_bits(experiment, tmp_path, method):
+    script, data = load_script("25"), experiment.data
+    recipe = script.methods()[method] | CPU | {"BACKBONE": "resnet18", "BATCH_SIZE": 12, "EPOCHS": 3, "MICRO_BATCH": 6}
+    recipe |= {"LEARNING_RATE": 1e-3}
+    patches = common.place_patches(data, 32, torch.device("cpu"))
+
+    def train(stop_after, name):
+        def stop(line, predicted, best_epoch):
+            if line["epoch"] > stop_after:
+                raise KeyboardInterrupt
+
+        model = common.build_model(recipe, len(data.genes), 42)
+        network, _ = script.adapt(model, patches, recipe, experiment)
+        rows = experiment.rows("train"), experiment.rows("valid")
+        options = {
+            "recipe": recipe,
+            "seed": 42,
+            "dtype": torch.float32,
+            "checkpoint": tmp_path / name / "checkpoint.pt",
+            "report": stop,
+        }
+        common.fit(network, patches, data.target, *rows, **options)
+        return common.predict(network, patches, experiment.rows("test"), dtype=torch.float32)
+
+    whole = train(9, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(1, "stopped")
+    np.testing.assert_array_equal(train(9, "stopped"), whole)
+
+
 # ------------------------------------------------------------------------------------- ST-Net
 
 
@@ -347,6 +378,8 @@ def test_cluster_ids_end_to_end(simulated, tmp_path, capsys):
     assert "silhouette" in stdout and "HEG ahead" in stdout and "of no id" in stdout
     assert len(pd.read_csv(tmp_path / "grid.csv")) == 2 and (tmp_path / "clusters.png").stat().st_size > 10_000
     assert pd.read_csv(tmp_path / "clusters.csv")["cluster_42"].nunique() >= 2
+    assert run_script("24", *arguments, "--embedding", 8, "--only", "no id", WEIGHTS=((1, 0), (1, 1))) == 0
+    assert "on disk already" in capsys.readouterr().out, "a constant of the ids does not touch the row without one"
     assert run_script("24", *arguments, "--min-cluster", 0.9) == 2
     assert "MIN_CLUSTER" in capsys.readouterr().err
 
