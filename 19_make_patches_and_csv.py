@@ -3,7 +3,8 @@
 Question   Which pixels and which expression belong to each spot?
 Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
 Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, dataset.csv (the training target),
-           counts.h5ad (raw counts of the panel; colour statistics of the patches), meta.json, contact_sheet.png
+           counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the counting-noise ceiling and
+           Moran's I of each gene; colour statistics of the patches), meta.json, contact_sheet.png
 Prints     per slide: spots, image and how it is read, patches over its border; then the panel and the target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
@@ -191,7 +192,7 @@ def read_slide(slide):
         table.obs = positions.loc[table.obs_names]
         table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()  # over all genes, also those of this slide alone
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
-    table.obs["tissue_index"] = slide["tissue_index"]
+    table.obs["tissue_index"], table.obs["donor"] = slide["tissue_index"], str(slide["donor"])
     table.obs["pitch"], table.obs["block"] = lay_blocks(table.obs, slide["tissue_index"])
     table.obs["barcode"] = table.obs_names
     table.obs_names = [f"{slide['tissue_index']}_{barcode}" for barcode in table.obs_names]
@@ -463,6 +464,62 @@ def read_harmony(path, slide, counts):
     return matrix[:, pd.Index(barcodes).get_indexer(order)].T.astype(np.float32)
 
 
+# ---------------------------------------------------------------------------------------------- trust
+
+
+def counting_ceiling(counts, totals, levels=24, steps=50):
+    """The r that knowing every spot's own rate would give: (n, G) counts of one slide, (n,) totals over all genes -> (G,)
+    between measured log-normalised expression and that of the rates; NaN for a gene that is constant.
+
+    A gene's rates are taken to come from an unknown distribution over `levels` values, which is fitted to its counts by
+    maximum likelihood under Poisson noise (Laird, JASA 1978; EM, stopped after `steps`, before it falls into atoms).
+    All else that varies between spots counts as signal, so this is an upper bound. Deterministic.
+    """
+    totals, parts = torch.from_numpy(np.asarray(totals, np.float32)), []
+    for part in torch.from_numpy(np.ascontiguousarray(np.asarray(counts, np.float32).T)).split(16):  # stays in cache
+        measured = torch.log1p(1e4 * part / totals)
+        low, high = measured.aminmax(dim=1, keepdim=True)
+        level = (low + (high - low) * torch.linspace(0, 1, levels)).clamp_min(1e-3)  # log-normalised, (genes, levels)
+        rate = torch.expm1(level) / 1e4
+        likelihood = part[:, :, None] * rate.log()[:, None] - totals[:, None] * rate[:, None]
+        likelihood = (likelihood - likelihood.amax(2, keepdim=True)).exp_()  # (genes, n, levels); free up to a factor
+        share = torch.full_like(level, 1 / levels)
+        for _ in range(steps):
+            evidence = torch.bmm(likelihood, share[:, :, None])
+            share = share * torch.bmm((1 / evidence).mT, likelihood)[:, 0] / len(totals)
+        expected = torch.bmm(likelihood, (share * level)[:, :, None]) / torch.bmm(likelihood, share[:, :, None])
+        variance = (share * level**2).sum(1) - (share * level).sum(1) ** 2
+        shared = (expected[:, :, 0] * (measured - measured.mean(1, keepdim=True))).mean(1)
+        r = shared / (variance * measured.var(1, correction=0)).sqrt()
+        parts.append(torch.where((high > low)[:, 0], r.clamp(0, 1), torch.nan))
+    return torch.cat(parts).double().numpy()
+
+
+def morans_i(values, centres, pitch):
+    """Moran's I, (G,), of (n, G) values at (n, 2) centres: a spot's neighbours are those within 1.3 pitches."""
+    one, other = cKDTree(centres).query_pairs(1.3 * pitch, output_type="ndarray").T
+    values = values.astype(np.float64) - values.mean(0, np.float64)
+    pairs = scipy.sparse.coo_matrix((np.ones(len(one)), (one, other)), [len(values)] * 2).tocsr()
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN for a constant gene, and where nobody has a neighbour
+        spread = np.where(np.ptp(values, axis=0) > 0, (values**2).mean(0), np.nan)
+        return (values * (pairs @ values)).sum(0) / len(one) / spread
+
+
+def describe_genes(root, counts, lognorm):
+    """var columns of every slide: ceiling_, moran_ and, of simulated slides, image_ceiling_<slide>."""
+    columns = {}
+    for slide, at in counts.obs.groupby("tissue_index").indices.items():
+        part, measured = counts.obs.iloc[at], lognorm[at]
+        columns[f"ceiling_{slide}"] = counting_ceiling(counts.X[at].toarray(), part["n_counts"])
+        places = part[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+        columns[f"moran_{slide}"] = morans_i(measured, places, part["pitch"].iloc[0])
+        if (root / "simulation.json").is_file():
+            truth = anndata.read_h5ad(root / "truth" / f"{slide}.h5ad")
+            shown = truth[part["barcode"].to_numpy(), counts.var["gene_ids"].to_numpy()].layers["visible"]
+            columns[f"image_ceiling_{slide}"] = common.pearson_per_gene(shown, measured)
+    return pd.DataFrame(columns, index=counts.var_names)
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -568,6 +625,7 @@ def write_expression(root, out, tables, slides):
         raise InputError(
             f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix"
         )
+    patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     full = scipy.sparse.csr_matrix(counts.X, dtype=np.float32)
     full = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy()) @ full
     panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(full.log1p(), dtype=np.float32))
@@ -575,8 +633,9 @@ def write_expression(root, out, tables, slides):
     counts.var = counts.var[["gene_ids"]].join(var[panel])
     counts.X = scipy.sparse.csr_matrix(counts.X, dtype=np.int32)
     counts.obsm["spatial"] = counts.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    counts.obsm["colour"] = colour_statistics(np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False))
+    counts.obsm["colour"] = colour_statistics(patches)
     lognorm = common.log_normalise(counts.X, counts.obs["n_counts"])
+    counts.var = counts.var.join(describe_genes(root, counts, lognorm))
     target = harmonise(root, lognorm, counts, slides) if TARGET == "harmony" else lognorm
     print(
         f"panel of {counts.n_vars:,} genes, "

@@ -13,6 +13,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 """
 
 import functools
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -26,7 +27,8 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
+COMPARE_TARGETS = False  # true = train on the other target, lognorm, as well: both in one table, on the same truth
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -65,8 +67,9 @@ QUICK_BUDGET = {
 def print_epoch(experiment, line, predicted, best_epoch):
     """One line an epoch, with the mean r of HEG over the validation spots."""
     data, rows = experiment.data, experiment.rows("valid")
-    r = common.score_genes(predicted, data.target[rows], data.spots["tissue_index"].to_numpy()[rows])["r"]
-    line["valid_heg"] = common.group_means(r, data.genes, experiment.groups)["heg"]
+    slides = data.spots["tissue_index"].to_numpy()[rows]
+    r = common.average_slides(common.pearson_per_gene, predicted, data.target[rows], slides)
+    line["valid_heg"] = pd.Series(r, data.genes)[experiment.members["heg"]].mean()
     if line["epoch"] == 1:
         print("epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds   (* best so far)")
     form = "{epoch:4}{} {learning_rate:15.2e} {train_mse:11.5f} {valid_mse:11.5f} {valid_heg:13.3f}"
@@ -125,21 +128,28 @@ def draw_figures(folder, title):
 
 def main():
     recipe, experiments = common.open_run(globals())
-    common.print_header(globals(), recipe, experiments[0])
+    common.print_header(globals(), recipe, experiments)
     data, rows = experiments[0].data, []
-    for experiment in experiments:
+    trainings = [("", recipe, experiment) for experiment in experiments]
+    if COMPARE_TARGETS:
+        common.require(TARGET == "harmony", "--compare-targets sets lognorm beside --target harmony")
+        for experiment in experiments:
+            other = replace(experiment, data=replace(experiment.data, target=experiment.data.lognorm))
+            trainings.append((", lognorm target", recipe | {"TARGET": "lognorm"}, other))
+    for suffix, changed, experiment in trainings:
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
         for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
-            rows += common.run_setting(setting, recipe, experiment, compute)
-            draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}, test slide {TEST_SLIDE}")
-    ahead = common.pair_differences(rows, experiment.out, {"EfficientNet-B0": "ridge (colour)"})
-    common.print_table("mean Pearson r per gene group", data, common.tabulate_scores(experiment, rows, ahead))
+            rows += common.run_setting(setting + suffix, changed, experiment, compute)
+            draw_figures(experiment.out / rows[-1]["folder"], f"{data.title}{setting}{suffix}")
+    against = {"EfficientNet-B0": "ridge (colour)", "EfficientNet-B0, lognorm target": "EfficientNet-B0"}
+    against = against if COMPARE_TARGETS else {"EfficientNet-B0": "ridge (colour)"}
+    common.report_scores("mean Pearson r per gene group", experiments, rows, against)
     if (data.root / "published_results.csv").is_file():
         published = pd.read_csv(data.root / "published_results.csv")
         common.print_table("published, not computed here, other protocols", data, published.fillna("-"))
     for folder in dict.fromkeys(row["folder"] for row in rows):
-        print(f"figures, per-gene r and predictions: {experiment.out / folder}")
-    common.finish_run(globals(), experiment, rows)
+        print(f"figures, per-gene r and predictions: {experiments[0].out / folder}")
+    common.finish_run(globals(), experiments[0], rows)
 
 
 if __name__ == "__main__":

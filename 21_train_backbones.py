@@ -11,6 +11,8 @@ Time       --quick: 80 s, slides included; HER2ST, README's small budget: 23 min
 Source     the paper's comparison, which left ResNet frozen; the row "resnet50 frozen" shows what that was worth
 """
 
+import functools
+
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -77,15 +79,15 @@ def count_on_meta(recipe, setting, n_genes):
     return common.count_parameters(model)
 
 
-def add_costs(table, rows, resnet):
-    """The table with parameters in millions (x = of ResNet-50 with the same head), training images/s, peak memory."""
-    costs = pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False).mean(numeric_only=True)
+def add_costs(resnet, table, parts):
+    """`add` of common.report_scores: parameters in millions (x = of ResNet-50 with the same head), speed, memory."""
+    costs = pd.DataFrame([part.mean(numeric_only=True) for part in parts])
     for part in ("backbone", "trainable", "total"):
         millions = costs[f"parameters_{part}"] / 1e6
         share = "" if part == "trainable" else (costs[f"parameters_{part}"] / resnet[part]).map(" ({:.2f}x)".format)
-        table[f"{part} M"] = (millions.map("{:.1f}".format) + share).to_numpy()
-    table["images/s"] = costs["images_per_s"].map("{:.0f}".format).to_numpy()
-    return table.assign(**{"peak GB": (costs["peak_memory_mb"] / 1024).map("{:.1f}".format).to_numpy()})
+        table[f"{part} M"] = millions.map("{:.1f}".format) + share
+    table["images/s"] = costs["images_per_s"].map("{:.0f}".format)
+    table["peak GB"] = (costs["peak_memory_mb"] / 1024).map("{:.1f}".format)
 
 
 def draw_figure(path, title, rows):
@@ -111,16 +113,16 @@ def main():
     settings = {name: {"BACKBONE": name, "TRAINABLE_STAGES": -1} for name in BACKBONES}
     settings |= {f"{name} frozen": {"BACKBONE": name, "TRAINABLE_STAGES": 0} for name in FROZEN}
     recipe, experiments = common.open_run(globals())
-    common.print_header(globals(), recipe, experiments[0])
+    common.print_header(globals(), recipe, experiments)
     data, out = experiments[0].data, experiments[0].out
     for setting in [settings[name] for name in settings if ONLY in ("", name)]:
         count_on_meta(recipe, setting, len(data.genes))
     rows = common.run_grid(globals(), settings, experiments)
-    table = common.tabulate_scores(experiments[0], rows)
     resnet = count_on_meta(recipe, {"BACKBONE": "resnet50", "TRAINABLE_STAGES": -1}, len(data.genes))
     note = "quick budget, no evidence: " * QUICK
     title = f"{note}backbones, all stages trainable unless named frozen"
-    common.print_table(title, data, add_costs(table, rows, resnet))
+    against = {name: BACKBONES[0] for name in settings if name != BACKBONES[0] and not ONLY}
+    common.report_scores(title, experiments, rows, against, functools.partial(add_costs, resnet))
     if not ONLY:
         draw_figure(out / "r_against_parameters.png", f"{data.title}{note}test slide {TEST_SLIDE}", rows)
         print(f"figure: {out / 'r_against_parameters.png'}")

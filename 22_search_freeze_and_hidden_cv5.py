@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.spatial import cKDTree
 from torch import nn
 from tqdm import tqdm
 
@@ -38,11 +37,10 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # folds of random spots, or block: of spatial blocks, nothing of the test slide used
+PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of slides, each slide once the test slide
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
-MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 SEEDS = (42,)  # one search each
 
 BACKBONE = "efficientnet_b0"  # any timm name
@@ -81,54 +79,20 @@ QUICK_BUDGET = {
 }
 
 
-def split_training(spots, recipe, seed):
-    """(N,) roles with every spot of the training slides in training, as `split` of common.open_run."""
-    if recipe["PROTOCOL"] not in ("paper", "block"):
-        raise common.InputError(f"--protocol {recipe['PROTOCOL']}: expected paper or block")
-    if recipe["PROTOCOL"] == "block" and recipe["TARGET"] == "harmony":
-        raise common.InputError("--protocol block needs --target lognorm: Harmony has seen the test slide")
-    roles = common.split_random(spots, recipe | {"PROTOCOL": "paper", "VALID_FRACTION": 0.5}, seed)
-    return np.where(roles == "valid", "train", roles)
+def hold_out(spots, recipe, seed):
+    """`split` of common.open_run: "test", and "train" for every spot that the folds may use."""
+    outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
+    trainings = common.split_spots(spots, recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}, seed)
+    return [np.where(roles == "valid", "train", roles) for roles in trainings]
 
 
-def split_folds(spots, roles, seed):
-    """FOLDS arrays (N,) of roles, each with another share of the training spots as "valid" and without the test slide.
-
-    PROTOCOL paper draws spots, block draws script 19's squares and leaves out ("") training spots within
-    MARGIN pitches of a validation spot.
-    """
-    slide, xy = spots["tissue_index"].to_numpy(), spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    pool, pitch = np.flatnonzero(roles == "train"), spots["pitch"].to_numpy()
-    units = np.arange(len(pool)) if PROTOCOL == "paper" else pd.factorize(spots["block"].iloc[pool], sort=True)[0]
-    sizes = np.bincount(units)
-    order = np.random.default_rng(common.seed_of(seed, "folds")).permutation(len(sizes))
-    drawn_before = np.empty(len(sizes), np.int64)
-    drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
-    fold_of = drawn_before[units] * FOLDS // len(pool)
-    folds = []
-    for fold in range(FOLDS):
-        parts = np.where(roles == "train", roles, "")
-        parts[pool[fold_of == fold]] = "valid"
-        for s in np.unique(slide[parts == "valid"]) if PROTOCOL == "block" else ():
-            valid, train = (np.flatnonzero((slide == s) & (parts == role)) for role in ("valid", "train"))
-            distance = cKDTree(xy[valid]).query(xy[train])[0]
-            parts[train[distance <= (MARGIN + 0.1) * pitch[train]]] = ""  # positions are not exactly on the grid
-        if (parts == "valid").sum() < 1 or (parts == "train").sum() < 2:
-            raise common.InputError(f"--folds {FOLDS}: fold {fold} of {len(pool)} spots has no spots left; take fewer")
-        folds.append(parts)
-    return folds
-
-
-def narrow_panel(experiment):
-    """The experiment without what the test slide decided: the panel of the training slides, lists of their spots."""
-    data, train = experiment.data, experiment.roles == "train"
-    slides = np.unique(data.spots["tissue_index"][train])
-    kept = data.counts.var[["MG", *(f"hvg_{slide}" for slide in slides)]].any(axis=1).to_numpy()
-    counts, lognorm = data.counts[:, kept], data.lognorm[:, kept]
-    genes = counts.var_names.tolist()
-    data = dataclasses.replace(data, genes=genes, counts=counts, lognorm=lognorm, target=lognorm)
-    groups = common.choose_gene_groups(data, train, published=False)
-    return dataclasses.replace(experiment, data=data, groups=groups)
+def split_folds(whole):
+    """The experiments that `whole`'s training spots are split into, FOLDS or, under loso, one a slide."""
+    pool, slides = whole.rows("train"), whole.data.spots["tissue_index"].to_numpy()
+    count = len(np.unique(slides[pool])) if PROTOCOL == "loso" else FOLDS
+    folds = common.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
+    first = whole.fold * count
+    return [dataclasses.replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
 
 
 class FrozenFeatures(nn.Module):
@@ -149,13 +113,13 @@ class FrozenFeatures(nn.Module):
 
 
 @functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
-def compute_features(data, seed, views, constants):
+def compute_features(patches, seed, views, constants):
     """(1 + views, N, F) features of the recipe's untrained backbone; view 0 is the plain patch."""
     recipe = dict(constants)
     device, dtype, _ = common.choose_device(recipe)
     model = common.build_model(recipe | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}, 1, seed)
     model = model.to(device, memory_format=torch.channels_last).eval()
-    patches, parts = common.place_patches(data, recipe["IMAGE_SIZE"], device), []
+    patches, parts = common.place_patches(patches, recipe["IMAGE_SIZE"], device), []
     tqdm.write(f"all stages frozen: features of the plain patches and {views} augmented views are computed once")
     with torch.inference_mode(), tqdm(total=(1 + views) * len(patches), unit="patch", leave=False) as bar:
         for view in range(1 + views):
@@ -176,7 +140,7 @@ def use_features(model, patches, recipe, experiment):
         return model, patches
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
     views = min(VIEWS, recipe["EPOCHS"]) * (recipe["AUG"] != "none")
-    features = compute_features(experiment.data, experiment.seed, views, tuple((k, recipe[k]) for k in names))
+    features = compute_features(experiment.data.patches, experiment.seed, views, tuple((k, recipe[k]) for k in names))
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
     return nn.Sequential(FrozenFeatures(features), model.head), spots
 
@@ -204,17 +168,13 @@ def rank_settings(rows):
     return table.sort_values(["heg", "hvg"], ascending=False, kind="stable").index.tolist()
 
 
-def add_folds(table, oof, trained):
-    """The table of the out-of-fold rows with mean±sd over the folds of each gene group's r."""
-    keys, groups = ["setting", "truth"], ["heg", "hvg", "mg", "all"]
-    folds = pd.DataFrame(trained).astype(dict.fromkeys(groups, float)).groupby(keys)[groups].agg(["mean", "std"])
-    folds = folds.loc[list(dict.fromkeys((row["setting"], row["truth"]) for row in oof))]
-    for group in groups:
-        mean, sd = (folds[group, part].map("{:.3f}".format) for part in ("mean", "std"))
-        table[f"{group.upper() if group != 'all' else group} folds"] = (
-            (mean + "±" + sd).str.replace("nan", "-").to_numpy()
-        )
-    return table.drop(columns="n")
+def add_folds(trained, table, parts):
+    """`add` of common.report_scores: mean±sd over the folds of each gene group's r."""
+    trained = pd.DataFrame(trained).astype(dict.fromkeys(("heg", "hvg", "mg", "all"), float))
+    for group in ("HEG", "HVG", "MG", "all"):
+        r = trained.groupby(["setting", "truth"])[group.lower()].agg(["mean", "std"])
+        r = r.loc[[(part["setting"].iloc[0], part["truth"].iloc[0]) for part in parts]]
+        table[f"{group} folds"] = (r["mean"].map("{:.3f}±".format) + r["std"].map("{:.3f}".format)).to_numpy()
 
 
 def draw_figure(path, title, rows):
@@ -239,38 +199,35 @@ def main():
     settings = {
         f"stages={k} hidden={h}": {"TRAINABLE_STAGES": k, "HIDDEN": h, "TTA": False} for k in STAGES for h in HIDDENS
     }
-    recipe, wholes = common.open_run(globals(), split_training)
-    if PROTOCOL == "block":
-        narrow = narrow_panel(wholes[0])  # for every seed: all training spots are the same
-        wholes = [dataclasses.replace(whole, data=narrow.data, groups=narrow.groups) for whole in wholes]
-    common.print_header(globals(), recipe, wholes[0])
+    recipe, wholes = common.open_run(globals(), hold_out)
+    common.print_header(globals(), recipe, wholes)
     with torch.device("meta"):  # InputError now, not hours from now, where the backbone has fewer stages
         common.build_model(recipe | {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}, 1, 0)
     data, out, note = wholes[0].data, wholes[0].out, "quick budget, no evidence: " * QUICK
-    folds, oof, final = [], [], []
-    for whole in wholes:
-        splits = split_folds(data.spots, whole.roles, whole.seed)
-        folds += [dataclasses.replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(splits)]
-    trained = common.run_grid(globals(), settings, folds, use_features)
+    folds, oof, final = {(whole.seed, whole.fold): split_folds(whole) for whole in wholes}, [], []
+    trained = common.run_grid(globals(), settings, [fold for of in folds.values() for fold in of], use_features)
     for name in [name for name in settings if ONLY in ("", name)]:
         for whole in wholes:
-            of = [row for row in trained if (row["setting"], row["seed"]) == (name, whole.seed)]
-            left_out = dataclasses.replace(whole, roles=np.where(whole.roles == "train", "oof", ""), fold=-1)
+            own = [(name, fold.seed, fold.fold) for fold in folds[whole.seed, whole.fold]]
+            of = [row for row in trained if (row["setting"], row["seed"], row["fold"]) in own]
+            left_out = dataclasses.replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
             changed = recipe | settings[name] | {"JOINED": sorted({row["folder"] for row in of})}
             oof += common.run_setting(name, changed, left_out, functools.partial(join_folds, of))
     order = rank_settings(oof)
     oof.sort(key=lambda row: order.index(row["setting"]) if row["setting"] in order else len(order))
-    title = f"{note}out of fold over {FOLDS} folds, best setting first"
-    common.print_table(title, data, add_folds(common.tabulate_scores(wholes[0], oof), oof, trained))
+    title = f"{note}out of fold over {len(folds[SEEDS[0], 0])} folds, best setting first"
+    common.report_scores(title, wholes, oof, add=functools.partial(add_folds, trained))
     if not ONLY:
         draw_figure(out / "search.png", f"{data.title}{note}", oof)
-        for whole in wholes:
-            (keep,) = {row["best_epoch"] for row in oof if (row["setting"], row["seed"]) == (order[0], whole.seed)}
+        for whole in wholes:  # each test slide's setting is chosen on its own training spots, over the seeds
+            of = [row for row in oof if row["fold"] == whole.fold]
+            best = rank_settings(of)[0]
+            (keep,) = {row["best_epoch"] for row in of if (row["setting"], row["seed"]) == (best, whole.seed)}
             train = functools.partial(common.train_network, keep=keep, adapt=use_features)
-            changed = recipe | settings[order[0]] | {"KEEP": keep}
-            final += common.run_setting(order[0], changed, dataclasses.replace(whole, fold=-1), train)
+            changed = recipe | settings[best] | {"KEEP": keep}
+            final += common.run_setting(best, changed, whole, train)
         title = f"{note}the chosen setting, trained on all training spots up to its folds' best epoch"
-        common.print_table(title, data, common.tabulate_scores(wholes[0], final))
+        common.report_scores(title, wholes, final)
         print(f"figure: {out / 'search.png'}")
     common.finish_run(globals(), wholes[0], oof + final + trained)
 

@@ -17,6 +17,7 @@ at most 0.02 of a turn, in this order (p = .5), then a Gaussian blur of 3 or 5 p
 import functools
 
 import numpy as np
+import pandas as pd
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -128,7 +129,7 @@ def average_views(trained, recipe, experiment, folder):
     model = common.build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
     model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
     model = model.to(device, memory_format=torch.channels_last)
-    patches = common.place_patches(experiment.data, recipe["IMAGE_SIZE"], device)
+    patches = common.place_patches(experiment.data.patches, recipe["IMAGE_SIZE"], device)
     rows = experiment.rows(*common.SPLITS)
     facts = {key: trained[key] for key in trained if key in ("weights", "best_epoch") or key.startswith("parameters_")}
     return common.predict(model, patches, rows, dtype=dtype, tta=True), facts
@@ -157,13 +158,14 @@ def draw_figure(path, title, table):
 def main():
     settings = {aug: {"AUG": aug, "TTA": False} for aug in AUGS}
     recipe, experiments = common.open_run(globals())
-    common.print_header(globals(), recipe, experiments[0])
+    common.print_header(globals(), recipe, experiments)
     data, out, note = experiments[0].data, experiments[0].out, "quick budget, no evidence: " * QUICK
     rows = common.run_grid(globals(), settings, experiments, add_colour)
     averaged = []
     for aug in [aug for aug in AUGS if ONLY in ("", aug)]:
         for experiment in experiments:
-            trained = next(row for row in rows if (row["setting"], row["seed"]) == (aug, experiment.seed))
+            own = (aug, experiment.seed, experiment.fold)
+            trained = next(row for row in rows if (row["setting"], row["seed"], row["fold"]) == own)
             compute = functools.partial(average_views, trained)
             changed = recipe | {"AUG": aug, "TTA": True}
             averaged += common.run_setting(f"{aug}, 8 views", changed, experiment, compute)
@@ -171,11 +173,10 @@ def main():
     title = f"{note}augmentations; 8 views = averaged over the symmetries at test time"
     against = dict.fromkeys(AUGS, "mpa") | {f"{aug}, 8 views": "mpa, 8 views" for aug in AUGS} | {"mpa, 8 views": "mpa"}
     against = {} if ONLY or "mpa" not in AUGS else {one: other for one, other in against.items() if one != other}
-    differences = common.pair_differences(rows, out, against)
-    common.print_table(title, data, common.tabulate_scores(experiments[0], rows, differences))
+    common.report_scores(title, experiments, rows, against)
     if against:
-        common.save_csv(out / "paired_differences.csv", differences)
-        draw_figure(out / "paired_differences.png", f"{data.title}{note}test slide {TEST_SLIDE}", differences)
+        differences = pd.read_csv(out / "paired_differences.csv")
+        draw_figure(out / "paired_differences.png", f"{data.title}{note}{differences['n'][0]} pairs", differences)
         print(f"figure: {out / 'paired_differences.png'}")
     common.finish_run(globals(), experiments[0], rows)
 

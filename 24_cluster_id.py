@@ -37,7 +37,7 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -99,7 +99,7 @@ def describe_spots(data, train, recipe, seed):
     """
     features = data.counts.obsm["colour"]
     if recipe["FEATURES"]:
-        features = common.encode_patches(data, recipe["FEATURES"], recipe, seed)
+        features = common.encode_patches(data.patches, recipe["FEATURES"], recipe, seed)
     scaler = StandardScaler().fit(features[train])
     pca = PCA(min(50, len(train) - 1, features.shape[1]), random_state=seed).fit(scaler.transform(features[train]))
     parts = pca.transform(scaler.transform(features)), encode_positions(data.spots)
@@ -186,10 +186,10 @@ class WithId(nn.Module):
 
 
 def add_id(ids, model, patches, recipe, experiment):
-    """`adapt` of common.train_network: `ids` holds the cluster of every spot, by seed."""
+    """`adapt` of common.train_network: `ids` holds the cluster of every spot, by training."""
     if recipe["ID"] == "no id":
         return model, patches
-    own = ids[experiment.seed]
+    own = ids[experiment.seed, experiment.fold]
     if recipe["ID"] == "shuffled id":
         own = shuffle_ids(own, experiment.data.spots["tissue_index"].to_numpy(), experiment.seed)
     with torch.random.fork_rng(devices=[]):
@@ -218,14 +218,15 @@ def draw_clusters(path, title, experiment, ids, points, patches=5):
     axes[0, 2].set(ylabel="cluster", xlabel="share of slides (training spots)")
     random = np.random.default_rng(common.seed_of("sample patches"))
     rows = [random.choice(at, patches) for at in (train[ids[train] == cluster] for cluster in range(min(n, 10)))]
-    sheet = np.vstack([np.hstack([data.patches[i][::4, ::4] for i in row]) for row in rows])
+    sheet = np.vstack([np.hstack([data.patches[i, ::4, ::4] for i in row]) for row in rows])
     axes[0, 3].imshow(sheet)
     axes[0, 3].set_yticks(28 + 56 * np.arange(len(rows)), range(len(rows)))
     axes[0, 3].set(xticks=[], title="sample patches", ylabel="cluster")
     for ax, slide in zip(axes[1], shown, strict=False):
         of = data.spots[slides == slide]
         ax.scatter(of["pxl_col"], -of["pxl_row"], c=ids[slides == slide], s=8, **colours)
-        ax.set_title(f"slide {slide}" + " (test)" * bool(slide == TEST_SLIDE), size=9)
+        test = slide in slides[experiment.rows("test")]
+        ax.set_title(f"slide {slide}" + " (test)" * test, size=9)
     for ax in (*axes[1], *axes[0, 4:]):
         ax.set(aspect="equal")
         ax.set_axis_off()
@@ -236,18 +237,17 @@ def draw_clusters(path, title, experiment, ids, points, patches=5):
 
 def main():
     recipe, experiments = common.open_run(globals())
-    common.print_header(globals(), recipe, experiments[0])
+    common.print_header(globals(), recipe, experiments)
     data, out, note = experiments[0].data, experiments[0].out, "quick budget, no evidence: " * QUICK
-    clusterings = {e.seed: cluster_spots(data, e.rows("train"), recipe, e.seed) for e in experiments}
-    ids, points, grid = clusterings[SEEDS[0]]
+    clusterings = {(e.seed, e.fold): cluster_spots(data, e.rows("train"), recipe, e.seed) for e in experiments}
+    ids, points, grid = clusterings[SEEDS[0], 0]
     common.save_csv(out / "grid.csv", grid)
-    common.print_table(
-        f"{note}clusters by weights, seed {SEEDS[0]}; the first line is used", data, grid.round(3).fillna("-")
-    )
-    clusters = pd.DataFrame({f"cluster_{seed}": of[0] for seed, of in clusterings.items()})
+    title = f"{note}clusters of the first training by weights; the first line is used"
+    common.print_table(title, data, grid.round(3).fillna("-"))
+    every = {training: of[0] for training, of in clusterings.items()}
+    clusters = pd.DataFrame({f"cluster_{seed}_{fold}": of for (seed, fold), of in every.items()})
     common.save_csv(out / "clusters.csv", data.spots[["id", "tissue_index"]].join(clusters))
-    draw_clusters(out / "clusters.png", f"{data.title}{note}seed {SEEDS[0]}", experiments[0], ids, points)
-    every = {seed: of[0] for seed, of in clusterings.items()}
+    draw_clusters(out / "clusters.png", f"{data.title}{note}the first training", experiments[0], ids, points)
     # A row follows from the ids, not from how they were found; without an id, from neither.
     shared = {"TTA": False, "AUG": "mpa", "TRAINABLE_STAGES": -1}
     shared |= dict.fromkeys(("FEATURES", "MIN_CLUSTER", "NEIGHBOURS"))
@@ -256,10 +256,7 @@ def main():
     settings["no id"] |= {"IDS": None, "EMBEDDING": None}
     rows = common.run_grid(globals(), settings, experiments, functools.partial(add_id, every))
     against = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
-    differences = common.pair_differences(rows, out, against)
-    common.save_csv(out / "paired_differences.csv", differences)
-    table = common.tabulate_scores(experiments[0], rows, differences)
-    common.print_table(f"{note}EfficientNet-B0 with and without a cluster id", data, table)
+    common.report_scores(f"{note}EfficientNet-B0 with and without a cluster id", experiments, rows, against)
     print(f"figure: {out / 'clusters.png'}")
     common.finish_run(globals(), experiments[0], rows)
 

@@ -38,7 +38,7 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # the only one here: spots of the training slides split at random; one test slide
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -199,7 +199,7 @@ def ridge_on_features(recipe, experiment, folder):
     leaving each of them out in turn.
     """
     data, train = experiment.data, experiment.rows("train")
-    features = common.encode_patches(data, recipe["FEATURES"], recipe, experiment.seed)
+    features = common.encode_patches(data.patches, recipe["FEATURES"], recipe, experiment.seed)
     pca = PCA(min(256, len(train) - 1, features.shape[1]), random_state=experiment.seed)
     ridge = make_pipeline(StandardScaler(), pca, RidgeCV(np.logspace(0, 7, 15))).fit(
         features[train], data.target[train]
@@ -236,18 +236,16 @@ def nearest_spot(recipe, experiment, folder):
 
 
 # ---------------------------------------------------------------------------------------------- table
-def add_costs_and_gain(table, rows):
-    """The table with parameters (millions), minutes, and HEG r relative to BLEEP's of the same split and truth."""
-    keys = ["setting", "split", "truth"]
-    of = pd.DataFrame(rows).astype({"heg": float}).groupby(keys, sort=False).mean(numeric_only=True)
-    parameters = of.get("parameters_total", pd.Series(np.nan, of.index))
-    table["million"] = (parameters / 1e6).map("{:.1f}".format).replace("nan", "-").to_numpy()
-    table["minutes"] = (of["seconds"] / 60).map("{:.1f}".format).to_numpy()
-    bleep = of.reset_index().query("setting == 'BLEEP' and heg > 0").set_index(keys[1:])["heg"]
-    gain = of["heg"] / of.index.droplevel("setting").map(bleep.to_dict()) - 1
-    return table.drop(columns="seconds").assign(
-        **{"over BLEEP": gain.map("{:+.0%}".format).replace("+nan%", "-").to_numpy()}
-    )
+def add_costs_and_gain(table, parts):
+    """`add` of common.report_scores: parameters (millions), minutes, and HEG r over BLEEP's of the same line."""
+    mean = pd.DataFrame([part.mean(numeric_only=True) for part in parts])
+    table["million"] = (mean.get("parameters_total", mean["heg"] * np.nan) / 1e6).map("{:.1f}".format)
+    table["minutes"] = (mean["seconds"] / 60).map("{:.1f}".format)
+    bleep = [name.strip() == "BLEEP" for name in table["setting"]] & (mean["heg"] > 0)
+    keys = pd.MultiIndex.from_frame(table[["split", "truth", "slide"]])
+    gain = mean["heg"] / keys.map(dict(zip(keys[bleep], mean["heg"][bleep], strict=True))) - 1
+    table["over BLEEP"] = gain.map("{:+.0%}".format)
+    table.replace({"nan": "-", "+nan%": "-"}, inplace=True)
 
 
 def main():
@@ -262,16 +260,16 @@ def main():
     names = (*trained, *computed)
     common.require(ONLY in ("", *names), f"--only {ONLY}: expected one of {'; '.join(names)}")
     recipe, experiments = common.open_run(globals())
-    common.print_header(globals(), recipe, experiments[0])
-    data, out, note = experiments[0].data, experiments[0].out, "quick budget, no evidence: " * QUICK
+    common.print_header(globals(), recipe, experiments)
+    data, note = experiments[0].data, "quick budget, no evidence: " * QUICK
     own = ("TARGET", "PROTOCOL", "FEATURES", "PRETRAINED", "IMAGE_SIZE", "DEVICE", "PRECISION")
     for name in [name for name in computed if ONLY in ("", name)]:  # before the trainings: what fails, fails now
         for experiment in experiments:
             rows += common.run_setting(name, {key: recipe[key] for key in own}, experiment, computed[name])
     rows = (common.run_grid(globals(), trained, experiments, adapt) if ONLY in ("", *trained) else []) + rows
-    ahead = common.pair_differences(rows, out, {} if ONLY else {name: "BLEEP" for name in names if name != "BLEEP"})
-    table = add_costs_and_gain(common.tabulate_scores(experiments[0], rows, ahead), rows)
-    common.print_table(f"{note}methods; a control uses what no image model may", data, table)
+    against = {} if ONLY else {name: "BLEEP" for name in names if name != "BLEEP"}
+    title = f"{note}methods; a control uses what no image model may"
+    common.report_scores(title, experiments, rows, against, add_costs_and_gain)
     if PUBLISHED and (data.root / "published_results.csv").is_file():
         published = pd.read_csv(data.root / "published_results.csv")
         common.print_table("published, not computed here, other protocols", data, published.fillna("-"))

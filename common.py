@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata
@@ -27,6 +27,8 @@ import polars
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
+from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
 from torch import nn
 from tqdm import tqdm
@@ -37,21 +39,26 @@ GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
 MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
+SPOT_FACTS = ["donor", "pitch", "block"]  # further columns of script 19
+FACTS = ("ceiling", "image_ceiling", "moran")  # of a gene on a slide, by script 19 (image_ceiling: simulated slides)
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
 SPLITS = ("oof", "valid", "test")  # roles whose spots are scored; oof = out of fold
 R_THRESHOLD = 0.30  # the paper counts the genes above it
+FOLDS = 5  # of PROTOCOL block
+MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
 
-# What a constant may be: a tuple of the allowed values, or the two ends of a range.
-ALLOWED = {
-    "TARGET": ("harmony", "lognorm"), "AUG": ("mpa", "stnet", "none"),
-    "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"), "LEARNING_RATE": range(0, 1),
-    "DATASET": ("GSE240429", "HER2ST"), "VALID_FRACTION": range(0, 1), "FOLDS": range(2, 100), "SPOTS": range(2, 10**6),
-    "HIDDEN": range(0, 10**6), "TRAINABLE_STAGES": range(-1, 1000), "IMAGE_SIZE": range(32, 4096),
-    "EPOCHS": range(1, 10**6), "BATCH_SIZE": range(2, 10**6), "HVG_PER_SLIDE": range(1, 10**6),
-    "STNET_EPOCHS": range(1, 10**6), "BLEEP_EPOCHS": range(1, 10**6), "BLEEP_BATCH": range(2, 10**6),
-    "MICRO_BATCH": range(3, 10**6), "EMBEDDING": range(1, 999), "NEIGHBOURS": range(2, 999), "MIN_CLUSTER": range(0, 1),
-    "SLIDES": range(1, 1000), "DEPTH": range(1, 10**9), "DISPERSION": range(0, 100),
+# What a constant may be: a tuple of the allowed values, or the least and the greatest number.
+CHOICES = {
+    "TARGET": ("harmony", "lognorm"), "PROTOCOL": ("paper", "loso", "block"), "AUG": ("mpa", "stnet", "none"),
+    "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"),
+    "DATASET": ("GSE240429", "HER2ST"),
+}  # fmt: skip
+BOUNDS = {
+    **dict.fromkeys(("VALID_FRACTION", "LEARNING_RATE", "MIN_CLUSTER"), (0, 1)), "IMAGE_SIZE": (32, 4096),
+    **dict.fromkeys(("SPOTS", "FOLDS", "BATCH_SIZE", "BLEEP_BATCH", "NEIGHBOURS"), (2, 10**6)), "HIDDEN": (0, 10**6),
+    "TRAINABLE_STAGES": (-1, 1000), "MICRO_BATCH": (3, 10**6), "SLIDES": (1, 1000), "DISPERSION": (0, 100),
+    **dict.fromkeys(("EPOCHS", "STNET_EPOCHS", "BLEEP_EPOCHS", "HVG_PER_SLIDE", "EMBEDDING", "DEPTH"), (1, 10**6)),
 }  # fmt: skip
 
 
@@ -116,28 +123,24 @@ def _parse_constant(default, text):
 def override_constants(script, argv):
     """Set a script's constants from the command line, `--quick`'s QUICK_BUDGET first. Prints what changed."""
     raw = argparse.RawDescriptionHelpFormatter  # keeps the docstring's lines
-    parser = argparse.ArgumentParser(None, None, script["__doc__"], formatter_class=raw, allow_abbrev=False)
-    parser.exit_on_error = False
-    flags = {name: "--" + name.lower().replace("_", "-") for name in recipe_of(script)}
+    parser = argparse.ArgumentParser(description=script["__doc__"], formatter_class=raw, allow_abbrev=False)
+    parser.error = lambda message: require(False, f"{message}; --help lists this script's constants")
+    flag = lambda name: "--" + name.lower().replace("_", "-")  # noqa: E731
     for name, comment in _constant_comments(script).items():
         value, kind = script[name], functools.partial(_parse_constant, script[name])
         shown = f"{comment} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
         bare = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
-        parser.add_argument(flags[name], dest=name, type=kind, metavar="", help=shown, **bare)
-    given, unknown = parser.parse_known_args(argv)
-    require(not unknown, f"{Path(script['__file__']).name} has no constant {' '.join(unknown)}: --help lists them")
-    values = {name: value for name, value in vars(given).items() if value is not None}
+        parser.add_argument(flag(name), dest=name, type=kind, metavar="", help=shown, **bare)
+    values = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if values.get("QUICK", script.get("QUICK", False)):
         values = script["QUICK_BUDGET"] | values
     print(*(f"{name} = {value!r}\n" for name, value in values.items() if value != script[name]), sep="", end="")
     script.update(values)
-    for name, flag in flags.items():
-        value, allowed = script[name], ALLOWED.get(name)
-        if isinstance(allowed, tuple):
-            require(value in allowed, f"{flag} {value}: expected one of {', '.join(allowed)}")
-        if isinstance(allowed, range):
-            fits = allowed.start <= value <= allowed.stop
-            require(fits, f"{flag} {value}: expected a number from {allowed.start} to {allowed.stop}")
+    for name, value in recipe_of(script).items():
+        allowed, (low, high) = CHOICES.get(name, (value,)), BOUNDS.get(name, (-np.inf, np.inf))
+        require(value in allowed, f"{flag(name)} {value}: expected one of {', '.join(map(str, allowed))}")
+        fits = name not in BOUNDS or low <= value <= high
+        require(fits, f"{flag(name)} {value}: expected a number from {low} to {high}")
 
 
 def run_script(script):
@@ -145,7 +148,7 @@ def run_script(script):
     try:
         override_constants(script, sys.argv[1:])
         script["main"]()
-    except (InputError, argparse.ArgumentError) as error:
+    except InputError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library's message held
         sys.exit(2)
     except KeyboardInterrupt:
@@ -177,7 +180,7 @@ def call_script(name, *flags):
 
 
 def open_run(script, split=None):
-    """(recipe, one Experiment a seed); `--quick` has its slides made where missing. `split` as split_random."""
+    """(recipe, one Experiment a training); `--quick` has its slides made where missing. `split` as split_spots."""
     recipe, root = recipe_of(script), Path(script["DATA_ROOT"])
     require(recipe["SEEDS"], "--seeds: expected one number at least")
     if recipe["QUICK"] and str(root) == script["QUICK_BUDGET"]["DATA_ROOT"]:
@@ -186,25 +189,30 @@ def open_run(script, split=None):
         if not (root / "dataset" / "meta.json").exists():
             call_script("19_make_patches_and_csv.py", "--data-root", str(root), "--target", recipe["TARGET"])
     out = Path(recipe["OUT"] or Path("runs", Path(script["__file__"]).stem, root.resolve().name))
-    data, experiments = load_dataset(root, recipe["TARGET"]), []
+    published, experiments = recipe["PROTOCOL"] == "paper", []
+    clean = f"--protocol {recipe['PROTOCOL']} needs --target lognorm: Harmony has seen the test slide"
+    require(published or recipe["TARGET"] == "lognorm", clean)
+    data = load_dataset(root, recipe["TARGET"])
     for seed in recipe["SEEDS"]:
-        roles = (split or split_random)(data.spots, recipe, seed)
-        experiments.append(Experiment(data, roles, choose_gene_groups(data, roles == "train"), out, seed))
+        for fold, roles in enumerate((split or split_spots)(data.spots, recipe, seed)):
+            train = roles == "train"
+            own = data if published else restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
+            experiments.append(Experiment(own, roles, choose_gene_groups(own, train, published), out, seed, fold))
     return recipe, experiments
 
 
 # ------------------------------------------------------------------------------------------- dataset
-@dataclass(frozen=True, eq=False)  # hashed by identity, for place_patches
+@dataclass(frozen=True, eq=False)  # hashed by identity, for restrict_panel
 class SpotData:
     """The spots of a data root; row i of every member is the same spot."""
 
     root: Path
-    patches: np.ndarray  # (N, 224, 224, 3) uint8 RGB, memory-mapped
-    spots: pd.DataFrame  # N rows, ID_COLUMNS, pitch (px) and block, a square five pitches wide
+    patches: torch.Tensor  # (N, 224, 224, 3) uint8 RGB, memory-mapped
+    spots: pd.DataFrame  # N rows, ID_COLUMNS and SPOT_FACTS: pitch in px, block a square five pitches wide
     genes: list  # G names: the panel
     target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
     lognorm: np.ndarray  # (N, G) float32, log-normalised counts
-    counts: anndata.AnnData  # N x G raw counts; obs n_counts; obsm colour (N, 40), colour and texture statistics
+    counts: anndata.AnnData  # N x G raw counts; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
     title: str  # begins the header, tables and figures of a run on simulated slides
@@ -228,37 +236,102 @@ def load_dataset(data_root, target):
     require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
     genes, expression = counts.var_names.tolist(), log_normalise(counts.X, counts.obs["n_counts"])
-    require("block" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
-    lognorm, spots = expression, counts.obs.reset_index(names="id")[[*ID_COLUMNS, "pitch", "block"]]
+    require("donor" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
+    lognorm, spots = expression, counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_FACTS]
     if target == "harmony":
         table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
         whole = table.collect_schema().names() == ID_COLUMNS + genes
         require(whole, f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
         expression = table.select(genes).collect().to_numpy()
     patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
+    check_leaks(root, patches, counts)
     fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
-    return SpotData(root, patches, spots, genes, expression, lognorm, counts, meta, fingerprint, title)
+    return SpotData(
+        root, torch.from_numpy(patches), spots, genes, expression, lognorm, counts, meta, fingerprint, title
+    )
 
 
-def split_random(spots, recipe, seed):
-    """The paper's split, (N,) of "train", "valid" (VALID_FRACTION of the training slides' spots), "test" or ""."""
-    slide, test, fraction = spots["tissue_index"].to_numpy(), recipe["TEST_SLIDE"], recipe["VALID_FRACTION"]
-    train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, test))
-    require(recipe["PROTOCOL"] == "paper", f"--protocol {recipe['PROTOCOL']}: this script has paper alone")
-    for s in (*train, test):
+def split_spots(spots, recipe, seed):
+    """The trainings of PROTOCOL, an array (N,) each: "train", one of SPLITS, or "" for a spot that takes no part.
+    paper: VALID_FRACTION of the training slides' spots validate. block: a fifth of their blocks in turn. Both test on
+    TEST_SLIDE. loso: each slide (of TRAIN_SLIDES, if any) is once the test slide, the next one validates; all slides
+    of the test slide's donor are left out, unless there is no other donor.
+    """
+    slide, donor, protocol = spots["tissue_index"].to_numpy(), spots["donor"].to_numpy(), recipe["PROTOCOL"]
+    tests = () if protocol == "loso" else (recipe["TEST_SLIDE"],)
+    train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, tests))
+    for s in (*train, *tests):
         require(s in set(slide), f"slide {s} is not in the dataset: it holds slides {np.unique(slide)}")
-    require(test not in train, f"slide {test} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
-    roles = np.where(slide == test, "test", "").astype("U5")
-    pool = np.flatnonzero(np.isin(slide, train))
-    n_valid = round(fraction * len(pool))
-    enough = 0 < n_valid < len(pool) - 1
-    require(enough, f"--valid-fraction {fraction} of {len(pool)} spots leaves validation or training none")
-    order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
-    roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
-    return roles
+    require(not {*tests} & {*train}, f"slide {tests} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
+    pool, trainings = np.flatnonzero(np.isin(slide, train)), []
+    if protocol == "paper":
+        n_valid = round(recipe["VALID_FRACTION"] * len(pool))
+        enough = 0 < n_valid < len(pool) - 1
+        require(enough, f"--valid-fraction {recipe['VALID_FRACTION']} of {len(pool)} spots leaves one side none")
+        order, roles = np.random.default_rng(seed_of(seed, "split")).permutation(pool), np.full(len(slide), "", "U5")
+        roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
+        trainings = [roles]
+    elif protocol == "block":
+        trainings = split_folds(spots, pool, protocol, FOLDS, seed)
+    for s in sorted(train) if protocol == "loso" else ():
+        others = [o for o in train if set(donor[slide == o]) != set(donor[slide == s])] or [o for o in train if o != s]
+        require(len(others) > 1, f"--protocol loso: slide {s} has {len(others)} slides to learn from; two are needed")
+        after = min(others, key=lambda o: (o < s, o))
+        trainings.append(
+            np.select([slide == s, slide == after, np.isin(slide, others)], ["test", "valid", "train"], "")
+        )
+    return [np.where(np.isin(slide, tests), "test", roles) for roles in trainings]
 
 
-def choose_gene_groups(data, spots, published=True):
+def split_folds(spots, pool, protocol, folds, seed):
+    """`folds` arrays (N,) of roles: of the rows `pool`, another share is "valid" each time and the rest "train". paper
+    draws spots, loso takes a slide in turn, block draws blocks and leaves out ("") what lies within MARGIN of "valid".
+    """
+    column = {"paper": "id", "loso": "tissue_index", "block": "block"}[protocol]
+    units = pd.factorize(spots[column].iloc[pool], sort=protocol != "paper")[0]
+    sizes = np.bincount(units)
+    order = np.random.default_rng(seed_of(seed, "folds")).permutation(len(sizes))
+    drawn_before = np.empty(len(sizes), np.int64)
+    drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
+    fold_of = units if protocol == "loso" else drawn_before[units] * folds // len(pool)
+    places = spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
+    places = places.assign(slide=spots["tissue_index"] * 1e9).to_numpy()  # slides far apart
+    trainings = []
+    for fold in range(folds):
+        roles = np.full(len(spots), "", "U5")
+        valid, train = pool[fold_of == fold], pool[fold_of != fold]
+        if protocol == "block" and len(valid):
+            train = train[cKDTree(places[valid]).query(places[train])[0] > MARGIN + 0.1]  # not exactly on the grid
+        require(len(valid) and len(train) > 1, f"fold {fold} of {folds} over {len(pool)} spots has none left")
+        roles[valid], roles[train] = "valid", "train"
+        trainings.append(roles)
+    return trainings
+
+
+def check_leaks(root, patches, counts):
+    """InputError where two spots have the same pixels or counts: a split could learn from one and be scored on the
+    other. Blank patches, and spots with fewer than 100 counts in the panel, may be the same by chance.
+    """
+    pixels, rows = patches[:, ::28, ::28].reshape(len(patches), -1), counts.X.sorted_indices()
+    vectors = [rows.indices[a:b].tobytes() + rows.data[a:b].tobytes() for a, b in itertools.pairwise(rows.indptr)]
+    told = {"pixels": np.ptp(pixels, axis=1) > 8, "counts": np.asarray(rows.sum(1)).ravel() >= 100}
+    for what, content in {"pixels": [row.tobytes() for row in pixels], "counts": vectors}.items():
+        spots = pd.Series(content, counts.obs_names)[told[what]].sort_values()
+        twins = spots.index[spots.duplicated(keep=False)]
+        named = " and ".join(twins[:2])
+        require(not len(twins), f"a leak: spots {named} have the same {what}; does {root} hold a slide twice?")
+
+
+@functools.cache
+def restrict_panel(data, slides):
+    """The data with the panel that 19 would have chosen on these slides alone."""
+    kept = data.counts.var[["MG", *(f"hvg_{slide}" for slide in slides)]].any(axis=1).to_numpy()
+    counts, lognorm = data.counts[:, kept].copy(), data.lognorm[:, kept]
+    genes = counts.var_names.tolist()
+    return replace(data, genes=genes, counts=counts, lognorm=lognorm, target=lognorm)
+
+
+def choose_gene_groups(data, spots, published):
     """Table group, gene, rank, attrs["source"]: the data root's gene_sets.csv if `published` may be used, else HEG and
     HVG are the 50 genes of the panel with the highest mean and variance of log-normalised expression over `spots`.
     """
@@ -282,9 +355,9 @@ def choose_gene_groups(data, spots, published=True):
 
 
 @functools.lru_cache(maxsize=1)  # the trainings of a run share one copy
-def place_patches(data, size, device):
-    """data.patches as (N, 3, size, size) uint8, channels last; on a GPU where half of its free memory holds them."""
-    images = torch.from_numpy(data.patches).permute(0, 3, 1, 2)  # the memory map itself
+def place_patches(patches, size, device):
+    """SpotData's patches as (N, 3, size, size) uint8, channels last; on a GPU if half of its free memory holds them."""
+    images = patches.permute(0, 3, 1, 2)  # the memory map itself
     if size != PATCH_SIZE:
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
     fits = device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]
@@ -493,12 +566,12 @@ def predict(model, patches, rows, *, dtype, tta=False, batch_size=128):
     return torch.cat(parts).cpu().numpy()
 
 
-def encode_patches(data, backbone, recipe, seed):
+def encode_patches(patches, backbone, recipe, seed):
     """(N, F) float32 features of the plain patches by a timm backbone as it comes, PRETRAINED or random by `seed`."""
     device, dtype, _ = choose_device(recipe)
     model = build_model(recipe | {"BACKBONE": backbone, "HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
     model.head = nn.Identity()
-    patches = place_patches(data, recipe["IMAGE_SIZE"], device)
+    patches = place_patches(patches, recipe["IMAGE_SIZE"], device)
     return predict(model.to(device, memory_format=torch.channels_last), patches, np.arange(len(patches)), dtype=dtype)
 
 
@@ -516,36 +589,34 @@ def pearson_per_gene(predicted, truth):
         return np.clip(np.where(constant, np.nan, (predicted * truth).sum(0) / scale), -1, 1)
 
 
+def average_slides(score, predicted, truth, slides):
+    """Mean over slides of each one's score(predicted, truth), (G,); a slide where it is NaN is left out."""
+    return (
+        pd.DataFrame([score(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)]).mean().to_numpy()
+    )
+
+
 def score_genes(predicted, truth, slides):
-    """Per gene (G rows): r (mean over slides of the r within each), r_pooled (all spots together) and mse."""
-    within = np.stack([pearson_per_gene(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)])
-    r = pd.DataFrame(within).mean().to_numpy()  # without the slides where it is undefined
-    mse = ((predicted.astype(np.float64) - truth) ** 2).mean(0)
-    return pd.DataFrame({"r": r, "r_pooled": pearson_per_gene(predicted, truth), "mse": mse})
+    """Per gene, (G,) arrays: mean over slides of r, of Spearman's r and of both variances; r_pooled of all spots; mse."""
+    rank = lambda values: rankdata(np.ascontiguousarray(values.T), axis=1).T  # noqa: E731 - along columns is slower
+    scores = {
+        "r": pearson_per_gene,
+        "spearman": lambda predicted, truth: pearson_per_gene(rank(predicted), rank(truth)),
+        "variance": lambda predicted, truth: truth.var(0, np.float64),
+        "variance_predicted": lambda predicted, truth: predicted.var(0, np.float64),
+    }
+    scores = {name: average_slides(score, predicted, truth, slides) for name, score in scores.items()}
+    scores["r_pooled"] = pearson_per_gene(predicted, truth)
+    return scores | {"mse": ((predicted.astype(np.float64) - truth) ** 2).mean(0)}
 
 
-def group_means(r, genes, groups):
-    """{"heg": mean r, "heg_n": genes it is the mean of, ...}: missing genes and undefined r lower the count."""
-    r, means = pd.Series(np.asarray(r), index=genes), {}
-    for key, members in group_members(genes, groups).items():
-        means |= {key: float(r[members].mean()), f"{key}_n": int(r[members].notna().sum())}
-    return means
-
-
-def group_members(genes, groups):
-    """{"heg": its genes of the panel, "hvg", "mg", "all": the whole panel}."""
-    panel = set(genes)
-    lists = {group: groups.loc[groups["group"] == group, "gene"] for group in GROUPS} | {"all": genes}
-    return {group.lower(): [gene for gene in names if gene in panel] for group, names in lists.items()}
-
-
-def bootstrap_means(predicted, truth, spots, genes, groups):
+def bootstrap_means(predicted, truth, spots, genes, members):
     """(DRAWS, 4) table heg, hvg, mg, all: group means of r when whole blocks of one slide's spots are drawn with
     replacement. The draws follow from the spots alone, so those of two methods are paired.
     """
-    block = pd.factorize(spots["block"], sort=True)[0]
-    inside = (np.arange(block.max() + 1)[:, None] == block).astype(np.float64)  # (blocks, n)
-    random = np.random.default_rng(seed_of("bootstrap"))
+    block, names = pd.factorize(spots["block"], sort=True)
+    inside = (np.arange(len(names))[:, None] == block).astype(np.float64)  # (blocks, n)
+    random = np.random.default_rng(seed_of("bootstrap", *names))
     drawn = random.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), DRAWS).astype(np.float64)
     x, y = (values.astype(np.float64) - values.mean(0, np.float64) for values in (predicted, truth))
     mean = lambda values: drawn @ (inside @ values) / (drawn @ inside.sum(1))[:, None]  # noqa: E731
@@ -554,27 +625,37 @@ def bootstrap_means(predicted, truth, spots, genes, groups):
     defined = spread > 1e-9 * (x**2).mean(0) * (y**2).mean(0)  # else the gene is constant in this draw
     r = np.where(defined, (mean(x * y) - mean_x * mean_y) / np.sqrt(np.where(defined, spread, 1)), np.nan)
     r = pd.DataFrame(r if len(inside) > 1 else np.nan, range(DRAWS), genes)  # one block says nothing of others
-    return pd.DataFrame({key: r[members].mean(axis=1) for key, members in group_members(genes, groups).items()})
+    return pd.DataFrame({key: r[names].mean(axis=1) for key, names in members.items()})
+
+
+def join_draws(rows, out):
+    """(DRAWS, 4) draws, as bootstrap_means, of a setting's mean over its test slides against log-normalised truth; of
+    several trainings on one slide, as many are drawn with replacement, and those of two settings stay paired.
+    """
+    means = []
+    for _, folders in pd.DataFrame(rows).groupby("slide")["folder"]:
+        draws = np.stack([pd.read_csv(out / f / "bootstrap.csv").filter(like="lognorm_") for f in folders], axis=1)
+        picked = np.random.default_rng(seed_of("trainings")).integers(draws.shape[1], size=draws.shape[:2])
+        means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
+    return np.mean(means, axis=0)
 
 
 def pair_differences(rows, out, against):
-    """r of a setting minus r of another, {setting: another}, of the same seeds: table setting, minus, group, seeds,
-    difference, low, high (95 % over blocks and seeds). Test slide, log-normalised truth. NaN where r is not defined for
-    equally many genes in both.
+    """r of a setting minus r of another, {setting: another}, of the same trainings: table setting, minus, group, n,
+    difference, low, high (95 %). Test slides, log-normalised truth. NaN where r is not defined for equally many genes.
     """
-    of = {(row["setting"], row["seed"]): row for row in rows if (row["split"], row["truth"]) == ("test", "lognorm")}
-    draws = {key: pd.read_csv(out / row["folder"] / "bootstrap.csv") for key, row in of.items()}
-    lines, seeds = [], list(dict.fromkeys(seed for _, seed in of))
-    picked = np.random.default_rng(seed_of("seeds")).integers(len(seeds), size=(DRAWS, len(seeds)))
-    for (setting, other), group in itertools.product(against.items(), (*GROUPS, "all")):
-        key, pairs = group.lower(), [((setting, seed), (other, seed)) for seed in seeds]
-        difference, low, high = np.nan, np.nan, np.nan
-        if all(of[a][f"{key}_n"] == of[b][f"{key}_n"] > 0 for a, b in pairs):
-            drawn = np.stack([draws[a][f"lognorm_{key}"] - draws[b][f"lognorm_{key}"] for a, b in pairs], axis=1)
-            low, high = pd.Series(np.take_along_axis(drawn, picked, 1).mean(1)).quantile([0.025, 0.975])
-            difference = np.mean([of[a][key] - of[b][key] for a, b in pairs])
-        lines.append((setting, other, group, len(seeds), difference, low, high))
-    return pd.DataFrame(lines, columns=["setting", "minus", "group", "seeds", "difference", "low", "high"])
+    rows = [row for row in rows if (row["split"], row["truth"]) == ("test", "lognorm")]
+    lines = []
+    for pair in against.items():
+        ones, others = ([row for row in rows if row["setting"] == setting] for setting in pair)
+        drawn = join_draws(ones, out) - join_draws(others, out)
+        for group, draws in zip((*GROUPS, "all"), drawn.T, strict=True):
+            key, ends = group.lower(), (np.nan,) * 3
+            if all(a[f"{key}_n"] == b[f"{key}_n"] > 0 for a, b in zip(ones, others, strict=True)):
+                difference = np.mean([a[key] - b[key] for a, b in zip(ones, others, strict=True)])
+                ends = (difference, *np.quantile(draws, [0.025, 0.975]))
+            lines.append((*pair, group, len(ones), *ends))
+    return pd.DataFrame(lines, columns=["setting", "minus", "group", "n", "difference", "low", "high"])
 
 
 # ------------------------------------------------------------------------------------------- reporting
@@ -588,6 +669,12 @@ class Experiment:
     out: Path
     seed: int
     fold: int = 0
+
+    @functools.cached_property
+    def members(self):
+        """{"heg": its genes that are in the panel, "hvg", "mg", "all": the panel}."""
+        inside = self.groups[self.groups["gene"].isin(self.data.genes)]
+        return {g.lower(): inside["gene"][inside["group"] == g].tolist() for g in GROUPS} | {"all": self.data.genes}
 
     def rows(self, *roles):
         """Row numbers of the spots with these roles, in the order of the roles."""
@@ -656,30 +743,45 @@ def run_grid(script, settings, experiments, adapt=None):
 
 def score_rows(setting, recipe, experiment, predicted, facts):
     """([one dict a split and truth], per-gene table, bootstrap draws); NaN is None in the dicts, as JSON has none."""
-    data, rows = experiment.data, experiment.rows(*SPLITS)
+    data, rows, at_train = experiment.data, experiment.rows(*SPLITS), experiment.rows("train")
+    table, per_gene, draws = [], pd.DataFrame(index=pd.Index(data.genes, name="gene")), pd.DataFrame()
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
-    table, per_gene, draws = [], pd.DataFrame({"gene": data.genes}), pd.DataFrame()
-    for split in [split for split in SPLITS if split in experiment.roles]:
+    splits = [split for split in SPLITS if split in experiment.roles]
+    for split, (truth, values) in itertools.product(splits, truths.items()):
         at = experiment.roles[rows] == split
-        spots = data.spots.iloc[rows[at]]
-        slides = spots["tissue_index"].to_numpy()
-        for truth, values in truths.items():
-            scores = score_genes(predicted[at], values[rows[at]], slides)
-            per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
-            row = {"setting": setting, "split": split, "slide": ",".join(map(str, np.unique(slides)))}
-            row |= {"fold": experiment.fold, "seed": experiment.seed, "target": recipe["TARGET"], "truth": truth}
-            row |= {"protocol": recipe["PROTOCOL"], "gene_lists": experiment.groups.attrs["source"]}
-            row |= {"n_spots": len(slides)} | facts | group_means(scores["r"], data.genes, experiment.groups)
-            pooled = group_means(scores["r_pooled"], data.genes, experiment.groups)
-            row |= {f"{group}_pooled": r for group, r in pooled.items() if not group.endswith("_n")}
-            row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": float(scores["mse"].mean())}
-            row |= {f"{group.lower()}_ci": None for group in (*GROUPS, "all")}
-            if split == "test":
-                means = bootstrap_means(predicted[at], values[rows[at]], spots, data.genes, experiment.groups)
-                draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
-                row |= {f"{key}_ci": means[key].quantile([0.025, 0.975]).tolist() for key in means.dropna(axis=1)}
-            table.append({key: None if value != value else value for key, value in row.items()})
-    return table, per_gene, draws
+        x, y, spots = predicted[at], values[rows[at]], data.spots.iloc[rows[at]]
+        slides = np.unique(spots["tissue_index"])
+        scores = pd.DataFrame(score_genes(x, y, spots["tissue_index"].to_numpy()), data.genes).assign(mean=y.mean(0))
+        for fact in ("ceiling", "image_ceiling", "moran") if truth == "lognorm" else ():  # by 19, of whole slides
+            columns = data.counts.var.columns.intersection([f"{fact}_{s}" for s in slides])
+            scores[fact] = data.counts.var[columns].mean(axis=1)
+        per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
+        row = {"setting": setting, "split": split, "slide": ",".join(map(str, slides)), "fold": experiment.fold}
+        row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        row |= {"gene_lists": experiment.groups.attrs["source"], "n_spots": len(x)} | facts
+        defined = scores.dropna(subset="r").reindex(columns=list(dict.fromkeys([*scores, *FACTS])))
+        for key, genes in experiment.members.items():
+            of = defined.loc[defined.index.isin(genes)]
+            row |= {key: of["r"].mean(), f"{key}_n": len(of), f"{key}_pooled": of["r_pooled"].mean()}
+            row |= {f"{key}_{name}": of[name].mean() for name in ("spearman", *FACTS)} | {f"{key}_ci": None}
+        order = defined[["r", *FACTS, "mean"]].corr("spearman")["r"]
+        row |= {
+            "r_moran": order["moran"],
+            "r_mean": order["mean"],
+            "n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()),
+        }
+        row |= {
+            "mse": scores["mse"].mean(),
+            "variance_ratio": scores["variance_predicted"].sum() / scores["variance"].sum(),
+        }
+        usual = values[at_train].mean(0, np.float64)
+        row["spot_r"] = pd.Series(pearson_per_gene((x - usual).T, (y - usual).T)).mean()
+        if split == "test":
+            means = bootstrap_means(x, y, spots, data.genes, experiment.members)
+            draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
+            row |= {f"{key}_ci": means[key].quantile([0.025, 0.975]).tolist() for key in means.dropna(axis=1)}
+        table.append({key: None if value != value else value for key, value in row.items()})
+    return table, per_gene.reset_index(), draws
 
 
 def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None):
@@ -687,7 +789,7 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     adapt(model, patches, recipe, experiment) returns another (network, its input) that holds `model.head` to train.
     """
     data, (device, dtype, _) = experiment.data, choose_device(recipe)
-    patches = place_patches(data, recipe["IMAGE_SIZE"], device)
+    patches = place_patches(data.patches, recipe["IMAGE_SIZE"], device)
     with suppress(OSError, AttributeError, TypeError):  # the peak is to be this training's own; Linux can forget others
         torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -719,23 +821,28 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     }
 
 
-def print_header(script, recipe, experiment):
+def print_header(script, recipe, experiments):
     """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
-    data, (device, dtype, reason) = experiment.data, choose_device(recipe)
-    slides, split = data.spots["tissue_index"], []
+    experiment, (device, dtype, reason) = experiments[0], choose_device(recipe)
+    data, slides, split = experiment.data, experiment.data.spots["tissue_index"], []
     for role in [role for role in ("train", *SPLITS) if role in experiment.roles]:
         at = experiment.rows(role)
-        split.append(f"{role} {len(at)} spots of slides {','.join(map(str, np.unique(slides[at])))}")
+        split.append(f"{role} {len(at)} spots of slides {','.join(map(str, np.unique(slides.iloc[at])))}")
     missing = sorted(set(experiment.groups["gene"]) - set(data.genes))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    paper = " (as published: the panel is chosen on all slides, so transductive)" * (recipe["PROTOCOL"] == "paper")
-    of = {"harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000"}
+    alone = " (one donor alone, who is not left out)" * (data.spots["donor"].nunique() == 1)
+    says = {
+        "paper": "as published: the panel is chosen on all slides, so transductive",
+        "loso": f"every slide once the test slide, of which nothing else is used{alone}",
+        "block": f"{FOLDS} folds of spatial blocks, then the test slide, of which nothing else is used",
+        "harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000",
+    }  # fmt: skip
     print(f"\n{data.title}{Path(script['__file__']).stem}")
     for name, value in {
         "data": f"{data.root}: {slides.nunique()} slides, {len(slides):,} spots x {len(data.genes):,} genes",
-        "target": f"{recipe['TARGET']} ({of[recipe['TARGET']]})",
-        "protocol": recipe["PROTOCOL"] + paper,
-        "split": "; ".join(split),
+        "target": f"{recipe['TARGET']} ({says[recipe['TARGET']]})",
+        "protocol": f"{recipe['PROTOCOL']} ({says[recipe['PROTOCOL']]})",
+        "split": "; ".join(split) + f"; the first of {len(experiments)} trainings" * (len(experiments) > 1),
         "gene groups": experiment.groups.attrs["source"] + f"; not in the panel: {', '.join(missing)}" * bool(missing),
         "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
         "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
@@ -743,29 +850,46 @@ def print_header(script, recipe, experiment):
         print(f"{name:11} {value}")
 
 
-def tabulate_scores(experiment, rows, ahead=None):
-    """One line a setting, split and truth, as text: mean±sd over n seeds; 0.310/47 is of 47 genes only; 95 % intervals
-    over blocks. `ahead`, a table of pair_differences, adds how far HEG r is ahead of another setting's.
+def report_scores(title, experiments, rows, against=None, add=None):
+    """Print a run's rows in two tables, a line a setting, split and truth: mean±sd over n seeds, folds or slides (and
+    each test slide's own line); 0.310/47 is of 47 genes only; intervals are over blocks. pair_differences `against` is
+    saved, and its HEG shown. `add(table, parts)` may add columns; parts are the rows that each line is of.
     """
-    sizes, lines = {"all": len(experiment.data.genes), **experiment.groups["group"].value_counts()}, []
-    width = max(len(row["setting"]) for row in rows)
-    for (setting, split, truth), of in pd.DataFrame(rows).groupby(["setting", "split", "truth"], sort=False):
-        line = {"setting": setting.ljust(width), "n": len(of), "split": split, "truth": truth}
-        line |= {"spots": int(of["n_spots"].mean())}
-        for heading in (*GROUPS, "all"):
-            r, n = of[heading.lower()].astype(float), of[f"{heading.lower()}_n"].min()
-            spread, few = f"±{r.std():.3f}" * (len(of) > 1), f"/{n}" * bool(n < sizes.get(heading, 0))
-            line[heading] = f"{r.mean():.3f}{spread}{few}"
-        line["HEG 95 %"] = "[{:.2f}, {:.2f}]".format(*np.mean([ends or [np.nan] * 2 for ends in of["heg_ci"]], axis=0))
-        if ahead is not None and split == "test" and truth == "lognorm":
-            of_pair = ahead[(ahead["setting"] == setting) & (ahead["group"] == "HEG")].itertuples()
-            line["HEG ahead"] = "".join(
-                f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}] of {d.minus}" for d in of_pair
-            )
-        line |= {"HEG pooled": f"{of['heg_pooled'].astype(float).mean():.3f}"}
-        line |= {"r>=.30": f"{of['n_genes_r30'].mean():.0f}", "MSE": f"{of['mse'].astype(float).mean():.4f}"}
-        lines.append(line | {"seconds": f"{of['seconds'].sum():.0f}"})
-    return pd.DataFrame(lines).fillna("").replace(r"^\[?\+?nan.*", "-", regex=True)
+    out, data, lines, parts = experiments[0].out, experiments[0].data, [], []
+    sizes = {"all": len(data.genes), **experiments[0].groups["group"].value_counts()}
+    differences = pair_differences(rows, out, against or {})
+    save_csv(out / "paired_differences.csv", differences)
+    ahead = differences[differences["group"] == "HEG"].dropna().set_index("setting").to_dict("index")
+    rows = pd.DataFrame(rows)
+    rows[rows.columns[rows.isna().all()]] = np.nan  # instead of None
+    for keys, of in rows.groupby(["setting", "split", "truth"], sort=False):
+        own = [part for _, part in of.groupby("slide")] if keys[1] == "test" and of["slide"].nunique() > 1 else []
+        for part in [*own, of]:
+            mean, scored = part.mean(numeric_only=True), keys[1:] == ("test", "lognorm")
+            line = dict(zip(("setting", "split", "truth"), keys, strict=True))
+            line |= {"slide": "all" if part["slide"].nunique() > 1 else part["slide"].iloc[0], "n": len(part)}
+            for group in (*GROUPS, "all"):
+                r = part.groupby("slide" if part["slide"].nunique() > 1 else ["seed", "fold"])[group.lower()].mean()
+                spread, n = f"±{r.std():.3f}" * (len(r) > 1), int(part[f"{group.lower()}_n"].min())
+                line[group] = f"{r.mean():.3f}{spread}" + f"/{n}" * bool(n < sizes.get(group, 0))
+            ends = np.quantile(join_draws(part, out)[:, 0], [0.025, 0.975]) if scored else (np.nan, np.nan)
+            line |= {"HEG 95 %": "[{:.2f}, {:.2f}]".format(*ends), "ceiling": f"{mean['heg_ceiling']:.3f}"}
+            line |= {"share": f"{mean['heg'] / mean['heg_ceiling']:.0%}", "r>=.30": f"{mean['n_genes_r30']:.0f}"}
+            if scored and part is of and keys[0] in ahead:
+                line["HEG ahead"] = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of {minus}".format(**ahead[keys[0]])
+            more = {"image ceiling": "heg_image_ceiling", "pooled": "heg_pooled", "Spearman": "heg_spearman"}
+            more |= {"spot-wise": "spot_r", "variance": "variance_ratio", "r~Moran": "r_moran", "r~mean": "r_mean"}
+            lines.append(line | {name: f"{mean[key]:.3f}" for name, key in (more | {"MSE": "mse"}).items()})
+            parts.append(part)
+    table = pd.DataFrame(lines).fillna("").replace(r"^\[?nan.*", "-", regex=True)
+    table["setting"] = table["setting"].str.ljust(table["setting"].str.len().max())
+    table["seconds"] = [f"{part['seconds'].sum():.0f}" for part in parts]
+    if add:
+        add(table, parts)
+    first = [*table.columns[: table.columns.get_loc("r>=.30") + 1], *table.columns.intersection(["HEG ahead"])]
+    print_table(title, data, table[first])
+    more = ["setting", "split", "truth", "slide", *table.columns.difference(first, sort=False)]
+    print_table("the same rows, more metrics (of HEG where a gene group matters)", data, table[more])
 
 
 def print_table(title, data, table):
