@@ -51,6 +51,7 @@ SEED = 42  # of Harmony's clustering
 # --------------------------------------------------------------------------------------------------------
 
 BLOCK_WIDTH = 5  # pitches
+FEW_COUNTS = 100  # two spots with fewer may be the same by chance
 MANIFEST = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
 DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, OSError)
 DAMAGED_TIFF += (RuntimeError,)  # of the codecs
@@ -467,9 +468,30 @@ def read_harmony(path, slide, counts):
 # ---------------------------------------------------------------------------------------------- trust
 
 
+def check_leaks(patches, counts):
+    """InputError where two spots have the same pixels or the same counts of all genes: a split could learn from one and
+    be scored on the other. Blank patches, and spots of few counts, may be the same by chance.
+    """
+    counts.X.sort_indices()
+    seen = {}
+    for i, (spot, total) in enumerate(counts.obs["n_counts"].items()):
+        at, patch, content = slice(*counts.X.indptr[i : i + 2]), patches[i], {}
+        if (patch != patch[0, 0]).any():
+            content["pixels"] = patch.tobytes()
+        if total >= FEW_COUNTS:
+            content["counts"] = counts.X.indices[at].tobytes() + counts.X.data[at].tobytes()
+        for what, values in content.items():
+            twin = seen.setdefault((what, hashlib.blake2b(values).digest()), spot)
+            if twin != spot:
+                raise InputError(
+                    f"a leak: the spots {twin} and {spot} have the same {what}, so a split could learn from one and be "
+                    "scored on the other; is a slide in slides.csv twice?"
+                )
+
+
 def counting_ceiling(counts, totals, levels=24, steps=50):
-    """The r that knowing every spot's own rate would give: (n, G) counts of one slide, (n,) totals over all genes -> (G,)
-    between measured log-normalised expression and that of the rates; NaN for a gene that is constant.
+    """The r that knowing every spot's own rate would give, (G,): r of measured log-normalised expression and that of
+    the rates, from (n, G) counts of one slide and (n,) totals over all genes. NaN for a constant gene.
 
     A gene's rates are taken to come from an unknown distribution over `levels` values, which is fitted to its counts by
     maximum likelihood under Poisson noise (Laird, JASA 1978; EM, stopped after `steps`, before it falls into atoms).
@@ -583,6 +605,7 @@ def main():
         with open(out / "dataset.csv", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         meta = {
+            "format": common.FORMAT,
             "target": target,
             "simulated": (root / "simulation.json").is_file(),
             "spots": len(obs),
@@ -626,6 +649,7 @@ def write_expression(root, out, tables, slides):
             f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix"
         )
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
+    check_leaks(patches, counts)
     full = scipy.sparse.csr_matrix(counts.X, dtype=np.float32)
     full = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy()) @ full
     panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(full.log1p(), dtype=np.float32))

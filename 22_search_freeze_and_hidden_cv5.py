@@ -174,7 +174,8 @@ def add_folds(trained, table, parts):
     for group in ("HEG", "HVG", "MG", "all"):
         r = trained.groupby(["setting", "truth"])[group.lower()].agg(["mean", "std"])
         r = r.loc[[(part["setting"].iloc[0], part["truth"].iloc[0]) for part in parts]]
-        table[f"{group} folds"] = (r["mean"].map("{:.3f}±".format) + r["std"].map("{:.3f}".format)).to_numpy()
+        form = r["mean"].map("{:.3f}±".format) + r["std"].map("{:.3f}".format)
+        table[f"{group} folds"] = form.mask(r["mean"].isna(), "-").to_numpy()
 
 
 def draw_figure(path, title, rows):

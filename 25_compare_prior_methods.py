@@ -241,7 +241,7 @@ def add_costs_and_gain(table, parts):
     mean = pd.DataFrame([part.mean(numeric_only=True) for part in parts])
     table["million"] = (mean.get("parameters_total", mean["heg"] * np.nan) / 1e6).map("{:.1f}".format)
     table["minutes"] = (mean["seconds"] / 60).map("{:.1f}".format)
-    bleep = [name.strip() == "BLEEP" for name in table["setting"]] & (mean["heg"] > 0)
+    bleep = (table["setting"].str.strip() == "BLEEP") & (mean["heg"] > 0)
     keys = pd.MultiIndex.from_frame(table[["split", "truth", "slide"]])
     gain = mean["heg"] / keys.map(dict(zip(keys[bleep], mean["heg"][bleep], strict=True))) - 1
     table["over BLEEP"] = gain.map("{:+.0%}".format)

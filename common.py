@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- conventions
+FORMAT = 2  # of script 19's files and of rows; raised when either changes, so that what is older is made again
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -48,17 +49,15 @@ FOLDS = 5  # of PROTOCOL block
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
 
-# What a constant may be: a tuple of the allowed values, or the least and the greatest number.
-CHOICES = {
+# What a constant may be: one of these values, or the least and the greatest number.
+ALLOWED = {
     "TARGET": ("harmony", "lognorm"), "PROTOCOL": ("paper", "loso", "block"), "AUG": ("mpa", "stnet", "none"),
     "DEVICE": ("auto", "cpu", "cuda"), "PRECISION": ("auto", "bf16", "fp16", "fp32"),
-    "DATASET": ("GSE240429", "HER2ST"),
-}  # fmt: skip
-BOUNDS = {
-    **dict.fromkeys(("VALID_FRACTION", "LEARNING_RATE", "MIN_CLUSTER"), (0, 1)), "IMAGE_SIZE": (32, 4096),
-    **dict.fromkeys(("SPOTS", "FOLDS", "BATCH_SIZE", "BLEEP_BATCH", "NEIGHBOURS"), (2, 10**6)), "HIDDEN": (0, 10**6),
-    "TRAINABLE_STAGES": (-1, 1000), "MICRO_BATCH": (3, 10**6), "SLIDES": (1, 1000), "DISPERSION": (0, 100),
+    "DATASET": ("GSE240429", "HER2ST"), "IMAGE_SIZE": (32, 4096), "HIDDEN": (0, 10**6), "TRAINABLE_STAGES": (-1, 1000),
+    **dict.fromkeys(("VALID_FRACTION", "LEARNING_RATE", "MIN_CLUSTER"), (0, 1)), "DISPERSION": (0, 100),
+    **dict.fromkeys(("SPOTS", "FOLDS", "BATCH_SIZE", "BLEEP_BATCH", "NEIGHBOURS"), (2, 10**6)), "MICRO_BATCH": (3, 999),
     **dict.fromkeys(("EPOCHS", "STNET_EPOCHS", "BLEEP_EPOCHS", "HVG_PER_SLIDE", "EMBEDDING", "DEPTH"), (1, 10**6)),
+    "SLIDES": (1, 1000),
 }  # fmt: skip
 
 
@@ -110,14 +109,9 @@ def _constant_comments(script):
 
 def _parse_constant(default, text):
     """The command line's text as a value of the default's type; an empty tuple takes whole numbers."""
-    try:
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, tuple):
-            return tuple(type((*default, 0)[0])(part) for part in text.split(",") if part)
-        return type(default)(text)
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text}: expected {type(default).__name__} like {default!r}") from None
+    if isinstance(default, tuple):
+        return tuple(type((*default, 0)[0])(part) for part in text.split(",") if part)
+    return bool(("false", "true").index(text.lower())) if isinstance(default, bool) else type(default)(text)
 
 
 def override_constants(script, argv):
@@ -128,6 +122,7 @@ def override_constants(script, argv):
     flag = lambda name: "--" + name.lower().replace("_", "-")  # noqa: E731
     for name, comment in _constant_comments(script).items():
         value, kind = script[name], functools.partial(_parse_constant, script[name])
+        kind.__name__ = type(value).__name__  # for the message
         shown = f"{comment} [{','.join(map(str, value)) if isinstance(value, tuple) else value}]".replace("%", "%%")
         bare = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
         parser.add_argument(flag(name), dest=name, type=kind, metavar="", help=shown, **bare)
@@ -136,11 +131,12 @@ def override_constants(script, argv):
         values = script["QUICK_BUDGET"] | values
     print(*(f"{name} = {value!r}\n" for name, value in values.items() if value != script[name]), sep="", end="")
     script.update(values)
-    for name, value in recipe_of(script).items():
-        allowed, (low, high) = CHOICES.get(name, (value,)), BOUNDS.get(name, (-np.inf, np.inf))
-        require(value in allowed, f"{flag(name)} {value}: expected one of {', '.join(map(str, allowed))}")
-        fits = name not in BOUNDS or low <= value <= high
-        require(fits, f"{flag(name)} {value}: expected a number from {low} to {high}")
+    for name in script.keys() & ALLOWED.keys():
+        value, allowed = script[name], ALLOWED[name]
+        words = isinstance(allowed[0], str)
+        expected = f"one of {', '.join(allowed)}" if words else f"a number from {allowed[0]} to {allowed[1]}"
+        fits = value in allowed if words else allowed[0] <= value <= allowed[1]
+        require(fits, f"{flag(name)} {value}: expected {expected}")
 
 
 def run_script(script):
@@ -189,15 +185,14 @@ def open_run(script, split=None):
         if not (root / "dataset" / "meta.json").exists():
             call_script("19_make_patches_and_csv.py", "--data-root", str(root), "--target", recipe["TARGET"])
     out = Path(recipe["OUT"] or Path("runs", Path(script["__file__"]).stem, root.resolve().name))
-    published, experiments = recipe["PROTOCOL"] == "paper", []
+    data, paper, experiments = load_dataset(root, recipe["TARGET"]), recipe["PROTOCOL"] == "paper", []
     clean = f"--protocol {recipe['PROTOCOL']} needs --target lognorm: Harmony has seen the test slide"
-    require(published or recipe["TARGET"] == "lognorm", clean)
-    data = load_dataset(root, recipe["TARGET"])
+    require(paper or recipe["TARGET"] == "lognorm", clean)
     for seed in recipe["SEEDS"]:
         for fold, roles in enumerate((split or split_spots)(data.spots, recipe, seed)):
             train = roles == "train"
-            own = data if published else restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
-            experiments.append(Experiment(own, roles, choose_gene_groups(own, train, published), out, seed, fold))
+            own = data if paper else restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
+            experiments.append(Experiment(own, roles, choose_gene_groups(own, train, paper), out, seed, fold))
     return recipe, experiments
 
 
@@ -231,24 +226,22 @@ def load_dataset(data_root, target):
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
     require((folder / "meta.json").is_file(), f"no meta.json in {folder}: run {command} first")
     meta = json.loads(meta_text := (folder / "meta.json").read_bytes())
+    require(meta.get("format") == FORMAT, f"{folder} was made by another version: run {command} again")
     require(meta["target"], f"{folder} holds patches alone: its slides.csv names no matrix, so nothing can be learnt")
     made = meta["target"] == "harmony" or target == "lognorm"
     require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
     counts = anndata.read_h5ad(folder / "counts.h5ad")
-    genes, expression = counts.var_names.tolist(), log_normalise(counts.X, counts.obs["n_counts"])
-    require("donor" in counts.obs, f"{folder} was made by an earlier version: run {command} again")
-    lognorm, spots = expression, counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_FACTS]
+    genes, spots = counts.var_names.tolist(), counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_FACTS]
+    trained_on = lognorm = log_normalise(counts.X, counts.obs["n_counts"])
     if target == "harmony":
         table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
         whole = table.collect_schema().names() == ID_COLUMNS + genes
         require(whole, f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
-        expression = table.select(genes).collect().to_numpy()
+        trained_on = table.select(genes).collect().to_numpy()
     patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
-    check_leaks(root, patches, counts)
     fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
-    return SpotData(
-        root, torch.from_numpy(patches), spots, genes, expression, lognorm, counts, meta, fingerprint, title
-    )
+    tables = spots, genes, trained_on, lognorm, counts
+    return SpotData(root, torch.from_numpy(patches), *tables, meta, fingerprint, title)
 
 
 def split_spots(spots, recipe, seed):
@@ -262,24 +255,28 @@ def split_spots(spots, recipe, seed):
     train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, tests))
     for s in (*train, *tests):
         require(s in set(slide), f"slide {s} is not in the dataset: it holds slides {np.unique(slide)}")
-    require(not {*tests} & {*train}, f"slide {tests} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
+    require(
+        not {*tests} & {*train},
+        f"slide {recipe['TEST_SLIDE']} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one",
+    )
     pool, trainings = np.flatnonzero(np.isin(slide, train)), []
-    if protocol == "paper":
+    if protocol == "block":
+        trainings = split_folds(spots, pool, protocol, FOLDS, seed)
+    elif protocol == "paper":
         n_valid = round(recipe["VALID_FRACTION"] * len(pool))
         enough = 0 < n_valid < len(pool) - 1
-        require(enough, f"--valid-fraction {recipe['VALID_FRACTION']} of {len(pool)} spots leaves one side none")
+        require(
+            enough,
+            f"--valid-fraction {recipe['VALID_FRACTION']} of {len(pool)} spots leaves validation or training none",
+        )
         order, roles = np.random.default_rng(seed_of(seed, "split")).permutation(pool), np.full(len(slide), "", "U5")
         roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
         trainings = [roles]
-    elif protocol == "block":
-        trainings = split_folds(spots, pool, protocol, FOLDS, seed)
     for s in sorted(train) if protocol == "loso" else ():
         others = [o for o in train if set(donor[slide == o]) != set(donor[slide == s])] or [o for o in train if o != s]
         require(len(others) > 1, f"--protocol loso: slide {s} has {len(others)} slides to learn from; two are needed")
-        after = min(others, key=lambda o: (o < s, o))
-        trainings.append(
-            np.select([slide == s, slide == after, np.isin(slide, others)], ["test", "valid", "train"], "")
-        )
+        parts = slide == s, slide == min(others, key=lambda o: (o < s, o)), np.isin(slide, others)
+        trainings.append(np.select(parts, ("test", "valid", "train"), ""))
     return [np.where(np.isin(slide, tests), "test", roles) for roles in trainings]
 
 
@@ -302,24 +299,12 @@ def split_folds(spots, pool, protocol, folds, seed):
         valid, train = pool[fold_of == fold], pool[fold_of != fold]
         if protocol == "block" and len(valid):
             train = train[cKDTree(places[valid]).query(places[train])[0] > MARGIN + 0.1]  # not exactly on the grid
-        require(len(valid) and len(train) > 1, f"fold {fold} of {folds} over {len(pool)} spots has none left")
+        require(
+            len(valid) and len(train) > 1, f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
+        )
         roles[valid], roles[train] = "valid", "train"
         trainings.append(roles)
     return trainings
-
-
-def check_leaks(root, patches, counts):
-    """InputError where two spots have the same pixels or counts: a split could learn from one and be scored on the
-    other. Blank patches, and spots with fewer than 100 counts in the panel, may be the same by chance.
-    """
-    pixels, rows = patches[:, ::28, ::28].reshape(len(patches), -1), counts.X.sorted_indices()
-    vectors = [rows.indices[a:b].tobytes() + rows.data[a:b].tobytes() for a, b in itertools.pairwise(rows.indptr)]
-    told = {"pixels": np.ptp(pixels, axis=1) > 8, "counts": np.asarray(rows.sum(1)).ravel() >= 100}
-    for what, content in {"pixels": [row.tobytes() for row in pixels], "counts": vectors}.items():
-        spots = pd.Series(content, counts.obs_names)[told[what]].sort_values()
-        twins = spots.index[spots.duplicated(keep=False)]
-        named = " and ".join(twins[:2])
-        require(not len(twins), f"a leak: spots {named} have the same {what}; does {root} hold a slide twice?")
 
 
 @functools.cache
@@ -335,21 +320,17 @@ def choose_gene_groups(data, spots, published):
     """Table group, gene, rank, attrs["source"]: the data root's gene_sets.csv if `published` may be used, else HEG and
     HVG are the 50 genes of the panel with the highest mean and variance of log-normalised expression over `spots`.
     """
-    path = data.root / "gene_sets.csv"
+    path, source = data.root / "gene_sets.csv", "training spots"
+    ranked = {"HEG": data.lognorm[spots].mean(0, np.float64), "HVG": data.lognorm[spots].var(0, np.float64)}
+    lists = {k: [data.genes[g] for g in np.argsort(-v, kind="stable")[:GROUP_SIZE]] for k, v in ranked.items()}
+    table = pd.Series(lists | {"MG": MARKER_GENES}).explode().rename_axis("group").reset_index(name="gene")
     if published and path.is_file():
-        table = pd.DataFrame({"group": ["unread"]})
+        table, source = pd.DataFrame({"group": ["unread"]}), path.name
         with suppress(ValueError, KeyError):
             table = pd.read_csv(path)[["group", "gene"]].dropna()
-        require(
-            set(table["group"]) <= set(GROUPS),
-            f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}",
-        )
-        table, source = table.assign(rank=table.groupby("group").cumcount() + 1), path.name
-    else:
-        ranked = {"HEG": data.lognorm[spots].mean(0, np.float64), "HVG": data.lognorm[spots].var(0, np.float64)}
-        lists = {k: [data.genes[g] for g in np.argsort(-v, kind="stable")[:GROUP_SIZE]] for k, v in ranked.items()}
-        rows = [(k, gene, n) for k, genes in (lists | {"MG": MARKER_GENES}).items() for n, gene in enumerate(genes, 1)]
-        table, source = pd.DataFrame(rows, columns=["group", "gene", "rank"]), "training spots"
+        known = set(table["group"]) <= set(GROUPS)
+        require(known, f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}")
+    table["rank"] = table.groupby("group").cumcount() + 1
     table.attrs["source"] = source
     return table
 
@@ -597,7 +578,7 @@ def average_slides(score, predicted, truth, slides):
 
 
 def score_genes(predicted, truth, slides):
-    """Per gene, (G,) arrays: mean over slides of r, of Spearman's r and of both variances; r_pooled of all spots; mse."""
+    """Per gene, (G,) arrays: mean over slides of r, Spearman's r and both variances; r_pooled over all spots; mse."""
     rank = lambda values: rankdata(np.ascontiguousarray(values.T), axis=1).T  # noqa: E731 - along columns is slower
     scores = {
         "r": pearson_per_gene,
@@ -633,7 +614,7 @@ def join_draws(rows, out):
     several trainings on one slide, as many are drawn with replacement, and those of two settings stay paired.
     """
     means = []
-    for _, folders in pd.DataFrame(rows).groupby("slide")["folder"]:
+    for _, folders in rows.groupby("slide")["folder"]:
         draws = np.stack([pd.read_csv(out / f / "bootstrap.csv").filter(like="lognorm_") for f in folders], axis=1)
         picked = np.random.default_rng(seed_of("trainings")).integers(draws.shape[1], size=draws.shape[:2])
         means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
@@ -644,17 +625,15 @@ def pair_differences(rows, out, against):
     """r of a setting minus r of another, {setting: another}, of the same trainings: table setting, minus, group, n,
     difference, low, high (95 %). Test slides, log-normalised truth. NaN where r is not defined for equally many genes.
     """
-    rows = [row for row in rows if (row["split"], row["truth"]) == ("test", "lognorm")]
-    lines = []
+    rows, lines = pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'"), []
     for pair in against.items():
-        ones, others = ([row for row in rows if row["setting"] == setting] for setting in pair)
-        drawn = join_draws(ones, out) - join_draws(others, out)
-        for group, draws in zip((*GROUPS, "all"), drawn.T, strict=True):
-            key, ends = group.lower(), (np.nan,) * 3
-            if all(a[f"{key}_n"] == b[f"{key}_n"] > 0 for a, b in zip(ones, others, strict=True)):
-                difference = np.mean([a[key] - b[key] for a, b in zip(ones, others, strict=True)])
-                ends = (difference, *np.quantile(draws, [0.025, 0.975]))
-            lines.append((*pair, group, len(ones), *ends))
+        ones, others = (rows[rows["setting"] == setting].reset_index() for setting in pair)
+        low, high = np.quantile(join_draws(ones, out) - join_draws(others, out), [0.025, 0.975], axis=0)
+        for group, *ends in zip((*GROUPS, "all"), low, high, strict=True):
+            key = group.lower()
+            same = (ones[f"{key}_n"] == others[f"{key}_n"]).all() and ones[f"{key}_n"].all()
+            ends = [(ones[key] - others[key]).mean(), *ends] if same else [np.nan] * 3
+            lines.append([*pair, group, len(ones), *ends])
     return pd.DataFrame(lines, columns=["setting", "minus", "group", "n", "difference", "low", "high"])
 
 
@@ -743,39 +722,34 @@ def run_grid(script, settings, experiments, adapt=None):
 
 def score_rows(setting, recipe, experiment, predicted, facts):
     """([one dict a split and truth], per-gene table, bootstrap draws); NaN is None in the dicts, as JSON has none."""
-    data, rows, at_train = experiment.data, experiment.rows(*SPLITS), experiment.rows("train")
+    data, rows, train = experiment.data, experiment.rows(*SPLITS), experiment.rows("train", "oof")
     table, per_gene, draws = [], pd.DataFrame(index=pd.Index(data.genes, name="gene")), pd.DataFrame()
-    truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
-    splits = [split for split in SPLITS if split in experiment.roles]
+    splits, truths = (
+        [s for s in SPLITS if s in experiment.roles],
+        {recipe["TARGET"]: data.target, "lognorm": data.lognorm},
+    )
     for split, (truth, values) in itertools.product(splits, truths.items()):
         at = experiment.roles[rows] == split
-        x, y, spots = predicted[at], values[rows[at]], data.spots.iloc[rows[at]]
+        x, y, spots, usual = predicted[at], values[rows[at]], data.spots.iloc[rows[at]], values[train].mean(0)
         slides = np.unique(spots["tissue_index"])
         scores = pd.DataFrame(score_genes(x, y, spots["tissue_index"].to_numpy()), data.genes).assign(mean=y.mean(0))
-        for fact in ("ceiling", "image_ceiling", "moran") if truth == "lognorm" else ():  # by 19, of whole slides
-            columns = data.counts.var.columns.intersection([f"{fact}_{s}" for s in slides])
-            scores[fact] = data.counts.var[columns].mean(axis=1)
+        for fact in FACTS:  # of whole slides
+            columns = [f"{fact}_{slide}" for slide in slides if truth == "lognorm"]
+            scores[fact] = data.counts.var.reindex(columns=columns).mean(axis=1)
         per_gene = per_gene.join(scores.add_prefix(f"{split}_{truth}_"))
         row = {"setting": setting, "split": split, "slide": ",".join(map(str, slides)), "fold": experiment.fold}
         row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
-        row |= {"gene_lists": experiment.groups.attrs["source"], "n_spots": len(x)} | facts
-        defined = scores.dropna(subset="r").reindex(columns=list(dict.fromkeys([*scores, *FACTS])))
+        row |= {"gene_lists": experiment.groups.attrs["source"], "n_spots": len(x), **facts}
+        row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": scores["mse"].mean()}
+        row |= {"variance_ratio": scores["variance_predicted"].sum() / scores["variance"].sum()}
+        scores = scores.dropna(subset="r").rename(columns={"r_pooled": "pooled"})
         for key, genes in experiment.members.items():
-            of = defined.loc[defined.index.isin(genes)]
-            row |= {key: of["r"].mean(), f"{key}_n": len(of), f"{key}_pooled": of["r_pooled"].mean()}
-            row |= {f"{key}_{name}": of[name].mean() for name in ("spearman", *FACTS)} | {f"{key}_ci": None}
-        order = defined[["r", *FACTS, "mean"]].corr("spearman")["r"]
-        row |= {
-            "r_moran": order["moran"],
-            "r_mean": order["mean"],
-            "n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()),
-        }
-        row |= {
-            "mse": scores["mse"].mean(),
-            "variance_ratio": scores["variance_predicted"].sum() / scores["variance"].sum(),
-        }
-        usual = values[at_train].mean(0, np.float64)
+            mean = scores[scores.index.isin(genes)].mean()
+            row |= {key: mean["r"], f"{key}_n": int(scores.index.isin(genes).sum()), f"{key}_ci": None}
+            row |= {f"{key}_{name}": mean[name] for name in ("pooled", "spearman", *FACTS)}
+        order = scores[["r", "moran", "mean"]].corr("spearman")["r"]
         row["spot_r"] = pd.Series(pearson_per_gene((x - usual).T, (y - usual).T)).mean()
+        row |= {"r_against_moran": order["moran"], "r_against_mean": order["mean"]}
         if split == "test":
             means = bootstrap_means(x, y, spots, data.genes, experiment.members)
             draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
@@ -830,12 +804,12 @@ def print_header(script, recipe, experiments):
         split.append(f"{role} {len(at)} spots of slides {','.join(map(str, np.unique(slides.iloc[at])))}")
     missing = sorted(set(experiment.groups["gene"]) - set(data.genes))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    alone = " (one donor alone, who is not left out)" * (data.spots["donor"].nunique() == 1)
     says = {
-        "paper": "as published: the panel is chosen on all slides, so transductive",
-        "loso": f"every slide once the test slide, of which nothing else is used{alone}",
-        "block": f"{FOLDS} folds of spatial blocks, then the test slide, of which nothing else is used",
         "harmony": "Harmony over all slides, the test slide included", "lognorm": "log1p of counts per 10,000",
+        "paper": "as published: the panel is chosen on all slides, so transductive",
+        "block": f"{FOLDS} folds of spatial blocks, then the test slide, of which nothing else is used",
+        "loso": "every slide once the test slide, of which nothing else is used; "
+        + ("one donor alone, who is not left out" if data.spots["donor"].nunique() == 1 else "its donor is left out"),
     }  # fmt: skip
     print(f"\n{data.title}{Path(script['__file__']).stem}")
     for name, value in {
@@ -855,41 +829,50 @@ def report_scores(title, experiments, rows, against=None, add=None):
     each test slide's own line); 0.310/47 is of 47 genes only; intervals are over blocks. pair_differences `against` is
     saved, and its HEG shown. `add(table, parts)` may add columns; parts are the rows that each line is of.
     """
-    out, data, lines, parts = experiments[0].out, experiments[0].data, [], []
+    out, data, keys, lines, parts = experiments[0].out, experiments[0].data, ["setting", "split", "truth"], [], []
     sizes = {"all": len(data.genes), **experiments[0].groups["group"].value_counts()}
     differences = pair_differences(rows, out, against or {})
     save_csv(out / "paired_differences.csv", differences)
-    ahead = differences[differences["group"] == "HEG"].dropna().set_index("setting").to_dict("index")
+    ahead = differences[differences["group"] == "HEG"].set_index("setting").to_dict("index")
     rows = pd.DataFrame(rows)
-    rows[rows.columns[rows.isna().all()]] = np.nan  # instead of None
-    for keys, of in rows.groupby(["setting", "split", "truth"], sort=False):
-        own = [part for _, part in of.groupby("slide")] if keys[1] == "test" and of["slide"].nunique() > 1 else []
-        for part in [*own, of]:
-            mean, scored = part.mean(numeric_only=True), keys[1:] == ("test", "lognorm")
-            line = dict(zip(("setting", "split", "truth"), keys, strict=True))
-            line |= {"slide": "all" if part["slide"].nunique() > 1 else part["slide"].iloc[0], "n": len(part)}
+    rows[rows.columns[rows.isna().all()]] = np.nan  # in place of None
+    for (setting, split, truth), of in rows.groupby(keys, sort=False):
+        several = split == "test" and of["slide"].nunique() > 1
+        for part in [*(part for _, part in of.groupby("slide") if several), of]:
+            mean, scored = part.mean(numeric_only=True), (split, truth) == ("test", "lognorm")
+            by = "slide" if part["slide"].nunique() > 1 else ["seed", "fold"]
+            line = {"setting": setting, "split": split, "truth": truth, "n": len(part)}
+            line["slide"] = "all" if by == "slide" else part["slide"].iloc[0]
             for group in (*GROUPS, "all"):
-                r = part.groupby("slide" if part["slide"].nunique() > 1 else ["seed", "fold"])[group.lower()].mean()
-                spread, n = f"±{r.std():.3f}" * (len(r) > 1), int(part[f"{group.lower()}_n"].min())
-                line[group] = f"{r.mean():.3f}{spread}" + f"/{n}" * bool(n < sizes.get(group, 0))
+                r, n = part.groupby(by)[group.lower()].mean(), int(part[f"{group.lower()}_n"].min())
+                line[group] = (
+                    f"{r.mean():.3f}" + f"±{r.std():.3f}" * (len(r) > 1) + f"/{n}" * bool(n < sizes.get(group, 0))
+                )
             ends = np.quantile(join_draws(part, out)[:, 0], [0.025, 0.975]) if scored else (np.nan, np.nan)
             line |= {"HEG 95 %": "[{:.2f}, {:.2f}]".format(*ends), "ceiling": f"{mean['heg_ceiling']:.3f}"}
             line |= {"share": f"{mean['heg'] / mean['heg_ceiling']:.0%}", "r>=.30": f"{mean['n_genes_r30']:.0f}"}
-            if scored and part is of and keys[0] in ahead:
-                line["HEG ahead"] = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of {minus}".format(**ahead[keys[0]])
-            more = {"image ceiling": "heg_image_ceiling", "pooled": "heg_pooled", "Spearman": "heg_spearman"}
-            more |= {"spot-wise": "spot_r", "variance": "variance_ratio", "r~Moran": "r_moran", "r~mean": "r_mean"}
-            lines.append(line | {name: f"{mean[key]:.3f}" for name, key in (more | {"MSE": "mse"}).items()})
+            if scored and part is of and setting in ahead:
+                line["HEG ahead"] = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of {minus}".format(**ahead[setting])
             parts.append(part)
-    table = pd.DataFrame(lines).fillna("").replace(r"^\[?nan.*", "-", regex=True)
+            lines.append(line)
+    table = pd.DataFrame(lines).fillna("").replace({r"^\[?\+?nan.*": "-", r" \[\+nan, \+nan\]": ""}, regex=True)
     table["setting"] = table["setting"].str.ljust(table["setting"].str.len().max())
+    print_table(title, data, table)
+    more = {"heg_image_ceiling": "image ceiling", "heg_pooled": "pooled", "heg_spearman": "Spearman"}
+    more |= {
+        "spot_r": "spot-wise",
+        "variance_ratio": "variance",
+        "r_against_moran": "r~Moran",
+        "r_against_mean": "r~mean",
+    }
+    means = pd.DataFrame([part.mean(numeric_only=True) for part in parts])
+    table = table[[*keys, "slide"]].join(means.rename(columns=more | {"mse": "MSE"})[[*more.values(), "MSE"]].round(3))
     table["seconds"] = [f"{part['seconds'].sum():.0f}" for part in parts]
     if add:
         add(table, parts)
-    first = [*table.columns[: table.columns.get_loc("r>=.30") + 1], *table.columns.intersection(["HEG ahead"])]
-    print_table(title, data, table[first])
-    more = ["setting", "split", "truth", "slide", *table.columns.difference(first, sort=False)]
-    print_table("the same rows, more metrics (of HEG where a gene group matters)", data, table[more])
+    print_table(
+        "the same rows, further metrics: of HEG are image ceiling, pooled r and Spearman's", data, table.fillna("-")
+    )
 
 
 def print_table(title, data, table):

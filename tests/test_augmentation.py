@@ -9,14 +9,6 @@ import torch
 
 import common
 
-
-class Patches:
-    """What place_patches reads of a dataset."""
-
-    def __init__(self, patches):
-        self.patches = patches
-
-
 SYMMETRIES = list(itertools.product([False, True], repeat=3))
 
 
@@ -96,9 +88,8 @@ def test_presets_differ_as_named():
 def test_resized_patches_keep_order_and_colour():
     patches = np.zeros((3, 224, 224, 3), np.uint8)
     patches[0, ..., 0], patches[1, ..., 1], patches[2, ..., 2] = 200, 100, 50
-    data, device = Patches(patches), torch.device("cpu")
-    small = common.place_patches(data, 32, device)
+    patches, device = torch.from_numpy(patches), torch.device("cpu")
+    small = common.place_patches(patches, 32, device)
     assert small.shape == (3, 3, 32, 32) and small.is_contiguous(memory_format=torch.channels_last)
     assert small.amax((2, 3)).tolist() == [[200, 0, 0], [0, 100, 0], [0, 0, 50]]
-    whole = common.place_patches(data, 224, device)
-    assert whole.data_ptr() == torch.from_numpy(patches).data_ptr()
+    assert common.place_patches(patches, 224, device).data_ptr() == patches.data_ptr(), "not a copy"

@@ -56,13 +56,23 @@ def test_several_slides_are_averaged_and_pooled_apart():
     assert scores["mse"][0] == pytest.approx(np.mean((predicted[:, 0] - truth[:, 0]) ** 2))
 
 
-def test_missing_and_constant_genes_lower_the_count_and_never_the_mean():
-    groups = pd.DataFrame({"group": ["HEG", "HEG", "HEG", "HVG"], "gene": ["A", "C", "nowhere", "nowhere"], "rank": 1})
-    means = common.group_means([0.4, 0.2, np.nan], ["A", "B", "C"], groups)
-    assert (means["heg"], means["heg_n"]) == (0.4, 1)
-    assert np.isnan(means["hvg"]) and means["hvg_n"] == 0
-    assert np.isnan(means["mg"]) and means["mg_n"] == 0
-    assert means["all"] == pytest.approx(0.3) and means["all_n"] == 2
+def test_missing_and_constant_genes_lower_the_count_and_never_the_mean(simulated, tmp_path):
+    data = common.load_dataset(simulated, "lognorm")
+    a, _b, constant, *_ = data.genes
+    genes = [a, constant, "nowhere", "nowhere"]
+    groups = pd.DataFrame({"group": ["HEG", "HEG", "HEG", "HVG"], "gene": genes, "rank": 1})
+    groups.attrs["source"] = "by hand"
+    recipe = {"TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2, "PROTOCOL": "paper", "TARGET": "lognorm"}
+    experiment = common.Experiment(data, common.split_spots(data.spots, recipe, 42)[0], groups, tmp_path, 42)
+    predicted = np.full((len(experiment.rows(*common.SPLITS)), len(data.genes)), 0.1, np.float32)
+    predicted[:, :2] = np.random.default_rng(0).normal(size=(len(predicted), 2))
+    (row,) = (row for row in common.score_rows("x", recipe, experiment, predicted, {})[0] if row["split"] == "test")
+    measured = data.lognorm[experiment.rows("test")]
+    r = [scipy.stats.pearsonr(predicted[-len(measured) :, g], measured[:, g]).statistic for g in (0, 1)]
+    assert row["heg"] == pytest.approx(r[0], abs=1e-6) and row["heg_n"] == 1
+    assert row["heg_ceiling"] == pytest.approx(data.counts.var.loc[a, "ceiling_3"]), "of the genes that have an r"
+    assert row["hvg"] is None and row["hvg_n"] == 0 and row["mg"] is None and row["mg_n"] == 0
+    assert row["all"] == pytest.approx(np.mean(r), abs=1e-6) and row["all_n"] == 2
 
 
 def test_log_normalise_equals_scanpy():

@@ -25,8 +25,8 @@ def last_json(stdout):
 def experiment(simulated, tmp_path_factory):
     data = common.load_dataset(simulated, "lognorm")
     recipe = {"TEST_SLIDE": 3, "TRAIN_SLIDES": (), "VALID_FRACTION": 0.2, "PROTOCOL": "paper"}
-    roles = common.split_random(data.spots, recipe, 42)
-    groups = common.choose_gene_groups(data, roles == "train")
+    (roles,) = common.split_spots(data.spots, recipe, 42)
+    groups = common.choose_gene_groups(data, roles == "train", True)
     return common.Experiment(data, roles, groups, tmp_path_factory.mktemp("runs"), 42)
 
 
@@ -119,7 +119,7 @@ def test_accumulation_repeats_its_dropout():
 def test_bleep_retrieves_training_spots_with_the_weights_of_now(experiment):
     script, data = load_script("25"), experiment.data
     recipe = NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8}
-    patches = common.place_patches(data, 32, torch.device("cpu"))
+    patches = common.place_patches(data.patches, 32, torch.device("cpu"))
     network, _ = script.adapt(common.build_model(recipe, len(data.genes), 42), patches, recipe, experiment)
     train = experiment.rows("train")
     assert np.array_equal(network.expression, data.target[train])
@@ -138,7 +138,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(experiment, tmp_path, m
     script, data = load_script("25"), experiment.data
     recipe = script.methods()[method] | CPU | {"BACKBONE": "resnet18", "BATCH_SIZE": 12, "EPOCHS": 3, "MICRO_BATCH": 6}
     recipe |= {"LEARNING_RATE": 1e-3}
-    patches = common.place_patches(data, 32, torch.device("cpu"))
+    patches = common.place_patches(data.patches, 32, torch.device("cpu"))
 
     def train(stop_after, name):
         def stop(line, predicted, best_epoch):
@@ -174,7 +174,9 @@ def test_stnets_first_prediction_is_the_training_mean(experiment, method):
     assert recipe["HIDDEN"] == 0 and recipe["START_AT_MEAN"] and recipe["TTA"] and recipe["AUG"] == "stnet"
     model, mean = common.build_model(recipe, len(data.genes), 42), data.target[experiment.rows("train")].mean(0)
     model.head[-1].bias.data.copy_(torch.from_numpy(mean))  # as train_network does where START_AT_MEAN
-    network, patches = script.adapt(model, common.place_patches(data, 32, torch.device("cpu")), recipe, experiment)
+    network, patches = script.adapt(
+        model, common.place_patches(data.patches, 32, torch.device("cpu")), recipe, experiment
+    )
     predicted = common.predict(network, patches, experiment.rows("test"), dtype=torch.float32)
     np.testing.assert_array_equal(predicted, np.tile(mean, (len(predicted), 1)))
 
@@ -267,8 +269,8 @@ def test_methods_end_to_end(simulated, tmp_path, capsys):
     assert rows["setting"].unique().tolist() == names and (rows["setting"].value_counts() == 2).all()
     mean = rows[rows["setting"] == "training mean"]
     assert mean["heg"].isna().all() and (mean["heg_n"] == 0).all() and (mean["n_genes_r30"] == 0).all()
-    (line,) = [line for line in stdout.splitlines() if line.startswith("training mean") and " test " in line]
-    assert line.split()[7:11] == ["-"] * 4, line
+    line, costs = [line for line in stdout.splitlines() if line.startswith("training mean") and " test " in line]
+    assert line.split()[6:10] == ["-"] * 4 and costs.split()[-1] == "-", line
     assert "over BLEEP" in stdout and "million" in stdout and "minutes" in stdout
     assert "published, not computed here" not in stdout, "this data root has none"
     trained = rows.dropna(subset="parameters_total").drop_duplicates("setting").set_index("setting")
@@ -377,7 +379,7 @@ def test_cluster_ids_end_to_end(simulated, tmp_path, capsys):
     assert rows["setting"].unique().tolist() == ["no id", "cluster id", "shuffled id"] and len(rows) == 6
     assert "silhouette" in stdout and "HEG ahead" in stdout and "of no id" in stdout
     assert len(pd.read_csv(tmp_path / "grid.csv")) == 2 and (tmp_path / "clusters.png").stat().st_size > 10_000
-    assert pd.read_csv(tmp_path / "clusters.csv")["cluster_42"].nunique() >= 2
+    assert pd.read_csv(tmp_path / "clusters.csv")["cluster_42_0"].nunique() >= 2
     assert run_script("24", *arguments, "--embedding", 8, "--only", "no id", WEIGHTS=((1, 0), (1, 1))) == 0
     assert "on disk already" in capsys.readouterr().out, "a constant of the ids does not touch the row without one"
     assert run_script("24", *arguments, "--min-cluster", 0.9) == 2
@@ -396,15 +398,17 @@ def make_slide(noise, n=20, genes=6, seed=0):
     return spots, field + noise * random.normal(size=field.shape), field + random.normal(size=field.shape)
 
 
-GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "HVG", "HVG", "MG"], "gene": ["0", "1", "2", "gone", "gone"]})
+MEMBERS = {"heg": ["0", "1"], "hvg": ["2"], "mg": [], "all": [str(g) for g in range(6)]}
 
 
 def test_a_bootstrap_draw_is_r_of_whole_blocks_drawn_by_hand():
     spots, predicted, truth = make_slide(1.0)
     predicted[:, 5] = 3.0
-    means = common.bootstrap_means(predicted, truth, spots, [str(g) for g in range(6)], GROUPS)
+    means = common.bootstrap_means(predicted, truth, spots, [str(g) for g in range(6)], MEMBERS)
     block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()  # in the order of their names
-    drawn = np.random.default_rng(common.seed_of("bootstrap")).multinomial(16, np.full(16, 1 / 16), common.DRAWS)
+    drawn = np.random.default_rng(common.seed_of("bootstrap", *np.unique(spots["block"]))).multinomial(
+        16, np.full(16, 1 / 16), common.DRAWS
+    )
     for i in (0, 7, 999):
         at = np.concatenate([np.flatnonzero(block == b) for b in np.repeat(np.arange(16), drawn[i])])
         r = common.pearson_per_gene(predicted[at], truth[at])
@@ -417,9 +421,9 @@ def test_intervals_over_blocks_are_wider_than_over_spots():
     """Neighbours are alike: an interval that draws spots one by one would claim too much."""
     spots, predicted, truth = make_slide(0.3)
     names = [str(g) for g in range(6)]
-    by_block = common.bootstrap_means(predicted, truth, spots, names, GROUPS)["heg"]
+    by_block = common.bootstrap_means(predicted, truth, spots, names, MEMBERS)["heg"]
     alone = spots.assign(block=spots.index.astype(str))
-    by_spot = common.bootstrap_means(predicted, truth, alone, names, GROUPS)["heg"]
+    by_spot = common.bootstrap_means(predicted, truth, alone, names, MEMBERS)["heg"]
     assert by_block.std() > 1.3 * by_spot.std()
     r = common.pearson_per_gene(predicted, truth)[:2].mean()
     assert by_block.quantile(0.025) < r < by_block.quantile(0.975)
@@ -427,7 +431,7 @@ def test_intervals_over_blocks_are_wider_than_over_spots():
 
 def test_one_block_has_no_interval():
     spots, predicted, truth = make_slide(0.3, n=5)
-    assert common.bootstrap_means(predicted, truth, spots, list("abcdef"), GROUPS).isna().all(axis=None)
+    assert common.bootstrap_means(predicted, truth, spots, MEMBERS["all"], MEMBERS).isna().all(axis=None)
 
 
 def test_paired_differences_over_seeds(tmp_path):
@@ -442,7 +446,8 @@ def test_paired_differences_over_seeds(tmp_path):
                 f"lognorm_{key}": base + (seed * more if key == "heg" else 0) for key in ("heg", "hvg", "mg", "all")
             }
             pd.DataFrame(draws).to_csv(folder / "bootstrap.csv", index=False)
-            row = {"setting": setting, "seed": seed, "split": "test", "truth": "lognorm", "folder": folder.name}
+            row = {"setting": setting, "seed": seed, "slide": "3", "split": "test", "truth": "lognorm"}
+            row["folder"] = folder.name
             for key in ("heg", "hvg", "mg", "all"):
                 row |= {key: 0.2 + (seed * more if key == "heg" else 0), f"{key}_n": 50 if setting != "c" else 49}
             rows += [row, row | {"split": "valid"}]

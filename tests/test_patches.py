@@ -172,7 +172,7 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     pixels = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     pixels[300:400, 400:500] = (255, 0, 0)
     spots = spot_table(3)
-    spots["pxl_row"], spots["pxl_col"] = 350, 450
+    spots["pxl_row"], spots["pxl_col"] = 350 + np.arange(3), 450
     make_root(tmp_path, spots=spots, pixels=pixels)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     data = common.load_dataset(tmp_path, "lognorm")
@@ -185,7 +185,7 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     import torch
 
     for size in (224, 32):
-        common.predict(model, common.place_patches(data, size, torch.device("cpu")), [0], dtype=torch.float32)
+        common.predict(model, common.place_patches(data.patches, size, torch.device("cpu")), [0], dtype=torch.float32)
         centre = seen.pop()[0, :, size // 2, size // 2]
         expected = [
             (value - mean) / std

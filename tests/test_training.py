@@ -232,7 +232,7 @@ def test_the_reported_score_belongs_to_the_saved_weights(trained, simulated):
     model = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0", "HIDDEN": 16}, len(data.genes), 7)
     model.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
     predicted = common.predict(
-        model, common.place_patches(data, 32, torch.device("cpu")), test_rows, dtype=torch.float32
+        model, common.place_patches(data.patches, 32, torch.device("cpu")), test_rows, dtype=torch.float32
     )
     saved = scanpy.read_h5ad(folder / "predictions.h5ad")
     np.testing.assert_allclose(predicted, saved[data.spots["id"][test_rows]].X, atol=1e-5)
@@ -279,9 +279,9 @@ def test_another_constant_is_another_row(trained, simulated, capsys):
 def test_split_is_reproducible_disjoint_and_exhaustive(simulated):
     spots = common.load_dataset(simulated, "harmony").spots
     recipe = {"TRAIN_SLIDES": (1, 2), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2, "PROTOCOL": "paper"}
-    roles = common.split_random(spots, recipe, 42)
-    assert (roles == common.split_random(spots, recipe, 42)).all()
-    assert (roles != common.split_random(spots, recipe, 43)).any()
+    (roles,) = common.split_spots(spots, recipe, 42)
+    assert (roles == common.split_spots(spots, recipe, 42)).all()
+    assert (roles != common.split_spots(spots, recipe, 43)).any()
     assert (roles == "valid").sum() == 4 and (roles == "train").sum() == 16
     assert set(spots["tissue_index"][roles == "test"]) == {3} and set(spots["tissue_index"][roles == ""]) == {4}
 
@@ -291,8 +291,8 @@ def test_groups_are_ranked_on_training_spots_alone(simulated):
 
     data = common.load_dataset(simulated, "harmony")
     recipe = {"TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2, "PROTOCOL": "paper"}
-    roles = common.split_random(data.spots, recipe, 42)
-    groups = common.choose_gene_groups(data, roles == "train")
+    (roles,) = common.split_spots(data.spots, recipe, 42)
+    groups = common.choose_gene_groups(data, roles == "train", published=True)
     assert groups.attrs["source"] == "training spots" and groups["group"].value_counts().to_dict() == {
         "HEG": 50,
         "HVG": 50,
@@ -302,7 +302,7 @@ def test_groups_are_ranked_on_training_spots_alone(simulated):
     assert groups["gene"][0] == data.genes[int(mean.argmax())]
     changed = data.lognorm.copy()
     changed[roles != "train"] = np.random.default_rng(0).normal(size=changed[roles != "train"].shape)
-    assert common.choose_gene_groups(dataclasses.replace(data, lognorm=changed), roles == "train").equals(groups)
+    assert common.choose_gene_groups(dataclasses.replace(data, lognorm=changed), roles == "train", True).equals(groups)
 
 
 def test_published_lists_are_whole():
