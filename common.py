@@ -614,7 +614,7 @@ def join_draws(rows, out):
     several trainings on one slide, as many are drawn with replacement, and those of two settings stay paired.
     """
     means = []
-    for _, folders in rows.groupby("slide")["folder"]:
+    for _, folders in rows.sort_values(["seed", "fold"]).groupby("slide")["folder"]:
         draws = np.stack([pd.read_csv(out / f / "bootstrap.csv").filter(like="lognorm_") for f in folders], axis=1)
         picked = np.random.default_rng(seed_of("trainings")).integers(draws.shape[1], size=draws.shape[:2])
         means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
@@ -625,7 +625,7 @@ def pair_differences(rows, out, against):
     """r of a setting minus r of another, {setting: another}, of the same trainings: table setting, minus, group, n,
     difference, low, high (95 %). Test slides, log-normalised truth. NaN where r is not defined for equally many genes.
     """
-    rows, lines = pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'"), []
+    rows, lines = pd.DataFrame(rows).query("split == 'test' and truth == 'lognorm'").sort_values(["seed", "fold"]), []
     for pair in against.items():
         ones, others = (rows[rows["setting"] == setting].reset_index() for setting in pair)
         low, high = np.quantile(join_draws(ones, out) - join_draws(others, out), [0.025, 0.975], axis=0)

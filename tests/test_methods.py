@@ -446,12 +446,14 @@ def test_paired_differences_over_seeds(tmp_path):
                 f"lognorm_{key}": base + (seed * more if key == "heg" else 0) for key in ("heg", "hvg", "mg", "all")
             }
             pd.DataFrame(draws).to_csv(folder / "bootstrap.csv", index=False)
-            row = {"setting": setting, "seed": seed, "slide": "3", "split": "test", "truth": "lognorm"}
+            row = {"setting": setting, "seed": seed, "fold": 0, "slide": "3", "split": "test", "truth": "lognorm"}
             row["folder"] = folder.name
             for key in ("heg", "hvg", "mg", "all"):
                 row |= {key: 0.2 + (seed * more if key == "heg" else 0), f"{key}_n": 50 if setting != "c" else 49}
             rows += [row, row | {"split": "valid"}]
     table = common.pair_differences(rows, tmp_path, {"b": "a", "c": "a"}).set_index(["setting", "group"])
+    again = common.pair_differences(rows[::-1], tmp_path, {"b": "a", "c": "a"}).set_index(["setting", "group"])
+    pd.testing.assert_frame_equal(table, again)
     line = table.loc["b", "HEG"]
     assert line["difference"] == pytest.approx(0.15), "the mean of .1 and .2"
     assert line["low"] == pytest.approx(0.1) and line["high"] == pytest.approx(0.2), "both seeds twice, or one of each"

@@ -289,7 +289,7 @@ def test_draws_over_slides_are_means_of_independent_slides(tmp_path):
         draws = pd.DataFrame(random.normal(size=(common.DRAWS, 4)), columns=["heg", "hvg", "mg", "all"])
         (tmp_path / slide).mkdir()
         draws.add_prefix("lognorm_").to_csv(tmp_path / slide / "bootstrap.csv", index=False)
-        rows.append({"slide": slide, "folder": slide})
+        rows.append({"slide": slide, "folder": slide, "seed": 42, "fold": int(slide)})
     joined = common.join_draws(pd.DataFrame(rows), tmp_path)
     assert joined.shape == (common.DRAWS, 4) and joined[:, 0].std() == pytest.approx(1 / np.sqrt(3), rel=0.1)
     spots = [pd.DataFrame({"block": [f"{s}:{i // 4}:0" for i in range(40)]}) for s in (1, 2)]
