@@ -150,7 +150,7 @@ def draw_figure(path, title, table):
     ax.set_yticks(range(len(names)), names.values())
     ax.invert_yaxis()
     ax.set(xlabel="difference of Pearson r, mean over genes", title=title)
-    ax.legend(frameon=False)
+    figure.legend(frameon=False, ncols=3, loc="outside lower center")
     with common.whole_file(path) as partial:
         figure.savefig(partial, dpi=120)
 
