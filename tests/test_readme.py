@@ -87,4 +87,4 @@ def test_real_tissue(tmp_path):
     for command in others:
         stdout = run(command, tmp_path)
     rows = pd.DataFrame(json.loads(stdout.splitlines()[-1])["rows"])
-    assert set(rows["setting"]) == {"EfficientNet-B0", "ridge (colour)"} and rows["heg"].notna().all()
+    assert {"EfficientNet-B0", "ridge (colour)"} <= set(rows["setting"]) and rows["heg"].notna().all()
