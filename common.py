@@ -255,20 +255,15 @@ def split_spots(spots, recipe, seed):
     train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slide, tests))
     for s in (*train, *tests):
         require(s in set(slide), f"slide {s} is not in the dataset: it holds slides {np.unique(slide)}")
-    require(
-        not {*tests} & {*train},
-        f"slide {recipe['TEST_SLIDE']} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one",
-    )
+    both = {*tests} & {*train}
+    require(not both, f"slides {both} are both in TRAIN_SLIDES and TEST_SLIDE: choose another one")
     pool, trainings = np.flatnonzero(np.isin(slide, train)), []
     if protocol == "block":
         trainings = split_folds(spots, pool, protocol, FOLDS, seed)
     elif protocol == "paper":
         n_valid = round(recipe["VALID_FRACTION"] * len(pool))
-        enough = 0 < n_valid < len(pool) - 1
-        require(
-            enough,
-            f"--valid-fraction {recipe['VALID_FRACTION']} of {len(pool)} spots leaves validation or training none",
-        )
+        few = f"--valid-fraction {recipe['VALID_FRACTION']} of {len(pool)} spots leaves validation or training none"
+        require(0 < n_valid < len(pool) - 1, few)
         order, roles = np.random.default_rng(seed_of(seed, "split")).permutation(pool), np.full(len(slide), "", "U5")
         roles[order[:n_valid]], roles[order[n_valid:]] = "valid", "train"
         trainings = [roles]
@@ -299,9 +294,8 @@ def split_folds(spots, pool, protocol, folds, seed):
         valid, train = pool[fold_of == fold], pool[fold_of != fold]
         if protocol == "block" and len(valid):
             train = train[cKDTree(places[valid]).query(places[train])[0] > MARGIN + 0.1]  # not exactly on the grid
-        require(
-            len(valid) and len(train) > 1, f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
-        )
+        few = f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
+        require(len(valid) and len(train) > 1, few)
         roles[valid], roles[train] = "valid", "train"
         trainings.append(roles)
     return trainings
@@ -403,8 +397,8 @@ class SpotRegressor(nn.Module):
         for name in ("mean", "std"):  # of the images that the backbone was pretrained on
             self.register_buffer(name, 255 * torch.tensor(backbone.pretrained_cfg[name]).view(3, 1, 1), False)
         stages = stages_of(backbone)
-        if trainable_stages > len(stages):
-            raise InputError(f"TRAINABLE_STAGES {trainable_stages}: this backbone has {len(stages)} stages")
+        few = f"TRAINABLE_STAGES {trainable_stages}: this backbone has {len(stages)} stages"
+        require(trainable_stages <= len(stages), few)
         n_frozen = 0 if trainable_stages == -1 else len(stages) - trainable_stages
         self.frozen = [module for stage in stages[:n_frozen] for module in stage]
         backbone.requires_grad_(not self.frozen)  # a transformer's own parameters belong to the stem
@@ -572,9 +566,8 @@ def pearson_per_gene(predicted, truth):
 
 def average_slides(score, predicted, truth, slides):
     """Mean over slides of each one's score(predicted, truth), (G,); a slide where it is NaN is left out."""
-    return (
-        pd.DataFrame([score(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)]).mean().to_numpy()
-    )
+    scores = [score(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)]
+    return pd.DataFrame(scores).mean().to_numpy()
 
 
 def score_genes(predicted, truth, slides):
@@ -724,10 +717,8 @@ def score_rows(setting, recipe, experiment, predicted, facts):
     """([one dict a split and truth], per-gene table, bootstrap draws); NaN is None in the dicts, as JSON has none."""
     data, rows, train = experiment.data, experiment.rows(*SPLITS), experiment.rows("train", "oof")
     table, per_gene, draws = [], pd.DataFrame(index=pd.Index(data.genes, name="gene")), pd.DataFrame()
-    splits, truths = (
-        [s for s in SPLITS if s in experiment.roles],
-        {recipe["TARGET"]: data.target, "lognorm": data.lognorm},
-    )
+    splits = [split for split in SPLITS if split in experiment.roles]
+    truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
     for split, (truth, values) in itertools.product(splits, truths.items()):
         at = experiment.roles[rows] == split
         x, y, spots, usual = predicted[at], values[rows[at]], data.spots.iloc[rows[at]], values[train].mean(0)
@@ -836,43 +827,38 @@ def report_scores(title, experiments, rows, against=None, add=None):
     ahead = differences[differences["group"] == "HEG"].set_index("setting").to_dict("index")
     rows = pd.DataFrame(rows)
     rows[rows.columns[rows.isna().all()]] = np.nan  # in place of None
-    for (setting, split, truth), of in rows.groupby(keys, sort=False):
-        several = split == "test" and of["slide"].nunique() > 1
+    for key, of in rows.groupby(keys, sort=False):
+        several = key[1] == "test" and of["slide"].nunique() > 1
         for part in [*(part for _, part in of.groupby("slide") if several), of]:
-            mean, scored = part.mean(numeric_only=True), (split, truth) == ("test", "lognorm")
-            by = "slide" if part["slide"].nunique() > 1 else ["seed", "fold"]
-            line = {"setting": setting, "split": split, "truth": truth, "n": len(part)}
-            line["slide"] = "all" if by == "slide" else part["slide"].iloc[0]
+            mean, scored, slides = part.mean(numeric_only=True), key[1:] == ("test", "lognorm"), part["slide"].unique()
+            line = dict(zip(keys, key, strict=True)) | {
+                "n": len(part),
+                "slide": "all" if slides[1:].size else slides[0],
+            }
             for group in (*GROUPS, "all"):
-                r, n = part.groupby(by)[group.lower()].mean(), int(part[f"{group.lower()}_n"].min())
-                line[group] = (
-                    f"{r.mean():.3f}" + f"±{r.std():.3f}" * (len(r) > 1) + f"/{n}" * bool(n < sizes.get(group, 0))
-                )
+                r = part.groupby("slide" if slides[1:].size else ["seed", "fold"])[group.lower()].mean()
+                n = int(part[f"{group.lower()}_n"].min())
+                few = f"/{n}" * bool(n < sizes.get(group, 0))
+                line[group] = f"{r.mean():.3f}" + f"±{r.std():.3f}" * (len(r) > 1) + few
             ends = np.quantile(join_draws(part, out)[:, 0], [0.025, 0.975]) if scored else (np.nan, np.nan)
             line |= {"HEG 95 %": "[{:.2f}, {:.2f}]".format(*ends), "ceiling": f"{mean['heg_ceiling']:.3f}"}
             line |= {"share": f"{mean['heg'] / mean['heg_ceiling']:.0%}", "r>=.30": f"{mean['n_genes_r30']:.0f}"}
-            if scored and part is of and setting in ahead:
-                line["HEG ahead"] = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of {minus}".format(**ahead[setting])
+            if scored and part is of and key[0] in ahead:
+                line["HEG ahead"] = "{difference:+.3f} [{low:+.3f}, {high:+.3f}] of {minus}".format(**ahead[key[0]])
             parts.append(part)
             lines.append(line)
     table = pd.DataFrame(lines).fillna("").replace({r"^\[?\+?nan.*": "-", r" \[\+nan, \+nan\]": ""}, regex=True)
     table["setting"] = table["setting"].str.ljust(table["setting"].str.len().max())
     print_table(title, data, table)
     more = {"heg_image_ceiling": "image ceiling", "heg_pooled": "pooled", "heg_spearman": "Spearman"}
-    more |= {
-        "spot_r": "spot-wise",
-        "variance_ratio": "variance",
-        "r_against_moran": "r~Moran",
-        "r_against_mean": "r~mean",
-    }
+    more |= {"spot_r": "spot-wise", "variance_ratio": "variance", "r_against_moran": "r~Moran"}
+    more |= {"r_against_mean": "r~mean", "mse": "MSE"}
     means = pd.DataFrame([part.mean(numeric_only=True) for part in parts])
-    table = table[[*keys, "slide"]].join(means.rename(columns=more | {"mse": "MSE"})[[*more.values(), "MSE"]].round(3))
+    table = table[[*keys, "slide"]].join(means[[*more]].rename(columns=more).round(3)).fillna("-")
     table["seconds"] = [f"{part['seconds'].sum():.0f}" for part in parts]
     if add:
         add(table, parts)
-    print_table(
-        "the same rows, further metrics: of HEG are image ceiling, pooled r and Spearman's", data, table.fillna("-")
-    )
+    print_table("the same rows, further metrics: of HEG are image ceiling, pooled r and Spearman's", data, table)
 
 
 def print_table(title, data, table):
