@@ -125,11 +125,11 @@ def compute_features(patches, seed, views, constants):
         for view in range(1 + views):
             generator = torch.Generator().manual_seed(common.seed_of(seed, "view", view))
             draw = common.draw_augmentation(len(patches), recipe["AUG"] if view else "none", generator)
-            for rows in torch.arange(len(patches)).split(128):
-                images = patches[rows.to(patches.device)].to(device, non_blocking=True)
+            batches = torch.arange(len(patches)).split(128)
+            for rows, images in zip(batches, common.read_ahead(patches, batches, device), strict=True):
                 images = common.augment(images, *(part[rows] for part in draw))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    parts.append(model.encode(images.contiguous(memory_format=torch.channels_last)).float())
+                    parts.append(model.encode(images).float())
                 bar.update(len(rows))
     return torch.cat(parts).view(1 + views, len(patches), -1)
 

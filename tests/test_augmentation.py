@@ -89,7 +89,35 @@ def test_resized_patches_keep_order_and_colour():
     patches = np.zeros((3, 224, 224, 3), np.uint8)
     patches[0, ..., 0], patches[1, ..., 1], patches[2, ..., 2] = 200, 100, 50
     patches, device = torch.from_numpy(patches), torch.device("cpu")
-    small = common.place_patches(patches, 32, device)
+    small = common.place_patches(patches, 32, device)[torch.arange(3)]
     assert small.shape == (3, 3, 32, 32) and small.is_contiguous(memory_format=torch.channels_last)
     assert small.amax((2, 3)).tolist() == [[200, 0, 0], [0, 100, 0], [0, 0, 50]]
-    assert common.place_patches(patches, 224, device).data_ptr() == patches.data_ptr(), "not a copy"
+
+
+@pytest.mark.parametrize("sizes", [[], [3], [3, 2], [2, 1, 3, 1]])
+def test_patches_are_read_ahead_bit_for_bit_and_in_order(tmp_path, sizes):
+    np.save(tmp_path / "patches.npy", np.random.default_rng(0).integers(0, 256, (7, 224, 224, 3), np.uint8))
+    patches = torch.from_numpy(np.load(tmp_path / "patches.npy", mmap_mode="c"))
+    order = torch.tensor([4, 0, 6, 2, 2, 5, 1])[: sum(sizes)]
+    device = torch.device("cpu")
+    read = list(
+        common.read_ahead(common.place_patches(patches, 224, device), order.split(sizes) if sizes else [], device)
+    )
+    assert [len(part) for part in read] == sizes
+    if sizes:
+        assert torch.equal(torch.cat(read).permute(0, 2, 3, 1), patches[order])
+
+
+def test_what_fails_while_reading_ahead_is_raised():
+    device = torch.device("cpu")
+    patches = common.place_patches(torch.zeros((2, 224, 224, 3), dtype=torch.uint8), 224, device)
+    batches = common.read_ahead(patches, [torch.tensor([0]), torch.tensor([5])], device)
+    assert next(batches).shape == (1, 3, 224, 224)
+    with pytest.raises(IndexError):
+        next(batches)
+
+
+def test_symmetries_one_by_one_are_those_at_once():
+    patches = torch.randint(0, 256, (16, 3, 9, 9), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    symmetry = torch.cartesian_prod(*[torch.tensor([False, True])] * 3).repeat(2, 1)
+    assert torch.equal(common.apply_symmetry(patches, symmetry), common.apply_symmetry_at_once(patches, symmetry))

@@ -1,0 +1,90 @@
+"""The conventional pipeline that this project is compared with: a PNG a patch, per-image transforms, fp32, per-gene r.
+
+It is what a tutorial would write, kept in its usual, correct form. Nothing outside benchmarks/ uses it.
+"""
+
+import numpy as np
+import tifffile
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def cut_patches(slide, corners, folder, size=224):
+    """Read the slide (h, w, 3) whole and save the patch at each of the corners (n, 2), which may lie outside."""
+    pixels = tifffile.imread(slide)
+    pixels = np.pad(pixels, ((size, size), (size, size), (0, 0)), constant_values=255)
+    for number, (top, left) in enumerate(corners + size):
+        Image.fromarray(pixels[top : top + size, left : left + size]).save(folder / f"{number:05d}.png")
+
+
+def save_patches(patches, folder):
+    """(n, S, S, 3) uint8 as PNG files."""
+    for number, patch in enumerate(patches):
+        Image.fromarray(np.asarray(patch)).save(folder / f"{number:05d}.png")
+
+
+def transform(augmented):
+    """MPA by torchvision, image by image, then ImageNet's normalisation."""
+    warp = transforms.RandomAffine(30, (0.1, 0.1), (0.9, 1.1), interpolation=transforms.InterpolationMode.BILINEAR)
+    steps = [
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomVerticalFlip(),
+        transforms.RandomApply([transforms.Lambda(transpose)]),
+        transforms.RandomApply([warp]),
+    ]
+    return transforms.Compose([*steps * augmented, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def transpose(image):
+    return image.transpose(Image.Transpose.TRANSPOSE)
+
+
+class PngPatches(Dataset):
+    """(3, S, S) float32 patches and (G,) expression, read file by file."""
+
+    def __init__(self, folder, target, augmented):
+        self.files, self.target, self.transform = sorted(folder.glob("*.png")), target, transform(augmented)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return self.transform(Image.open(self.files[i]).convert("RGB")), self.target[i]
+
+
+def load(folder, target, augmented, workers, batch_size=32):
+    """The DataLoader of a folder of patches."""
+    dataset = PngPatches(folder, torch.from_numpy(target), augmented)
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(dataset, batch_size, shuffle=augmented, drop_last=augmented, **options)
+
+
+def train_epoch(model, loader, optimiser, device):
+    """One pass in fp32; returns the mean loss."""
+    model.train()
+    losses = []
+    for images, target in loader:
+        images, target = images.to(device), target.to(device)
+        optimiser.zero_grad()
+        loss = F.mse_loss(model(images), target)
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
+
+
+@torch.no_grad()
+def predict(model, loader, device):
+    """(n, G) in fp32."""
+    model.eval()
+    return np.concatenate([model(images.to(device)).cpu().numpy() for images, _ in loader])
+
+
+def correlate(predicted, truth):
+    """Pearson r gene by gene."""
+    return np.array([np.corrcoef(predicted[:, g], truth[:, g])[0, 1] for g in range(truth.shape[1])])
