@@ -125,7 +125,7 @@ def compute_features(patches, seed, views, constants):
         for view in range(1 + views):
             generator = torch.Generator().manual_seed(common.seed_of(seed, "view", view))
             draw = common.draw_augmentation(len(patches), recipe["AUG"] if view else "none", generator)
-            batches = torch.arange(len(patches)).split(128)
+            batches = torch.arange(len(patches)).split(common.PREDICT_BATCH[device.type])
             for rows, images in zip(batches, common.read_ahead(patches, batches, device), strict=True):
                 images = common.augment(images, *(part[rows] for part in draw))
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -313,6 +313,25 @@ def test_published_lists_are_whole():
     assert tuple(table["gene"][table["group"] == "MG"]) == common.MARKER_GENES
 
 
+def test_depthwise_convolutions_train_in_fp32_under_a_processors_autocast(monkeypatch):
+    model, seen = common.build_model({**NETWORK, "BACKBONE": "efficientnet_b0"}, 5, 42), set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            kind, forward = ("depthwise" if module.groups > 1 else "other"), module._conv_forward
+
+            def spy(images, *more, kind=kind, forward=forward):
+                seen.add((kind, images.dtype))
+                return forward(images, *more)
+
+            monkeypatch.setattr(module, "_conv_forward", spy)
+    for training, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            model.train(training)(torch.zeros((2, 3, 32, 32), dtype=torch.uint8))
+        assert {images for kind, images in seen if kind == "depthwise"} == {dtype}
+        assert ("other", torch.bfloat16) in seen
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_augments_and_trains_as_the_cpu_does(little):

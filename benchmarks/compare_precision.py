@@ -1,0 +1,90 @@
+"""What the fast path costs in r: fp32 and bf16, from the same weights and trained from scratch.
+
+Question   Does bfloat16 change a score by more than chance does?
+Reads      <DATA_ROOT>/dataset/ (script 19)
+Writes     <OUT>/rows.csv, paired_differences.csv and a folder a row (as script 20)
+Prints     the table: trained in fp32, trained in bf16, and the weights trained in fp32 that predict in bf16
+Command    python benchmarks/compare_precision.py --quick
+Override   python benchmarks/compare_precision.py --data-root HER2ST_data --test-slide 4 --pretrained false
+Source     the differences' intervals are those of scripts 20-25: blocks of the test slide and seeds
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import common  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------- constants
+DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
+OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
+
+TARGET = "lognorm"  # harmony (the paper's) or lognorm
+PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (folds of spatial blocks)
+TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
+TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
+VALID_FRACTION = 0.2  # of the training slides' spots
+SEEDS = (42, 43, 44)  # one training each
+
+BACKBONE = "efficientnet_b0"  # any timm name
+PRETRAINED = True  # ImageNet weights; false = random weights
+HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
+TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all
+START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
+IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
+EPOCHS = 30
+BATCH_SIZE = 32
+LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+TTA = False  # average predictions over the 8 symmetries
+
+DEVICE = "auto"  # auto, cpu or cuda
+PRECISION = "fp32"  # of the reference rows
+FAST = "bf16"  # what it is compared with: bf16, or fp16 on a GPU
+ONLY = ""  # fp32 or the fast one; empty = both
+QUICK = False  # the small budget below, on simulated slides
+# --------------------------------------------------------------------------------------------------------
+
+QUICK_BUDGET = {
+    "DATA_ROOT": "SIMULATED_data", "PRETRAINED": False, "HIDDEN": 512, "START_AT_MEAN": True, "IMAGE_SIZE": 96,
+    "EPOCHS": 12, "LEARNING_RATE": 1e-3,
+}  # fmt: skip
+
+
+def predict_fast(trained, recipe, experiment, folder):
+    """`compute` of common.run_setting: the weights of a `trained` row predict in the recipe's precision."""
+    device, dtype, _ = common.choose_device(recipe)
+    model = common.build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
+    model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
+    model = model.to(device, memory_format=torch.channels_last)
+    patches = common.place_patches(experiment.data.patches, recipe["IMAGE_SIZE"], device)
+    return common.predict(model, patches, experiment.rows(*common.SPLITS), dtype=dtype), {}
+
+
+def main():
+    settings = {precision: {"PRECISION": precision} for precision in ("fp32", FAST)}
+    recipe, experiments = common.open_run(globals())
+    common.print_header(globals(), recipe, experiments)
+    rows = common.run_grid(globals(), settings, experiments)
+    same, against = f"fp32 weights, {FAST} prediction", {}
+    if not ONLY:
+        against = {FAST: "fp32", same: "fp32"}
+        for experiment in experiments:
+            own = ("fp32", experiment.seed, experiment.fold)
+            trained = next(row for row in rows if (row["setting"], row["seed"], row["fold"]) == own)
+            compute = functools.partial(predict_fast, trained)
+            rows += common.run_setting(same, recipe | settings[FAST], experiment, compute)
+    common.report_scores("precision", experiments, rows, against)
+    if against:
+        print((experiments[0].out / "paired_differences.csv").read_text())
+    common.finish_run(globals(), experiments[0], rows)
+
+
+if __name__ == "__main__":
+    common.run_script(globals())

@@ -1,0 +1,53 @@
+"""The benchmarks run by hand; here they start, and what they compare is the same thing."""
+
+import importlib.util
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPOSITORY
+
+import common
+
+
+def load_benchmark(name):
+    """A fresh module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["compare_stages", "compare_precision", "measure_growth"])
+def test_its_constants_are_listed(name):
+    command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "--out" in shown and "Question" in shown
+
+
+def test_both_sides_cut_the_same_patches(tmp_path):
+    stages = load_benchmark("compare_stages")
+    pixels = np.random.default_rng(0).integers(0, 256, (700, 600, 3), np.uint8)
+    stages.tifffile.imwrite(tmp_path / "slide.tif", pixels, photometric="rgb")
+    corners = np.array([[-20, 30], [400, 100], [500, 450]])
+    stages.conventional.cut_patches(tmp_path / "slide.tif", corners, tmp_path)
+    stages.cut_here(tmp_path / "slide.tif", corners, tmp_path)
+    here = np.load(tmp_path / "patches.npy")
+    for number, patch in enumerate(here):
+        assert np.array_equal(stages.conventional.Image.open(tmp_path / f"{number:05d}.png"), patch)
+
+
+def test_both_sides_score_the_same():
+    stages = load_benchmark("compare_stages")
+    predicted, truth = np.random.default_rng(0).normal(size=(2, 50, 9)).astype(np.float32)
+    assert np.allclose(stages.conventional.correlate(predicted, truth), common.pearson_per_gene(predicted, truth))
+
+
+def test_a_stage_ends_with_its_table(tmp_path):
+    command = [sys.executable, REPOSITORY / "benchmarks" / "compare_stages.py", "--only", "scoring", "--repeats", "1"]
+    subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True)
+    table = pd.read_csv(tmp_path / "stages.csv")
+    assert (table["conventional"] > 0).all() and (table["ratio"] > 0).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"stages.csv", "machine.json"}
