@@ -369,7 +369,7 @@ def read_ahead(patches, batches, device):
         images = patches[rows.to(patches.device, non_blocking=True)]
         return images.pin_memory() if images.device.type != device.type else images
 
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:  # cores are for the network
         waiting = deque(thread.submit(read, rows) for rows in batches[:2])
         for rows in [*batches[2:], None, None][: len(batches)]:
             images = waiting.popleft().result()
