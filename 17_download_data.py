@@ -373,6 +373,7 @@ def main():
     remote = SOURCE == "" or "://" in SOURCE
     if not remote and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
+    common.hold_folder(root)
     if DATASET == "GSE240429":
         slides = pd.read_csv(published / "slides.csv")
         (download_gse240429 if remote else copy_mirror)(root, slides, SOURCE.rstrip("/") if remote else Path(SOURCE))

@@ -227,6 +227,7 @@ def paint(path, fields, kinds, shape, rng):
         path, shape=(*shape, 3), dtype=np.uint8, photometric="rgb", bigtiff=True,
         resolution=(1e4 / UM_PER_PX, 1e4 / UM_PER_PX), resolutionunit="CENTIMETER",
     )  # fmt: skip
+    common.reserve_disk(path)
     grain = gaussian_filter(rng.standard_normal((2, 1024, 1024)), (0, 0.8, 0.8), mode="wrap").astype(np.float32)
     shade = rng.normal(1, [0.06, 0.06])  # the slide's own strength of either dye
     tint = rng.normal(0, 0.015, 3).astype(np.float32)
@@ -361,6 +362,7 @@ def main():
     root = Path(DATA_ROOT)
     if (root / "slides.csv").exists():
         raise common.InputError(f"{root / 'slides.csv'} exists already: remove {root} or choose another --data-root")
+    common.hold_folder(root)
     (root / "image").mkdir(parents=True, exist_ok=True)
     tables = [read_geometry(GEOMETRY, i + 1)[0] if GEOMETRY else hexagonal_grid(SPOTS) for i in range(SLIDES)]
     if GEOMETRY:

@@ -593,6 +593,7 @@ def whole_folder(folder):
 def main():
     root = Path(DATA_ROOT)
     slides = read_manifest(root)
+    common.hold_folder(root)
     with_counts = slides["matrix"].notna()
     if with_counts.any() and not with_counts.all():
         raise InputError(f"{root / 'slides.csv'}: some slides have a matrix and some have none; use two data roots")
@@ -627,6 +628,7 @@ def main():
 def write_patches(out, slides, obs):
     """patches.npy and contact_sheet.png; returns the number of patches over the border, by slide name."""
     patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, (len(obs), PATCH_SIZE, PATCH_SIZE, 3))
+    common.reserve_disk(out / "patches.npy")
     padded = {}
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in slides:

@@ -142,6 +142,7 @@ def draw_genes(axes, genes, groups):
 
 def main():
     recipe, experiments = common.open_run(globals())
+    common.join_ranks(recipe)
     common.print_header(globals(), recipe, experiments)
     data, rows = experiments[0].data, []
     trainings = [("", recipe, experiment) for experiment in experiments]
@@ -153,7 +154,7 @@ def main():
     for suffix, changed, experiment in trainings:
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
         for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
-            rows += common.run_setting(setting + suffix, changed, experiment, compute)
+            rows += common.run_setting(setting + suffix, changed, experiment, compute, together=compute is train)
             draw_figures(
                 experiment.out / rows[-1]["folder"], f"{data.title}{setting}{suffix}, slide {rows[-1]['slide']}"
             )

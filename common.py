@@ -6,11 +6,14 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 
 import argparse
 import ctypes
+import errno
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import os
+import pickle
 import re
 import resource
 import subprocess
@@ -18,8 +21,9 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import anndata
@@ -28,11 +32,13 @@ import pandas as pd
 import polars
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- conventions
@@ -50,6 +56,7 @@ R_THRESHOLD = 0.30  # the paper counts the genes above it
 FOLDS = 5  # of PROTOCOL block
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
 PREDICT_BATCH = {"cpu": 32, "cuda": 256}  # what was fastest; on a processor the caches decide
 
 # What a constant may be: one of these values, or the least and the greatest number.
@@ -76,9 +83,11 @@ def require(condition, message):
 
 @contextmanager
 def whole_file(path):
-    """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise."""
+    """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise. What a kill leaves is
+    overwritten the next time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")  # keeps the suffix, which writers look at
+    partial = path.with_name(f".partial-{RANK}-{path.name}")  # keeps the suffix, which writers look at
     try:
         yield partial
         with open(partial, "rb+") as file:
@@ -92,6 +101,29 @@ def save_csv(path, table):
     """Write the table, without its index, whole or not at all."""
     with whole_file(path) as partial:
         table.to_csv(partial, index=False)
+
+
+def lock_folder(folder):
+    """A file descriptor that holds the folder until it is closed or the process ends; None where another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+
+
+def hold_folder(folder):
+    """Keep other processes, but torchrun's of the same run, out of a folder until this process ends."""
+    held = RANK or lock_folder(folder) is not None
+    require(held, f"{folder}: another process is writing there: wait until it ends, or choose another folder")
+
+
+def reserve_disk(path):
+    """Take the space of a sparse file now: to be written through memory, a full disk would kill the process."""
+    with open(path, "rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def seed_of(*words):
@@ -143,12 +175,23 @@ def override_constants(script, argv):
 
 
 def run_script(script):
-    """Apply the command line to a script's globals and call its main(). Ends the process with 2 on an InputError."""
+    """Apply the command line to a script's globals and call its main(). Ends the process with 2 on an InputError or a
+    full disk. Of torchrun's processes the first one prints.
+    """
     try:
-        override_constants(script, sys.argv[1:])
-        script["main"]()
+        with redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
+            override_constants(script, sys.argv[1:])
+            script["main"]()
     except InputError as error:
         print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever a library's message held
+        sys.exit(2)
+    except Exception as error:
+        first = error  # torch and HDF5 raise others on top of the disk's own
+        while first.__context__ is not None:
+            first = first.__context__
+        if not isinstance(first, OSError) or os.strerror(errno.ENOSPC) not in str(first):
+            raise
+        print("error: no space left on the disk: free some and run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
@@ -168,7 +211,8 @@ def choose_device(recipe):
     elif has_bf16:
         choice, reason = "bf16", "the device has it"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice]
-    return torch.device("cuda" if cuda else "cpu"), dtype, reason
+    place = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if cuda else None
+    return torch.device("cuda" if cuda else "cpu", place), dtype, reason
 
 
 def call_script(name, *flags):
@@ -196,6 +240,7 @@ def open_run(script, split=None):
             train = roles == "train"
             own = data if paper else restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
             experiments.append(Experiment(own, roles, choose_gene_groups(own, train, paper), out, seed, fold))
+    hold_folder(out)
     return recipe, experiments
 
 
@@ -514,29 +559,53 @@ def count_parameters(model):
 
 # ------------------------------------------------------------------------------------------- training
 def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, epoch, dtype):
-    """One pass over `rows`; returns the mean training loss. Everything random follows from (seed, epoch)."""
-    device = next(model.parameters()).device
+    """One pass over `rows`; returns the mean training loss. Everything random follows from (seed, epoch). Of several
+    joined ranks each takes its share of every batch.
+    """
+    device, ranks, rank = next(model.parameters()).device, *joined_ranks()
     generator = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
     order = rows[torch.randperm(len(rows), generator=generator)]
     draw = draw_augmentation(len(order), recipe["AUG"], generator)
-    torch.manual_seed(seed_of(seed, "dropout", epoch))
+    torch.manual_seed(seed_of(seed, "dropout", epoch, *[rank] * (rank > 0)))
     model.train()
-    total, start, loss_of = torch.zeros((), device=device), 0, getattr(model, "loss", F.mse_loss)
-    batches = [batch for batch in order.split(recipe["BATCH_SIZE"]) if len(batch) > 1]  # BatchNorm needs two
-    images_of = tqdm(read_ahead(patches, batches, device), f"epoch {epoch + 1}", len(batches), False, disable=None)
-    for batch, images in zip(batches, images_of, strict=True):
-        stop = start + len(batch)
-        images = augment(images, *(part[start:stop] for part in draw))
+    total, loss_of = torch.zeros((), device=device), getattr(unwrap(model), "loss", F.mse_loss)
+    batches = [batch for batch in torch.arange(len(order)).split(recipe["BATCH_SIZE"]) if len(batch) >= 2 * ranks]
+    shares = [batch[rank::ranks] for batch in batches]  # BatchNorm needs two
+    images_of = read_ahead(patches, [order[share] for share in shares], device)
+    for batch, share in zip(tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None), shares, strict=True):
+        images = augment(next(images_of), *(part[share] for part in draw))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images)
-        loss = loss_of(predicted.float(), target[batch.to(device, non_blocking=True)])
+        loss = loss_of(predicted.float(), target[order[share].to(device, non_blocking=True)])
         optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        scaler.scale(loss * (len(share) * ranks / len(batch))).backward()  # gradients are averaged over the ranks
         scaler.step(optimiser)
         scaler.update()
-        total += loss.detach() * len(batch)
-        start = stop
-    return total.item() / start  # the epoch's only synchronisation
+        total += loss.detach() * len(share)
+    if ranks > 1:
+        dist.all_reduce(total)
+        for buffer in model.buffers():  # BatchNorm's averages, of which each rank has seen its share
+            dist.broadcast(buffer, 0)
+    return total.item() / sum(map(len, batches))  # the epoch's only synchronisation
+
+
+def join_ranks(recipe):
+    """Have torchrun's processes, if there are several, train one network together; script 20 asks for it."""
+    if RANKS > 1:
+        device, _, _ = choose_device(recipe)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def joined_ranks():
+    """(number of ranks that train one network together, the own rank's number)."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def unwrap(model):
+    """The network itself, where it is in DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def adam_with_cosine(parameters, recipe):
@@ -545,12 +614,15 @@ def adam_with_cosine(parameters, recipe):
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
-def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, keep=0, checkpoint=None, report=None):
+def fit(
+    model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, keep=0, checkpoint=None, facts=None,
+    report=None,
+):  # fmt: skip
     """Train; leave the weights of the epoch with the lowest validation MSE in `model`; return the history.
     Loss and optimiser are MSE and adam_with_cosine, or the model's own `loss` and `optimise`.
     patches (N, 3, S, S) uint8, target (N, G) float32 array, rows int64 arrays. With `keep` there is no validation and
-    training ends with that epoch. `checkpoint` is a file that a killed run goes on from. `report(line, predicted,
-    best_epoch)` sees each epoch's line of the history and may add to it.
+    training ends with that epoch. `checkpoint` is a file that a killed run goes on from, and that holds the `facts` it
+    was made with. `report(line, predicted, best_epoch)` sees each epoch's line of the history and may add to it.
     """
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -560,14 +632,15 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
     truth, rows = torch.from_numpy(target).to(device), torch.from_numpy(train_rows)
     history, best = [], None
     if checkpoint is not None and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = read_checkpoint(checkpoint, device, facts)
         for part, owner in stateful.items():
             owner.load_state_dict(state[part])
         history, best = state["history"], state["best"]
         tqdm.write(f"going on after epoch {len(history)} of {recipe['EPOCHS']} ({checkpoint})")
+    network = DistributedDataParallel(model) if dist.is_initialized() else model
     for epoch in range(len(history), keep or recipe["EPOCHS"]):
         began, rate = time.perf_counter(), schedule.get_last_lr()[0]
-        loss = train_epoch(model, optimiser, scaler, patches, truth, rows, recipe, seed, epoch, dtype)
+        loss = train_epoch(network, optimiser, scaler, patches, truth, rows, recipe, seed, epoch, dtype)
         schedule.step()
         trained = time.perf_counter() - began
         predicted = None if keep else predict(model, patches, valid_rows, dtype=dtype)
@@ -581,30 +654,46 @@ def fit(model, patches, target, train_rows, valid_rows, *, recipe, seed, dtype, 
         if report is not None:
             report(line, predicted, best["epoch"])
         history.append(line)
-        if checkpoint is not None:
-            with whole_file(checkpoint) as path:
-                state = {part: owner.state_dict() for part, owner in stateful.items()}
-                torch.save(state | {"history": history, "best": best}, path)
+        if checkpoint is not None and joined_ranks()[1] == 0:
+            state = {part: owner.state_dict() for part, owner in stateful.items()}
+            with whole_file(checkpoint) as path, open(path, "wb") as file:  # a file's own error tells of a full disk
+                torch.save(state | {"history": history, "best": best, "facts": facts}, file)
     model.load_state_dict(best["weights"])
     return history
+
+
+def read_checkpoint(path, device, facts):
+    """What fit saved. InputError where it is damaged, or was made with other constants or data, which are named."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        made = state["facts"] or {}
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not a checkpoint of this version ({error}): remove it") from None
+    differ = [f"{k} = {made.get(k)} (now {v})" for k, v in (facts or {}).items() if made.get(k) != v]
+    require(not differ, f"{path} was made with {', '.join(differ)}: remove it, or go back to what it was made with")
+    return state
 
 
 # ------------------------------------------------------------------------------------------- prediction
 @torch.inference_mode()
 def predict(model, patches, rows, *, dtype, tta=False):
     """(len(rows), G) float32 expression; with `tta` the mean over the 8 symmetries of every patch."""
-    device = next(model.parameters()).device
-    batch_size = PREDICT_BATCH[device.type]
+    device, rows, ranks = next(model.parameters()).device, torch.from_numpy(np.asarray(rows)), joined_ranks()
+    batches = rows.tensor_split(ranks[0])[ranks[1]].split(PREDICT_BATCH[device.type])
     model.eval()
     codes, parts = list(itertools.product((False, True), repeat=3))[: 8 if tta else 1], []
-    for images in read_ahead(patches, torch.from_numpy(np.asarray(rows)).split(batch_size), device):
+    for images in read_ahead(patches, batches, device):
         total = 0
         for code in codes:
             seen = apply_symmetry(images, torch.tensor([code] * len(images))) if any(code) else images
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 total = total + model(seen).float()
         parts.append(total / len(codes))
-    return torch.cat(parts).cpu().numpy()
+    share = [torch.cat(parts).cpu().numpy()] if parts else []
+    shares = [share] * ranks[0]
+    if ranks[0] > 1:
+        dist.all_gather_object(shares, share)  # in the order of the ranks, which is that of the rows
+    return np.concatenate(list(itertools.chain(*shares)))
 
 
 def encode_patches(patches, backbone, recipe, seed):
@@ -717,46 +806,73 @@ class Experiment:
         inside = self.groups[self.groups["gene"].isin(self.data.genes)]
         return {g.lower(): inside["gene"][inside["group"] == g].tolist() for g in GROUPS} | {"all": self.data.genes}
 
+    def facts(self, recipe):
+        """What a row of this experiment follows from, {name: value}."""
+        facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")}
+        facts |= {"seed": self.seed, "fold": self.fold, "data": self.data.fingerprint}
+        split, genes = self.roles.tobytes(), json.dumps(self.groups.values.tolist()).encode()
+        facts |= {"split": hashlib.sha256(split).hexdigest(), "genes": hashlib.sha256(genes).hexdigest()}
+        return json.loads(json.dumps(facts))
+
     def rows(self, *roles):
         """Row numbers of the spots with these roles, in the order of the roles."""
         return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
 
 
-def run_setting(setting, recipe, experiment, compute):
+def run_setting(setting, recipe, experiment, compute, wait=True, together=False):
     """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own,
     <out>/<setting>-<hash of what they follow from>; rows.json comes last and marks it as whole.
     compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows(*SPLITS) and facts.
+    Where another of torchrun's processes computes it: waits, or returns None without `wait`; or they all do `together`.
     """
-    data, roles, at = experiment.data, experiment.roles, experiment.rows(*SPLITS)
-    facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")}
-    facts |= {"seed": experiment.seed, "fold": experiment.fold, "data": data.fingerprint}
-    facts |= {"split": hashlib.sha256(roles).hexdigest(), "genes": experiment.groups.values.tolist()}
+    facts = experiment.facts(recipe)
     key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
     folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
-    if (folder / "rows.json").is_file():
+    done, together, held = folder / "rows.json", together and RANKS > 1, None
+    if done.is_file():
         tqdm.write(f"{setting}: on disk already ({folder})")
-    else:
-        began = time.perf_counter()
-        predicted, more = compute(recipe, experiment, folder)
-        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
-        rows, per_gene, draws = score_rows(setting, recipe, experiment, predicted, more)
-        split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
-        table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
-        table.var = per_gene.set_index("gene")
-        table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
-        table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-        tables = {"per_gene": per_gene, "split": split, "genes": experiment.groups, "bootstrap": draws}
-        for name, frame in tables.items():
-            save_csv(folder / f"{name}.csv", frame)
-        with whole_file(folder / "predictions.h5ad") as path:
-            table.write_h5ad(path)
-        for name, content in (("recipe", facts), ("rows", rows)):
-            with whole_file(folder / f"{name}.json") as path:
-                path.write_text(json.dumps(content, indent=1) + "\n")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    while not done.is_file() and held is None:
+        held = lock_folder(folder) if not (together and RANK) else RANK
+        if held is None:
+            time.sleep(0.2)
+            if not wait:
+                return None
+    try:
+        if not done.is_file():
+            began = time.perf_counter()
+            predicted, more = compute(recipe, experiment, folder)
+            more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
+            if not (together and RANK):
+                save_setting(setting, recipe, experiment, predicted, more, facts)
+            if together:
+                dist.barrier()
+    finally:
+        if held is not None and not (together and RANK):
+            os.close(held)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
     on_disk = [row for path in sorted(experiment.out.glob("*/rows.json")) for row in json.loads(path.read_text())]
     save_csv(experiment.out / "rows.csv", pd.DataFrame(on_disk))
-    return json.loads((folder / "rows.json").read_text())
+    return json.loads(done.read_text())
+
+
+def save_setting(setting, recipe, experiment, predicted, more, facts):
+    """Score a setting's prediction and write its folder."""
+    data, roles, at = experiment.data, experiment.roles, experiment.rows(*SPLITS)
+    folder = experiment.out / more["folder"]
+    rows, per_gene, draws = score_rows(setting, recipe, experiment, predicted, more)
+    split = pd.DataFrame({"id": data.spots["id"], "role": roles, "fold": experiment.fold})[roles != ""]
+    table = anndata.AnnData(predicted, data.spots.iloc[at].set_index("id").assign(role=roles[at]))
+    table.var = per_gene.set_index("gene")
+    table.layers["lognorm"], table.layers["target"] = data.lognorm[at], data.target[at]
+    table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    tables = {"per_gene": per_gene, "split": split, "genes": experiment.groups, "bootstrap": draws}
+    for name, frame in tables.items():
+        save_csv(folder / f"{name}.csv", frame)
+    with whole_file(folder / "predictions.h5ad") as path:
+        table.write_h5ad(path)
+    for name, content in (("recipe", facts), ("rows", rows)):
+        with whole_file(folder / f"{name}.json") as path:
+            path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
@@ -768,18 +884,26 @@ def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
 
 
 def run_grid(script, settings, experiments, adapt=None):
-    """The rows of each setting {name: {CONSTANT: value}}, or of ONLY, and experiment, by train_network with `adapt`."""
-    recipe, only, rows = recipe_of(script), script["ONLY"], []
+    """The rows of each setting {name: {CONSTANT: value}}, or of ONLY, and experiment, by train_network with `adapt`.
+    Several processes of torchrun share them out: each takes the next one that no other holds.
+    """
+    recipe, only = recipe_of(script), script["ONLY"]
     require(only in ("", *settings), f"--only {only}: expected one of {'; '.join(settings)}")
     tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
     with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2) as bar:
         train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
-        for number, (name, changed, experiment) in enumerate(tasks, 1):
-            bar.set_description(f"{number}/{len(tasks)} {name}")
+        waiting, rows = deque(range(len(tasks))), {}
+        waiting.rotate(-RANK)
+        while waiting:
+            name, changed, experiment = tasks[number := waiting.popleft()]
+            bar.set_description(f"{number + 1}/{len(tasks)} {name}")
             before = bar.n
-            rows += run_setting(name, changed, experiment, train)
-            bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk
-    return rows
+            rows[number] = run_setting(name, changed, experiment, train, wait=not waiting)
+            if rows[number] is None:
+                waiting.append(number)
+            else:
+                bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk
+    return [row for number in range(len(tasks)) for row in rows[number]]
 
 
 def score_rows(setting, recipe, experiment, predicted, facts):
@@ -822,29 +946,35 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     """Train and predict, for run_setting; writes weights.safetensors and history.csv. `keep` and `report` as in fit;
     adapt(model, patches, recipe, experiment) returns another (network, its input) that holds `model.head` to train.
     """
-    data, (device, dtype, _) = experiment.data, choose_device(recipe)
+    data, (device, dtype, _), facts = experiment.data, choose_device(recipe), experiment.facts(recipe)
     patches = place_patches(data.patches, recipe["IMAGE_SIZE"], device)
     with suppress(OSError, AttributeError, TypeError):  # the peak is to be this training's own; Linux can forget others
         torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     model = build_model(recipe, len(data.genes), experiment.seed).to(device, memory_format=torch.channels_last)
+    if dist.is_initialized() and device.type == "cuda":
+        import timm.layers  # as in build_model
+
+        model.backbone = timm.layers.convert_sync_batchnorm(model.backbone)
     if recipe["START_AT_MEAN"]:
         model.head[-1].bias.data.copy_(torch.from_numpy(data.target[experiment.rows("train")].mean(0)))
     network, patches = adapt(model, patches, recipe, experiment) if adapt else (model, patches)
     history = fit(
         network, patches, data.target, experiment.rows("train"), experiment.rows("valid"), recipe=recipe,
-        seed=experiment.seed, dtype=dtype, keep=keep, checkpoint=folder / "checkpoint.pt", report=report,
+        seed=experiment.seed, dtype=dtype, keep=keep, checkpoint=folder / "checkpoint.pt",
+        facts=facts, report=report,
     )  # fmt: skip
     predicted = predict(network, patches, experiment.rows(*SPLITS), dtype=dtype, tta=recipe["TTA"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     metadata = {
-        "recipe": recipe, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
+        "recipe": facts, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
         "mean": model.mean.tolist(), "std": model.std.tolist(), "data": data.fingerprint,
     }  # fmt: skip
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with whole_file(folder / "weights.safetensors") as path:
-        path.write_bytes(safetensors.torch.save(state, {name: json.dumps(value) for name, value in metadata.items()}))
-    save_csv(folder / "history.csv", pd.DataFrame(history))
+    if joined_ranks()[1] == 0:
+        with whole_file(folder / "weights.safetensors") as path:
+            path.write_bytes(safetensors.torch.save(state, {name: json.dumps(part) for name, part in metadata.items()}))
+        save_csv(folder / "history.csv", pd.DataFrame(history))
     return predicted, {
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
         "best_epoch": keep or min(history, key=lambda line: line["valid_mse"])["epoch"],

@@ -1,0 +1,242 @@
+"""Kills, full disks, two processes at once: the same command again ends as if nothing had happened."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import safetensors
+import torch
+from conftest import REPOSITORY, TINY, run_script
+from test_patches import make_root
+
+import common
+
+SCRIPTS = {path.name[:2]: path for path in REPOSITORY.glob("[0-9]*.py")}
+SEARCH = ("--folds", 2, "--only", "stages=9 hidden=0", "--epochs", 3)
+VARYING = ("seconds", "images_per_s", "peak_memory_mb")  # of a row: what differs between two runs of the same thing
+
+
+def command_of(script, data, out):
+    """The command of a small run, as a list."""
+    network = [option for option in TINY if option not in ("--hidden", 16)] if script == "22" else TINY
+    options = {
+        "19": ("--data-root", data, "--target", "lognorm"),
+        "20": ("--data-root", data, "--out", out, *network, "--target", "lognorm"),
+        "22": ("--data-root", data, "--out", out, *network, "--target", "lognorm", *SEARCH),
+    }[script]
+    return [sys.executable, SCRIPTS[script], *map(str, options)]
+
+
+def start(command, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def finish(command):
+    process = start(command)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
+    return stdout
+
+
+def results(folder):
+    """{file: its content, or what of it must not vary} of a run's folder or a dataset."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name == ".lock":
+            continue
+        if path.name == "rows.json":
+            found[name] = [{k: v for k, v in row.items() if k not in VARYING} for row in json.loads(path.read_text())]
+        elif path.name == "rows.csv":
+            found[name] = (
+                pd.read_csv(path, float_precision="round_trip").drop(columns=[*VARYING], errors="ignore").to_csv()
+            )
+        elif path.name == "history.csv":
+            found[name] = pd.read_csv(path).drop(columns=["images_per_s", "seconds"]).to_csv()
+        elif path.suffix == ".safetensors":  # whose header lists the metadata in any order
+            with safetensors.safe_open(path, "pt") as file:
+                tensors = sorted((key, hashlib.sha256(file.get_tensor(key).numpy()).hexdigest()) for key in file.keys())  # noqa: SIM118
+                found[name] = tensors, sorted(file.metadata().items())
+        elif path.suffix in (".json", ".csv", ".npy"):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "there"  # figures and HDF5, which hold times
+    return found
+
+
+def slides_of(script, simulated, folder):
+    """A data root of its own for 19, which writes into it; for the others one that is whole."""
+    root = folder / "data"
+    if script != "19":
+        return simulated
+    shutil.copytree(simulated, root, ignore=shutil.ignore_patterns("dataset", ".lock"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(simulated, tmp_path_factory):
+    """{script: (results of a run that nobody stopped, its seconds)}, made when first asked for."""
+    made = {}
+
+    def run(script):
+        if script not in made:
+            folder = tmp_path_factory.mktemp(f"whole{script}")
+            data = slides_of(script, simulated, folder)
+            began = time.monotonic()
+            finish(command_of(script, data, folder / "out"))
+            made[script] = results(data / "dataset" if script == "19" else folder / "out"), time.monotonic() - began
+        return made[script]
+
+    return run
+
+
+def kill_at_random(script, number, simulated, folder, undisturbed):
+    """Kill a run twice at random moments after it began to write, start it again: the results are the same."""
+    whole, seconds = undisturbed(script)
+    data, moment = slides_of(script, simulated, folder), random.Random(f"{script} {number}")
+    command, out = command_of(script, data, folder / "out"), folder / "out"
+    for _ in range(2):
+        process = start(command)
+        writes = (lambda: list(data.glob(".dataset-*"))) if script == "19" else out.is_dir
+        while process.poll() is None and not writes():
+            time.sleep(0.005)
+        time.sleep(moment.uniform(0, 0.6 * seconds))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(command)
+    assert results(data / "dataset" if script == "19" else out) == whole
+    assert not list(folder.rglob(".partial-*")) and not list(folder.rglob(".dataset-*")), "nothing half-written stays"
+
+
+@pytest.mark.parametrize("script, number", [("19", 0), ("20", 0), ("20", 1), ("22", 0), ("22", 1)])
+def test_a_killed_run_ends_with_the_same_bits(simulated, tmp_path, undisturbed, script, number):
+    kill_at_random(script, number, simulated, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2, 9))
+@pytest.mark.parametrize("script", ["19", "20", "22"])
+def test_a_killed_run_ends_with_the_same_bits_each_time(simulated, tmp_path, undisturbed, script, number):
+    kill_at_random(script, number, simulated, tmp_path, undisturbed)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    with common.whole_file(path) as partial:
+        torch.save({"epoch": 1}, partial)
+    fsync = monkeypatch.setattr(common.os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), common.whole_file(path) as partial:
+        torch.save({"epoch": 2}, partial)
+    assert fsync is None and torch.load(path, weights_only=True) == {"epoch": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def spoil_checkpoint(simulated, out, **changed):
+    """The path of the checkpoint of a run of 20 that was stopped after its first epoch, with facts `changed`."""
+    script, stop = {}, RuntimeError("stopped here")
+
+    def report(experiment, line, predicted, best):
+        if line["epoch"] == 2:
+            raise stop
+
+    with pytest.raises(RuntimeError, match="stopped here"):
+        run_script("20", "--data-root", simulated, "--out", out, *TINY, print_epoch=report)
+    (path,) = out.glob("*/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    state["facts"] |= changed
+    torch.save(state, path)
+    return path, script
+
+
+def test_a_checkpoint_made_with_other_constants_or_data_is_refused(simulated, tmp_path, capsys):
+    spoil_checkpoint(simulated, tmp_path / "out", EPOCHS=9, data="0123456789abcdef")
+    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint.pt" in error and "EPOCHS = 9 (now 4)" in error and "data = 0123456789abcdef (now" in error
+
+
+def test_a_damaged_checkpoint_is_refused(simulated, tmp_path, capsys):
+    path, _ = spoil_checkpoint(simulated, tmp_path / "out")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "checkpoint.pt" in error and "remove it" in error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 24 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("a small file system cannot be mounted here (it needs root)")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk, leave):
+    """Take the space of a file system but for `leave` bytes."""
+    free = shutil.disk_usage(disk).free
+    (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
+
+
+@pytest.mark.parametrize("script, leave", [("19", 100_000), ("19", 8_000_000), ("20", 100_000), ("20", 6_000_000)])
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_last_good_state(simulated, small_disk, script, leave):
+    if script == "19":
+        data = small_disk / "data"
+        data.mkdir()
+        make_root(data)
+        if leave > 1_000_000:  # one that fits, before the disk fills up
+            finish(command_of("19", data, None))
+    else:
+        data = simulated
+    before = results(small_disk)
+    fill(small_disk, leave if script == "20" else 100_000)
+    process = start(command_of(script, data, small_disk / "out"))
+    _, stderr = process.communicate(timeout=300)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(lines) == 1 and "no space left" in lines[0], stderr[-2000:]
+    assert "Traceback" not in stderr
+    (small_disk / "ballast").unlink()
+    after = results(small_disk)
+    assert before.items() <= after.items() and not list(small_disk.rglob(".partial-*"))
+    assert not list(small_disk.rglob("rows.json"))
+
+
+@pytest.mark.parametrize("script", ["19", "20"])
+def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_path, script):
+    data = slides_of(script, simulated, tmp_path)
+    held = data if script == "19" else tmp_path / "out"
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import common, pathlib\n"
+    code += f"common.hold_folder(pathlib.Path({str(held)!r})); print('held', flush=True); sys.stdin.read()"
+    first = start([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert first.stdout.readline() == "held\n"
+    command = command_of(script, data, tmp_path / "out")
+    second = start(command)
+    _, stderr = second.communicate(timeout=120)
+    assert second.returncode == 2 and stderr.count("error: ") == 1 and f"{held}: another process" in stderr
+    first.kill()  # the lock goes with it, however it ends
+    first.communicate()
+    finish(command)
+
+
+def test_numbers_in_rows_csv_round_trip(trained):
+    out, _ = trained
+    table = pd.read_csv(out / "rows.csv", float_precision="round_trip").set_index(["setting", "split", "truth"])
+    for path in out.glob("*/rows.json"):
+        for row in json.loads(path.read_text()):
+            read = table.loc[(row["setting"], row["split"], row["truth"])]
+            for key in ("heg", "hvg", "all", "mse", "variance_ratio", "spot_r"):
+                assert read[key] == row[key], key
