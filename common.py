@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -175,9 +176,10 @@ def override_constants(script, argv):
 
 
 def run_script(script):
-    """Apply the command line to a script's globals and call its main(). Ends the process with 2 on an InputError or a
-    full disk. Of torchrun's processes the first one prints.
+    """Apply the command line to a script's globals and call its main(). Ends the process with 2 on an InputError, a
+    full disk or the loss of another process of torchrun's, of which the first one prints.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of torchrun and batch systems: as Ctrl-C
     try:
         with redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
             override_constants(script, sys.argv[1:])
@@ -189,9 +191,13 @@ def run_script(script):
         first = error  # torch and HDF5 raise others on top of the disk's own
         while first.__context__ is not None:
             first = first.__context__
-        if not isinstance(first, OSError) or os.strerror(errno.ENOSPC) not in str(first):
+        if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
+            reason = "no space left on the disk: free some and"
+        elif dist.is_initialized() and type(first) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError):
+            reason = f"another process of this run ended ({str(first).splitlines()[0]}):"
+        else:
             raise
-        print("error: no space left on the disk: free some and run the same command again", file=sys.stderr)
+        print(f"error: {reason} run the same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: run the same command again", file=sys.stderr)
@@ -653,7 +659,7 @@ def fit(
             best = {"epoch": epoch + 1, "valid_mse": mse, "weights": weights}
         if report is not None:
             report(line, predicted, best["epoch"])
-        history.append(line)
+        history.append(json.loads(json.dumps(line)))  # plain numbers: a checkpoint with NumPy's is not read again
         if checkpoint is not None and joined_ranks()[1] == 0:
             state = {part: owner.state_dict() for part, owner in stateful.items()}
             with whole_file(checkpoint) as path, open(path, "wb") as file:  # a file's own error tells of a full disk
@@ -890,7 +896,9 @@ def run_grid(script, settings, experiments, adapt=None):
     recipe, only = recipe_of(script), script["ONLY"]
     require(only in ("", *settings), f"--only {only}: expected one of {'; '.join(settings)}")
     tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
-    with tqdm(total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2) as bar:
+    with tqdm(
+        total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0
+    ) as bar:
         train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
         waiting, rows = deque(range(len(tasks))), {}
         waiting.rotate(-RANK)

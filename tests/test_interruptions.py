@@ -104,12 +104,13 @@ def kill_at_random(script, number, simulated, folder, undisturbed):
     whole, seconds = undisturbed(script)
     data, moment = slides_of(script, simulated, folder), random.Random(f"{script} {number}")
     command, out = command_of(script, data, folder / "out"), folder / "out"
-    for _ in range(2):
+    begun = {"19": lambda: [*data.glob(".dataset-*")], "20": out.is_dir, "22": out.is_dir}
+    later = {"19": lambda: [*data.glob(".dataset-*/counts.h5ad")]}  # else a checkpoint
+    for reached in (begun[script], later.get(script, lambda: [*out.glob("*/checkpoint.pt")])):
         process = start(command)
-        writes = (lambda: list(data.glob(".dataset-*"))) if script == "19" else out.is_dir
-        while process.poll() is None and not writes():
+        while process.poll() is None and not reached():
             time.sleep(0.005)
-        time.sleep(moment.uniform(0, 0.6 * seconds))
+        time.sleep(moment.uniform(0, 0.3 * seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     finish(command)
