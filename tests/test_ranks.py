@@ -101,18 +101,22 @@ def test_the_gradient_of_one_batch_from_two_ranks_is_that_of_one_process(tmp_pat
         torch.testing.assert_close(gradient, alone, rtol=0, atol=1e-5)
 
 
+class MeanColour(torch.nn.Linear):
+    """(B, 3, S, S) -> (B, 3): what it gives is known of every spot."""
+
+    def forward(self, pixels):
+        return pixels.float().mean((2, 3)) + 0 * self.bias
+
+
 def save_prediction(rank, folder):
-    model, patches, _ = little()
+    patches = torch.arange(SPOTS, dtype=torch.uint8).view(-1, 1, 1, 1).expand(SPOTS, 224, 224, 3)
+    model, patches = MeanColour(3, 3), common.MappedPatches(patches, 32)
     rows = np.array([8, 3, 0, 10, 1, 5, 2])  # 3, 2 and 2 of them
     np.save(f"{folder}/prediction{rank}.npy", common.predict(model, patches, rows, dtype=torch.float32))
-    few = common.predict(model, patches, rows[:2], dtype=torch.float32)  # the third rank has none
-    assert few.shape == (2, GENES)
+    assert common.predict(model, patches, rows[:2], dtype=torch.float32)[:, 0].tolist() == [8, 3]  # the third has none
 
 
 def test_a_prediction_gathered_from_three_ranks_is_that_of_one(tmp_path):
     in_ranks(save_prediction, 3, tmp_path)
-    save_prediction("alone", tmp_path)
-    alone = np.load(tmp_path / "predictionalone.npy")
-    assert len(np.unique(alone[:, 0])) == 7
     for rank in range(3):
-        np.testing.assert_allclose(np.load(tmp_path / f"prediction{rank}.npy"), alone, rtol=0, atol=1e-5)
+        assert np.load(tmp_path / f"prediction{rank}.npy").tolist() == [[n] * 3 for n in (8, 3, 0, 10, 1, 5, 2)]
