@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import struct
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -116,8 +117,7 @@ def read_positions(path):
         raise InputError(f"{path}: the position of barcode {bad} is not a number")
     table[common.POSITION_COLUMNS[1:]] = np.rint(numbers).astype(np.int64)
     table["barcode"] = table["barcode"].astype(str)
-    if (twice := table["barcode"].duplicated()).any():
-        raise InputError(f"{path}: barcode {table['barcode'][twice].iloc[0]} stands there twice")
+    check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
 
 
@@ -134,9 +134,12 @@ def read_matrix(path):
     path = Path(path)
     if path.is_file():
         try:
-            table = scanpy.read_10x_h5(path, gex_only=True)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # names that align_genes makes unique
+                table = scanpy.read_10x_h5(path, gex_only=True)
         except Exception as error:  # h5py raises what it likes; the cause goes into the message
             raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
+        check_unique(table.obs_names, "barcode", path)
+        check_unique(table.var["gene_ids"], "gene id", path)
         table.var["name"] = table.var_names
         table.var_names = table.var["gene_ids"].astype(str)
         return table
@@ -159,20 +162,26 @@ def read_matrix(path):
     if features.shape[1] > 2:
         keep = (features[2] == "Gene Expression").to_numpy()  # CytAssist and multi-modal folders hold other kinds too
         counts, features = counts[:, keep], features[keep]
+    check_unique(barcodes, "barcode", path)
+    check_unique(features[0], "gene id", path)
     var = pd.DataFrame({"name": features[min(1, features.shape[1] - 1)].to_numpy()}, index=features[0].to_numpy())
     return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
 
 
+def check_unique(names, kind, path):
+    """InputError where one of the names stands there twice."""
+    names = pd.Series(names)
+    if names.duplicated().any():
+        raise InputError(f"{path}: {kind} {names[names.duplicated()].iloc[0]} stands there twice")
+
+
 def check_counts(table, path):
-    """Raise InputError unless the counts are finite whole numbers from 0 on, with unique barcodes and gene ids."""
+    """Raise InputError unless the counts are finite whole numbers from 0 on."""
     values = table.X.data
     if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
         raise InputError(
             f"{path}: holds values that are no counts (negative, fractional or NaN); raw counts are needed"
         )
-    for names, kind in ((table.obs_names, "barcode"), (table.var_names, "gene id")):
-        if names.has_duplicates:
-            raise InputError(f"{path}: {kind} {names[names.duplicated()][0]} stands there twice")
 
 
 def read_slide(slide):
@@ -338,12 +347,37 @@ def read_patches(path, spots, patches):
     outside = (corners < -PATCH_SIZE // 2) | (corners + PATCH_SIZE // 2 >= shape)
     if outside.any():
         barcode = spots["barcode"].iloc[np.flatnonzero(outside.any(1))[0]]
+        inside = (spots[["pxl_col", "pxl_row"]].to_numpy() < shape).all()
         raise InputError(
             f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px); "
-            "are these the positions of this full-resolution image?"
+            + (
+                "are pxl_row and pxl_col swapped?"
+                if inside
+                else "are these the positions of this full-resolution image?"
+            )
         )
     over = ((corners < 0) | (corners + PATCH_SIZE > shape)).any(1)
     return how, shape, int(over.sum())
+
+
+def warn_of_swap(slide, spots, patches, shape):
+    """Print a warning where the array lies mirrored on the image, as it does when pxl_row and pxl_col are swapped, and
+    the spots would cover the image's tissue better the other way round (64 of them are looked at).
+    """
+    array = np.column_stack([spots[["array_col", "array_row"]], np.ones(len(spots))]).astype(np.float64)
+    places = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    if np.linalg.det(np.linalg.lstsq(array, places)[0][:2]) >= 0 or (places >= shape).any():
+        return
+    few = np.linspace(0, len(spots) - 1, min(len(spots), 64)).astype(int)
+    swapped = spots.iloc[few].rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})
+    others = np.empty((len(few), *patches.shape[1:]), np.uint8)
+    read_patches(slide["image"], swapped, others)
+    here, there = (np.ptp(pixels, axis=3).mean() / 255 for pixels in (patches[few], others))  # tissue has colour
+    if there > 1.25 * here:
+        print(
+            f"warning: {slide['positions']}: pxl_row and pxl_col look swapped: the other way round, the spots' mean "
+            f"saturation would be {there:.2f} and not {here:.2f}"
+        )
 
 
 def colour_statistics(patches):
@@ -637,6 +671,7 @@ def write_patches(out, slides, obs):
         padded[slide["name"]] = over
         size = f"{shape[0]:>7} x {shape[1]:<7}"
         print(f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {size} {over:15}   {how}")
+        warn_of_swap(slide, obs.iloc[at], patches[at[0] : at[-1] + 1], shape)
     patches.flush()
     draw_contact_sheet(patches, obs["tissue_index"].to_numpy()).save(out / "contact_sheet.png")
     return padded

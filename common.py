@@ -269,9 +269,12 @@ class SpotData:
 
 def log_normalise(counts, totals):
     """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G) float32."""
-    scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
-    dense = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
-    return np.log1p(dense * scale[:, None]).astype(np.float32)
+    scale, result = 1e4 / np.maximum(np.asarray(totals, np.float64), 1), np.empty(counts.shape, np.float32)
+    for start in range(0, len(scale), 1024):  # in float64, of which all rows at once would take four times the memory
+        part = counts[(rows := slice(start, start + 1024))]
+        dense = part.toarray() if hasattr(part, "toarray") else np.asarray(part)
+        result[rows] = np.log1p(dense * scale[rows, None])
+    return result
 
 
 def load_dataset(data_root, target):
@@ -933,7 +936,7 @@ def score_rows(setting, recipe, experiment, predicted, facts):
         row |= {"seed": experiment.seed, "target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
         row |= {"gene_lists": experiment.groups.attrs["source"], "n_spots": len(x), **facts}
         row |= {"n_genes_r30": int((scores["r"] >= R_THRESHOLD).sum()), "mse": scores["mse"].mean()}
-        row |= {"variance_ratio": scores["variance_predicted"].sum() / scores["variance"].sum()}
+        row |= {"variance_ratio": scores["variance_predicted"].sum() / (scores["variance"].sum() or np.nan)}
         scores = scores.dropna(subset="r").rename(columns={"r_pooled": "pooled"})
         for key, genes in experiment.members.items():
             mean = scores[scores.index.isin(genes)].mean()

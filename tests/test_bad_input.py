@@ -1,14 +1,22 @@
 """Bad input: exit code 2, one line that names the file or value and the fix, nothing half-written."""
 
 import gzip
+import json
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import TINY, run_script
+import torch
+from conftest import TINY, load_script, run_script, write_slide
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
+
+import common
 
 
 def edit_manifest(root, **values):
@@ -42,6 +50,20 @@ def write_bytes(path, content):
 def append_positions(root, change):
     spots = spot_table()
     change(spots).to_csv(root / "positions1.csv", header=False, index=False)
+
+
+def spoil_count(root, value):
+    """The first count of matrix.mtx becomes another number."""
+    keep_counts(root, lambda lines: [" ".join([*lines[0].split()[:2], value]), *lines[1:]], "real")
+
+
+def keep_counts(root, change, kind="integer"):
+    """Rewrite the entries "gene spot count" of matrix.mtx."""
+    path = root / "matrix1" / "matrix.mtx"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("%")]
+    entries = change(lines[1:])
+    head = [f"%%MatrixMarket matrix coordinate {kind} general", " ".join([*lines[0].split()[:2], str(len(entries))])]
+    path.write_text("\n".join([*head, *entries]) + "\n")
 
 
 # name: (what is spoilt, words that the message must hold)
@@ -163,6 +185,66 @@ CASES = {
         ),
         ["slides.csv", "name"],
     ),
+    "a position of NaN": (
+        lambda r: append_positions(r, lambda t: t.assign(pxl_col=[np.nan] + t["pxl_col"].tolist()[1:])),
+        ["positions1.csv", "A0-1", "not a number"],
+    ),
+    "row and column swapped, out of the image": (
+        lambda r: append_positions(
+            r, lambda t: t.assign(pxl_row=[WIDTH - 9, *t["pxl_col"][1:]], pxl_col=[9, *(t["pxl_row"][1:])])
+        ),
+        ["slide.tif", "A0-1", "pxl_row and pxl_col swapped"],
+    ),
+    "NaN counts": (lambda r: spoil_count(r, "nan"), ["matrix1", "no counts"]),
+    "fractional counts": (lambda r: spoil_count(r, "1.5"), ["matrix1", "no counts", "raw counts"]),
+    "infinite counts": (lambda r: spoil_count(r, "inf"), ["matrix1", "no counts"]),
+    "all counts zero": (lambda r: keep_counts(r, lambda lines: []), ["no counts", "7 such spots", "remove it"]),
+    "a spot with no counts": (
+        lambda r: keep_counts(r, lambda lines: [line for line in lines if line.split()[1] != "3"]),
+        ["1_", "no counts", "1 such spots"],
+    ),
+    "a barcode twice in the matrix": (
+        lambda r: write_text(
+            r / "matrix1/barcodes.tsv", (r / "matrix1/barcodes.tsv").read_text().replace("C1-1", "A0-1")
+        ),
+        ["matrix1", "A0-1", "twice"],
+    ),
+    "a gene id twice": (
+        lambda r: write_text(
+            r / "matrix1/features.tsv", "".join([(r / "matrix1/features.tsv").read_text().split("\n")[0] + "\n"] * 12)
+        ),
+        ["matrix1", "gene id", "twice"],
+    ),
+    "a gene called as a column": (
+        lambda r: write_text(
+            r / "matrix1/features.tsv",
+            "".join(f"I{g}\t{'barcode' if g == 3 else g}\tGene Expression\n" for g in range(12)),
+        ),
+        ["'barcode'", "rename it"],
+    ),
+    "um_per_px that is no number": (lambda r: edit_manifest(r, um_per_px="half"), ["um_per_px"]),
+    "tissue_index that is no number": (lambda r: edit_manifest(r, tissue_index="first"), ["tissue_index"]),
+    "an absolute path": (lambda r: edit_manifest(r, image="/etc/hostname"), ["/etc/hostname", "outside"]),
+    "a link out of the data root": (
+        lambda r: ((r / "slide.tif").unlink(), (r / "slide.tif").symlink_to("/etc/hostname")),
+        ["slide.tif", "outside"],
+    ),
+    "pixels as floats": (
+        lambda r: replace_image(r, lambda p: tifffile.imwrite(p, picture().astype(np.float32), photometric="rgb")),
+        ["slide.tif", "float32", "8-bit"],
+    ),
+    "16-bit PNG": (
+        lambda r: replace_image(r, lambda p: Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(p, "PNG")),
+        ["slide.tif", "I;16", "8-bit"],
+    ),
+    "palette PNG": (
+        lambda r: replace_image(r, lambda p: Image.fromarray(picture()).quantize(16).save(p, "PNG")),
+        ["slide.tif", "P image", "8-bit"],
+    ),
+    "one-bit image": (
+        lambda r: replace_image(r, lambda p: tifffile.imwrite(p, picture()[..., 0] > 99, photometric="minisblack")),
+        ["slide.tif", "bool", "8-bit"],
+    ),
     "one slide for harmony": (lambda r: None, ["harmony", "--target lognorm"]),
 }
 
@@ -221,7 +303,35 @@ def test_script_20_refuses(simulated, tmp_path, monkeypatch, capsys, arguments, 
     monkeypatch.chdir(tmp_path)
     assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, *arguments) == 2
     check_one_line(capsys, words)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
+
+
+OTHERS = [
+    ("17", ["--dataset", "GSE1"], ["--dataset GSE1", "GSE240429, HER2ST"]),
+    ("17", ["--source", "http://example.org"], ["http://example.org", "https"]),
+    ("18", ["--spots", "1"], ["--spots 1", "from 2"]),
+    ("18", ["--slides", "0"], ["--slides 0", "from 1"]),
+    ("19", ["--hvg-per-slide", "0"], ["--hvg-per-slide 0", "from 1"]),
+    ("19", ["--seed", "x"], ["--seed", "invalid int value: 'x'"]),
+    ("21", ["--only", "resnet5"], ["--only resnet5", "resnet50"]),
+    ("22", ["--folds", "1"], ["--folds 1", "from 2"]),
+    ("22", ["--folds", "99"], ["too few", "fewer folds"]),
+    ("23", ["--only", "blur"], ["--only blur", "stnet_color"]),
+    ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
+    ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
+    ("25", ["--micro-batch", "2"], ["--micro-batch 2", "from 3"]),
+]
+
+
+@pytest.mark.parametrize("script, arguments, words", OTHERS)
+def test_the_other_scripts_refuse(simulated, tmp_path, monkeypatch, capsys, script, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    small = [*TINY, "--data-root", simulated] if script > "20" else ["--data-root", tmp_path] if script > "17" else []
+    small = [option for option in small if (script, option) != ("22", "--hidden")]
+    small = [option for option in small if (script, option) != ("22", 16)]
+    assert run_script(script, *small, *arguments) == 2
+    check_one_line(capsys, words)
+    assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
 
 
 def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
@@ -267,3 +377,182 @@ def test_help_lists_every_constant_with_its_comment(capsys):
     assert run_script("20", "--help") == 0
     text = capsys.readouterr().out
     assert "--learning-rate" in text and "[0.0003]" in text and "average predictions over the 8 symmetries" in text
+
+
+# ---------------------------------------------------------------------------------------------- odd, and legal
+
+
+def make_dataset(root, *arguments):
+    assert run_script("19", "--data-root", root, "--target", "lognorm", *arguments) == 0
+    return common.load_dataset(root, "lognorm")
+
+
+def test_swapped_row_and_column_are_warned_of(tmp_path, capsys):
+    """A tissue much wider than high, on a square image, in which every spot stays when swapped."""
+    rows, cols = (part.ravel() for part in np.mgrid[0:3, 0:12])
+    spots = pd.DataFrame(
+        {"barcode": [f"S{i}" for i in range(36)], "in_tissue": 1, "array_row": rows, "array_col": cols}
+    )
+    spots["pxl_row"], spots["pxl_col"] = 300 + 200 * rows, 200 + 230 * cols
+    image = np.full((3000, 3000, 3), 235, np.uint8)
+    image[100:1000] = np.random.default_rng(0).integers(0, (200, 80, 160), (900, 3000, 3))
+    tifffile.imwrite(tmp_path / "slide.tif", image, photometric="rgb")
+    counts = np.random.default_rng(1).integers(1, 9, (36, 12))
+    write_slide(tmp_path, "slide.tif", spots, counts, [f"G{g}" for g in range(12)])
+    make_dataset(tmp_path)
+    assert "warning" not in capsys.readouterr().out
+    swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})[spots.columns]
+    swapped.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    make_dataset(tmp_path)
+    out = capsys.readouterr().out
+    assert "positions1.csv: pxl_row and pxl_col look swapped" in out
+    mirrored = spots.assign(array_col=11 - spots["array_col"])  # an image that was scanned mirrored is no mistake
+    mirrored.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    make_dataset(tmp_path)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
+def test_a_grey_image_is_repeated_in_three_channels(tmp_path, kind):
+    make_root(tmp_path)
+    Image.fromarray(picture()[..., 0]).save(tmp_path / "slide.tif", kind)
+    patches = make_dataset(tmp_path).patches.numpy()
+    assert (patches == patches[..., :1]).all() and len(np.unique(patches)) > 9
+
+
+def test_of_a_multi_page_tiff_the_first_page_is_read(tmp_path):
+    make_root(tmp_path)
+    expected = make_dataset(tmp_path).patches.clone()
+    with tifffile.TiffWriter(tmp_path / "slide.tif") as tiff:
+        tiff.write(picture(), photometric="rgb")
+        tiff.write(255 - picture()[::3, ::3], photometric="rgb")  # a label or macro image
+    assert torch.equal(make_dataset(tmp_path).patches, expected)
+
+
+def two_slides(root, spots=(7, 7), genes=(12, 12)):
+    """A data root with two slides."""
+    tifffile.imwrite(root / "slide.tif", picture(), photometric="rgb")
+    for slide, (n, g) in enumerate(zip(spots, genes, strict=True), 1):
+        counts = np.random.default_rng(slide).integers(20, 90, (n, g))
+        table = spot_table(n, seed=slide)
+        write_slide(root, "slide.tif", table, counts, [f"G{i}" for i in range(g)], slide)
+
+
+def network_of(root, *arguments):
+    code = run_script("20", "--data-root", root, "--out", root / "out", *TINY, "--target", "lognorm", *arguments)
+    return code, sorted((root / "out").glob("EfficientNet-B0-*/rows.json"))
+
+
+def test_one_slide_alone_is_a_dataset_but_no_experiment(tmp_path, capsys):
+    make_root(tmp_path)
+    assert len(make_dataset(tmp_path).patches) == 7
+    capsys.readouterr()
+    assert network_of(tmp_path, "--test-slide", 1) == (2, [])
+    check_one_line(capsys, ["--valid-fraction", "0 spots"])
+
+
+def test_a_test_slide_of_one_spot_has_a_prediction_and_no_r(tmp_path, capsys):
+    two_slides(tmp_path, spots=(9, 1))
+    assert make_dataset(tmp_path).counts.var["ceiling_2"].isna().all()
+    code, (rows,) = network_of(tmp_path, "--test-slide", 2)
+    row = next(row for row in json.loads(rows.read_text()) if row["split"] == "test")
+    assert code == 0 and row["n_spots"] == 1 and row["heg"] is None and row["heg_n"] == 0
+    assert np.isfinite(row["mse"])
+
+
+def test_a_training_slide_of_one_spot_is_refused(tmp_path, capsys):
+    two_slides(tmp_path, spots=(9, 1))
+    make_dataset(tmp_path)
+    capsys.readouterr()
+    assert network_of(tmp_path, "--test-slide", 1) == (2, [])
+    check_one_line(capsys, ["--valid-fraction 0.2", "1 spots"])
+
+
+def test_fewer_than_fifty_genes_are_all_of_them(tmp_path, capsys):
+    two_slides(tmp_path)
+    make_dataset(tmp_path)
+    code, (rows,) = network_of(tmp_path, "--test-slide", 2)
+    row = json.loads(rows.read_text())[-1]
+    assert code == 0 and row["heg_n"] == row["hvg_n"] == 12 and row["mg_n"] == 0 and row["mg"] is None
+
+
+def test_a_gene_that_one_slide_lacks_is_left_out_and_said(tmp_path, capsys):
+    two_slides(tmp_path, genes=(12, 9))
+    assert make_dataset(tmp_path).genes == [f"G{i}" for i in range(9)]
+    assert "9 genes in every slide (of up to 12)" in capsys.readouterr().out
+
+
+def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
+    two_slides(tmp_path)
+    make_dataset(tmp_path)
+    (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
+    code, (rows,) = network_of(tmp_path, "--test-slide", 2)
+    row, out = json.loads(rows.read_text())[-1], capsys.readouterr().out
+    assert code == 0 and (row["heg_n"], row["hvg_n"], row["mg_n"]) == (1, 1, 0) and row["mg"] is None
+    assert "gene groups gene_sets.csv; not in the panel: NOVEL" in out
+
+
+# ---------------------------------------------------------------------------------------------- fuzzed
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CELL = st.one_of(
+    st.sampled_from(
+        ["1", "0", "-1", "1e9", "1e400", "nan", "", "A0-1", "slide.tif", "positions1.csv", "matrix1", "..", '"']
+    ),
+    st.text(max_size=6),
+)
+
+
+def spoilt(whole):
+    """Strategy: a file's bytes with a piece replaced, a table of odd cells, or anything at all."""
+    at = st.integers(0, len(whole))
+    replaced = st.tuples(at, st.integers(0, 40), st.binary(max_size=20)).map(
+        lambda edit: whole[: edit[0]] + edit[2] + whole[edit[0] + edit[1] :]
+    )
+    cells = st.lists(st.lists(CELL, max_size=8), max_size=6)
+    table = cells.map(lambda rows: "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass"))
+    under_header = table.map(lambda rows: whole.split(b"\n")[0] + b"\n" + rows)
+    return st.one_of(replaced, table, under_header, st.binary(max_size=60))
+
+
+@pytest.fixture(scope="module")
+def whole_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    make_root(root)
+    (root / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHVG,G2\nMG,G3\n")
+    return root
+
+
+READERS = {
+    "slides.csv": lambda script, root: script.read_manifest(root),
+    "positions1.csv": lambda script, root: script.read_positions(root / "positions1.csv"),
+    "matrix1/matrix.mtx": lambda script, root: read_checked(script, root / "matrix1"),
+    "matrix1/barcodes.tsv": lambda script, root: read_checked(script, root / "matrix1"),
+    "matrix1/features.tsv": lambda script, root: read_checked(script, root / "matrix1"),
+    "gene_sets.csv": lambda script, root: common.choose_gene_groups(
+        SimpleNamespace(root=root, lognorm=np.eye(3, dtype=np.float32), genes=["G1", "G2", "G3"]), [0, 1], True
+    ),
+}
+
+
+def read_checked(script, folder):
+    table = script.read_matrix(folder)
+    script.check_counts(table, folder)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_raise_nothing_but_input_errors(whole_root, name):
+    script, path = load_script("19"), whole_root / name
+    whole = path.read_bytes()
+
+    @FUZZ
+    @given(spoilt(whole))
+    def read(content):
+        path.write_bytes(content)
+        with suppress(common.InputError):
+            READERS[name](script, whole_root)
+
+    try:
+        READERS[name](script, whole_root)
+        read()
+    finally:
+        path.write_bytes(whole)
