@@ -8,6 +8,7 @@ Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, dataset
 Prints     per slide: spots, image and how it is read, patches over its border; then the panel and the target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
+           python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs --images A.tif,B.tif
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded once each and
 only where a patch lies. JPEG and PNG have no such access and are decoded whole.
@@ -20,6 +21,8 @@ import json
 import os
 import shutil
 import struct
+import tempfile
+import threading
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +36,15 @@ import pandas as pd
 import polars
 import scanpy
 import scipy.io
+import scipy.ndimage
 import scipy.sparse
 import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.spatial import cKDTree
+from skimage.filters import threshold_otsu
+from skimage.morphology import remove_small_holes, remove_small_objects
 from tqdm import tqdm
 
 import common
@@ -49,9 +55,17 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv
 TARGET = "harmony"  # harmony (the paper's: Harmony over all slides) or lognorm
 HVG_PER_SLIDE = 1000  # highly variable genes of each slide; their union is the panel
 SEED = 42  # of Harmony's clustering
+PANEL = ""  # CSV with a column gene: the panel, in place of variable genes
+UM_PER_PX = 0.0  # of the patches; another slide is resampled to it; 0 = each slide's own
+FROM_SPACERANGER = ""  # folders outs/ of Space Ranger, comma-separated, or those that hold one: write slides.csv first
+IMAGES = ""  # their full-resolution images, in the same order
+USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
+THUMBNAIL = False  # true = write thumbnail_<slide>.png too, THUMBNAIL_UM um a pixel
 # --------------------------------------------------------------------------------------------------------
 
 BLOCK_WIDTH = 5  # pitches
+THUMBNAIL_UM = 8.0
+GRID_PITCH = 100.0  # um between the spots of a slide without positions, as on Visium
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
 MANIFEST = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
 DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, OSError)
@@ -87,14 +101,75 @@ def read_manifest(root):
         for row, value in table[column].items():
             if pd.isna(value) and column == "matrix":
                 continue
-            full = (root / str(value)).resolve()
-            if not full.is_relative_to(root.resolve()):
+            if pd.isna(value) and column == "positions" and pd.isna(table["matrix"][row]):
+                continue  # a grid is laid over the tissue
+            full, base = (Path(os.path.abspath(part)) for part in (root / str(value), root))  # noqa: PTH100 - links may
+            if not full.is_relative_to(base):  # lead elsewhere: the user made them
                 raise InputError(f"{path}: {column} {value!r} lies outside {root}; copy or link it into the data root")
             if not (full.exists() if column == "matrix" else full.is_file()):
                 which = f"{column} {value!r} of slide {table['tissue_index'][row]}"
                 raise InputError(f"{path}: {which} does not exist: fetch it with 17_download_data.py or mend the path")
             table.loc[row, column] = str(full)
     return table.sort_values("tissue_index").reset_index(drop=True)
+
+
+def write_manifest(root, folders, images):
+    """slides.csv, and links to what it names, for Space Ranger's folders `folders` and their images."""
+    if len(images) not in (0, len(folders)):
+        raise InputError(
+            f"--images: {len(images)} images for {len(folders)} folders of Space Ranger: give one for each"
+        )
+    names, lines = [(f.parent if f.name == "outs" else f).resolve().name for f in folders], []
+    for slide, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
+        outs = folder / "outs" if (folder / "outs").is_dir() else folder
+        if (outs / "binned_outputs").is_dir():
+            raise InputError(f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read")
+        parts = {
+            "positions": ["spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv"],
+            "matrix": ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"],
+        }
+        found = {part: next((outs / n for n in places if (outs / n).exists()), None) for part, places in parts.items()}
+        for part, path in found.items():
+            if path is None:
+                raise InputError(f"{outs}: no {' or '.join(parts[part])}: expected a folder outs/ of Space Ranger")
+        positions, image = read_positions(found["positions"]), images[slide - 1] if images else None
+        um_per_px = GRID_PITCH / lay_blocks(positions, slide)[0]  # Visium's spots are 100 um apart
+        own = root / (name if names.count(name) == 1 else f"{name}_{slide}")
+        own.mkdir(parents=True, exist_ok=True)
+        if image is None and not USE_HIRES:
+            raise InputError(
+                f"{outs} holds no full-resolution image, which Space Ranger got with --image or --cytaimage: name it "
+                "with --images, or take --use-hires"
+            )
+        if image is None:
+            image, scale = outs / "spatial" / "tissue_hires_image.png", read_hires_scale(outs)
+            positions[["pxl_row", "pxl_col"]] = np.rint(positions[["pxl_row", "pxl_col"]] * scale).astype(int)
+            um_per_px /= scale
+            found["positions"] = own / "positions_hires.csv"
+            common.save_csv(found["positions"], positions.reset_index())
+            side = PATCH_SIZE * um_per_px
+            print(f"{name}: the hires image, {um_per_px:.2f} um/px: without --um-per-px a patch is {side:.0f} um wide")
+        row = {"tissue_index": slide, "name": own.name, "donor": own.name, "um_per_px": round(um_per_px, 4)}
+        for part, path in (found | {"image": image}).items():
+            if not path.exists():
+                raise InputError(f"{path} does not exist")
+            link = own / path.name
+            if path.parent != own:
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.resolve())
+            row[part] = str(link.relative_to(root))
+        lines.append(row)
+    common.save_csv(root / "slides.csv", pd.DataFrame(lines)[MANIFEST])
+    print(f"wrote {root / 'slides.csv'}: each slide is taken for another donor's; mend that there if it is not so")
+
+
+def read_hires_scale(outs):
+    """px of the hires image a full-resolution px."""
+    path = outs / "spatial" / "scalefactors_json.json"
+    try:
+        return float(json.loads(path.read_text())["tissue_hires_scalef"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no tissue_hires_scalef ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------- spots
@@ -186,7 +261,7 @@ def check_counts(table, path):
 
 def read_slide(slide):
     """Counts of one slide, rows sorted by array_row, array_col, positions in obs; X is empty without a matrix."""
-    positions = read_positions(slide["positions"])
+    positions = lay_grid(slide) if pd.isna(slide["positions"]) else read_positions(slide["positions"])
     if pd.isna(slide["matrix"]):
         inside = positions[positions["in_tissue"] == 1]
         table = anndata.AnnData(obs=inside)
@@ -209,6 +284,45 @@ def read_slide(slide):
     return table
 
 
+@functools.lru_cache(maxsize=1)
+def _thumbnail(path, step):
+    visit_slide(path, taker := Thumbnail(step))
+    return taker.pixels()
+
+
+def read_thumbnail(slide):
+    """((h, w, 3) uint8 of about THUMBNAIL_UM um a pixel, slide px a thumbnail px)."""
+    step = max(1, round(THUMBNAIL_UM / slide["um_per_px"]))
+    return _thumbnail(slide["image"], step), step
+
+
+def find_tissue(thumbnail):
+    """(h, w) bool: saturation above Otsu's threshold; holes and specks of less than four spots' area are undone."""
+    high, low = thumbnail.max(2).astype(np.float64), thumbnail.min(2)
+    saturation = scipy.ndimage.median_filter((high - low) / np.maximum(high, 1), 5)
+    if np.ptp(saturation) == 0:
+        return np.zeros(saturation.shape, bool)
+    tissue, least = saturation > threshold_otsu(saturation), int(4 * (GRID_PITCH / THUMBNAIL_UM) ** 2)
+    return remove_small_holes(remove_small_objects(tissue, max_size=least), max_size=least)
+
+
+def lay_grid(slide):
+    """Positions, as read_positions gives them, of a hexagonal grid with a pitch of GRID_PITCH over a slide's tissue."""
+    thumbnail, step = read_thumbnail(slide)
+    tissue, pitch = find_tissue(thumbnail), GRID_PITCH / slide["um_per_px"]
+    down, across = np.array(thumbnail.shape[:2]) * step / pitch
+    rows, cols = (part.ravel() for part in np.mgrid[0 : int(down / 0.866) + 1, 0 : int(2 * across) + 1])
+    rows, cols = rows[(rows + cols) % 2 == 0], cols[(rows + cols) % 2 == 0]  # as Visium numbers them
+    y, x = np.rint((rows + 0.5) * pitch * 0.75**0.5).astype(int), np.rint((cols + 1) * pitch / 2).astype(int)
+    inside = (y // step < len(tissue)) & (x // step < tissue.shape[1])
+    inside[inside] = tissue[y[inside] // step, x[inside] // step]
+    if not inside.any():
+        raise InputError(f"{slide['image']}: no tissue found (saturation); give the positions of its spots")
+    names = [f"{row}x{col}" for row, col in zip(rows[inside], cols[inside], strict=True)]
+    values = [np.ones(inside.sum(), int), rows[inside], cols[inside], y[inside], x[inside]]
+    return pd.DataFrame(dict(zip(common.POSITION_COLUMNS[1:], values, strict=True)), pd.Index(names, name="barcode"))
+
+
 def lay_blocks(positions, tissue_index):
     """(pitch, blocks): px from a spot to its nearest, median over the slide (1 for a spot alone), and of each spot the
     square, BLOCK_WIDTH pitches wide, that it lies in, as "slide:column:row". Folds and intervals take blocks whole.
@@ -222,17 +336,64 @@ def lay_blocks(positions, tissue_index):
 # ---------------------------------------------------------------------------------------------- pixels
 
 
-def copy_overlap(segment, top, left, corners, order, patches):
-    """Copy what a region (h, w, 3) of the slide at (top, left) shares with each patch."""
-    bottom, right = top + segment.shape[0], left + segment.shape[1]
-    # Patches are sorted by their top row, so those that may touch this region are one run of them.
-    first = np.searchsorted(corners[order, 0], top - PATCH_SIZE, side="right")
-    last = np.searchsorted(corners[order, 0], bottom, side="left")
-    for i in order[first:last]:
-        y, x = corners[i]
-        y0, y1, x0, x1 = max(y, top), min(y + PATCH_SIZE, bottom), max(x, left), min(x + PATCH_SIZE, right)
-        if x0 < x1 and y0 < y1:
-            patches[i, y0 - y : y1 - y, x0 - x : x1 - x] = segment[y0 - top : y1 - top, x0 - left : x1 - left]
+class PatchCopier:
+    """Takes regions of a slide and copies what they share with each patch (n, S, S, 3) at corners (n, 2)."""
+
+    def __init__(self, corners, patches):
+        self.corners, self.patches, self.side = corners, patches, patches.shape[1]
+        self.order = np.argsort(corners[:, 0], kind="stable")
+
+    def touches(self, shape, cell):
+        """(down, across) bool: which cells (height, width) of an image are needed."""
+        wanted = np.zeros(-(-np.array(shape) // cell), bool)
+        first, last = np.maximum(self.corners, 0), np.minimum(self.corners + self.side, shape) - 1
+        for (y0, x0), (y1, x1) in zip(first // cell, last // cell, strict=True):
+            wanted[y0 : y1 + 1, x0 : x1 + 1] = True
+        return wanted
+
+    def take(self, region, top, left, channels=slice(None)):
+        """A region (h, w, channels) at (top, left)."""
+        bottom, right, side = top + region.shape[0], left + region.shape[1], self.side
+        # Patches are sorted by their top row, so those that may touch this region are one run of them.
+        first = np.searchsorted(self.corners[self.order, 0], top - side, side="right")
+        last = np.searchsorted(self.corners[self.order, 0], bottom, side="left")
+        for i in self.order[first:last]:
+            y, x = self.corners[i]
+            y0, y1, x0, x1 = max(y, top), min(y + side, bottom), max(x, left), min(x + side, right)
+            if x0 < x1 and y0 < y1:
+                part = region[y0 - top : y1 - top, x0 - left : x1 - left]
+                self.patches[i, y0 - y : y1 - y, x0 - x : x1 - x, channels] = part
+
+
+class Thumbnail:
+    """Takes all regions of a slide and averages them over squares of `step` px."""
+
+    def __init__(self, step):
+        self.step, self.lock = step, threading.Lock()
+
+    def touches(self, shape, cell):
+        self.shape = -(-np.array(shape) // self.step)
+        self.sums, self.sizes = np.zeros((*self.shape, 3)), np.zeros((*self.shape, 1))
+        return np.ones(-(-np.array(shape) // cell), bool)
+
+    def take(self, region, top, left, channels=slice(None)):
+        for start in range(0, len(region), 512):  # a memory-mapped slide comes as one region
+            self._add(region[start : start + 512], top + start, left, channels)
+
+    def _add(self, region, top, left, channels):
+        starts = [np.unique(np.r_[0, np.arange(-first % self.step, n, self.step)])
+                  for first, n in zip((top, left), region.shape[:2], strict=True)]  # fmt: skip
+        sums = np.add.reduceat(np.add.reduceat(region, starts[0], 0, np.uint32), starts[1], 1)
+        sizes = [np.diff(np.r_[part, n]) for part, n in zip(starts, region.shape[:2], strict=True)]
+        rows, cols = ((first + part) // self.step for first, part in zip((top, left), starts, strict=True))
+        with self.lock:
+            self.sums[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1, channels] += sums
+            if channels in (slice(None), slice(0, 1)):
+                self.sizes[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1, 0] += np.outer(*sizes)
+
+    def pixels(self):
+        """(h, w, 3) uint8."""
+        return np.rint(self.sums / self.sizes).astype(np.uint8)
 
 
 def as_rgb(pixels, path):
@@ -246,9 +407,8 @@ def as_rgb(pixels, path):
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)) if pixels.shape[2] == 1 else pixels[:, :, :3]
 
 
-def read_tiff(path, corners, patches):
-    """Fill patches (n, 224, 224, 3) from a TIFF's first page; returns how it was read and its (height, width)."""
-    order = np.argsort(corners[:, 0], kind="stable")
+def visit_tiff(path, taker):
+    """Show a TIFF's first page to `taker`, region by region; returns how it was read and its (height, width)."""
     try:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.series[0].keyframe
@@ -269,28 +429,23 @@ def read_tiff(path, corners, patches):
                 )
             if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
                 pixels = as_rgb(page.asarray(out="memmap").reshape(*shape, page.samplesperpixel), path)
-                copy_overlap(pixels, 0, 0, corners, order, patches)  # one region: the whole slide, on disk
+                taker.touches(shape, shape)
+                taker.take(pixels, 0, 0)  # one region: the whole slide, on disk
                 return "memory-mapped", shape
-            copy_segments(page, path, corners, order, patches)
+            visit_segments(page, path, taker)
             kind = f"{'tiles' if page.is_tiled else 'strips'} of {page.chunks[1]} x {page.chunks[0]} px"
             return f"{kind}, {page.compression.name.lower()}", shape
     except DAMAGED_TIFF as error:
         raise InputError(f"{path}: not a readable TIFF ({error}); fetch or export it again") from None
 
 
-def copy_segments(page, path, corners, order, patches):
-    """Decode the tiles or strips that a patch touches, each once, one row of them at a time, on all cores."""
+def visit_segments(page, path, taker):
+    """Decode the tiles or strips that are wanted, each once, one row of them at a time, on all cores."""
     height, width = page.imagelength, page.imagewidth
-    segment_height, segment_width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
-    across = -(-width // segment_width)
-    down = -(-height // segment_height)
+    cell = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
     planes = page.samplesperpixel if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE else 1
-    first, last = np.maximum(corners, 0), np.minimum(corners + PATCH_SIZE, (height, width)) - 1
-    wanted = np.zeros((down, across), bool)
-    for (y0, x0), (y1, x1) in zip(
-        first // (segment_height, segment_width), last // (segment_height, segment_width), strict=True
-    ):
-        wanted[y0 : y1 + 1, x0 : x1 + 1] = True
+    wanted = taker.touches((height, width), cell)
+    down, across = wanted.shape
     handle = page.parent.filehandle
 
     def decode(part):
@@ -312,17 +467,15 @@ def copy_segments(page, path, corners, order, patches):
             offsets, counts = [page.dataoffsets[c] for c in cells], [page.databytecounts[c] for c in cells]
             parts = ((data, cells[k]) for data, k in handle.read_segments(offsets, counts, sort=False))
             for (plane, _, top, left, _), pixels in pool.map(decode, parts):
-                pixels = pixels[: height - top, : width - left]  # the last tiles reach beyond the image
+                pixels = as_rgb(pixels[: height - top, : width - left], path)  # the last tiles reach beyond the image
                 if planes == 1:
-                    copy_overlap(as_rgb(pixels, path), top, left, corners, order, patches)
+                    taker.take(pixels, top, left)
                 elif plane < 3:
-                    copy_overlap(
-                        as_rgb(pixels, path)[:, :, :1], top, left, corners, order, patches[..., plane : plane + 1]
-                    )
+                    taker.take(pixels[:, :, :1], top, left, slice(plane, plane + 1))
 
 
-def read_picture(path, corners, patches):
-    """Fill patches from a JPEG or PNG, which is decoded whole; returns how it was read and its (height, width)."""
+def visit_picture(path, taker):
+    """As visit_tiff, of a JPEG or PNG, which is decoded whole."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("RGB", "RGBA", "L"):
@@ -330,34 +483,55 @@ def read_picture(path, corners, patches):
             pixels = as_rgb(np.asarray(image), path)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch or export it again") from None
-    copy_overlap(pixels, 0, 0, corners, np.argsort(corners[:, 0], kind="stable"), patches)
+    taker.touches(pixels.shape[:2], pixels.shape[:2])
+    taker.take(pixels, 0, 0)
     return "decoded whole", pixels.shape[:2]
 
 
+def visit_slide(path, taker):
+    """Show a slide to `taker`; returns how it was read and its (height, width)."""
+    with open(path, "rb") as file:
+        tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    return (visit_tiff if tiff else visit_picture)(path, taker)
+
+
 def read_patches(path, spots, patches):
-    """Fill patches (n, 224, 224, 3) uint8 with the pixels around each spot's centre, white beyond the border.
+    """Fill patches (n, S, S, 3) uint8 with the pixels around each spot's centre, white beyond the border.
 
     Returns how the image was read, its (height, width) and the number of patches over the border.
     """
-    corners = spots[["pxl_row", "pxl_col"]].to_numpy() - PATCH_SIZE // 2
+    side = patches.shape[1]
+    corners = spots[["pxl_row", "pxl_col"]].to_numpy() - side // 2
     patches[:] = 255
-    with open(path, "rb") as file:
-        tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    how, shape = (read_tiff if tiff else read_picture)(path, corners, patches)
-    outside = (corners < -PATCH_SIZE // 2) | (corners + PATCH_SIZE // 2 >= shape)
+    how, shape = visit_slide(path, PatchCopier(corners, patches))
+    centres = spots[["pxl_row", "pxl_col"]].to_numpy()
+    outside = (centres < 0) | (centres >= shape)
     if outside.any():
         barcode = spots["barcode"].iloc[np.flatnonzero(outside.any(1))[0]]
-        inside = (spots[["pxl_col", "pxl_row"]].to_numpy() < shape).all()
+        swapped = (centres[:, ::-1] < shape).all()
+        cause = "pxl_row and pxl_col swapped" if swapped else "these the positions of this full-resolution image"
         raise InputError(
-            f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px); "
-            + (
-                "are pxl_row and pxl_col swapped?"
-                if inside
-                else "are these the positions of this full-resolution image?"
-            )
+            f"{path}: the centre of spot {barcode} lies outside the image ({shape[0]} x {shape[1]} px); are {cause}?"
         )
-    over = ((corners < 0) | (corners + PATCH_SIZE > shape)).any(1)
+    over = ((corners < 0) | (corners + side > shape)).any(1)
     return how, shape, int(over.sum())
+
+
+def read_resampled(path, spots, patches, um_per_px):
+    """As read_patches, of patches that show as many um as others of UM_PER_PX do: read larger or smaller, beside them
+    on the disk, and resized.
+    """
+    side = max(1, round(PATCH_SIZE * UM_PER_PX / um_per_px))
+    if side == PATCH_SIZE:
+        return read_patches(path, spots, patches)
+    with tempfile.NamedTemporaryFile(dir=Path(patches.filename).parent) as file:
+        native = np.memmap(file.name, np.uint8, "w+", shape=(len(spots), side, side, 3))
+        how, *result = read_patches(path, spots, native)
+        for part in np.array_split(np.arange(len(spots)), -(-len(spots) // 64)):
+            images = torch.from_numpy(native[part]).permute(0, 3, 1, 2)
+            images = F.interpolate(images, size=(PATCH_SIZE, PATCH_SIZE), mode="bilinear", antialias=True)
+            patches[part] = images.permute(0, 2, 3, 1).numpy()
+    return f"{how}; resampled from {um_per_px:g} to {UM_PER_PX:g} um/px", *result
 
 
 def warn_of_swap(slide, spots, patches, shape):
@@ -453,6 +627,14 @@ def published_panel(root, counts):
     return mask
 
 
+def read_panel(path):
+    """The genes of a CSV table with a column gene."""
+    try:
+        return pd.read_csv(path, dtype=str)["gene"].dropna().tolist()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: expected a CSV table with a column gene ({error})") from None
+
+
 def choose_panel(root, counts, full):
     """Panel mask over genes, and var columns hvg_<slide>: each slide's highly variable genes (scanpy, seurat)."""
     chosen = {}
@@ -465,6 +647,11 @@ def choose_panel(root, counts, full):
             chosen[f"hvg_{slide}"] = part.var["highly_variable"].to_numpy()
     markers = counts.var_names.isin(common.MARKER_GENES)
     panel = published_panel(root, counts)
+    if PANEL:
+        genes = read_panel(Path(PANEL))
+        panel, markers = counts.var_names.isin(genes), markers & counts.var_names.isin(genes)
+        if not panel.any():
+            raise InputError(f"{PANEL}: the slides hold none of its {len(genes)} genes, as {genes[0]}")
     panel = np.any(list(chosen.values()), axis=0) if panel is None else panel
     return panel | markers, pd.DataFrame({**chosen, "MG": markers}, index=counts.var_names)
 
@@ -626,6 +813,10 @@ def whole_folder(folder):
 
 def main():
     root = Path(DATA_ROOT)
+    if FROM_SPACERANGER:
+        if (root / "slides.csv").exists():
+            raise InputError(f"{root / 'slides.csv'} is there already: leave out --from-spaceranger, or remove it")
+        write_manifest(root, *([Path(p) for p in text.split(",") if p] for text in (FROM_SPACERANGER, IMAGES)))
     slides = read_manifest(root)
     common.hold_folder(root)
     with_counts = slides["matrix"].notna()
@@ -636,6 +827,8 @@ def main():
     obs = pd.concat([table.obs for table in tables])
     with whole_folder(root / "dataset") as out:
         padded = write_patches(out, rows, obs)
+        for row in rows if THUMBNAIL else ():
+            Image.fromarray(read_thumbnail(row)[0]).save(out / f"thumbnail_{row['tissue_index']}.png")
         target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
         with open(out / "dataset.csv", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -645,7 +838,7 @@ def main():
             "simulated": (root / "simulation.json").is_file(),
             "spots": len(obs),
             "patch_size": PATCH_SIZE,
-            "um_per_px": {row["name"]: row["um_per_px"] for row in rows},
+            "um_per_px": {row["name"]: UM_PER_PX or row["um_per_px"] for row in rows},
             "padded_at_border": padded,
             "seed": SEED,
             "hvg_per_slide": HVG_PER_SLIDE,
@@ -667,11 +860,14 @@ def write_patches(out, slides, obs):
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in slides:
         at = np.flatnonzero(obs["tissue_index"] == slide["tissue_index"])
-        how, shape, over = read_patches(slide["image"], obs.iloc[at], patches[at[0] : at[-1] + 1])
+        at = slice(at[0], at[-1] + 1)
+        read = functools.partial(read_resampled, um_per_px=slide["um_per_px"]) if UM_PER_PX else read_patches
+        how, shape, over = read(slide["image"], obs.iloc[at], patches[at])
         padded[slide["name"]] = over
         size = f"{shape[0]:>7} x {shape[1]:<7}"
-        print(f"{slide['tissue_index']:>5}  {slide['name']:9} {len(at):6} {size} {over:15}   {how}")
-        warn_of_swap(slide, obs.iloc[at], patches[at[0] : at[-1] + 1], shape)
+        print(f"{slide['tissue_index']:>5}  {slide['name']:9} {at.stop - at.start:6} {size} {over:15}   {how}")
+        if not pd.isna(slide["positions"]):
+            warn_of_swap(slide, obs.iloc[at], patches[at], shape)
     patches.flush()
     draw_contact_sheet(patches, obs["tissue_index"].to_numpy()).save(out / "contact_sheet.png")
     return padded
