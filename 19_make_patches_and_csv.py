@@ -290,10 +290,14 @@ def _thumbnail(path, step):
     return taker.pixels()
 
 
+def thumbnail_step(slide):
+    """px of a slide a px of its thumbnail."""
+    return max(1, round(THUMBNAIL_UM / slide["um_per_px"]))
+
+
 def read_thumbnail(slide):
-    """((h, w, 3) uint8 of about THUMBNAIL_UM um a pixel, slide px a thumbnail px)."""
-    step = max(1, round(THUMBNAIL_UM / slide["um_per_px"]))
-    return _thumbnail(slide["image"], step), step
+    """(h, w, 3) uint8, THUMBNAIL_UM a pixel or nearly so."""
+    return _thumbnail(slide["image"], thumbnail_step(slide))
 
 
 def find_tissue(thumbnail):
@@ -308,7 +312,7 @@ def find_tissue(thumbnail):
 
 def lay_grid(slide):
     """Positions, as read_positions gives them, of a hexagonal grid with a pitch of GRID_PITCH over a slide's tissue."""
-    thumbnail, step = read_thumbnail(slide)
+    thumbnail, step = read_thumbnail(slide), thumbnail_step(slide)
     tissue, pitch = find_tissue(thumbnail), GRID_PITCH / slide["um_per_px"]
     down, across = np.array(thumbnail.shape[:2]) * step / pitch
     rows, cols = (part.ravel() for part in np.mgrid[0 : int(down / 0.866) + 1, 0 : int(2 * across) + 1])
@@ -768,9 +772,9 @@ def describe_genes(root, counts, lognorm):
 
 def source_files(slide):
     """Size and SHA-256 of what a slide was made from."""
-    matrix = [] if pd.isna(slide["matrix"]) else [Path(slide["matrix"])]
-    files = [Path(slide["image"]), Path(slide["positions"])]
-    files += [p for m in matrix for p in (sorted(m.iterdir()) if m.is_dir() else [m]) if p.is_file()]
+    files = []
+    for part in [Path(slide[name]) for name in ("image", "positions", "matrix") if not pd.isna(slide[name])]:
+        files += [path for path in (sorted(part.iterdir()) if part.is_dir() else [part]) if path.is_file()]
     facts = {}
     for path in files:
         with open(path, "rb") as file:
@@ -828,7 +832,7 @@ def main():
     with whole_folder(root / "dataset") as out:
         padded = write_patches(out, rows, obs)
         for row in rows if THUMBNAIL else ():
-            Image.fromarray(read_thumbnail(row)[0]).save(out / f"thumbnail_{row['tissue_index']}.png")
+            Image.fromarray(read_thumbnail(row)).save(out / f"thumbnail_{row['tissue_index']}.png")
         target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
         with open(out / "dataset.csv", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -840,6 +844,7 @@ def main():
             "patch_size": PATCH_SIZE,
             "um_per_px": {row["name"]: UM_PER_PX or row["um_per_px"] for row in rows},
             "padded_at_border": padded,
+            "px_per_thumbnail_px": {row["name"]: thumbnail_step(row) for row in rows} if THUMBNAIL else {},
             "seed": SEED,
             "hvg_per_slide": HVG_PER_SLIDE,
             "dataset_sha256": digest,

@@ -116,7 +116,13 @@ def draw_figures(folder, title):
         axes[1, 3].legend(frameon=False)
     figure.suptitle(title)
     with common.whole_file(folder / "figures.png") as path:
-        figure.savefig(path, dpi=100)
+        figure.savefig(
+            path,
+            dpi=100,
+            metadata={
+                "Description": f"{title}: maps of measured and predicted expression, genes' r and ceilings, losses"
+            },
+        )
 
 
 def draw_genes(axes, genes, groups):

@@ -193,7 +193,7 @@ def draw_figure(path, title, rows):
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
     with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=120)
+        figure.savefig(partial, dpi=120, metadata={"Description": "out-of-fold r by trainable stages and hidden units"})
 
 
 def main():

@@ -232,7 +232,7 @@ def draw_clusters(path, title, experiment, ids, points, patches=5):
         ax.set_axis_off()
     figure.suptitle(title)
     with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=100)
+        figure.savefig(partial, dpi=100, metadata={"Description": "clusters of spots on every slide"})
 
 
 def main():

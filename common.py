@@ -5,15 +5,18 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 """
 
 import argparse
+import base64
 import ctypes
 import errno
 import fcntl
 import functools
 import hashlib
+import html
 import itertools
 import json
 import os
 import pickle
+import platform
 import re
 import resource
 import signal
@@ -35,6 +38,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
@@ -43,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- conventions
-FORMAT = 2  # of script 19's files and of rows; raised when either changes, so that what is older is made again
+FORMAT = 3  # of 19's files, rows and weights; raised when one of them changes, so that what is older is made again
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -977,14 +981,8 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
     )  # fmt: skip
     predicted = predict(network, patches, experiment.rows(*SPLITS), dtype=dtype, tta=recipe["TTA"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    metadata = {
-        "recipe": facts, "genes": data.genes, "um_per_px": data.meta["um_per_px"], "patch_size": PATCH_SIZE,
-        "mean": model.mean.tolist(), "std": model.std.tolist(), "data": data.fingerprint,
-    }  # fmt: skip
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
     if joined_ranks()[1] == 0:
-        with whole_file(folder / "weights.safetensors") as path:
-            path.write_bytes(safetensors.torch.save(state, {name: json.dumps(part) for name, part in metadata.items()}))
+        save_weights(folder / "weights.safetensors", model, experiment, facts, predicted)
         save_csv(folder / "history.csv", pd.DataFrame(history))
     return predicted, {
         "weights": "pretrained" if recipe["PRETRAINED"] else "random",
@@ -994,6 +992,27 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
         "peak_memory_mb": (torch.cuda.max_memory_allocated() if device.type == "cuda" else peak) / 2**20,
         **{f"parameters_{part}": count for part, count in count_parameters(model).items()},
     }
+
+
+def save_weights(path, model, experiment, facts, predicted):
+    """Weights whose metadata say all that script 26 needs: how to build the network and make its patches, and per gene
+    r over the validation spots (against log-normalised counts) and the ceiling on the training slides; null if unknown.
+    """
+    data, rows = experiment.data, experiment.rows(*SPLITS)
+    valid, slides = experiment.roles[rows] == "valid", data.spots["tissue_index"].to_numpy()
+    r = np.full(len(data.genes), np.nan)
+    if valid.any():
+        r = average_slides(pearson_per_gene, predicted[valid], data.lognorm[rows[valid]], slides[rows[valid]])
+    columns = [f"ceiling_{slide}" for slide in np.unique(slides[experiment.rows("train")])]
+    ceiling = data.counts.var.reindex(columns=columns).mean(axis=1)
+    um_per_px = float(np.median([*data.meta["um_per_px"].values()]))
+    metadata = {"format": FORMAT, "recipe": facts, "genes": data.genes, "um_per_px": um_per_px, "title": data.title}
+    metadata |= {"patch_size": PATCH_SIZE, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    metadata |= {"groups": {key: genes for key, genes in experiment.members.items() if key != "all"}}
+    metadata |= {name: [None if x != x else float(x) for x in v] for name, v in (("valid_r", r), ("ceiling", ceiling))}
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with whole_file(path) as partial:
+        partial.write_bytes(safetensors.torch.save(state, {key: json.dumps(part) for key, part in metadata.items()}))
 
 
 def print_header(script, recipe, experiments):
@@ -1079,7 +1098,84 @@ def print_table(title, data, table):
 
 
 def finish_run(script, experiment, rows):
-    """Print the one JSON line that ends every script's output."""
-    data = experiment.data
+    """Write report.html and print the one JSON line that ends every script's output."""
+    data, out, table = experiment.data, experiment.out, pd.DataFrame(rows)
+    shown = ["setting", "split", "truth", "slide", "seed", "fold", "n_spots", *(g.lower() for g in GROUPS), "all"]
+    table["ceiling"], table["share"] = table["heg_ceiling"], table["heg"] / table["heg_ceiling"].astype(float)
+    recipe = pd.Series(recipe_of(script), dtype=str).rename_axis("constant").reset_index(name="value")
+    machine = {"device": choose_device(recipe_of(script))[0].type, "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
+    machine |= {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    machine |= {"seconds": round(table["seconds"].sum()), "finished": time.strftime("%Y-%m-%d %H:%M")}
+    tables = {"Mean Pearson r": table[[*shown, "ceiling", "share", "n_genes_r30"]], "Settings": recipe}
+    tables["Run on"] = pd.Series(machine, dtype=str).rename_axis("what").reset_index(name="value")
+    write_report(out, f"{data.title}{Path(script['__file__']).stem}, {data.root}", tables)
     result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
-    print(json.dumps(result | {"out": str(experiment.out), "rows": rows}))
+    print(json.dumps(result | {"out": str(out), "rows": rows}))
+
+
+def write_report(out, title, tables):
+    """out/report.html, one file without network or script: the figures and tables {caption: DataFrame} and, of each
+    row's folder, its loss curves, the genes' r beside their ceilings, and maps.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    tables, figures = list(tables.items()), sorted(out.glob("*.png"))
+    for caption, table in tables[:1]:
+        parts.append(_as_html(caption, table))
+    parts += [_as_image(path) for path in figures]
+    for folder in sorted(path.parent for path in out.glob("*/rows.json")):
+        name, per_gene = json.loads((folder / "rows.json").read_text())[0]["setting"], folder / "per_gene.csv"
+        parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder.name)}</small></h2>")
+        genes = pd.read_csv(per_gene).filter(regex="^test_lognorm_(r|ceiling)$")
+        if len(genes.columns) == 2 and genes.iloc[:, 0].notna().any():
+            genes = genes.set_axis(["r", "ceiling"], axis=1).dropna(subset="r").sort_values("r", ascending=False)
+            parts.append(_as_plot(f"{name}: Pearson r of {len(genes)} genes on the test slide, best first", genes, "r"))
+        if (folder / "history.csv").is_file():
+            losses = pd.read_csv(folder / "history.csv")[["train_mse", "valid_mse"]].dropna(axis=1, how="all")
+            parts.append(_as_plot(f"{name}: MSE by epoch", losses, *losses.columns))
+        parts += [_as_image(path) for path in sorted(folder.glob("*.png"))]
+    parts += [_as_html(caption, table) for caption, table in tables[1:]]
+    style = """:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;
+    padding:1rem}img,svg{max-width:100%;height:auto}img{background:#fff}div{overflow-x:auto}small{font-weight:normal;
+    opacity:.7;font-size:.7em}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem}
+    td,th{padding:.2rem .6rem;border-bottom:1px solid #8886;text-align:right}td:first-child,th:first-child
+    {text-align:left}h1,h2{overflow-wrap:anywhere;line-height:1.2}figure{margin:1rem 0;break-inside:avoid}
+    caption{text-align:left;font-weight:bold}@media print{body{max-width:none;font-size:9pt}}"""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    head += f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
+    with whole_file(out / "report.html") as path:
+        path.write_text("\n".join([head, *parts, "</html>\n"]), encoding="utf-8")
+
+
+def _as_html(caption, table):
+    text = table.to_html(index=False, border=0, na_rep="-", float_format="{:.3f}".format, justify="right")
+    return "<div>" + text.replace(">", f"><caption>{html.escape(caption)}</caption>", 1) + "</div>"
+
+
+def _as_image(path):
+    with Image.open(path) as image:
+        alt = html.escape(image.info.get("Description", path.stem), quote=True)
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{content}" alt="{alt}"><figcaption>{alt}</figcaption></figure>'
+
+
+def _as_plot(title, table, *lines):
+    """A figure of a table's columns over the row's number: `lines` as lines, the others as dots."""
+    low, high = min(0, np.nanmin(table)), np.nanmax(table)
+    x = 40 + 590 * np.arange(len(table)) / max(len(table) - 1, 1)
+    y = 190 - 170 * (table - low) / max(high - low, 1e-12)
+    drawn, colours = [], ("currentColor", "#c50", "#07a")
+    for at, (name, colour) in enumerate(zip(table, colours, strict=False)):
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y[name], strict=True) if b == b]
+        if name in lines:
+            drawn.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        else:
+            dots = "".join("M" + point.replace(",", " ") + "h0" for point in points)
+            drawn.append(f'<path d="{dots}" stroke="{colour}" stroke-width="3" stroke-linecap="round" opacity=".5"/>')
+        drawn.append(f'<text x="{60 + 120 * at}" y="12" fill="{colour}">{html.escape(name)}</text>')
+    ticks = "".join(f'<text x="0" y="{190 - 170 * part + 4}">{low + part * (high - low):.2f}</text>' for part in (0, 1))
+    title = html.escape(title, quote=True)
+    return (
+        f'<figure><svg viewBox="0 0 640 200" width="640" role="img" aria-label="{title}" font-size="12" '
+        f'fill="currentColor">{ticks}{"".join(drawn)}</svg><figcaption>{title}</figcaption></figure>'
+    )

@@ -1,0 +1,243 @@
+"""Expression maps for a slide that has no expression, or whose own is to be compared.
+
+Question   What would the genes of a trained model look like on this slide?
+Reads      WEIGHTS (weights.safetensors of a row of scripts 20 to 23), which say all that is needed; IMAGE; POSITIONS:
+           a folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid
+Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the slide has counts;
+           <OUT>/slide/, the slide as script 19 reads it
+Prints     script 19's lines, the genes that the model predicts best, and their r if the slide has counts
+Command    python 26_predict_slide.py --weights weights.safetensors --image slide.tif
+Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif --positions sample/outs
+           python 26_predict_slide.py --weights weights.safetensors --image slide.tif --um-per-px 0.25 --genes ALB,GLUL
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import anndata
+import numpy as np
+import pandas as pd
+import polars
+import safetensors
+import tifffile
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import common
+from common import InputError, require
+
+# ---------------------------------------------------------------------------------------------- constants
+WEIGHTS = ""  # weights.safetensors of a run
+IMAGE = ""  # the slide: what script 19 reads; empty = outs/spatial/tissue_hires_image.png, which is coarse
+POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a hexagonal grid of 100 um over the tissue
+MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. A folder outs/ has its own
+UM_PER_PX = 0.0  # of the image; 0 = from the pitch of Space Ranger's spots (100 um) or the TIFF's resolution tags
+OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>
+GENES = ""  # to be drawn, comma-separated; empty = the six that were predicted best in validation
+
+DEVICE = "auto"  # auto, cpu or cuda
+PRECISION = "auto"  # auto, bf16, fp16 or fp32
+# --------------------------------------------------------------------------------------------------------
+
+FIELDS = ("recipe", "genes", "um_per_px", "patch_size", "groups", "valid_r", "ceiling", "title")
+SPOT = 55.0  # um, the diameter that is drawn
+
+
+def read_weights(path):
+    """(model, metadata as a namespace of FIELDS). InputError for another kind, version or network."""
+    require(path.is_file(), f"--weights {path}: no such file; expected weights.safetensors of a run")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            found, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: json.loads(text) for name, text in found.items()}
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
+    version = found.get("format")
+    again = "train it again with this version"
+    require(version == common.FORMAT, f"{path}: format {version}, and this version reads {common.FORMAT}: {again}")
+    for name in FIELDS:
+        require(name in found, f"{path}: its metadata lack {name!r}: {again}")
+    meta = SimpleNamespace(**{name: found[name] for name in FIELDS})
+    require(meta.patch_size == common.PATCH_SIZE, f"{path}: patches of {meta.patch_size} px; expected 224: {again}")
+    meta.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
+    try:
+        model = common.build_model(meta.recipe | {"PRETRAINED": False}, len(meta.genes), 0)
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError):
+        raise InputError(f"{path}: not the network of its metadata; one that takes a cluster id or retrieves spots, as "
+                         "24's and 25's do, cannot be used here") from None  # fmt: skip
+    return model, meta
+
+
+def read_resolution(path):
+    """um per px from a TIFF's tags (Aperio's MPP, OME's PhysicalSizeX, or its resolution)."""
+    found = 0.0
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page, text = tiff.pages[0], f"{tiff.ome_metadata or ''} {tiff.pages[0].description}"
+            stated = re.search(r'MPP ?= ?([\d.]+)|PhysicalSizeX="([\d.eE+-]+)"', text)
+            unit = page.tags["ResolutionUnit"].value if "ResolutionUnit" in page.tags else 1
+            if stated:
+                found = float(stated[1] or stated[2])
+            elif "XResolution" in page.tags and unit in (2, 3):
+                across, of = page.tags["XResolution"].value
+                found = {2: 25_400, 3: 10_000}[unit] * of / across
+    except (tifffile.TiffFileError, ValueError, ZeroDivisionError, OSError):
+        pass  # a JPEG or PNG, or tags that say nothing: asked for below
+    require(0.05 < found < 20, f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px")
+    return found
+
+
+def prepare_slide(root, meta):
+    """Have script 19 make the patches of the slide, and its counts of the model's genes if it has any, in `root`."""
+    flags = ["--data-root", root, "--target", "lognorm", "--um-per-px", meta.um_per_px, "--thumbnail"]
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    image, positions, matrix = Path(IMAGE), Path(POSITIONS), Path(MATRIX)
+    if POSITIONS and positions.is_dir():
+        require(not MATRIX, f"--matrix {MATRIX}: {POSITIONS} has its own")
+        flags += ["--from-spaceranger", positions, *(["--images", image] if IMAGE else ["--use-hires"])]
+    else:
+        require(image.is_file(), f"--image {IMAGE}: no such file")
+        row = {"tissue_index": 1, "name": image.stem, "donor": image.stem, "um_per_px": UM_PER_PX}
+        row["um_per_px"] = row["um_per_px"] or read_resolution(image)
+        for part, path, given in (
+            ("image", image, True),
+            ("positions", positions, POSITIONS),
+            ("matrix", matrix, MATRIX),
+        ):
+            require(not given or path.exists(), f"--{part} {path}: no such file")
+            if given:
+                (root / f"{part}_{path.name}").symlink_to(path.resolve())
+            row[part] = f"{part}_{path.name}" if given else ""
+        common.save_csv(root / "slides.csv", pd.DataFrame([row]))
+    if MATRIX or "--from-spaceranger" in flags:
+        common.save_csv(root / "panel.csv", pd.DataFrame({"gene": meta.genes}))
+        flags += ["--panel", root / "panel.csv"]
+    common.call_script("19_make_patches_and_csv.py", *map(str, flags))
+
+
+def assemble(root, predicted, meta):
+    """AnnData as scanpy and squidpy draw it: X, obsm["spatial"], uns["spatial"] with the thumbnail; var says how well
+    each gene was predicted in validation. layers["measured"] are log-normalised counts, NaN for genes it lacks.
+    """
+    made = json.loads((root / "dataset" / "meta.json").read_text())
+    spots = pd.read_csv(root / "dataset" / "dataset.csv", usecols=common.ID_COLUMNS, dtype={"barcode": str})
+    table = anndata.AnnData(predicted, spots.set_index("id"), pd.DataFrame(index=meta.genes))
+    table.var["valid_r"], table.var["ceiling"] = (np.array(v, np.float64) for v in (meta.valid_r, meta.ceiling))
+    for group, genes in meta.groups.items():
+        table.var[group] = table.var_names.isin(genes)
+    table.obsm["spatial"] = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    (name, step), row = next(iter(made["px_per_thumbnail_px"].items())), pd.read_csv(root / "slides.csv").iloc[0]
+    with Image.open(root / "dataset" / f"thumbnail_{row['tissue_index']}.png") as image:
+        thumbnail = np.asarray(image)
+    scales = {"tissue_hires_scalef": 1 / step, "spot_diameter_fullres": SPOT / row["um_per_px"]}
+    table.uns["spatial"] = {name: {"images": {"hires": thumbnail}, "scalefactors": scales, "metadata": {}}}
+    if made["target"]:
+        counts = anndata.read_h5ad(root / "dataset" / "counts.h5ad")
+        measured = pd.DataFrame(common.log_normalise(counts.X, counts.obs["n_counts"]), columns=counts.var_names)
+        table.layers["measured"] = measured.reindex(columns=meta.genes).to_numpy(np.float32)
+        table.var["r"] = common.pearson_per_gene(predicted, table.layers["measured"])
+    return table
+
+
+def choose_genes(table):
+    """Names of the genes to be drawn."""
+    asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
+    for gene in asked:
+        require(gene in table.var_names, f"--genes {gene}: not among the {table.n_vars} genes of the model")
+    best = table.var["valid_r"].sort_values(ascending=False, na_position="last").index[:6]
+    return asked or best.tolist()
+
+
+def draw_maps(path, table, genes, title):
+    """H&E, and the genes' predicted expression beside it; below, the measured one where there is one."""
+    ((name, slide),) = table.uns["spatial"].items()
+    image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
+    x, y = (table.obsm["spatial"] * scale).T
+    layers = {"predicted": table.X} | ({"measured": table.layers["measured"]} if "measured" in table.layers else {})
+    shape = (len(layers), 1 + len(genes))
+    figure = Figure(
+        figsize=(3 * shape[1], 0.6 + 2.9 * shape[0] * image.shape[0] / image.shape[1]), layout="constrained"
+    )
+    size = (0.9 * slide["scalefactors"]["spot_diameter_fullres"] * scale * 2.6 * 72 / image.shape[1]) ** 2  # pt^2
+    for row, (label, values) in zip(figure.subplots(*shape, squeeze=False), layers.items(), strict=True):
+        for ax in row:
+            ax.imshow(image, alpha=1 if ax is row[0] else 0.25)
+            ax.set_axis_off()
+        row[0].set_title(name, size=9)
+        for ax, gene in zip(row[1:], genes, strict=True):
+            at, valid = table.var_names.get_loc(gene), table.var["valid_r"][gene]
+            shown = ax.scatter(x, y, c=values[:, at], s=max(size, 0.5), linewidths=0)
+            figure.colorbar(shown, ax=ax, shrink=0.7)
+            known = "not validated" if np.isnan(valid) else f"r {valid:.2f} in validation"
+            ax.set_title(f"{gene}, {label}" + f"\n{known}" * (label == "predicted"), size=9)
+    figure.suptitle(title)
+    with common.whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, metadata={"Description": f"{title}: H&E and maps of {', '.join(genes)}"})
+
+
+def compare_measured(table):
+    """Mean r of the groups against the slide's own log-normalised counts: a DataFrame."""
+    lines = []
+    for group in [g for g in (*map(str.lower, common.GROUPS), "all") if g == "all" or g in table.var]:
+        part = table.var[table.var[group]] if group != "all" else table.var
+        part = part.dropna(subset="r")
+        line = {"group": group.upper() if group != "all" else group, "genes": len(part), "r": part["r"].mean()}
+        lines.append(line | {"r in validation": part["valid_r"].mean(), "ceiling in training": part["ceiling"].mean()})
+    return pd.DataFrame(lines)
+
+
+def main():
+    model, meta = read_weights(Path(WEIGHTS))
+    require(IMAGE or (POSITIONS and Path(POSITIONS).is_dir()), "--image: which slide?")
+    sample = Path(POSITIONS).resolve()
+    stem = Path(IMAGE).stem if IMAGE else (sample.parent if sample.name == "outs" else sample).name
+    out = Path(OUT or Path("runs", Path(__file__).stem, stem))
+    common.hold_folder(out)
+    prepare_slide(out / "slide", meta)
+    device, dtype, reason = common.choose_device(meta.recipe)
+    print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
+    patches = np.load(out / "slide" / "dataset" / "patches.npy", mmap_mode="c", allow_pickle=False)
+    patches = common.place_patches(torch.from_numpy(patches), meta.recipe["IMAGE_SIZE"], device)
+    model = model.to(device, memory_format=torch.channels_last)
+    predicted = common.predict(model, patches, np.arange(len(patches)), dtype=dtype, tta=meta.recipe["TTA"])
+    table = assemble(out / "slide", predicted, meta)
+    genes, title = choose_genes(table), f"{meta.title}{stem}, predicted"
+    draw_maps(out / "maps.png", table, genes, title)
+    with common.whole_file(out / "predictions.h5ad") as path:
+        table.write_h5ad(path)
+    spots = polars.DataFrame({name: table.obs.reset_index()[name].to_list() for name in common.ID_COLUMNS})
+    with common.whole_file(out / "predictions.csv") as path:
+        spots.hstack(polars.from_numpy(np.asarray(table.X), table.var_names.tolist())).write_csv(path)
+    best = table.var.loc[genes, [c for c in ("valid_r", "ceiling", "r") if c in table.var]].rename_axis("gene")
+    tables, where = {"Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=out)
+    common.print_table("genes drawn: r in validation and its ceiling", where, best.reset_index().round(3).fillna("-"))
+    if "measured" in table.layers:
+        tables = {"Against the slide's own counts": compare_measured(table)} | tables
+        shown = tables["Against the slide's own counts"].round(3).fillna("-")
+        common.print_table("mean Pearson r against the slide's own log-normalised counts", where, shown)
+        common.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
+    settings = {
+        "weights": WEIGHTS,
+        "image": IMAGE,
+        "positions": POSITIONS or "a grid over the tissue",
+        "spots": len(table),
+    }
+    settings |= {"um per px of the patches": meta.um_per_px, **meta.recipe}
+    tables["Settings"] = pd.Series(settings, dtype=str).rename_axis("what").reset_index(name="value")
+    common.write_report(out, title, tables)
+    print(
+        f"\n{len(table):,} spots x {table.n_vars:,} genes: {out}/predictions.h5ad, predictions.csv, maps.png, report.html"
+    )
+    rows = [] if "r" not in table.var else compare_measured(table).replace({np.nan: None}).to_dict("records")
+    result = {"script": Path(__file__).stem, "data_root": str(out / "slide"), "simulated": bool(meta.title)}
+    print(json.dumps(result | {"out": str(out), "rows": rows}))
+
+
+if __name__ == "__main__":
+    common.run_script(globals())
