@@ -155,25 +155,25 @@ def choose_genes(table):
 
 
 def draw_maps(path, table, genes, title):
-    """H&E, and the genes' predicted expression beside it; below, the measured one where there is one."""
+    """Rows of H&E and three genes' predicted expression; where it was measured, that below."""
     ((name, slide),) = table.uns["spatial"].items()
     image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
     x, y = (table.obsm["spatial"] * scale).T
     layers = {"predicted": table.X} | ({"measured": table.layers["measured"]} if "measured" in table.layers else {})
-    shape = (len(layers), 1 + len(genes))
-    figure = Figure(
-        figsize=(3 * shape[1], 0.6 + 2.9 * shape[0] * image.shape[0] / image.shape[1]), layout="constrained"
-    )
+    lines = [(genes[i : i + 3], *layer) for i in range(0, len(genes), 3) for layer in layers.items()]
+    height = 2.9 * image.shape[0] / image.shape[1] + 0.4
+    figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     size = (0.9 * slide["scalefactors"]["spot_diameter_fullres"] * scale * 2.6 * 72 / image.shape[1]) ** 2  # pt^2
-    for row, (label, values) in zip(figure.subplots(*shape, squeeze=False), layers.items(), strict=True):
+    for row, (shown, label, values) in zip(figure.subplots(len(lines), 4, squeeze=False), lines, strict=True):
         for ax in row:
-            ax.imshow(image, alpha=1 if ax is row[0] else 0.25)
             ax.set_axis_off()
+        for ax in row[: 1 + len(shown)]:
+            ax.imshow(image, alpha=1 if ax is row[0] else 0.25)
         row[0].set_title(name, size=9)
-        for ax, gene in zip(row[1:], genes, strict=True):
+        for ax, gene in zip(row[1:], shown, strict=False):
             at, valid = table.var_names.get_loc(gene), table.var["valid_r"][gene]
-            shown = ax.scatter(x, y, c=values[:, at], s=max(size, 0.5), linewidths=0)
-            figure.colorbar(shown, ax=ax, shrink=0.7)
+            points = ax.scatter(x, y, c=values[:, at], s=max(size, 0.5), linewidths=0)
+            figure.colorbar(points, ax=ax, shrink=0.7)
             known = "not validated" if np.isnan(valid) else f"r {valid:.2f} in validation"
             ax.set_title(f"{gene}, {label}" + f"\n{known}" * (label == "predicted"), size=9)
     figure.suptitle(title)
@@ -222,18 +222,11 @@ def main():
         shown = tables["Against the slide's own counts"].round(3).fillna("-")
         common.print_table("mean Pearson r against the slide's own log-normalised counts", where, shown)
         common.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    settings = {
-        "weights": WEIGHTS,
-        "image": IMAGE,
-        "positions": POSITIONS or "a grid over the tissue",
-        "spots": len(table),
-    }
-    settings |= {"um per px of the patches": meta.um_per_px, **meta.recipe}
+    settings = {"weights": WEIGHTS, "image": IMAGE, "positions": POSITIONS or "a grid over the tissue"}
+    settings |= {"spots": len(table), "um per px of the patches": meta.um_per_px, **meta.recipe}
     tables["Settings"] = pd.Series(settings, dtype=str).rename_axis("what").reset_index(name="value")
     common.write_report(out, title, tables)
-    print(
-        f"\n{len(table):,} spots x {table.n_vars:,} genes: {out}/predictions.h5ad, predictions.csv, maps.png, report.html"
-    )
+    print(f"\n{len(table):,} spots x {table.n_vars:,} genes, {out}: predictions.h5ad and .csv, maps.png, report.html")
     rows = [] if "r" not in table.var else compare_measured(table).replace({np.nan: None}).to_dict("records")
     result = {"script": Path(__file__).stem, "data_root": str(out / "slide"), "simulated": bool(meta.title)}
     print(json.dumps(result | {"out": str(out), "rows": rows}))

@@ -1,0 +1,344 @@
+"""Script 26, Space Ranger's folders, the grid over the tissue, resampling, and the report."""
+
+import json
+import shutil
+import warnings
+from html.parser import HTMLParser
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import tifffile
+from conftest import load_script, run_script
+from test_bad_input import check_one_line
+from test_patches import picture
+
+import common
+
+
+@pytest.fixture(scope="module")
+def weights(trained):
+    (path,) = trained[0].glob("EfficientNet-B0-*/weights.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """Script 19 is run in this process: a new one takes seconds to import."""
+    monkeypatch.setattr(common, "call_script", lambda name, *flags: run_script(name[:2], *flags) and pytest.fail(name))
+
+
+def slide_of(simulated, number=3):
+    """The options of one simulated slide, with positions and counts."""
+    row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[number]
+    paths = [f"--{name}={simulated / row[name]}" for name in ("image", "positions", "matrix")]
+    return [*paths, "--um-per-px", row["um_per_px"]]
+
+
+def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tmp_path, capsys):
+    assert run_script("26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu") == 0
+    ours = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    theirs = anndata.read_h5ad(weights.parent / "predictions.h5ad")
+    theirs = theirs[theirs.obs["role"] == "test"]
+    assert ours.obs["barcode"].tolist() == theirs.obs["barcode"].tolist() and list(ours.var_names) == list(
+        theirs.var_names
+    )
+    np.testing.assert_allclose(ours.X, theirs.X, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.layers["measured"], theirs.layers["lognorm"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ours.var["valid_r"], theirs.var["valid_lognorm_r"], atol=1e-9)
+    np.testing.assert_allclose(
+        ours.var["r"], theirs.var["test_lognorm_r"], atol=0.01
+    )  # of predictions that hardly vary
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["group"]: row["r"] for row in result["rows"]}
+    scored = json.loads((weights.parent / "rows.json").read_text())
+    expected = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
+    assert rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3) and result["simulated"] is True
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
+
+
+def test_the_h5ad_opens_in_scanpy_and_draws(simulated, weights, tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import scanpy
+
+    assert run_script("26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu") == 0
+    table = scanpy.read_h5ad(tmp_path / "predictions.h5ad")
+    gene = table.var["valid_r"].idxmax()
+    with warnings.catch_warnings(action="ignore"):  # scanpy's own: deprecated calls
+        (axes,) = scanpy.pl.spatial(table, color=gene, show=False)
+    slide = table.uns["spatial"]["SIM_C1"]
+    assert axes.images[0].get_array().shape[:2] == slide["images"]["hires"].shape[:2]
+    assert len(axes.collections[0].get_paths()) == table.n_obs
+    assert (
+        table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"] < axes.images[0].get_size()[::-1]
+    ).all()
+
+
+def ellipse(height=3200, width=3800):
+    """A slide of light background with an ellipse of tissue, a hole in it, a speck beside it; (image, mask)."""
+    y, x = np.mgrid[:height, :width]
+    tissue = ((y - 1600) / 1200) ** 2 + ((x - 1900) / 1500) ** 2 < 1
+    speck = (y - 150) ** 2 + (x - 150) ** 2 < 60**2
+    hole = (y - 1600) ** 2 + (x - 1900) ** 2 < 60**2
+    image = np.full((height, width, 3), 238, np.uint8)
+    noise = np.random.default_rng(0).integers(-12, 12, (height, width, 1))
+    image[(tissue & ~hole) | speck] = (196, 120, 178)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), tissue
+
+
+def grid_of(tmp_path, image, um_per_px, **options):
+    script = load_script("19")
+    path = tmp_path / f"{um_per_px}.tif"
+    tifffile.imwrite(path, image, photometric="rgb", **options)
+    return script.lay_grid({"image": str(path), "um_per_px": um_per_px})
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": (240, 176), "compression": "zlib"}, {"rowsperstrip": 37}])
+def test_the_grid_covers_tissue_and_skips_background(tmp_path, options):
+    image, tissue = ellipse()
+    spots = grid_of(tmp_path, image, 0.5, **options)
+    at = spots[["pxl_row", "pxl_col"]].to_numpy()
+    on = tissue[tuple(at.T)]
+    assert on.mean() > 0.97, "no spots on background, nor on the speck"
+    cell = 200**2 * 0.75**0.5  # px of a spot at a pitch of 200 px
+    assert len(spots) == pytest.approx(tissue.sum() / cell, rel=0.06), "nor missing in tissue, nor in its small hole"
+    nearest = np.sqrt(((at[:, None] - at[None]) ** 2).sum(2) + 1e9 * np.eye(len(at))).min(1)
+    assert np.median(nearest) == pytest.approx(200, abs=1.5), "100 um apart"
+    row, col = spots["array_row"], spots["array_col"]
+    assert ((row + col) % 2 == 0).all() and spots.index.is_unique
+
+
+def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tmp_path):
+    image, _ = ellipse()
+    half = image.reshape(1600, 2, 1900, 2, 3).mean((1, 3)).astype(np.uint8)
+    one, other = grid_of(tmp_path, image, 0.5), grid_of(tmp_path, half, 1.0)
+    shared = one.index.intersection(other.index)
+    assert len(shared) >= 0.97 * max(len(one), len(other))
+    for axis in ("pxl_row", "pxl_col"):
+        assert (one.loc[shared, axis] - 2 * other.loc[shared, axis]).abs().max() <= 1
+    patches = []
+    for name, um in (("one", 0.5), ("half", 1.0)):
+        root = tmp_path / name
+        root.mkdir()
+        tifffile.imwrite(root / "slide.tif", image if um == 0.5 else half, photometric="rgb")
+        row = [1, "S", "D", "slide.tif", um, "", ""]
+        pd.DataFrame([row], columns=load_script("19").MANIFEST).to_csv(root / "slides.csv", index=False)
+        assert run_script("19", "--data-root", root, "--um-per-px", 0.5, "--target", "lognorm") == 0
+        table = pd.read_csv(root / "dataset" / "dataset.csv").set_index("barcode")
+        made = np.load(root / "dataset" / "patches.npy")
+        patches.append(made[table.index.get_indexer(shared[:20])].astype(float))
+    assert np.abs(patches[0].mean((1, 2)) - patches[1].mean((1, 2))).max() < 3
+
+
+def test_a_white_slide_has_no_tissue(tmp_path):
+    with pytest.raises(common.InputError, match="no tissue"):
+        grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
+
+
+def test_an_image_alone(simulated, weights, tmp_path, capsys):
+    image = next((simulated / "image").glob("*C1.tif"))
+    options = ("--weights", weights, "--image", image, "--um-per-px", 0.304, "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path, "--genes", "ALB,RPL41") == 0
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
+    assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
+    check_one_line(capsys, ["NOVEL", "of the model"])
+
+
+@pytest.mark.parametrize("tags, um", [
+    ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5),
+    ({"resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5),
+    ({"description": "Aperio Image Library |AppMag = 20|MPP = 0.4990"}, 0.499),
+    ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
+    ({}, None),
+])  # fmt: skip
+def test_resolution_from_tags(tmp_path, tags, um):
+    tifffile.imwrite(tmp_path / "slide.tif", picture(), photometric="rgb", metadata=None, **tags)
+    script = load_script("26")
+    if um:
+        assert script.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
+    else:
+        with pytest.raises(common.InputError, match="--um-per-px"):
+            script.read_resolution(tmp_path / "slide.tif")
+
+
+def test_resolution_of_an_ome_tiff(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "slide.ome.tif", ome=True) as tiff:
+        tiff.write(picture(), photometric="rgb", metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"})
+    assert load_script("26").read_resolution(tmp_path / "slide.ome.tif") == 0.25
+
+
+def spoil_weights(weights, path, change):
+    with safetensors.safe_open(weights, "pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, state)
+    safetensors.torch.save_file(state, path, metadata)
+    return path
+
+
+SPOILT = {
+    "another version": (lambda m, s: m.update(format="2"), ["format 2", "this version"]),
+    "no version": (lambda m, s: m.pop("format"), ["format None"]),
+    "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
+    "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
+    "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
+    "no JSON": (lambda m, s: m.update(genes="[A"), ["not a .safetensors file of a run"]),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_other_weights_are_refused_in_one_line(simulated, weights, tmp_path, capsys, case):
+    change, words = SPOILT[case]
+    path = spoil_weights(weights, tmp_path / "spoilt.safetensors", change)
+    assert run_script("26", "--weights", path, *slide_of(simulated), "--out", tmp_path / "out") == 2
+    check_one_line(capsys, ["spoilt.safetensors", *words])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--weights", "nowhere"], ["nowhere", "no such file"]),
+    (["--weights", __file__], ["test_predict_slide.py", "not a .safetensors"]),
+])  # fmt: skip
+def test_weights_that_are_none(tmp_path, capsys, arguments, words):
+    assert run_script("26", *arguments, "--out", tmp_path / "out") == 2
+    check_one_line(capsys, words)
+
+
+def test_script_26_refuses_what_is_not_there(weights, tmp_path, capsys):
+    for arguments, words in [
+        ([], ["--image", "which slide"]),
+        (["--image", tmp_path / "no.tif"], ["no.tif", "no such file"]),
+    ]:
+        assert run_script("26", "--weights", weights, *arguments, "--out", tmp_path / "out") == 2
+        check_one_line(capsys, words)
+
+
+# ---------------------------------------------------------------------------------------------- Space Ranger
+
+
+def space_ranger(folder, simulated, number, kind):
+    """A folder outs/ as Space Ranger writes it: "new" (positions with a header, .h5), "old", or "cytassist"."""
+    row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[number]
+    outs = folder / f"sample{number}" / "outs"
+    (outs / "spatial").mkdir(parents=True)
+    positions = pd.read_csv(simulated / row["positions"], header=None, names=common.POSITION_COLUMNS)
+    header = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+    named = positions.set_axis([*common.POSITION_COLUMNS[:4], *header], axis=1)
+    matrix = load_script("19").read_matrix(simulated / row["matrix"])
+    if kind == "old":
+        positions.to_csv(outs / "spatial" / "tissue_positions_list.csv", header=False, index=False)
+        shutil.copytree(simulated / row["matrix"], outs / "filtered_feature_bc_matrix",
+                        ignore=shutil.ignore_patterns("*.npy"))  # fmt: skip
+    else:
+        named.to_csv(outs / "spatial" / "tissue_positions.csv", index=False)
+        counts = matrix.X.tocsr().astype(np.int32)
+        with h5py.File(outs / "filtered_feature_bc_matrix.h5", "w") as file:
+            group = file.create_group("matrix")
+            group["data"], group["indices"], group["indptr"] = counts.data, counts.indices, counts.indptr
+            group["shape"], group["barcodes"] = np.array(counts.shape[::-1]), np.array(matrix.obs_names, "S")
+            features = group.create_group("features")
+            features["id"], features["name"] = np.array(matrix.var_names, "S"), np.array(matrix.var["name"], "S")
+            features["feature_type"] = np.array([b"Gene Expression"] * matrix.n_vars)
+            features["genome"] = np.array([b"GRCh38"] * matrix.n_vars)
+    image = tifffile.imread(simulated / row["image"])
+    tifffile.imwrite(outs / "spatial" / "unused.tif", image[::8, ::8], photometric="rgb")
+    from PIL import Image
+
+    Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")
+    (outs / "spatial" / "scalefactors_json.json").write_text(json.dumps({"tissue_hires_scalef": 0.25}))
+    if kind == "cytassist":
+        tifffile.imwrite(outs / "spatial" / "cytassist_image.tiff", image[::8, ::8], photometric="rgb")
+    return outs, simulated / row["image"]
+
+
+def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
+    kinds = {1: "new", 2: "old", 3: "cytassist", 4: "new"}
+    made = [space_ranger(tmp_path, simulated, number, kind) for number, kind in kinds.items()]
+    outs = ",".join(str(outs if number % 2 else outs.parent) for number, (outs, _) in enumerate(made))
+    options = ("--from-spaceranger", outs, "--images", ",".join(str(image) for _, image in made))
+    assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0
+    expected = common.load_dataset(simulated, "lognorm")
+    found = common.load_dataset(tmp_path / "mine", "lognorm")
+    assert found.genes == expected.genes and found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
+    assert (found.patches == expected.patches).all() and (found.counts.X != expected.counts.X).nnz == 0
+    slides = pd.read_csv(tmp_path / "mine" / "slides.csv")
+    assert slides["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
+    assert slides["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
+    capsys.readouterr()
+    assert run_script("19", "--data-root", tmp_path / "mine", *options) == 2
+    check_one_line(capsys, ["slides.csv", "already"])
+
+
+def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
+    outs, _ = space_ranger(tmp_path, simulated, 1, "new")
+    options = ("--data-root", tmp_path / "mine", "--from-spaceranger", outs, "--target", "lognorm")
+    assert run_script("19", *options) == 2
+    check_one_line(capsys, ["outs", "--images", "--use-hires"])
+    assert not (tmp_path / "mine" / "slides.csv").exists()
+    assert run_script("19", *options, "--use-hires") == 0
+    assert "hires image, 1.2" in capsys.readouterr().out
+    coarse = np.load(tmp_path / "mine" / "dataset" / "patches.npy")
+    assert coarse.shape[1:] == (224, 224, 3) and len(coarse) == 10
+
+
+@pytest.mark.parametrize("gone, words", [
+    ("spatial", ["tissue_positions.csv", "outs/"]),
+    ("filtered_feature_bc_matrix.h5", ["filtered_feature_bc_matrix.h5", "outs/"]),
+])  # fmt: skip
+def test_a_folder_that_is_not_space_rangers(simulated, tmp_path, capsys, gone, words):
+    outs, image = space_ranger(tmp_path, simulated, 1, "new")
+    shutil.rmtree(outs / gone) if (outs / gone).is_dir() else (outs / gone).unlink()
+    options = ("--from-spaceranger", outs, "--images", image)
+    assert run_script("19", "--data-root", tmp_path / "mine", *options) == 2
+    check_one_line(capsys, words)
+
+
+def test_a_space_ranger_folder_is_predicted_and_compared(simulated, weights, tmp_path):
+    outs, image = space_ranger(tmp_path, simulated, 3, "new")
+    options = ("--weights", weights, "--image", image, "--positions", outs, "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path / "out") == 0
+    table = pd.read_csv(tmp_path / "out" / "correlations.csv").set_index("gene")
+    assert {"r", "valid_r", "ceiling"} <= set(table.columns) and table["r"].notna().mean() > 0.9
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+
+class Page(HTMLParser):
+    """Tags, and images without alternative text, of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.mute, self.outside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        if (tag == "img" and len(attributes.get("alt", "")) < 10) or (
+            tag == "svg" and not attributes.get("aria-label")
+        ):
+            self.mute.append(attributes)
+        self.outside += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+
+
+def test_the_report_of_a_run_is_one_file_that_needs_nothing(trained):
+    text = (trained[0] / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("img") == 2 and page.tags.count("svg") == 3  # maps of two rows; r of both, losses of one
+    assert not page.mute and not page.outside and "script" not in page.tags
+    rows = json.loads(next(trained[0].glob("EfficientNet-B0-*/rows.json")).read_text())
+    for row in rows:
+        assert f"{row['heg']:.3f}" in text
+    assert "SIMULATED" in text and "LEARNING_RATE" in text and "prefers" not in text and "color-scheme" in text
+
+
+def test_report_escapes_what_it_shows(tmp_path):
+    common.write_report(tmp_path, "<b>&", {"a<b": pd.DataFrame({"<i>": ["<script>"]})})
+    assert "script" not in Page((tmp_path / "report.html").read_text()).tags
