@@ -1100,30 +1100,32 @@ def print_table(title, data, table):
 def finish_run(script, experiment, rows):
     """Write report.html and print the one JSON line that ends every script's output."""
     data, out, table = experiment.data, experiment.out, pd.DataFrame(rows)
-    shown = ["setting", "split", "truth", "slide", "seed", "fold", "n_spots", *(g.lower() for g in GROUPS), "all"]
-    table["ceiling"], table["share"] = table["heg_ceiling"], table["heg"] / table["heg_ceiling"].astype(float)
+    table["share"] = table["heg"].astype(float) / table["heg_ceiling"].astype(float)
+    names = {name: name for name in ("setting", "split", "truth")} | {group.lower(): group for group in GROUPS}
+    names |= {"all": "all", "heg_ceiling": "HEG ceiling", "share": "share", "n_genes_r30": "genes with r >= 0.30"}
+    names |= {"slide": "slide", "seed": "seed", "fold": "fold", "n_spots": "spots"}
     recipe = pd.Series(recipe_of(script), dtype=str).rename_axis("constant").reset_index(name="value")
     machine = {"device": choose_device(recipe_of(script))[0].type, "threads": torch.get_num_threads()}
     machine |= {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
     machine |= {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     machine |= {"seconds": round(table["seconds"].sum()), "finished": time.strftime("%Y-%m-%d %H:%M")}
-    tables = {"Mean Pearson r": table[[*shown, "ceiling", "share", "n_genes_r30"]], "Settings": recipe}
+    tables = {"Mean Pearson r": table[[*names]].rename(columns=names), "Settings": recipe}
     tables["Run on"] = pd.Series(machine, dtype=str).rename_axis("what").reset_index(name="value")
-    write_report(out, f"{data.title}{Path(script['__file__']).stem}, {data.root}", tables)
+    write_report(out, f"{data.title}{Path(script['__file__']).stem}, {data.root}", tables, table["folder"].unique())
     result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
     print(json.dumps(result | {"out": str(out), "rows": rows}))
 
 
-def write_report(out, title, tables):
-    """out/report.html, one file without network or script: the figures and tables {caption: DataFrame} and, of each
-    row's folder, its loss curves, the genes' r beside their ceilings, and maps.
+def write_report(out, title, tables, folders=()):
+    """out/report.html, one file without network or script: the figures and tables {caption: DataFrame} and, of the
+    rows' `folders`, loss curves, the genes' r beside their ceilings, and maps.
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
     tables, figures = list(tables.items()), sorted(out.glob("*.png"))
     for caption, table in tables[:1]:
         parts.append(_as_html(caption, table))
     parts += [_as_image(path) for path in figures]
-    for folder in sorted(path.parent for path in out.glob("*/rows.json")):
+    for folder in (out / name for name in folders):
         name, per_gene = json.loads((folder / "rows.json").read_text())[0]["setting"], folder / "per_gene.csv"
         parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder.name)}</small></h2>")
         genes = pd.read_csv(per_gene).filter(regex="^test_lognorm_(r|ceiling)$")
@@ -1161,7 +1163,7 @@ def _as_image(path):
 
 def _as_plot(title, table, *lines):
     """A figure of a table's columns over the row's number: `lines` as lines, the others as dots."""
-    low, high = min(0, np.nanmin(table)), np.nanmax(table)
+    low, high = np.nanmin(table), np.nanmax(table)
     x = 40 + 590 * np.arange(len(table)) / max(len(table) - 1, 1)
     y = 190 - 170 * (table - low) / max(high - low, 1e-12)
     drawn, colours = [], ("currentColor", "#c50", "#07a")
