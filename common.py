@@ -439,7 +439,7 @@ def read_ahead(patches, batches, device):
 # ------------------------------------------------------------------------------------------- augmentation
 def draw_augmentation(n, preset, generator):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down, transpose, in this
-    order), warped (n,) bool, affine (n, 2, 3), which F.affine_grid takes. Presets: "mpa" (each symmetry p = .5, then
+    order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's. Presets: "mpa" (each symmetry p = .5, then
     p = .5 one warp of shift within 10 % of the side, scale 0.9-1.1, rotation within 30 degrees), "stnet" (the 8
     symmetries alone; "stnet_color" of script 23 likewise), "none".
     """
@@ -474,14 +474,24 @@ def apply_symmetry_at_once(patches, symmetry):
     return torch.where(transpose, patches.transpose(2, 3), patches)
 
 
+def lay_affine_grid(affine, size):
+    """F.affine_grid of (n, 2, 3) for square images, align_corners=False: (n, size, size, 2) by one broadcast sum, where
+    torch multiplies matrices (on a processor 68 times as long, and a quarter of the whole augmentation).
+    """
+    at = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
+    rows = affine[:, :, 1, None] * at + affine[:, :, 2, None]
+    return (affine[:, :, 0, None, None] * at + rows[:, :, :, None]).permute(0, 2, 3, 1)
+
+
 def augment(patches, symmetry, warped, affine):
     """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample where warped."""
     images = apply_symmetry(patches, symmetry).float()
     rows = warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
     if len(rows):
         affine, rows = (part.to(images.device, non_blocking=True) for part in (affine[rows], rows))
-        grid = F.affine_grid(affine, (len(rows), *images.shape[1:]), align_corners=False)
-        images[rows] = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=False)
+        images[rows] = F.grid_sample(
+            images[rows], lay_affine_grid(affine, images.shape[3]), padding_mode="reflection", align_corners=False
+        )
     return images
 
 

@@ -121,3 +121,9 @@ def test_symmetries_one_by_one_are_those_at_once():
     patches = torch.randint(0, 256, (16, 3, 9, 9), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     symmetry = torch.cartesian_prod(*[torch.tensor([False, True])] * 3).repeat(2, 1)
     assert torch.equal(common.apply_symmetry(patches, symmetry), common.apply_symmetry_at_once(patches, symmetry))
+
+
+def test_the_affine_grid_is_torchs():
+    _, _, affine = common.draw_augmentation(9, "mpa", torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.affine_grid(affine, (9, 3, 37, 37), align_corners=False)
+    torch.testing.assert_close(common.lay_affine_grid(affine, 37), expected, rtol=0, atol=1e-6)
