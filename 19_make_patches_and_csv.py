@@ -284,20 +284,16 @@ def read_slide(slide):
     return table
 
 
-@functools.lru_cache(maxsize=1)
-def _thumbnail(path, step):
-    visit_slide(path, taker := Thumbnail(step))
-    return taker.pixels()
-
-
 def thumbnail_step(slide):
     """px of a slide a px of its thumbnail."""
     return max(1, round(THUMBNAIL_UM / slide["um_per_px"]))
 
 
-def read_thumbnail(slide):
-    """(h, w, 3) uint8, THUMBNAIL_UM a pixel or nearly so."""
-    return _thumbnail(slide["image"], thumbnail_step(slide))
+@functools.lru_cache(maxsize=1)  # for the grid, and to be saved
+def read_thumbnail(path, step):
+    """((h, w, 3) uint8, the slide's (height, width) in px)."""
+    shape = visit_slide(path, taker := Thumbnail(step))[1]
+    return taker.pixels(), shape
 
 
 def find_tissue(thumbnail):
@@ -312,13 +308,13 @@ def find_tissue(thumbnail):
 
 def lay_grid(slide):
     """Positions, as read_positions gives them, of a hexagonal grid with a pitch of GRID_PITCH over a slide's tissue."""
-    thumbnail, step = read_thumbnail(slide), thumbnail_step(slide)
+    thumbnail, (height, width) = read_thumbnail(slide["image"], step := thumbnail_step(slide))
     tissue, pitch = find_tissue(thumbnail), GRID_PITCH / slide["um_per_px"]
-    down, across = np.array(thumbnail.shape[:2]) * step / pitch
+    down, across = height / pitch, width / pitch
     rows, cols = (part.ravel() for part in np.mgrid[0 : int(down / 0.866) + 1, 0 : int(2 * across) + 1])
     rows, cols = rows[(rows + cols) % 2 == 0], cols[(rows + cols) % 2 == 0]  # as Visium numbers them
     y, x = np.rint((rows + 0.5) * pitch * 0.75**0.5).astype(int), np.rint((cols + 1) * pitch / 2).astype(int)
-    inside = (y // step < len(tissue)) & (x // step < tissue.shape[1])
+    inside = (y < height) & (x < width)
     inside[inside] = tissue[y[inside] // step, x[inside] // step]
     if not inside.any():
         raise InputError(f"{slide['image']}: no tissue found (saturation); give the positions of its spots")
@@ -832,7 +828,9 @@ def main():
     with whole_folder(root / "dataset") as out:
         padded = write_patches(out, rows, obs)
         for row in rows if THUMBNAIL else ():
-            Image.fromarray(read_thumbnail(row)).save(out / f"thumbnail_{row['tissue_index']}.png")
+            Image.fromarray(read_thumbnail(row["image"], thumbnail_step(row))[0]).save(
+                out / f"thumbnail_{row['tissue_index']}.png"
+            )
         target = write_expression(root, out, tables, rows) if with_counts.all() else write_positions(out, obs)
         with open(out / "dataset.csv", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -489,9 +489,13 @@ def augment(patches, symmetry, warped, affine):
     rows = warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
     if len(rows):
         affine, rows = (part.to(images.device, non_blocking=True) for part in (affine[rows], rows))
-        images[rows] = F.grid_sample(
-            images[rows], lay_affine_grid(affine, images.shape[3]), padding_mode="reflection", align_corners=False
-        )
+        grid = lay_affine_grid(affine, images.shape[3])
+        warped = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=False)
+        if images.device.type == "cpu":  # image by image, five times as fast there
+            for row, image in zip(rows.tolist(), warped, strict=True):
+                images[row] = image
+        else:
+            images[rows] = warped
     return images
 
 
@@ -547,7 +551,7 @@ class SpotRegressor(nn.Module):
     def encode(self, pixels):
         """(B, 3, S, S) pixel values 0..255 -> (B, F) features."""
         rows = pixels.permute(0, 2, 3, 1).flatten(2).float()  # (B, S, 3 S): with an axis of 3, broadcasting is slow
-        rows = (rows - self.mean.repeat(pixels.shape[3])) / self.std.repeat(pixels.shape[3])
+        rows = (rows - self.mean.repeat(pixels.shape[3])).div_(self.std.repeat(pixels.shape[3]))
         return self.backbone(rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2))  # channels last
 
     def forward(self, pixels):

@@ -136,6 +136,13 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
     assert np.abs(patches[0].mean((1, 2)) - patches[1].mean((1, 2))).max() < 3
 
 
+def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
+    image = np.random.default_rng(0).integers((120, 60, 90), (200, 90, 160), (1207, 1411, 3)).astype(np.uint8)
+    image[:600, :600] = 240
+    spots = grid_of(tmp_path, image, 0.5)
+    assert (spots["pxl_row"] < 1207).all() and (spots["pxl_col"] < 1411).all() and len(spots) > 20
+
+
 def test_a_white_slide_has_no_tissue(tmp_path):
     with pytest.raises(common.InputError, match="no tissue"):
         grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
