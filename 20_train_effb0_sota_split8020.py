@@ -15,10 +15,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 import functools
 from dataclasses import replace
 
-import anndata
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 import common
 
@@ -77,75 +74,6 @@ def print_epoch(experiment, line, predicted, best_epoch):
     print(form.format("* "[line["epoch"] != best_epoch], **line), flush=True)
 
 
-def draw_figures(folder, title):
-    """figures.png of a row's folder, of its test slide: measured above predicted expression of the best, a median and
-    the best marker gene; loss curves where a network was trained; what draw_genes shows.
-    """
-    table = anndata.read_h5ad(folder / "predictions.h5ad")
-    table = table[table.obs["role"] == "test"]
-    groups = pd.read_csv(folder / "genes.csv")
-    ranked = table.var["test_lognorm_r"].dropna().sort_values(ascending=False)
-    markers = ranked.index[ranked.index.isin(groups["gene"][groups["group"] == "MG"])]
-    chosen = {"best": ranked.index[:1], "median": ranked.index[len(ranked) // 2 :][:1], "best marker": markers[:1]}
-    x, y = table.obsm["spatial"].T
-    pitch = table.obs["pitch"].iloc[0]
-    size = (0.8 * pitch / (max(np.ptp(x), np.ptp(y)) + pitch) * 3.0 * 72) ** 2  # pt^2 on axes of about 3 inches
-    figure = Figure(figsize=(18, 6.2), layout="constrained")
-    axes = figure.subplots(2, 5)
-    for (label, genes), pair in zip(chosen.items(), axes.T[:3], strict=True):
-        for gene in genes:  # one, or none where no r is defined
-            at, r = table.var_names.get_loc(gene), f", r = {ranked[gene]:.2f}"
-            for ax, values, name in zip(
-                pair, (table.layers["target"], table.X), ("measured", "predicted"), strict=True
-            ):
-                shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
-                figure.colorbar(shown, ax=ax, shrink=0.7)
-                ax.set_title(f"{gene} ({label}), {name}" + r * (name == "predicted"), size=9)
-        for ax in pair:
-            ax.set(aspect="equal")
-            ax.set_axis_off()
-    draw_genes((axes[0, 3], *axes[:, 4]), table.var.loc[ranked.index].filter(like="test_lognorm_"), groups)
-    axes[1, 3].set_axis_off()
-    if (folder / "history.csv").is_file():
-        history = pd.read_csv(folder / "history.csv").set_index("epoch")
-        axes[1, 3].set_axis_on()
-        axes[1, 3].plot(history["train_mse"], label="training (augmented, dropout)")
-        axes[1, 3].plot(history["valid_mse"], label="validation")
-        axes[1, 3].axvline(history["valid_mse"].idxmin(), color="grey", linewidth=0.8, label="kept")
-        axes[1, 3].set(xlabel="epoch", ylabel="MSE over the panel", yscale="log")
-        axes[1, 3].legend(frameon=False)
-    figure.suptitle(title)
-    with common.whole_file(folder / "figures.png") as path:
-        figure.savefig(
-            path,
-            dpi=100,
-            metadata={
-                "Description": f"{title}: maps of measured and predicted expression, genes' r and ceilings, losses"
-            },
-        )
-
-
-def draw_genes(axes, genes, groups):
-    """r of the genes, best first, with their counting-noise ceilings; r against Moran's I and against mean expression
-    (log-normalised truth), with rank correlations. `genes` holds the test_lognorm_ columns of per_gene.csv, best first.
-    """
-    genes = genes.rename(columns=lambda name: name.removeprefix("test_lognorm_"))
-    number = np.arange(1, len(genes) + 1)
-    axes[0].plot(number, genes["ceiling"], ".", color="0.85", markersize=3, zorder=0, label="ceiling")
-    axes[0].plot(number, genes["r"], color="0.4", linewidth=1)
-    for group, names in groups.groupby("group", sort=False)["gene"]:
-        inside = genes.index.isin(names)
-        axes[0].plot(number[inside], genes["r"][inside], ".", label=group)
-    axes[0].axhline(common.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
-    axes[0].set(xlabel="gene, best first", ylabel="Pearson r")
-    axes[0].legend(frameon=False)
-    for ax, fact, label in zip(axes[1:], ("moran", "mean"), ("Moran's I", "mean expression"), strict=True):
-        ax.plot(genes[fact], genes["r"], ".", markersize=3, alpha=0.5)
-        order = genes[["r", fact]].corr("spearman").iloc[0, 1]
-        ax.set(xlabel=f"{label} on the measured slide", ylabel="Pearson r")
-        ax.set_title(f"rank correlation {order:.2f}", size=9)
-
-
 def main():
     recipe, experiments = common.open_run(globals())
     common.join_ranks(recipe)
@@ -161,9 +89,6 @@ def main():
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
         for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
             rows += common.run_setting(setting + suffix, changed, experiment, compute, together=compute is train)
-            draw_figures(
-                experiment.out / rows[-1]["folder"], f"{data.title}{setting}{suffix}, slide {rows[-1]['slide']}"
-            )
     against = {"EfficientNet-B0": "ridge (colour)", "EfficientNet-B0, lognorm target": "EfficientNet-B0"}
     against = against if COMPARE_TARGETS else {"EfficientNet-B0": "ridge (colour)"}
     common.report_scores("mean Pearson r per gene group", experiments, rows, against)
@@ -171,7 +96,7 @@ def main():
         published = pd.read_csv(data.root / "published_results.csv")
         common.print_table("published, not computed here, other protocols", data, published.fillna("-"))
     for folder in dict.fromkeys(row["folder"] for row in rows):
-        print(f"figures, per-gene r and predictions: {experiments[0].out / folder}")
+        print(f"per-gene r, predictions, maps: {experiments[0].out / folder}")
     common.finish_run(globals(), experiments[0], rows)
 
 

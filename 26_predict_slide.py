@@ -45,6 +45,7 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 
 FIELDS = ("recipe", "genes", "um_per_px", "patch_size", "groups", "valid_r", "ceiling", "title")
 SPOT = 55.0  # um, the diameter that is drawn
+MEASURED = "mean Pearson r against the slide's own log-normalised counts"
 
 
 def read_weights(path):
@@ -215,21 +216,17 @@ def main():
     with common.whole_file(out / "predictions.csv") as path:
         spots.hstack(polars.from_numpy(np.asarray(table.X), table.var_names.tolist())).write_csv(path)
     best = table.var.loc[genes, [c for c in ("valid_r", "ceiling", "r") if c in table.var]].rename_axis("gene")
-    tables, where = {"Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=out)
+    tables, where = {"Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=out / "slide")
     common.print_table("genes drawn: r in validation and its ceiling", where, best.reset_index().round(3).fillna("-"))
     if "measured" in table.layers:
-        tables = {"Against the slide's own counts": compare_measured(table)} | tables
-        shown = tables["Against the slide's own counts"].round(3).fillna("-")
-        common.print_table("mean Pearson r against the slide's own log-normalised counts", where, shown)
+        tables = {MEASURED: compare_measured(table)} | tables
+        common.print_table(MEASURED, where, tables[MEASURED].round(3).fillna("-"))
         common.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    settings = {"weights": WEIGHTS, "image": IMAGE, "positions": POSITIONS or "a grid over the tissue"}
-    settings |= {"spots": len(table), "um per px of the patches": meta.um_per_px, **meta.recipe}
-    tables["Settings"] = pd.Series(settings, dtype=str).rename_axis("what").reset_index(name="value")
-    common.write_report(out, title, tables)
+    tables["Trained with"] = pd.Series(meta.recipe, dtype=str).rename_axis("name").reset_index(name="value")
     print(f"\n{len(table):,} spots x {table.n_vars:,} genes, {out}: predictions.h5ad and .csv, maps.png, report.html")
-    rows = [] if "r" not in table.var else compare_measured(table).replace({np.nan: None}).to_dict("records")
-    result = {"script": Path(__file__).stem, "data_root": str(out / "slide"), "simulated": bool(meta.title)}
-    print(json.dumps(result | {"out": str(out), "rows": rows}))
+    tables = {name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()}
+    where = SimpleNamespace(data=where, out=out)
+    common.finish_run(globals(), where, tables.get(MEASURED, []), tables)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ Shapes: N spots, G genes, B patches of a batch, S px a side. A `recipe` is the p
 """
 
 import argparse
-import base64
 import ctypes
 import errno
 import fcntl
 import functools
 import hashlib
-import html
 import itertools
 import json
 import os
@@ -38,7 +36,6 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from sklearn.linear_model import Ridge
@@ -111,7 +108,7 @@ def save_csv(path, table):
 def lock_folder(folder):
     """A file descriptor that holds the folder until it is closed or the process ends; None where another holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
@@ -216,7 +213,7 @@ def choose_device(recipe):
     choice, reason = ("fp16", "no bf16; with a loss scaler") if cuda else ("fp32", "the processor lacks bf16")
     if recipe["PRECISION"] != "auto":
         choice, reason = recipe["PRECISION"], "as asked"
-    elif has_bf16 and not cuda and recipe["IMAGE_SIZE"] < 160:
+    elif has_bf16 and not cuda and recipe.get("IMAGE_SIZE", PATCH_SIZE) < 160:
         choice, reason = "fp32", "on processors as fast as bf16 below 160 px"
     elif has_bf16:
         choice, reason = "bf16", "the device has it"
@@ -1111,87 +1108,28 @@ def print_table(title, data, table):
     print(f"\n{data.title}{title} ({data.root})", double, head, single, *body, double, sep="\n")
 
 
-def finish_run(script, experiment, rows):
-    """Write report.html and print the one JSON line that ends every script's output."""
-    data, out, table = experiment.data, experiment.out, pd.DataFrame(rows)
-    table["share"] = table["heg"].astype(float) / table["heg_ceiling"].astype(float)
-    names = {name: name for name in ("setting", "split", "truth")} | {group.lower(): group for group in GROUPS}
-    names |= {"all": "all", "heg_ceiling": "HEG ceiling", "share": "share", "n_genes_r30": "genes with r >= 0.30"}
-    names |= {"slide": "slide", "seed": "seed", "fold": "fold", "n_spots": "spots"}
-    recipe = pd.Series(recipe_of(script), dtype=str).rename_axis("constant").reset_index(name="value")
-    machine = {"device": choose_device(recipe_of(script))[0].type, "threads": torch.get_num_threads()}
-    machine |= {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-    machine |= {"GPU": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    machine |= {"seconds": round(table["seconds"].sum()), "finished": time.strftime("%Y-%m-%d %H:%M")}
-    tables = {"Mean Pearson r": table[[*names]].rename(columns=names), "Settings": recipe}
-    tables["Run on"] = pd.Series(machine, dtype=str).rename_axis("what").reset_index(name="value")
-    write_report(out, f"{data.title}{Path(script['__file__']).stem}, {data.root}", tables, table["folder"].unique())
-    result = {"script": Path(script["__file__"]).stem, "data_root": str(data.root), "simulated": data.meta["simulated"]}
-    print(json.dumps(result | {"out": str(out), "rows": rows}))
+def describe_machine(device):
+    """What a number depends on, {name: value}."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (*re.findall(r"model name\s*: (.+)", cpu), platform.processor(), platform.machine())[0]
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none used"
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"), "processor": cpu, "cores": os.cpu_count(), "GPU": gpu,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.system(),
+    }  # fmt: skip
 
 
-def write_report(out, title, tables, folders=()):
-    """out/report.html, one file without network or script: the figures and tables {caption: DataFrame} and, of the
-    rows' `folders`, loss curves, the genes' r beside their ceilings, and maps.
+def finish_run(script, experiment, rows, tables=None):
+    """Save run.json, have script 27 make the report of it, and print the one JSON line that ends every script's output.
+    `tables` {caption: records} are shown in the report.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    tables, figures = list(tables.items()), sorted(out.glob("*.png"))
-    for caption, table in tables[:1]:
-        parts.append(_as_html(caption, table))
-    parts += [_as_image(path) for path in figures]
-    for folder in (out / name for name in folders):
-        name, per_gene = json.loads((folder / "rows.json").read_text())[0]["setting"], folder / "per_gene.csv"
-        parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder.name)}</small></h2>")
-        genes = pd.read_csv(per_gene).filter(regex="^test_lognorm_(r|ceiling)$")
-        if len(genes.columns) == 2 and genes.iloc[:, 0].notna().any():
-            genes = genes.set_axis(["r", "ceiling"], axis=1).dropna(subset="r").sort_values("r", ascending=False)
-            parts.append(_as_plot(f"{name}: Pearson r of {len(genes)} genes on the test slide, best first", genes, "r"))
-        if (folder / "history.csv").is_file():
-            losses = pd.read_csv(folder / "history.csv")[["train_mse", "valid_mse"]].dropna(axis=1, how="all")
-            parts.append(_as_plot(f"{name}: MSE by epoch", losses, *losses.columns))
-        parts += [_as_image(path) for path in sorted(folder.glob("*.png"))]
-    parts += [_as_html(caption, table) for caption, table in tables[1:]]
-    style = """:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;
-    padding:1rem}img,svg{max-width:100%;height:auto}img{background:#fff}div{overflow-x:auto}small{font-weight:normal;
-    opacity:.7;font-size:.7em}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem}
-    td,th{padding:.2rem .6rem;border-bottom:1px solid #8886;text-align:right}td:first-child,th:first-child
-    {text-align:left}h1,h2{overflow-wrap:anywhere;line-height:1.2}figure{margin:1rem 0;break-inside:avoid}
-    caption{text-align:left;font-weight:bold}@media print{body{max-width:none;font-size:9pt}}"""
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    head += f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
-    with whole_file(out / "report.html") as path:
-        path.write_text("\n".join([head, *parts, "</html>\n"]), encoding="utf-8")
-
-
-def _as_html(caption, table):
-    text = table.to_html(index=False, border=0, na_rep="-", float_format="{:.3f}".format, justify="right")
-    return "<div>" + text.replace(">", f"><caption>{html.escape(caption)}</caption>", 1) + "</div>"
-
-
-def _as_image(path):
-    with Image.open(path) as image:
-        alt = html.escape(image.info.get("Description", path.stem), quote=True)
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{content}" alt="{alt}"><figcaption>{alt}</figcaption></figure>'
-
-
-def _as_plot(title, table, *lines):
-    """A figure of a table's columns over the row's number: `lines` as lines, the others as dots."""
-    low, high = np.nanmin(table), np.nanmax(table)
-    x = 40 + 590 * np.arange(len(table)) / max(len(table) - 1, 1)
-    y = 190 - 170 * (table - low) / max(high - low, 1e-12)
-    drawn, colours = [], ("currentColor", "#c50", "#07a")
-    for at, (name, colour) in enumerate(zip(table, colours, strict=False)):
-        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y[name], strict=True) if b == b]
-        if name in lines:
-            drawn.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        else:
-            dots = "".join("M" + point.replace(",", " ") + "h0" for point in points)
-            drawn.append(f'<path d="{dots}" stroke="{colour}" stroke-width="3" stroke-linecap="round" opacity=".5"/>')
-        drawn.append(f'<text x="{60 + 120 * at}" y="12" fill="{colour}">{html.escape(name)}</text>')
-    ticks = "".join(f'<text x="0" y="{190 - 170 * part + 4}">{low + part * (high - low):.2f}</text>' for part in (0, 1))
-    title = html.escape(title, quote=True)
-    return (
-        f'<figure><svg viewBox="0 0 640 200" width="640" role="img" aria-label="{title}" font-size="12" '
-        f'fill="currentColor">{ticks}{"".join(drawn)}</svg><figcaption>{title}</figcaption></figure>'
-    )
+    if RANK:
+        return
+    data, out, recipe, name = experiment.data, experiment.out, recipe_of(script), Path(script["__file__"]).stem
+    result = {"script": name, "data_root": str(data.root), "simulated": bool(data.title), "out": str(out), "rows": rows}
+    facts = {"title": f"{data.title}{name}, {data.root}", "label": data.title, "tables": tables or {}}
+    facts |= {"settings": recipe, "machine": describe_machine(choose_device(recipe)[0])}
+    with whole_file(out / "run.json") as path:
+        path.write_text(json.dumps(facts | result, indent=1) + "\n")
+    call_script("27_write_report.py", "--run", str(out))
+    print(json.dumps(result))

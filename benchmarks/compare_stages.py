@@ -63,15 +63,10 @@ def load_script(name):
 
 
 def describe_machine():
-    """What a number depends on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    """What a number depends on: common's facts and the commit."""
+    device, _, _ = common.choose_device({"DEVICE": "auto", "PRECISION": "auto"})
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    return {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(), "cpu": model, "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    return common.describe_machine(device) | {"commit": commit.stdout.strip()}
 
 
 def alternate(repeats, conventionally, here):

@@ -61,6 +61,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scripts_in_this_process():
+    """A script that calls another one runs it here: a new process takes seconds to import. Reports, which take longer
+    to draw than these runs to train, are made where a test asks for them.
+    """
+    import common
+
+    def call(name, *flags):
+        assert name.startswith("27_") or run_script(name[:2], *flags) == 0, name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "call_script", call)
+        yield
+
+
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory):
     """Data root of four simulated slides with 10 spots each, patches made, target harmony."""
