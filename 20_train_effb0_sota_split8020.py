@@ -14,8 +14,10 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 
 import functools
 from dataclasses import replace
+from datetime import timedelta
 
 import pandas as pd
+import torch.distributed
 
 import common
 
@@ -74,9 +76,19 @@ def print_epoch(experiment, line, predicted, best_epoch):
     print(form.format("* "[line["epoch"] != best_epoch], **line), flush=True)
 
 
+def join_ranks(recipe):
+    """Have torchrun's processes, if there are several, train one network together."""
+    if common.RANKS > 1:
+        device, _, _ = common.choose_device(recipe)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))  # the first process scores and draws
+
+
 def main():
     recipe, experiments = common.open_run(globals())
-    common.join_ranks(recipe)
+    join_ranks(recipe)
     common.print_header(globals(), recipe, experiments)
     data, rows = experiments[0].data, []
     trainings = [("", recipe, experiment) for experiment in experiments]
@@ -88,7 +100,7 @@ def main():
     for suffix, changed, experiment in trainings:
         train = functools.partial(common.train_network, report=functools.partial(print_epoch, experiment))
         for setting, compute in (("EfficientNet-B0", train), ("ridge (colour)", common.ridge_on_colour)):
-            rows += common.run_setting(setting + suffix, changed, experiment, compute, together=compute is train)
+            rows += common.run_setting(setting + suffix, changed, experiment, compute)
     against = {"EfficientNet-B0": "ridge (colour)", "EfficientNet-B0, lognorm target": "EfficientNet-B0"}
     against = against if COMPARE_TARGETS else {"EfficientNet-B0": "ridge (colour)"}
     common.report_scores("mean Pearson r per gene group", experiments, rows, against)

@@ -115,8 +115,6 @@ def draw_scores(path, genes, groups, history, title):
 
 def draw_row(folder, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
-    while common.lock_folder(folder) is None:  # the report of a run that was killed may still be drawing
-        time.sleep(0.1)
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
     table = anndata.read_h5ad(folder / "predictions.h5ad")
@@ -170,6 +168,8 @@ def write_report(run, facts):
 def main():
     path = Path(RUN, "run.json")
     try:
+        while path.is_file() and not common.lock_file(path.with_name(".lock-report")):
+            time.sleep(0.1)  # until the report of a run that was killed is drawn
         facts = json.loads(path.read_text())
         write_report(path.parent, facts)
     except (OSError, ValueError, KeyError) as error:

@@ -25,7 +25,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import anndata
@@ -105,20 +104,21 @@ def save_csv(path, table):
         table.to_csv(partial, index=False)
 
 
-def lock_folder(folder):
-    """A file descriptor that holds the folder until it is closed or the process ends; None where another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def lock_file(path):
+    """True if this process now holds the lock, which dies with it; False where another one does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # left open: closing it would give the lock back
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return descriptor
+        return True
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
+        return False
 
 
 def hold_folder(folder):
     """Keep other processes, but torchrun's of the same run, out of a folder until this process ends."""
-    held = RANK or lock_folder(folder) is not None
+    held = RANK or lock_file(folder / ".lock")
     require(held, f"{folder}: another process is writing there: wait until it ends, or choose another folder")
 
 
@@ -233,6 +233,8 @@ def open_run(script, split=None):
     """(recipe, one Experiment a training); `--quick` has its slides made where missing. `split` as split_spots."""
     recipe, root = recipe_of(script), Path(script["DATA_ROOT"])
     require(recipe["SEEDS"], "--seeds: expected one number at least")
+    while RANK and not (root / "dataset" / "meta.json").exists() and recipe["QUICK"]:
+        time.sleep(0.2)  # the first process makes them
     if recipe["QUICK"] and str(root) == script["QUICK_BUDGET"]["DATA_ROOT"]:
         if not (root / "slides.csv").exists():
             call_script("18_simulate_slides.py", "--data-root", str(root))
@@ -613,15 +615,6 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     return total.item() / sum(map(len, batches))  # the epoch's only synchronisation
 
 
-def join_ranks(recipe):
-    """Have torchrun's processes, if there are several, train one network together; script 20 asks for it."""
-    if RANKS > 1:
-        device, _, _ = choose_device(recipe)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-
-
 def joined_ranks():
     """(number of ranks that train one network together, the own rank's number)."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
@@ -843,37 +836,28 @@ class Experiment:
         return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
 
 
-def run_setting(setting, recipe, experiment, compute, wait=True, together=False):
+def run_setting(setting, recipe, experiment, compute, rank=0):
     """The rows of one setting: from disk where they are, else computed, scored and written to a folder of their own,
     <out>/<setting>-<hash of what they follow from>; rows.json comes last and marks it as whole.
     compute(recipe, experiment, folder) returns the prediction (n, G) of experiment.rows(*SPLITS) and facts.
-    Where another of torchrun's processes computes it: waits, or returns None without `wait`; or they all do `together`.
+    Of torchrun's processes, `rank` computes them, or all do that have joined, and the others wait.
     """
     facts = experiment.facts(recipe)
     key = hashlib.sha256(json.dumps([setting, facts], sort_keys=True).encode()).hexdigest()[:10]
     folder = experiment.out / f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', setting).strip('_')}-{key}"
-    done, together, held = folder / "rows.json", together and RANKS > 1, None
+    done = folder / "rows.json"
     if done.is_file():
         tqdm.write(f"{setting}: on disk already ({folder})")
-    while not done.is_file() and held is None:
-        held = lock_folder(folder) if not (together and RANK) else RANK
-        if held is None:
-            time.sleep(0.2)
-            if not wait:
-                return None
-    try:
-        if not done.is_file():
-            began = time.perf_counter()
-            predicted, more = compute(recipe, experiment, folder)
-            more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
-            if not (together and RANK):
-                save_setting(setting, recipe, experiment, predicted, more, facts)
-            if together:
-                dist.barrier()
-    finally:
-        if held is not None and not (together and RANK):
-            os.close(held)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    elif rank == RANK or dist.is_initialized():
+        began = time.perf_counter()
+        predicted, more = compute(recipe, experiment, folder)
+        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
+        if rank == RANK:
+            save_setting(setting, recipe, experiment, predicted, more, facts)
+    while not done.is_file():
+        time.sleep(0.2)
+    if rank == RANK:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     on_disk = [row for path in sorted(experiment.out.glob("*/rows.json")) for row in json.loads(path.read_text())]
     save_csv(experiment.out / "rows.csv", pd.DataFrame(on_disk))
     return json.loads(done.read_text())
@@ -909,27 +893,22 @@ def ridge_on_colour(recipe, experiment, folder, alpha=100.0):
 
 def run_grid(script, settings, experiments, adapt=None):
     """The rows of each setting {name: {CONSTANT: value}}, or of ONLY, and experiment, by train_network with `adapt`.
-    Several processes of torchrun share them out: each takes the next one that no other holds.
+    Of torchrun's processes each computes every so many-th training, and then collects the others'.
     """
     recipe, only = recipe_of(script), script["ONLY"]
     require(only in ("", *settings), f"--only {only}: expected one of {'; '.join(settings)}")
     tasks = [(name, recipe | settings[name], e) for name in settings if only in ("", name) for e in experiments]
-    with tqdm(
-        total=sum(task[1]["EPOCHS"] for task in tasks), unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0
-    ) as bar:
+    own_first = sorted(range(len(tasks)), key=lambda number: number % RANKS != RANK)
+    epochs, rows = sum(task[1]["EPOCHS"] for task in tasks), {}
+    with tqdm(total=epochs, unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0) as bar:
         train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
-        waiting, rows = deque(range(len(tasks))), {}
-        waiting.rotate(-RANK)
-        while waiting:
-            name, changed, experiment = tasks[number := waiting.popleft()]
+        for number in own_first:
+            name, changed, experiment = tasks[number]
             bar.set_description(f"{number + 1}/{len(tasks)} {name}")
             before = bar.n
-            rows[number] = run_setting(name, changed, experiment, train, wait=not waiting)
-            if rows[number] is None:
-                waiting.append(number)
-            else:
-                bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk
-    return [row for number in range(len(tasks)) for row in rows[number]]
+            rows[number] = run_setting(name, changed, experiment, train, number % RANKS)
+            bar.total -= changed["EPOCHS"] - (bar.n - before)  # epochs that were on disk, or another process's
+    return [row for number in sorted(rows) for row in rows[number]]
 
 
 def score_rows(setting, recipe, experiment, predicted, facts):

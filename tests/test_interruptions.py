@@ -52,7 +52,7 @@ def results(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.name == ".lock":
+        if path.is_dir() or path.name.startswith(".lock"):
             continue
         if path.name == "rows.json":
             found[name] = [{k: v for k, v in row.items() if k not in VARYING} for row in json.loads(path.read_text())]
@@ -66,10 +66,10 @@ def results(folder):
             with safetensors.safe_open(path, "pt") as file:
                 tensors = sorted((key, hashlib.sha256(file.get_tensor(key).numpy()).hexdigest()) for key in file.keys())  # noqa: SIM118
                 found[name] = tensors, sorted(file.metadata().items())
-        elif path.suffix in (".json", ".csv", ".npy"):
+        elif path.suffix in (".json", ".csv", ".npy") and name != "run.json":
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "there"  # figures and HDF5, which hold times
+            found[name] = "there"  # figures, HDF5 and run.json, which hold times
     return found
 
 

@@ -30,7 +30,7 @@ def torchrun(ranks, script, *options):
 
 
 def test_rows_of_two_ranks_equal_one_process(simulated, tmp_path):
-    options = ("--data-root", simulated, *SMALL)
+    options = ("--data-root", simulated, *SMALL, "--seeds", "42,43")
     finish([sys.executable, SCRIPTS["23"], *map(str, options), "--out", tmp_path / "one"])
     stdout = finish(torchrun(2, "23", *options, "--out", tmp_path / "two"))
     assert results(tmp_path / "two") == results(tmp_path / "one")

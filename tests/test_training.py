@@ -219,7 +219,7 @@ def test_simulated_slides_are_named_and_the_folder_is_complete(trained):
     assert "\nSIMULATED slides: mean Pearson r per gene group" in trained[1]
     (folder,) = trained[0].glob("EfficientNet-B0-*")
     names = {"per_gene.csv", "split.csv", "genes.csv", "recipe.json", "history.csv", "predictions.h5ad"}
-    names |= {"weights.safetensors", "bootstrap.csv", "rows.json", ".lock"}
+    names |= {"weights.safetensors", "bootstrap.csv", "rows.json"}
     assert {path.name for path in folder.iterdir()} - {"maps.png", "scores.png"} == names  # drawn by script 27
 
 
