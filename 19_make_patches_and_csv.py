@@ -33,7 +33,6 @@ import anndata
 import harmonypy
 import numpy as np
 import pandas as pd
-import polars
 import scanpy
 import scipy.io
 import scipy.ndimage
@@ -902,20 +901,13 @@ def write_expression(root, out, tables, slides):
         f"{counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them"
     )
     counts.write_h5ad(out / "counts.h5ad", compression="lzf")
-    expression = polars.from_numpy(target, counts.var_names.tolist())
-    spot_columns(counts.obs).hstack(expression).write_csv(out / "dataset.csv")
+    common.save_expression(out / "dataset.csv", counts.obs.reset_index(names="id"), target, counts.var_names.tolist())
     return TARGET
-
-
-def spot_columns(obs):
-    """ID_COLUMNS as a polars table, whose CSV writer takes a second where pandas takes minutes."""
-    table = obs.reset_index(names="id")
-    return polars.DataFrame({name: table[name].to_list() for name in common.ID_COLUMNS})
 
 
 def write_positions(out, obs):
     """dataset.csv without expression, for slides that have none; returns None as the target."""
-    spot_columns(obs).write_csv(out / "dataset.csv")
+    common.save_csv(out / "dataset.csv", obs.reset_index(names="id")[common.ID_COLUMNS])
     return None
 
 

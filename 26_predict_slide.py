@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import anndata
 import numpy as np
 import pandas as pd
-import polars
 import safetensors
 import tifffile
 import torch
@@ -207,14 +206,13 @@ def main():
     patches = common.place_patches(torch.from_numpy(patches), meta.recipe["IMAGE_SIZE"], device)
     model = model.to(device, memory_format=torch.channels_last)
     predicted = common.predict(model, patches, np.arange(len(patches)), dtype=dtype, tta=meta.recipe["TTA"])
+    del model, patches  # before as much again is taken to draw and write
     table = assemble(out / "slide", predicted, meta)
     genes, title = choose_genes(table), f"{meta.title}{stem}, predicted"
     draw_maps(out / "maps.png", table, genes, title)
     with common.whole_file(out / "predictions.h5ad") as path:
         table.write_h5ad(path)
-    spots = polars.DataFrame({name: table.obs.reset_index()[name].to_list() for name in common.ID_COLUMNS})
-    with common.whole_file(out / "predictions.csv") as path:
-        spots.hstack(polars.from_numpy(np.asarray(table.X), table.var_names.tolist())).write_csv(path)
+    common.save_expression(out / "predictions.csv", table.obs.reset_index(), predicted, meta.genes)
     best = table.var.loc[genes, [c for c in ("valid_r", "ceiling", "r") if c in table.var]].rename_axis("gene")
     tables, where = {"Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=out / "slide")
     common.print_table("genes drawn: r in validation and its ceiling", where, best.reset_index().round(3).fillna("-"))

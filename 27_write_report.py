@@ -11,7 +11,6 @@ Time       7 s for the two rows of script 20 (two cores of an AMD EPYC, 2026-11-
 import base64
 import html
 import json
-import time
 from pathlib import Path
 
 import anndata
@@ -168,9 +167,8 @@ def write_report(run, facts):
 def main():
     path = Path(RUN, "run.json")
     try:
-        while path.is_file() and not common.lock_file(path.with_name(".lock-report")):
-            time.sleep(0.1)  # until the report of a run that was killed is drawn
         facts = json.loads(path.read_text())
+        common.hold_folder(path.parent)
         write_report(path.parent, facts)
     except (OSError, ValueError, KeyError) as error:
         raise common.InputError(

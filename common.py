@@ -17,8 +17,8 @@ import pickle
 import platform
 import re
 import resource
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -58,7 +58,7 @@ FOLDS = 5  # of PROTOCOL block
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
-PREDICT_BATCH = {"cpu": 32, "cuda": 256}  # what was fastest; on a processor the caches decide
+PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
 
 # What a constant may be: one of these values, or the least and the greatest number.
 ALLOWED = {
@@ -223,10 +223,14 @@ def choose_device(recipe):
 
 
 def call_script(name, *flags):
-    """Run another numbered script, its command printed first. InputError where it fails."""
+    """Run another numbered script in this process, its command printed first. What it refuses ends this one as well."""
     print("$ python", name, *flags, flush=True)
-    status = subprocess.run([sys.executable, Path(__file__).with_name(name), *flags]).returncode
-    require(status == 0, f"{name} failed: its message stands above")
+    path, before = str(Path(__file__).with_name(name)), sys.argv
+    sys.argv = [path, *flags]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 def open_run(script, split=None):
@@ -302,6 +306,18 @@ def load_dataset(data_root, target):
     fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
     tables = spots, genes, trained_on, lognorm, counts
     return SpotData(root, torch.from_numpy(patches), *tables, meta, fingerprint, title)
+
+
+def save_expression(path, spots, values, genes):
+    """A CSV as dataset.csv is: ID_COLUMNS of the spots, then (n, G) values, a column a gene; by polars, which takes a
+    second where pandas takes half a minute.
+    """
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        for start in range(0, len(spots), 1024):  # all rows at once would be held twice
+            part = spots.iloc[start : start + 1024]
+            columns = polars.DataFrame({name: part[name].to_list() for name in ID_COLUMNS})
+            columns = columns.hstack(polars.from_numpy(values[start : start + 1024], genes))
+            columns.write_csv(file, include_header=start == 0, batch_size=128)
 
 
 def split_spots(spots, recipe, seed):
@@ -547,11 +563,15 @@ class SpotRegressor(nn.Module):
             module.eval()
         return self
 
-    def encode(self, pixels):
-        """(B, 3, S, S) pixel values 0..255 -> (B, F) features."""
+    def normalise(self, pixels):
+        """(B, 3, S, S) pixel values 0..255 -> the backbone's input, channels last."""
         rows = pixels.permute(0, 2, 3, 1).flatten(2).float()  # (B, S, 3 S): with an axis of 3, broadcasting is slow
         rows = (rows - self.mean.repeat(pixels.shape[3])).div_(self.std.repeat(pixels.shape[3]))
-        return self.backbone(rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2))  # channels last
+        return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+    def encode(self, pixels):
+        """(B, 3, S, S) pixel values 0..255 -> (B, F) features."""
+        return self.backbone(self.normalise(pixels))
 
     def forward(self, pixels):
         return self.head(self.encode(pixels))

@@ -105,15 +105,15 @@ def spot_corners():
     return np.random.default_rng(0).permutation(inside)[:2378] - common.PATCH_SIZE // 2
 
 
-def make_slides(folder):
-    """{kind: path} of one image as a contiguous TIFF, as JPEG tiles and as LZW strips: simulated tissue, repeated."""
+def make_slides(folder, kinds=("contiguous", "jpeg_tiles", "lzw_strips")):
+    """{kind: path} of one image as a contiguous TIFF, and as JPEG tiles or LZW strips: simulated tissue, repeated."""
     subprocess.run(
         [sys.executable, REPOSITORY / "18_simulate_slides.py", "--data-root", folder / "tissue", "--slides", "1"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     (tissue,) = (folder / "tissue" / "image").iterdir()
     tissue = tifffile.imread(tissue)
-    paths = {kind: folder / f"{kind}.tif" for kind in ("contiguous", "jpeg_tiles", "lzw_strips")}
+    paths = {kind: folder / f"{kind}.tif" for kind in kinds}
     whole = tifffile.memmap(paths["contiguous"], shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, photometric="rgb")
     for top in range(0, HEIGHT, len(tissue)):
         for left in range(0, WIDTH, tissue.shape[1]):
@@ -121,8 +121,9 @@ def make_slides(folder):
             part[:] = tissue[: part.shape[0], : part.shape[1]]
     whole.flush()
     jpeg = {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}}
-    for kind, options in {"jpeg_tiles": jpeg, "lzw_strips": {"rowsperstrip": 16, "compression": "lzw"}}.items():
-        tifffile.imwrite(paths[kind], whole, photometric="rgb", bigtiff=True, maxworkers=2, **options)
+    options = {"jpeg_tiles": jpeg, "lzw_strips": {"rowsperstrip": 16, "compression": "lzw"}}
+    for kind in kinds[1:]:
+        tifffile.imwrite(paths[kind], whole, photometric="rgb", bigtiff=True, maxworkers=2, **options[kind])
     shutil.rmtree(folder / "tissue")
     return paths
 
@@ -221,16 +222,14 @@ def compare_input(folder):
     patches, png, target = make_patches(folder, count := 256)
     images, device, _, _ = placed(patches)
     loader = conventional.load(png, target, augmented=True, workers=0)
-    mean = torch.tensor([124.0, 116.0, 104.0], device=device).view(3, 1, 1)
-    threads = torch.get_num_threads()
+    normalise, threads = build(device, True).normalise, torch.get_num_threads()
     torch.set_num_threads(1)
 
     def here():
         draw = common.draw_augmentation(count, "mpa", torch.Generator().manual_seed(0))
         batches = torch.randperm(count).split(32)
         for k, batch in enumerate(common.read_ahead(images, batches, device)):
-            batch = common.augment(batch, *(part[32 * k : 32 * k + 32] for part in draw))
-            ((batch - mean) / 58.0).contiguous(memory_format=torch.channels_last)
+            normalise(common.augment(batch, *(part[32 * k : 32 * k + 32] for part in draw)))
 
     pairs = alternate(REPEATS, lambda: [None for _ in loader], here)
     torch.set_num_threads(threads)

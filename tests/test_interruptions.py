@@ -52,7 +52,7 @@ def results(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.name.startswith(".lock"):
+        if path.is_dir() or path.name == ".lock":
             continue
         if path.name == "rows.json":
             found[name] = [{k: v for k, v in row.items() if k not in VARYING} for row in json.loads(path.read_text())]
