@@ -502,16 +502,19 @@ def augment(patches, symmetry, warped, affine):
     """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample where warped."""
     images = apply_symmetry(patches, symmetry).float()
     rows = warped.nonzero().squeeze(1)  # found on the CPU: on the GPU it would cost a synchronisation
-    if len(rows):
+    if images.device.type == "cpu":  # one by one, each a copy of its own in the caches: twice as fast
+        for row in rows.tolist():
+            images[row : row + 1] = warp(images[row : row + 1].clone(), affine[row : row + 1])
+    elif len(rows):
         affine, rows = (part.to(images.device, non_blocking=True) for part in (affine[rows], rows))
-        grid = lay_affine_grid(affine, images.shape[3])
-        warped = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=False)
-        if images.device.type == "cpu":  # image by image, five times as fast there
-            for row, image in zip(rows.tolist(), warped, strict=True):
-                images[row] = image
-        else:
-            images[rows] = warped
+        images[rows] = warp(images[rows], affine)
     return images
+
+
+def warp(images, affine):
+    """(n, 3, S, S) float32 resampled by (n, 2, 3), bilinear, mirrored border."""
+    grid = lay_affine_grid(affine, images.shape[3])
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
 # ------------------------------------------------------------------------------------------- model
