@@ -9,6 +9,8 @@ Prints     script 19's lines, the genes that the model predicts best, and their 
 Command    python 26_predict_slide.py --weights weights.safetensors --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif --positions sample/outs
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif --um-per-px 0.25 --genes ALB,GLUL
+Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores of an AMD EPYC,
+           2026-11-24)
 """
 
 import json

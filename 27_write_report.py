@@ -5,7 +5,7 @@ Reads      <RUN>/run.json and the folders of its rows (scripts 20 to 26)
 Writes     <RUN>/report.html, one file without network or script; maps.png and scores.png in a test slide's folders
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
-Time       7 s for the two rows of script 20 (two cores of an AMD EPYC, 2026-11-24)
+Time       4 s for the two rows of script 20 (two cores of an AMD EPYC, 2026-11-24)
 """
 
 import base64
