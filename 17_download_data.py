@@ -93,24 +93,26 @@ def read_listing(url):
     try:
         with connect(url) as response:
             text = response.read().decode("utf-8", "replace")
-        files = [e for e in json.loads(text) if e["type"] == "file"] if text.lstrip().startswith("[") else None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise InputError(f"{url}: cannot be read ({error}); try again later") from None
-    if files is not None:
-        # A file in Git LFS is served from elsewhere, and size and hash in the listing are those of its pointer.
-        stored = {f["name"]: "media.githubusercontent" not in f["download_url"] for f in files}
-        return {
-            f["name"]: {
-                "url": f["download_url"],
-                "size": f["size"] if stored[f["name"]] else None,
-                "sha": f["sha"] if stored[f["name"]] else None,
+        if text.lstrip().startswith("["):
+            files = {entry["name"]: describe_entry(entry) for entry in json.loads(text) if entry["type"] == "file"}
+        else:
+            names = map(urllib.parse.unquote, re.findall(r'href="([^"?#/]+)"', text))
+            files = {
+                n: {"url": urllib.parse.urljoin(url, urllib.parse.quote(n)), "size": None, "sha": None} for n in names
             }
-            for f in files
-        }
-    names = [urllib.parse.unquote(link) for link in re.findall(r'href="([^"?#/]+)"', text)]
-    return {
-        name: {"url": urllib.parse.urljoin(url, urllib.parse.quote(name)), "size": None, "sha": None} for name in names
-    }
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{url}: cannot be read ({error}); try again later") from None
+    for name in files:  # they become files of the data root
+        if Path(name).name != name and name != ".":
+            raise InputError(f"{url}: lists {name!r}, which is no plain file name")
+    return {name: entry for name, entry in files.items() if name not in ("", ".", "..")}
+
+
+def describe_entry(entry):
+    """Of an entry of GitHub's listing; of a file in Git LFS, which is served from elsewhere, they are its pointer's."""
+    stored = "media.githubusercontent" not in entry["download_url"]
+    size, sha = (entry["size"], entry["sha"]) if stored else (None, None)
+    return {"url": entry["download_url"], "size": size, "sha": sha}
 
 
 def remote_size(entry):

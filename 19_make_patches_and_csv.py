@@ -112,59 +112,73 @@ def read_manifest(root):
     return table.sort_values("tissue_index").reset_index(drop=True)
 
 
+def find_outs(folder):
+    """{"positions", "matrix", "image"} of a folder outs/ of Space Ranger, or one that holds it; the image is coarse."""
+    outs = folder / "outs" if (folder / "outs").is_dir() else folder
+    if (outs / "binned_outputs").is_dir():
+        raise InputError(f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read")
+    parts = {
+        "positions": ["spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv"],
+        "matrix": ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"],
+    }
+    found = {part: next((outs / n for n in names if (outs / n).exists()), None) for part, names in parts.items()}
+    for part, path in found.items():
+        if path is None:
+            raise InputError(f"{outs}: no {' or '.join(parts[part])}: expected a folder outs/ of Space Ranger")
+    return found | {"image": outs / "spatial" / "tissue_hires_image.png"}
+
+
 def write_manifest(root, folders, images):
-    """slides.csv, and links to what it names, for Space Ranger's folders `folders` and their images."""
+    """slides.csv, and root/links/ to what it names, for Space Ranger's folders `folders` and their images."""
     if len(images) not in (0, len(folders)):
         raise InputError(
             f"--images: {len(images)} images for {len(folders)} folders of Space Ranger: give one for each"
         )
-    names, lines = [(f.parent if f.name == "outs" else f).resolve().name for f in folders], []
+    if not images and not USE_HIRES:
+        raise InputError(
+            f"{folders[0]} holds no full-resolution image, which Space Ranger got with --image or --cytaimage: name it "
+            "with --images, or take --use-hires"
+        )
+    names, lines, links = [(f.parent if f.name == "outs" else f).resolve().name for f in folders], [], {}
     for slide, (folder, name) in enumerate(zip(folders, names, strict=True), 1):
-        outs = folder / "outs" if (folder / "outs").is_dir() else folder
-        if (outs / "binned_outputs").is_dir():
-            raise InputError(f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read")
-        parts = {
-            "positions": ["spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv"],
-            "matrix": ["filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix"],
-        }
-        found = {part: next((outs / n for n in places if (outs / n).exists()), None) for part, places in parts.items()}
-        for part, path in found.items():
-            if path is None:
-                raise InputError(f"{outs}: no {' or '.join(parts[part])}: expected a folder outs/ of Space Ranger")
-        positions, image = read_positions(found["positions"]), images[slide - 1] if images else None
+        found = find_outs(folder) | ({"image": images[slide - 1]} if images else {})
+        image = found["image"]
+        name += f"_{slide}" * (names.count(name) > 1)
+        positions = read_positions(found["positions"])
         um_per_px = GRID_PITCH / lay_blocks(positions, slide)[0]  # Visium's spots are 100 um apart
-        own = root / (name if names.count(name) == 1 else f"{name}_{slide}")
-        own.mkdir(parents=True, exist_ok=True)
-        if image is None and not USE_HIRES:
-            raise InputError(
-                f"{outs} holds no full-resolution image, which Space Ranger got with --image or --cytaimage: name it "
-                "with --images, or take --use-hires"
-            )
-        if image is None:
-            image, scale = outs / "spatial" / "tissue_hires_image.png", read_hires_scale(outs)
+        for part, path in found.items():
+            common.require(path.exists(), f"{part} {path}: no such file")
+            links[root / "links" / name / path.name] = path
+            found[part] = Path("links", name, path.name)
+        if not images:
+            scale = read_hires_scale(image)
             positions[["pxl_row", "pxl_col"]] = np.rint(positions[["pxl_row", "pxl_col"]] * scale).astype(int)
             um_per_px /= scale
-            found["positions"] = own / "positions_hires.csv"
-            common.save_csv(found["positions"], positions.reset_index())
-            side = PATCH_SIZE * um_per_px
-            print(f"{name}: the hires image, {um_per_px:.2f} um/px: without --um-per-px a patch is {side:.0f} um wide")
-        row = {"tissue_index": slide, "name": own.name, "donor": own.name, "um_per_px": round(um_per_px, 4)}
-        for part, path in (found | {"image": image}).items():
-            if not path.exists():
-                raise InputError(f"{path} does not exist")
-            link = own / path.name
-            if path.parent != own:
-                link.unlink(missing_ok=True)
-                link.symlink_to(path.resolve())
-            row[part] = str(link.relative_to(root))
-        lines.append(row)
-    common.save_csv(root / "slides.csv", pd.DataFrame(lines)[MANIFEST])
-    print(f"wrote {root / 'slides.csv'}: each slide is taken for another donor's; mend that there if it is not so")
+            found["positions"] = Path("links", name, "positions_hires.csv")
+            links[root / found["positions"]] = positions
+            print(f"{name}: the hires image, {um_per_px:.2f} um/px: 224 px of it are {PATCH_SIZE * um_per_px:.0f} um")
+        lines.append({"tissue_index": slide, "name": name, "donor": name, "um_per_px": round(um_per_px, 4), **found})
+    table, path = (
+        pd.DataFrame(lines)[MANIFEST].astype(dict.fromkeys(("image", "positions", "matrix"), str)),
+        root / "slides.csv",
+    )
+    if path.exists() and path.read_text() != table.to_csv(index=False):
+        raise InputError(f"{path} is there already and names other slides: leave out --from-spaceranger, or remove it")
+    for link, content in links.items():
+        if isinstance(content, pd.DataFrame):
+            common.save_csv(link, content.reset_index())
+            continue
+        common.require(link.is_symlink() or not link.exists(), f"{link} is no link: move it away")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(content.resolve())
+    common.save_csv(path, table)
+    print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
 
 
-def read_hires_scale(outs):
-    """px of the hires image a full-resolution px."""
-    path = outs / "spatial" / "scalefactors_json.json"
+def read_hires_scale(image):
+    """px of the hires image a full-resolution px, as the file beside it says."""
+    path = image.with_name("scalefactors_json.json")
     try:
         return float(json.loads(path.read_text())["tissue_hires_scalef"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -263,6 +277,7 @@ def read_slide(slide):
     positions = lay_grid(slide) if pd.isna(slide["positions"]) else read_positions(slide["positions"])
     if pd.isna(slide["matrix"]):
         inside = positions[positions["in_tissue"] == 1]
+        common.require(len(inside), f"{slide['positions']}: no spot is in_tissue")
         table = anndata.AnnData(obs=inside)
     else:
         table = read_matrix(slide["matrix"])
@@ -275,6 +290,12 @@ def read_slide(slide):
             )
         table.obs = positions.loc[table.obs_names]
         table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()  # over all genes, also those of this slide alone
+        empty = (table.obs["n_counts"] == 0).to_numpy()
+        common.require(not empty.all(), f"{slide['matrix']}: no spot has a count")
+        if empty.any():
+            first = table.obs_names[empty][0]
+            print(f"slide {slide['tissue_index']}: {empty.sum()} spots without counts are left out, as {first}")
+            table = table[~empty].copy()
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"], table.obs["donor"] = slide["tissue_index"], str(slide["donor"])
     table.obs["pitch"], table.obs["block"] = lay_blocks(table.obs, slide["tissue_index"])
@@ -295,20 +316,20 @@ def read_thumbnail(path, step):
     return taker.pixels(), shape
 
 
-def find_tissue(thumbnail):
+def find_tissue(thumbnail, um_per_px):
     """(h, w) bool: saturation above Otsu's threshold; holes and specks of less than four spots' area are undone."""
     high, low = thumbnail.max(2).astype(np.float64), thumbnail.min(2)
     saturation = scipy.ndimage.median_filter((high - low) / np.maximum(high, 1), 5)
     if np.ptp(saturation) == 0:
         return np.zeros(saturation.shape, bool)
-    tissue, least = saturation > threshold_otsu(saturation), int(4 * (GRID_PITCH / THUMBNAIL_UM) ** 2)
+    tissue, least = saturation > threshold_otsu(saturation), int(4 * (GRID_PITCH / um_per_px) ** 2)
     return remove_small_holes(remove_small_objects(tissue, max_size=least), max_size=least)
 
 
 def lay_grid(slide):
     """Positions, as read_positions gives them, of a hexagonal grid with a pitch of GRID_PITCH over a slide's tissue."""
     thumbnail, (height, width) = read_thumbnail(slide["image"], step := thumbnail_step(slide))
-    tissue, pitch = find_tissue(thumbnail), GRID_PITCH / slide["um_per_px"]
+    tissue, pitch = find_tissue(thumbnail, step * slide["um_per_px"]), GRID_PITCH / slide["um_per_px"]
     down, across = height / pitch, width / pitch
     rows, cols = (part.ravel() for part in np.mgrid[0 : int(down / 0.866) + 1, 0 : int(2 * across) + 1])
     rows, cols = rows[(rows + cols) % 2 == 0], cols[(rows + cols) % 2 == 0]  # as Visium numbers them
@@ -524,7 +545,9 @@ def read_resampled(path, spots, patches, um_per_px):
     if side == PATCH_SIZE:
         return read_patches(path, spots, patches)
     with tempfile.NamedTemporaryFile(dir=Path(patches.filename).parent) as file:
-        native = np.memmap(file.name, np.uint8, "w+", shape=(len(spots), side, side, 3))
+        file.truncate(len(spots) * side**2 * 3)
+        common.reserve_disk(Path(file.name))
+        native = np.memmap(file.name, np.uint8, "r+", shape=(len(spots), side, side, 3))
         how, *result = read_patches(path, spots, native)
         for part in np.array_split(np.arange(len(spots)), -(-len(spots) // 64)):
             images = torch.from_numpy(native[part]).permute(0, 3, 1, 2)
@@ -648,6 +671,7 @@ def choose_panel(root, counts, full):
     panel = published_panel(root, counts)
     if PANEL:
         genes = read_panel(Path(PANEL))
+        common.require(genes, f"{PANEL}: names no gene")
         panel, markers = counts.var_names.isin(genes), markers & counts.var_names.isin(genes)
         if not panel.any():
             raise InputError(f"{PANEL}: the slides hold none of its {len(genes)} genes, as {genes[0]}")
@@ -795,7 +819,7 @@ def whole_folder(folder):
 
     meta.json of the old files goes first, and no reader takes a folder without it, so no mixture is ever read.
     """
-    work = folder.with_name(f".{folder.name}-{os.getpid()}")
+    work = folder.with_name(f".{folder.name}")  # of a run that was killed, perhaps
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
@@ -813,8 +837,7 @@ def whole_folder(folder):
 def main():
     root = Path(DATA_ROOT)
     if FROM_SPACERANGER:
-        if (root / "slides.csv").exists():
-            raise InputError(f"{root / 'slides.csv'} is there already: leave out --from-spaceranger, or remove it")
+        common.hold_folder(root)
         write_manifest(root, *([Path(p) for p in text.split(",") if p] for text in (FROM_SPACERANGER, IMAGES)))
     slides = read_manifest(root)
     common.hold_folder(root)
@@ -878,11 +901,6 @@ def write_patches(out, slides, obs):
 def write_expression(root, out, tables, slides):
     """counts.h5ad and dataset.csv; returns the target's name."""
     counts = align_genes(tables)
-    empty = counts.obs["n_counts"] == 0
-    if empty.any():
-        raise InputError(
-            f"spot {counts.obs_names[empty][0]} has no counts ({empty.sum()} such spots): remove it from the matrix"
-        )
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_leaks(patches, counts)
     full = scipy.sparse.csr_matrix(counts.X, dtype=np.float32)

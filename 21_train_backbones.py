@@ -105,10 +105,7 @@ def draw_figure(path, title, rows):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(which="both", labelsize=8)
-    with common.whole_file(path) as partial:
-        figure.savefig(
-            partial, dpi=120, metadata={"Description": "r of every backbone against its number of parameters"}
-        )
+    common.save_figure(path, figure, "r of every backbone against its number of parameters")
 
 
 def main():

@@ -109,7 +109,7 @@ class FrozenFeatures(nn.Module):
         last = len(self.features) - 1
         if not self.training or not last:
             return self.features[0, spots]
-        return self.features[torch.randint(1, last + 1, (len(spots),)).to(spots.device), spots]
+        return self.features[torch.randint(1, last + 1, (len(spots),)).to(spots.device, non_blocking=True), spots]
 
 
 @functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
@@ -192,8 +192,7 @@ def draw_figure(path, title, rows):
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
-    with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, metadata={"Description": "out-of-fold r by trainable stages and hidden units"})
+    common.save_figure(path, figure, "out-of-fold r by trainable stages and hidden units")
 
 
 def main():

@@ -18,7 +18,6 @@ import functools
 
 import numpy as np
 import pandas as pd
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -69,12 +68,17 @@ QUICK_BUDGET = {
 }
 
 
+def constant_on(images, values):
+    """(3, 1, 1) of red, green, blue on the images' device, without waiting for it."""
+    return torch.tensor(values).view(3, 1, 1).to(images.device, non_blocking=True)
+
+
 def change_colour(images, factors):
     """(B, 3, S, S) in 0..255 with brightness, contrast, saturation (factors) and hue (turns) changed in this order, by
     (B, 4). Contrast is about the image's mean grey, saturation about each pixel's, hue as in HSV.
     """
     brightness, contrast, saturation, hue = factors[:, :, None, None, None].unbind(1)
-    weights = images.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)  # of red, green and blue in grey, ITU-R 601
+    weights = constant_on(images, [0.2989, 0.587, 0.114])  # of red, green and blue in grey, ITU-R 601
     images = (images * brightness).clamp(0, 255)
     mean = (images * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     images = (mean + contrast * (images - mean)).clamp(0, 255)
@@ -85,7 +89,7 @@ def change_colour(images, factors):
     chroma = value - images.amin(1, keepdim=True)
     sixths = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
     sixths = torch.where(value == red, green - blue, sixths) / chroma.clamp(min=1e-6) + 6 * hue
-    place = (sixths + images.new_tensor([5, 3, 1]).view(3, 1, 1)) % 6
+    place = (sixths + constant_on(images, [5.0, 3, 1])) % 6
     return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 
@@ -113,7 +117,7 @@ class ColourAndBlur(nn.Module):
             for change, hit, values in steps:
                 rows = hit.nonzero().squeeze(1)
                 if len(rows):
-                    values, rows = values[rows].to(images.device), rows.to(images.device)
+                    values, rows = (part.to(images.device, non_blocking=True) for part in (values[rows], rows))
                     images = images.index_copy(0, rows, change(images[rows], values))
         return images
 
@@ -121,18 +125,6 @@ class ColourAndBlur(nn.Module):
 def add_colour(model, patches, recipe, experiment):
     """`adapt` of common.train_network: stnet_color is common's "stnet" with ColourAndBlur before the network."""
     return (nn.Sequential(ColourAndBlur(), model) if recipe["AUG"] == "stnet_color" else model), patches
-
-
-def average_views(trained, recipe, experiment, folder):
-    """`compute` of common.run_setting: the weights of a `trained` row once more, averaged over the 8 symmetries."""
-    device, dtype, _ = common.choose_device(recipe)
-    model = common.build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
-    model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
-    model = model.to(device, memory_format=torch.channels_last)
-    patches = common.place_patches(experiment.data.patches, recipe["IMAGE_SIZE"], device)
-    rows = experiment.rows(*common.SPLITS)
-    facts = {key: trained[key] for key in trained if key in ("weights", "best_epoch") or key.startswith("parameters_")}
-    return common.predict(model, patches, rows, dtype=dtype, tta=True), facts
 
 
 def draw_figure(path, title, table):
@@ -151,8 +143,7 @@ def draw_figure(path, title, table):
     ax.invert_yaxis()
     ax.set(xlabel="difference of Pearson r, mean over genes", title=title)
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
-    with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, metadata={"Description": "differences in r to MPA, with 95 % intervals"})
+    common.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
 
 
 def main():
@@ -166,7 +157,7 @@ def main():
         for experiment in experiments:
             own = (aug, experiment.seed, experiment.fold)
             trained = next(row for row in rows if (row["setting"], row["seed"], row["fold"]) == own)
-            compute = functools.partial(average_views, trained)
+            compute = functools.partial(common.predict_again, trained)
             changed = recipe | {"AUG": aug, "TTA": True}
             averaged += common.run_setting(f"{aug}, 8 views", changed, experiment, compute)
     rows += averaged

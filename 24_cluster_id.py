@@ -231,8 +231,7 @@ def draw_clusters(path, title, experiment, ids, points, patches=5):
         ax.set(aspect="equal")
         ax.set_axis_off()
     figure.suptitle(title)
-    with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=100, metadata={"Description": "clusters of spots on every slide"})
+    common.save_figure(path, figure, "clusters of spots on every slide")
 
 
 def main():

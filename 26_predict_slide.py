@@ -36,7 +36,7 @@ WEIGHTS = ""  # weights.safetensors of a run
 IMAGE = ""  # the slide: what script 19 reads; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a hexagonal grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. A folder outs/ has its own
-UM_PER_PX = 0.0  # of the image; 0 = from the pitch of Space Ranger's spots (100 um) or the TIFF's resolution tags
+UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags. A folder outs/ tells it: its spots are 100 um apart
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>
 GENES = ""  # to be drawn, comma-separated; empty = the six that were predicted best in validation
 
@@ -44,6 +44,7 @@ DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # --------------------------------------------------------------------------------------------------------
 
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA"}  # of the recipe
 FIELDS = ("recipe", "genes", "um_per_px", "patch_size", "groups", "valid_r", "ceiling", "title")
 SPOT = 55.0  # um, the diameter that is drawn
 MEASURED = "mean Pearson r against the slide's own log-normalised counts"
@@ -65,6 +66,8 @@ def read_weights(path):
         require(name in found, f"{path}: its metadata lack {name!r}: {again}")
     meta = SimpleNamespace(**{name: found[name] for name in FIELDS})
     require(meta.patch_size == common.PATCH_SIZE, f"{path}: patches of {meta.patch_size} px; expected 224: {again}")
+    whole = isinstance(meta.recipe, dict) and meta.recipe.keys() >= NETWORK
+    require(whole, f"{path}: its recipe lacks one of {', '.join(sorted(NETWORK))}: {again}")
     meta.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
     try:
         model = common.build_model(meta.recipe | {"PRETRAINED": False}, len(meta.genes), 0)
@@ -88,7 +91,7 @@ def read_resolution(path):
             elif "XResolution" in page.tags and unit in (2, 3):
                 across, of = page.tags["XResolution"].value
                 found = {2: 25_400, 3: 10_000}[unit] * of / across
-    except (tifffile.TiffFileError, ValueError, ZeroDivisionError, OSError):
+    except (tifffile.TiffFileError, ValueError, TypeError, ZeroDivisionError, OSError):
         pass  # a JPEG or PNG, or tags that say nothing: asked for below
     require(0.05 < found < 20, f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px")
     return found
@@ -97,27 +100,34 @@ def read_resolution(path):
 def prepare_slide(root, meta):
     """Have script 19 make the patches of the slide, and its counts of the model's genes if it has any, in `root`."""
     flags = ["--data-root", root, "--target", "lognorm", "--um-per-px", meta.um_per_px, "--thumbnail"]
+    given = {"image": IMAGE, "positions": POSITIONS, "matrix": MATRIX}
+    paths = {part: Path(path).resolve() for part, path in given.items() if path}
+    spaceranger = "positions" in paths and paths["positions"].is_dir()
+    for part, path in paths.items():
+        require(path.exists() and (part != "image" or path.is_file()), f"--{part} {given[part]}: no such file")
+        require(root.resolve() not in path.parents, f"--{part} {given[part]}: {root} is made anew: keep it elsewhere")
+    if spaceranger:
+        require(not MATRIX, f"--matrix {MATRIX}: {POSITIONS} has its own")
+        require(not UM_PER_PX, f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, since its spots are 100 um apart")
+        require("," not in f"{POSITIONS}{IMAGE}", f"{POSITIONS} {IMAGE}: rename what has a comma, or link to it")
+        flags += ["--from-spaceranger", POSITIONS, *(["--images", IMAGE] if IMAGE else ["--use-hires"])]
+    else:
+        require(not MATRIX or POSITIONS, f"--matrix {MATRIX}: needs the --positions of its spots")
+        name = paths["image"].stem
+        row = {"tissue_index": 1, "name": name, "donor": name}
+        row["um_per_px"] = UM_PER_PX or read_resolution(paths["image"])
+    mark = root / "made_by_26_predict_slide"  # what lies beside it may go
+    require(not root.exists() or mark.exists(), f"{root} is there and not of this script: choose another --out")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    image, positions, matrix = Path(IMAGE), Path(POSITIONS), Path(MATRIX)
-    if POSITIONS and positions.is_dir():
-        require(not MATRIX, f"--matrix {MATRIX}: {POSITIONS} has its own")
-        flags += ["--from-spaceranger", positions, *(["--images", image] if IMAGE else ["--use-hires"])]
-    else:
-        require(image.is_file(), f"--image {IMAGE}: no such file")
-        row = {"tissue_index": 1, "name": image.stem, "donor": image.stem, "um_per_px": UM_PER_PX}
-        row["um_per_px"] = row["um_per_px"] or read_resolution(image)
-        for part, path, given in (
-            ("image", image, True),
-            ("positions", positions, POSITIONS),
-            ("matrix", matrix, MATRIX),
-        ):
-            require(not given or path.exists(), f"--{part} {path}: no such file")
-            if given:
-                (root / f"{part}_{path.name}").symlink_to(path.resolve())
-            row[part] = f"{part}_{path.name}" if given else ""
+    mark.touch()
+    if not spaceranger:
+        for part in given:
+            row[part] = f"{part}_{paths[part].name}" if part in paths else ""
+            if part in paths:
+                (root / row[part]).symlink_to(paths[part])
         common.save_csv(root / "slides.csv", pd.DataFrame([row]))
-    if MATRIX or "--from-spaceranger" in flags:
+    if MATRIX or spaceranger:
         common.save_csv(root / "panel.csv", pd.DataFrame({"gene": meta.genes}))
         flags += ["--panel", root / "panel.csv"]
     common.call_script("19_make_patches_and_csv.py", *map(str, flags))
@@ -147,12 +157,12 @@ def assemble(root, predicted, meta):
     return table
 
 
-def choose_genes(table):
+def choose_genes(meta):
     """Names of the genes to be drawn."""
     asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
     for gene in asked:
-        require(gene in table.var_names, f"--genes {gene}: not among the {table.n_vars} genes of the model")
-    best = table.var["valid_r"].sort_values(ascending=False, na_position="last").index[:6]
+        require(gene in meta.genes, f"--genes {gene}: not among the {len(meta.genes)} genes of the model")
+    best = pd.Series(meta.valid_r, meta.genes, np.float64).sort_values(ascending=False, na_position="last").index[:6]
     return asked or best.tolist()
 
 
@@ -179,8 +189,7 @@ def draw_maps(path, table, genes, title):
             known = "not validated" if np.isnan(valid) else f"r {valid:.2f} in validation"
             ax.set_title(f"{gene}, {label}" + f"\n{known}" * (label == "predicted"), size=9)
     figure.suptitle(title)
-    with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=110, metadata={"Description": f"{title}: H&E and maps of {', '.join(genes)}"})
+    common.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
 
 
 def compare_measured(table):
@@ -196,11 +205,13 @@ def compare_measured(table):
 
 def main():
     model, meta = read_weights(Path(WEIGHTS))
+    genes = choose_genes(meta)
     require(IMAGE or (POSITIONS and Path(POSITIONS).is_dir()), "--image: which slide?")
     sample = Path(POSITIONS).resolve()
     stem = Path(IMAGE).stem if IMAGE else (sample.parent if sample.name == "outs" else sample).name
     out = Path(OUT or Path("runs", Path(__file__).stem, stem))
     common.hold_folder(out)
+    (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     prepare_slide(out / "slide", meta)
     device, dtype, reason = common.choose_device(meta.recipe)
     print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
@@ -210,7 +221,7 @@ def main():
     predicted = common.predict(model, patches, np.arange(len(patches)), dtype=dtype, tta=meta.recipe["TTA"])
     del model, patches  # before as much again is taken to draw and write
     table = assemble(out / "slide", predicted, meta)
-    genes, title = choose_genes(table), f"{meta.title}{stem}, predicted"
+    title = f"{meta.title}{stem}, predicted"
     draw_maps(out / "maps.png", table, genes, title)
     with common.whole_file(out / "predictions.h5ad") as path:
         table.write_h5ad(path)

@@ -39,13 +39,6 @@ td:first-child,th:first-child{text-align:left}@media print{body{max-width:none;f
 
 
 # ---------------------------------------------------------------------------------------------- figures
-def save_figure(path, figure, title):
-    """A PNG that carries its alternative text."""
-    figure.suptitle(title, size=10)
-    with common.whole_file(path) as partial:
-        figure.savefig(partial, dpi=100, metadata={"Description": title})
-
-
 def draw_maps(path, table, groups, title):
     """Measured above predicted expression on the test slide: the best gene, a median one and the best marker."""
     ranked = table.var["test_lognorm_r"].dropna().sort_values(ascending=False)
@@ -66,11 +59,9 @@ def draw_maps(path, table, groups, title):
             for ax, values in zip(pair, (table.layers["target"], table.X), strict=True):
                 shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
                 figure.colorbar(shown, ax=ax, shrink=0.7)
-    save_figure(
-        path,
-        figure,
-        f"{title}: measured and predicted expression of {', '.join(g for c in chosen.values() for g in c)}",
-    )
+    names = ", ".join(gene for genes in chosen.values() for gene in genes)
+    figure.suptitle(f"{title}: measured and predicted expression of {names}", size=10)
+    common.save_figure(path, figure, figure.get_suptitle())
 
 
 def draw_scores(path, genes, groups, history, title):
@@ -104,12 +95,9 @@ def draw_scores(path, genes, groups, history, title):
             losses.plot(history["epoch"], history["valid_mse"], label="validation")
             losses.axvline(history["epoch"][history["valid_mse"].idxmin()], color="grey", linewidth=0.8, label="kept")
         losses.legend(frameon=False)
-    save_figure(
-        path,
-        figure,
-        f"{title}: r of the genes with their ceilings, against Moran's I and mean expression"
-        + "; losses" * (history is not None),
-    )
+    shown = "r of the genes with their ceilings, against Moran's I and mean expression"
+    figure.suptitle(f"{title}: {shown}" + "; losses" * (history is not None), size=10)
+    common.save_figure(path, figure, figure.get_suptitle())
 
 
 def draw_row(folder, title):
@@ -150,7 +138,7 @@ def write_report(run, facts):
         rows["share"] = rows["heg"].astype(float) / rows["heg_ceiling"].astype(float)
         parts.append(as_html("Mean Pearson r", rows[[*SCORES]].rename(columns=SCORES)))
     parts += [as_html(caption, pd.DataFrame(table)) for caption, table in facts["tables"].items()]
-    parts += [as_image(path) for path in sorted(run.glob("*.png"))]
+    parts += [as_image(path) for path in sorted(run.glob("[!.]*.png"))]
     tested = rows[rows["split"] == "test"].drop_duplicates("folder") if "setting" in rows else rows[:0]
     for row in tested.to_dict("records"):
         name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
@@ -168,12 +156,12 @@ def main():
     path = Path(RUN, "run.json")
     try:
         facts = json.loads(path.read_text())
-        common.hold_folder(path.parent)
-        write_report(path.parent, facts)
-    except (OSError, ValueError, KeyError) as error:
-        raise common.InputError(
-            f"{path}: not of a finished run of scripts 20 to 26 ({error}): run that script again"
-        ) from None
+        lacking = {"title", "label", "tables", "rows", "settings", "machine"} - facts.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise common.InputError(f"{path}: cannot be read ({error}): run a script from 20 on first") from None
+    common.require(not lacking, f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
+    common.hold_folder(path.parent)
+    write_report(path.parent, facts)
     print(f"report: {path.parent / 'report.html'}")
 
 

@@ -68,7 +68,7 @@ ALLOWED = {
     **dict.fromkeys(("VALID_FRACTION", "LEARNING_RATE", "MIN_CLUSTER"), (0, 1)), "DISPERSION": (0, 100),
     **dict.fromkeys(("SPOTS", "FOLDS", "BATCH_SIZE", "BLEEP_BATCH", "NEIGHBOURS"), (2, 10**6)), "MICRO_BATCH": (3, 999),
     **dict.fromkeys(("EPOCHS", "STNET_EPOCHS", "BLEEP_EPOCHS", "HVG_PER_SLIDE", "EMBEDDING", "DEPTH"), (1, 10**6)),
-    "SLIDES": (1, 1000),
+    "SLIDES": (1, 1000), "UM_PER_PX": (0, 1000), "VIEWS": (0, 1000),
 }  # fmt: skip
 
 
@@ -104,22 +104,29 @@ def save_csv(path, table):
         table.to_csv(partial, index=False)
 
 
-def lock_file(path):
-    """True if this process now holds the lock, which dies with it; False where another one does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # left open: closing it would give the lock back
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except (BlockingIOError, PermissionError):
-        os.close(descriptor)
-        return False
-
-
 def hold_folder(folder):
     """Keep other processes, but torchrun's of the same run, out of a folder until this process ends."""
-    held = RANK or lock_file(folder / ".lock")
-    require(held, f"{folder}: another process is writing there: wait until it ends, or choose another folder")
+    if RANK:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(
+            folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644
+        )  # left open: closed, the lock is given back
+    except OSError as error:
+        require(error.errno == errno.ENOSPC, f"{folder}: no folder to write to ({error.strerror}): choose another one")
+        raise
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        busy = f"{folder}: another process is writing there: wait until it ends, or choose another folder"
+        raise InputError(busy) from None
+
+
+def save_figure(path, figure, description):
+    """Write a figure whole, with the text that stands for it where it cannot be seen."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=100, metadata={"Description": description})
 
 
 def reserve_disk(path):
@@ -194,7 +201,7 @@ def run_script(script):
             first = first.__context__
         if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
             reason = "no space left on the disk: free some and"
-        elif dist.is_initialized() and type(first) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError):
+        elif isinstance(first, dist.DistError) or "gloo/" in str(first):  # gloo's own are plain RuntimeErrors
             reason = f"another process of this run ended ({str(first).splitlines()[0]}):"
         else:
             raise
@@ -289,20 +296,26 @@ def load_dataset(data_root, target):
     root, folder = Path(data_root), Path(data_root) / "dataset"
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
     require((folder / "meta.json").is_file(), f"no meta.json in {folder}: run {command} first")
-    meta = json.loads(meta_text := (folder / "meta.json").read_bytes())
-    require(meta.get("format") == FORMAT, f"{folder} was made by another version: run {command} again")
-    require(meta["target"], f"{folder} holds patches alone: its slides.csv names no matrix, so nothing can be learnt")
-    made = meta["target"] == "harmony" or target == "lognorm"
-    require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
-    counts = anndata.read_h5ad(folder / "counts.h5ad")
-    genes, spots = counts.var_names.tolist(), counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_FACTS]
-    trained_on = lognorm = log_normalise(counts.X, counts.obs["n_counts"])
-    if target == "harmony":
-        table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
-        whole = table.collect_schema().names() == ID_COLUMNS + genes
-        require(whole, f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
-        trained_on = table.select(genes).collect().to_numpy()
-    patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants writable memory
+    try:
+        meta = json.loads(meta_text := (folder / "meta.json").read_bytes())
+        require(meta["format"] == FORMAT, f"{folder} was made by another version: run {command} again")
+        require(
+            meta["target"], f"{folder} holds patches alone: its slides.csv names no matrix, so nothing can be learnt"
+        )
+        made = meta["target"] == "harmony" or target == "lognorm"
+        require(made, f"{folder} was made with target {meta['target']}: run {command} --target harmony first")
+        counts = anndata.read_h5ad(folder / "counts.h5ad")
+        genes, spots = counts.var_names.tolist(), counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_FACTS]
+        trained_on = lognorm = log_normalise(counts.X, counts.obs["n_counts"])
+        if target == "harmony":
+            table = polars.scan_csv(folder / "dataset.csv", schema_overrides=dict.fromkeys(genes, polars.Float32))
+            whole = table.collect_schema().names() == ID_COLUMNS + genes
+            require(whole, f"{folder / 'dataset.csv'}: its genes are not those of counts.h5ad: run {command} again")
+            trained_on = table.select(genes).collect().to_numpy()
+        patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)  # "c": torch wants it writable
+        require(len(patches) == len(counts) == len(trained_on), f"{folder}: not of one piece: run {command} again")
+    except (OSError, ValueError, LookupError, TypeError, polars.exceptions.PolarsError) as error:
+        raise InputError(f"{folder} is damaged ({error}): run {command} again") from None
     fingerprint, title = hashlib.sha256(meta_text).hexdigest()[:16], "SIMULATED slides: " * meta["simulated"]
     tables = spots, genes, trained_on, lognorm, counts
     return SpotData(root, torch.from_numpy(patches), *tables, meta, fingerprint, title)
@@ -584,7 +597,7 @@ def build_model(recipe, n_genes, seed):
     """timm BACKBONE with the paper's head, Dropout - Linear - ReLU - Dropout - Linear; HIDDEN = 0 is one Linear.
     Same seed, same weights. InputError for an unknown name or weights that are not to be had.
     """
-    import timm  # here, because it takes seconds to import and scripts 17-19 do without
+    import timm.layers  # here, because it takes seconds to import and scripts 17-19 do without
 
     backbone, hidden, pretrained = recipe["BACKBONE"], recipe["HIDDEN"], recipe["PRETRAINED"]
     with torch.random.fork_rng(devices=[]):
@@ -594,6 +607,8 @@ def build_model(recipe, n_genes, seed):
         except (OSError, RuntimeError, ValueError) as error:
             fix = "connect to the network once, or use --pretrained false" if pretrained else "is it a name of timm's?"
             raise InputError(f"backbone {backbone}: {str(error).splitlines()[0][:120]}; {fix}") from None
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # the modules to freeze are chosen from the new ones
+            body = timm.layers.convert_sync_batchnorm(body)
         width = getattr(body, "head_hidden_size", None) or body.num_features  # of what comes out: VGG, MobileNetV3
         layers = [nn.Dropout(0.5), nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(0.5)] if hidden else []
         head = nn.Sequential(*layers, nn.Linear(hidden or width, n_genes))
@@ -617,11 +632,14 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
     draw = draw_augmentation(len(order), recipe["AUG"], generator)
     torch.manual_seed(seed_of(seed, "dropout", epoch, *[rank] * (rank > 0)))
     model.train()
-    total, loss_of = torch.zeros((), device=device), getattr(unwrap(model), "loss", F.mse_loss)
+    total, loss_of = torch.zeros((), device=device), getattr(getattr(model, "module", model), "loss", F.mse_loss)
     batches = [batch for batch in torch.arange(len(order)).split(recipe["BATCH_SIZE"]) if len(batch) >= 2 * ranks]
+    require(batches, f"--batch-size {recipe['BATCH_SIZE']}: no batch has two spots for each of {ranks} processes")
     shares = [batch[rank::ranks] for batch in batches]  # BatchNorm needs two
     images_of = read_ahead(patches, [order[share] for share in shares], device)
-    for batch, share in zip(tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None), shares, strict=True):
+    for batch, share in zip(
+        tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None), shares, strict=True
+    ):
         images = augment(next(images_of), *(part[share] for part in draw))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predicted = model(images)
@@ -641,11 +659,6 @@ def train_epoch(model, optimiser, scaler, patches, target, rows, recipe, seed, e
 def joined_ranks():
     """(number of ranks that train one network together, the own rank's number)."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-
-def unwrap(model):
-    """The network itself, where it is in DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def adam_with_cosine(parameters, recipe):
@@ -684,7 +697,7 @@ def fit(
         schedule.step()
         trained = time.perf_counter() - began
         predicted = None if keep else predict(model, patches, valid_rows, dtype=dtype)
-        mse = loss if keep else float(np.mean((predicted.astype(np.float64) - target[valid_rows]) ** 2))
+        mse = loss if keep else float(np.square(predicted - target[valid_rows]).mean(dtype=np.float64))
         require(np.isfinite(mse), f"epoch {epoch + 1}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
         line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": None if keep else mse}
         line |= {"images_per_s": len(rows) / trained, "seconds": time.perf_counter() - began}
@@ -736,6 +749,17 @@ def predict(model, patches, rows, *, dtype, tta=False):
     return np.concatenate(list(itertools.chain(*shares)))
 
 
+def predict_again(trained, recipe, experiment, folder):
+    """`compute` of run_setting: the weights of a `trained` row predict once more, by another recipe."""
+    device, dtype, _ = choose_device(recipe)
+    model = build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
+    model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
+    model = model.to(device, memory_format=torch.channels_last)
+    patches, rows = place_patches(experiment.data.patches, recipe["IMAGE_SIZE"], device), experiment.rows(*SPLITS)
+    facts = {key: trained[key] for key in trained if key in ("weights", "best_epoch") or key.startswith("parameters_")}
+    return predict(model, patches, rows, dtype=dtype, tta=recipe["TTA"]), facts
+
+
 def encode_patches(patches, backbone, recipe, seed):
     """(N, F) float32 features of the plain patches by a timm backbone as it comes, PRETRAINED or random by `seed`."""
     device, dtype, _ = choose_device(recipe)
@@ -779,7 +803,7 @@ def score_genes(predicted, truth, slides):
     }
     scores = {name: average_slides(score, predicted, truth, slides) for name, score in scores.items()}
     scores["r_pooled"] = pearson_per_gene(predicted, truth)
-    return scores | {"mse": ((predicted.astype(np.float64) - truth) ** 2).mean(0)}
+    return scores | {"mse": np.square(predicted - truth).mean(0, np.float64)}
 
 
 def bootstrap_means(predicted, truth, spots, genes, members):
@@ -849,6 +873,8 @@ class Experiment:
     def facts(self, recipe):
         """What a row of this experiment follows from, {name: value}."""
         facts = {k: v for k, v in recipe.items() if k not in ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")}
+        device, dtype, _ = choose_device(recipe)
+        facts |= {"DEVICE": device.type, "PRECISION": str(dtype).removeprefix("torch.")}
         facts |= {"seed": self.seed, "fold": self.fold, "data": self.data.fingerprint}
         split, genes = self.roles.tobytes(), json.dumps(self.groups.values.tolist()).encode()
         facts |= {"split": hashlib.sha256(split).hexdigest(), "genes": hashlib.sha256(genes).hexdigest()}
@@ -980,10 +1006,6 @@ def train_network(recipe, experiment, folder, *, keep=0, adapt=None, report=None
         torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     model = build_model(recipe, len(data.genes), experiment.seed).to(device, memory_format=torch.channels_last)
-    if dist.is_initialized() and device.type == "cuda":
-        import timm.layers  # as in build_model
-
-        model.backbone = timm.layers.convert_sync_batchnorm(model.backbone)
     if recipe["START_AT_MEAN"]:
         model.head[-1].bias.data.copy_(torch.from_numpy(data.target[experiment.rows("train")].mean(0)))
     network, patches = adapt(model, patches, recipe, experiment) if adapt else (model, patches)
@@ -1133,5 +1155,7 @@ def finish_run(script, experiment, rows, tables=None):
     facts |= {"settings": recipe, "machine": describe_machine(choose_device(recipe)[0])}
     with whole_file(out / "run.json") as path:
         path.write_text(json.dumps(facts | result, indent=1) + "\n")
-    call_script("27_write_report.py", "--run", str(out))
-    print(json.dumps(result))
+    try:
+        call_script("27_write_report.py", "--run", str(out))
+    finally:
+        print(json.dumps(result))

@@ -13,9 +13,6 @@ import functools
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
@@ -57,16 +54,6 @@ QUICK_BUDGET = {
 }  # fmt: skip
 
 
-def predict_fast(trained, recipe, experiment, folder):
-    """`compute` of common.run_setting: the weights of a `trained` row predict in the recipe's precision."""
-    device, dtype, _ = common.choose_device(recipe)
-    model = common.build_model(recipe | {"PRETRAINED": False}, len(experiment.data.genes), experiment.seed)
-    model.load_state_dict(safetensors.torch.load_file(experiment.out / trained["folder"] / "weights.safetensors"))
-    model = model.to(device, memory_format=torch.channels_last)
-    patches = common.place_patches(experiment.data.patches, recipe["IMAGE_SIZE"], device)
-    return common.predict(model, patches, experiment.rows(*common.SPLITS), dtype=dtype), {}
-
-
 def main():
     settings = {precision: {"PRECISION": precision} for precision in ("fp32", FAST)}
     recipe, experiments = common.open_run(globals())
@@ -78,7 +65,7 @@ def main():
         for experiment in experiments:
             own = ("fp32", experiment.seed, experiment.fold)
             trained = next(row for row in rows if (row["setting"], row["seed"], row["fold"]) == own)
-            compute = functools.partial(predict_fast, trained)
+            compute = functools.partial(common.predict_again, trained)
             rows += common.run_setting(same, recipe | settings[FAST], experiment, compute)
     common.report_scores("precision", experiments, rows, against)
     if against:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -198,11 +199,7 @@ CASES = {
     "NaN counts": (lambda r: spoil_count(r, "nan"), ["matrix1", "no counts"]),
     "fractional counts": (lambda r: spoil_count(r, "1.5"), ["matrix1", "no counts", "raw counts"]),
     "infinite counts": (lambda r: spoil_count(r, "inf"), ["matrix1", "no counts"]),
-    "all counts zero": (lambda r: keep_counts(r, lambda lines: []), ["no counts", "7 such spots", "remove it"]),
-    "a spot with no counts": (
-        lambda r: keep_counts(r, lambda lines: [line for line in lines if line.split()[1] != "3"]),
-        ["1_", "no counts", "1 such spots"],
-    ),
+    "all counts zero": (lambda r: keep_counts(r, lambda lines: []), ["matrix1", "no spot has a count"]),
     "a barcode twice in the matrix": (
         lambda r: write_text(
             r / "matrix1/barcodes.tsv", (r / "matrix1/barcodes.tsv").read_text().replace("C1-1", "A0-1")
@@ -309,9 +306,12 @@ OTHERS = [
     ("18", ["--slides", "0"], ["--slides 0", "from 1"]),
     ("19", ["--hvg-per-slide", "0"], ["--hvg-per-slide 0", "from 1"]),
     ("19", ["--seed", "x"], ["--seed", "invalid int value: 'x'"]),
+    ("19", ["--um-per-px", "nan"], ["--um-per-px nan", "from 0"]),
+    ("19", ["--um-per-px", "-0.5"], ["--um-per-px -0.5", "from 0"]),
     ("21", ["--only", "resnet5"], ["--only resnet5", "resnet50"]),
     ("22", ["--folds", "1"], ["--folds 1", "from 2"]),
     ("22", ["--folds", "99"], ["too few", "fewer folds"]),
+    ("22", ["--views", "-1"], ["--views -1", "from 0"]),
     ("23", ["--only", "blur"], ["--only blur", "stnet_color"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
     ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
@@ -328,6 +328,53 @@ def test_the_other_scripts_refuse(simulated, tmp_path, monkeypatch, capsys, scri
     assert run_script(script, *small, *arguments) == 2
     check_one_line(capsys, words)
     assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
+
+
+def test_spots_without_counts_are_left_out_and_said(tmp_path, capsys):
+    make_root(tmp_path)
+    keep_counts(tmp_path, lambda lines: [line for line in lines if line.split()[1] != "3"])
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    assert "slide 1: 1 spots without counts are left out" in capsys.readouterr().out
+    assert len(common.load_dataset(tmp_path, "lognorm").spots) == 6
+
+
+@pytest.mark.parametrize("content, words", [("", ["panel.csv"]), ("gene\n", ["panel.csv", "names no gene"]),
+                                            ("gene\nNONE\n", ["panel.csv", "hold none", "NONE"])])  # fmt: skip
+def test_a_panel_without_genes(tmp_path, capsys, content, words):
+    make_root(tmp_path)
+    write_text(tmp_path / "panel.csv", content)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm", "--panel", tmp_path / "panel.csv") == 2
+    check_one_line(capsys, words)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_positions_without_tissue(tmp_path, capsys):
+    make_root(tmp_path)
+    append_positions(tmp_path, lambda t: t.assign(in_tissue=0))
+    edit_manifest(tmp_path, matrix=np.nan)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 2
+    check_one_line(capsys, ["positions1.csv", "no spot is in_tissue"])
+
+
+@pytest.mark.parametrize("name", ["patches.npy", "counts.h5ad", "meta.json", "dataset.csv"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
+    shutil.copytree(simulated / "dataset", tmp_path / "dataset")
+    path = tmp_path / "dataset" / name
+    if damage == "cut":
+        write_bytes(path, path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    with pytest.raises(common.InputError, match=r"19_make_patches_and_csv\.py --data-root"):
+        common.load_dataset(tmp_path, "harmony")
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_results_cannot_go_into_a_file(simulated, tmp_path, capsys, out):
+    write_text(tmp_path / "file", "mine")
+    assert run_script("20", "--data-root", simulated, "--out", tmp_path / out, *TINY) == 2
+    check_one_line(capsys, [out, "no folder to write to"])
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):

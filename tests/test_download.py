@@ -14,6 +14,8 @@ import pytest
 import tifffile
 from conftest import SHARED, load_script, run_script
 
+import common
+
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
 
 
@@ -141,6 +143,22 @@ def test_liver_arrives_whole_and_in_the_published_layout(mirror, liver, tmp_path
     left = {p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     assert left == {".tiff", ".csv", ".tsv", ".mtx", ".npy"}
     assert "19_make_patches_and_csv.py --data-root" in capsys.readouterr().out
+
+
+ENTRY = {"type": "file", "download_url": "https://example.org/x", "size": 4, "sha": None}
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps([ENTRY | {"name": "../../evil.jpg"}]),
+    json.dumps([ENTRY | {"name": "/etc/evil.jpg"}]),
+    json.dumps([ENTRY]),
+    json.dumps(["evil"]),
+    '<a href="..%2F..%2Fevil.jpg">x</a>',
+])  # fmt: skip
+def test_a_listing_cannot_name_files_elsewhere(mirror, content):
+    mirror.files["/listing"] = content.encode()
+    with pytest.raises(common.InputError, match=r"no plain file name|cannot be read"):
+        load_script("17").read_listing(f"{mirror.url}/listing")
 
 
 def test_a_second_run_fetches_nothing(mirror, liver, tmp_path, capsys):

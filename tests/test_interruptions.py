@@ -17,8 +17,6 @@ import torch
 from conftest import REPOSITORY, TINY, run_script
 from test_patches import make_root
 
-import common
-
 SCRIPTS = {path.name[:2]: path for path in REPOSITORY.glob("[0-9]*.py")}
 SEARCH = ("--folds", 2, "--only", "stages=9 hidden=0", "--epochs", 3)
 VARYING = ("seconds", "images_per_s", "peak_memory_mb")  # of a row: what differs between two runs of the same thing
@@ -82,40 +80,66 @@ def slides_of(script, simulated, folder):
     return root
 
 
+def has_begun(script, data, out):
+    """Whether a run writes: 19 its folder of work, the others their results."""
+    return (data / ".dataset").is_dir() if script == "19" else out.is_dir()
+
+
+def is_late(script, data, out):
+    """Whether a run is past its first state: 19 wrote the counts, the others a checkpoint or a row."""
+    if script == "19":
+        return (data / ".dataset" / "counts.h5ad").exists()
+    return bool([*out.glob("*/checkpoint.pt"), *out.glob("*/rows.json")])
+
+
+def wait_for(process, reached, *arguments):
+    """Wait until reached(*arguments); False if the process ended before."""
+    while not reached(*arguments):
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
 @pytest.fixture(scope="module")
 def undisturbed(simulated, tmp_path_factory):
-    """{script: (results of a run that nobody stopped, its seconds)}, made when first asked for."""
+    """{script: (results of a run that nobody stopped, seconds for which it wrote)}, made when first asked for."""
     made = {}
 
     def run(script):
         if script not in made:
             folder = tmp_path_factory.mktemp(f"whole{script}")
-            data = slides_of(script, simulated, folder)
+            data, out = slides_of(script, simulated, folder), folder / "out"
+            process = start(command_of(script, data, out))
+            assert wait_for(process, has_begun, script, data, out)
             began = time.monotonic()
-            finish(command_of(script, data, folder / "out"))
-            made[script] = results(data / "dataset" if script == "19" else folder / "out"), time.monotonic() - began
+            if script == "19":
+                wait_for(process, lambda: not has_begun(script, data, out))
+                seconds = time.monotonic() - began
+            _, stderr = process.communicate(timeout=600)
+            assert process.returncode == 0, stderr
+            seconds = seconds if script == "19" else time.monotonic() - began
+            made[script] = results(data / "dataset" if script == "19" else out), seconds
         return made[script]
 
     return run
 
 
 def kill_at_random(script, number, simulated, folder, undisturbed):
-    """Kill a run twice at random moments after it began to write, start it again: the results are the same."""
+    """Kill a run at a random moment while it writes, and again when it is late: started once more, it ends the same."""
     whole, seconds = undisturbed(script)
-    data, moment = slides_of(script, simulated, folder), random.Random(f"{script} {number}")
-    command, out = command_of(script, data, folder / "out"), folder / "out"
-    begun = {"19": lambda: [*data.glob(".dataset-*")], "20": out.is_dir, "22": out.is_dir}
-    later = {"19": lambda: [*data.glob(".dataset-*/counts.h5ad")]}  # else a checkpoint
-    for reached in (begun[script], later.get(script, lambda: [*out.glob("*/checkpoint.pt")])):
+    data, out, moment = slides_of(script, simulated, folder), folder / "out", random.Random(f"{script} {number}")
+    command = command_of(script, data, out)
+    for reached, share in ((has_begun, 0.5), (is_late, 0.02 if script == "19" else 0.2)):
         process = start(command)
-        while process.poll() is None and not reached():
-            time.sleep(0.005)
-        time.sleep(moment.uniform(0, 0.3 * seconds))
+        assert wait_for(process, reached, script, data, out), process.communicate()[1]
+        time.sleep(moment.uniform(0, share * seconds))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it had ended before"
     finish(command)
     assert results(data / "dataset" if script == "19" else out) == whole
-    assert not list(folder.rglob(".partial-*")) and not list(folder.rglob(".dataset-*")), "nothing half-written stays"
+    assert not list(folder.rglob(".partial-*")) and not (data / ".dataset").exists(), "nothing half-written stays"
 
 
 @pytest.mark.parametrize("script, number", [("19", 0), ("20", 0), ("20", 1), ("22", 0), ("22", 1)])
@@ -130,20 +154,26 @@ def test_a_killed_run_ends_with_the_same_bits_each_time(simulated, tmp_path, und
     kill_at_random(script, number, simulated, tmp_path, undisturbed)
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    with common.whole_file(path) as partial:
-        torch.save({"epoch": 1}, partial)
-    fsync = monkeypatch.setattr(common.os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt), common.whole_file(path) as partial:
-        torch.save({"epoch": 2}, partial)
-    assert fsync is None and torch.load(path, weights_only=True) == {"epoch": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    code = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import common, torch
+for epoch in (1, 2):
+    if epoch == 2:
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+    with common.whole_file(pathlib.Path({str(path)!r})) as partial:
+        torch.save({{"epoch": epoch}}, partial)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert len(list(tmp_path.iterdir())) == 2, "the unfinished one, which the next try overwrites"
 
 
 def spoil_checkpoint(simulated, out, **changed):
     """The path of the checkpoint of a run of 20 that was stopped after its first epoch, with facts `changed`."""
-    script, stop = {}, RuntimeError("stopped here")
+    stop = RuntimeError("stopped here")
 
     def report(experiment, line, predicted, best):
         if line["epoch"] == 2:
@@ -155,7 +185,7 @@ def spoil_checkpoint(simulated, out, **changed):
     state = torch.load(path, weights_only=True)
     state["facts"] |= changed
     torch.save(state, path)
-    return path, script
+    return path
 
 
 def test_a_checkpoint_made_with_other_constants_or_data_is_refused(simulated, tmp_path, capsys):
@@ -166,7 +196,7 @@ def test_a_checkpoint_made_with_other_constants_or_data_is_refused(simulated, tm
 
 
 def test_a_damaged_checkpoint_is_refused(simulated, tmp_path, capsys):
-    path, _ = spoil_checkpoint(simulated, tmp_path / "out")
+    path = spoil_checkpoint(simulated, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:1000])
     assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -148,6 +148,9 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     assert run_script("26", *options, "--out", tmp_path, "--genes", "ALB,RPL41") == 0
     table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
     assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
+    assert run_script("27", "--run", tmp_path) == 0
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.count("img") == 1 and page.tags.count("table") == 4 and not page.mute and not page.outside
     assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
     check_one_line(capsys, ["NOVEL", "of the model"])
 
@@ -189,6 +192,8 @@ SPOILT = {
     "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
+    "no recipe": (lambda m, s: m.update(recipe="[]"), ["recipe", "train it again"]),
+    "half a recipe": (lambda m, s: m.update(recipe='{"HIDDEN": 16}'), ["BACKBONE", "train it again"]),
     "no JSON": (lambda m, s: m.update(genes="[A"), ["not a .safetensors file of a run"]),
 }
 
@@ -271,9 +276,31 @@ def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
     slides = pd.read_csv(tmp_path / "mine" / "slides.csv")
     assert slides["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
     assert slides["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
+    assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0, "once more"
     capsys.readouterr()
-    assert run_script("19", "--data-root", tmp_path / "mine", *options) == 2
-    check_one_line(capsys, ["slides.csv", "already"])
+    assert (
+        run_script("19", "--data-root", tmp_path / "mine", "--from-spaceranger", made[0][0], "--images", made[0][1])
+        == 2
+    )
+    check_one_line(capsys, ["slides.csv", "already", "other slides"])
+
+
+def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
+    outs, image = space_ranger(tmp_path, simulated, 1, "new")
+    own = outs.parent / "A.tif"  # in the folder that bears the slide's name, inside the data root
+    shutil.copy(image, own)
+    options = ("--data-root", tmp_path, "--from-spaceranger", outs, "--images", own, "--target", "lognorm")
+    assert run_script("19", *options) == 0
+    assert own.is_file() and not own.is_symlink() and (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
+    notes = tmp_path / "run" / "slide" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    capsys.readouterr()
+    for slide, words in ((own, ["slide", "not of this script"]), (tmp_path / "none.tif", ["none.tif", "no such file"])):
+        options = ("--weights", weights, "--image", slide, "--um-per-px", 0.304, "--out", tmp_path / "run")
+        assert run_script("26", *options) == 2
+        check_one_line(capsys, words)
+    assert notes.read_text() == "mine"
 
 
 def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
@@ -346,10 +373,12 @@ def test_report_escapes_what_it_shows(tmp_path):
     assert "script" not in page.tags and "i" not in page.tags and "b" not in page.tags
 
 
-@pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_folder_without_a_finished_run_has_no_report(tmp_path, capsys, content):
+@pytest.mark.parametrize("content, word", [
+    (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "lacks label"),
+])  # fmt: skip
+def test_a_folder_without_a_finished_run_has_no_report(tmp_path, capsys, content, word):
     if content:
         (tmp_path / "run.json").write_text(content)
     assert run_script("27", "--run", tmp_path) == 2
-    check_one_line(capsys, ["run.json", "not of a finished run"])
+    check_one_line(capsys, ["run.json", word])
     assert not (tmp_path / "report.html").exists()

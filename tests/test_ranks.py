@@ -120,3 +120,15 @@ def test_a_prediction_gathered_from_three_ranks_is_that_of_one(tmp_path):
     in_ranks(save_prediction, 3, tmp_path)
     for rank in range(3):
         assert np.load(tmp_path / f"prediction{rank}.npy").tolist() == [[n] * 3 for n in (8, 3, 0, 10, 1, 5, 2)]
+
+
+@pytest.mark.parametrize("stages, backbone", [(1, "efficientnet_b0"), (0, "resnet18"), (0, "densenet121")])
+def test_frozen_stages_stay_frozen_when_batch_norm_is_joined(monkeypatch, stages, backbone):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    model = common.build_model(RECIPE | {"BACKBONE": backbone, "TRAINABLE_STAGES": stages}, GENES, 1).train()
+    joined = [m for m in model.backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    frozen = [m for part in model.frozen for m in part.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
+    assert joined and {id(m) for m in frozen} <= {id(m) for m in joined}
+    assert not any(m.training for m in frozen) and sum(m.training for m in joined) == len(joined) - len(frozen)
+    assert frozen or stages
