@@ -290,12 +290,13 @@ def compare_scoring(folder):
 
 
 def compare_table(folder):
-    """dataset.csv as script 19 writes it and common.load_dataset reads it, against pandas."""
+    """dataset.csv as script 19 writes it and as common.load_dataset reads it, against pandas."""
     values = np.random.default_rng(0).normal(2, 1, (SPOTS, GENES)).astype(np.float32)
-    names, path = [f"G{g}" for g in range(GENES)], folder / "dataset.csv"
-    old, new = pd.DataFrame(values, columns=names), polars.from_numpy(values, names)
-    repeats = min(REPEATS, 3)
-    pairs = alternate(repeats, lambda: old.to_csv(path, index=False), lambda: new.write_csv(path))
+    names, path, repeats = [f"G{g}" for g in range(GENES)], folder / "dataset.csv", min(REPEATS, 3)
+    spots = pd.DataFrame({name: np.arange(SPOTS) for name in common.ID_COLUMNS}).astype({"id": str, "barcode": str})
+    whole = spots.join(pd.DataFrame(values, columns=names))
+    here = functools.partial(common.save_expression, path, spots, values, names)
+    pairs = alternate(repeats, lambda: whole.to_csv(path, index=False), here)
     lines = [line(f"dataset.csv {SPOTS:,} x {GENES:,}, write", "s", pairs, 1, ">= 4")]
     schema = dict.fromkeys(names, polars.Float32)
     pairs = alternate(
