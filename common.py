@@ -697,7 +697,7 @@ def fit(
         schedule.step()
         trained = time.perf_counter() - began
         predicted = None if keep else predict(model, patches, valid_rows, dtype=dtype)
-        mse = loss if keep else float(np.square(predicted - target[valid_rows]).mean(dtype=np.float64))
+        mse = loss if keep else float(mean_square(predicted, target[valid_rows]).mean())
         require(np.isfinite(mse), f"epoch {epoch + 1}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
         line = {"epoch": epoch + 1, "learning_rate": rate, "train_mse": loss, "valid_mse": None if keep else mse}
         line |= {"images_per_s": len(rows) / trained, "seconds": time.perf_counter() - began}
@@ -786,6 +786,12 @@ def pearson_per_gene(predicted, truth):
         return np.clip((xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n)), -1, 1)
 
 
+def mean_square(predicted, truth):
+    """Mean squared difference of every column, (n, G) and (n, G) -> (G,) float64."""
+    difference = np.subtract(predicted, truth, dtype=np.float64)
+    return np.einsum("ng,ng->g", difference, difference) / len(truth)
+
+
 def average_slides(score, predicted, truth, slides):
     """Mean over slides of each one's score(predicted, truth), (G,); a slide where it is NaN is left out."""
     scores = [score(predicted[slides == s], truth[slides == s]) for s in np.unique(slides)]
@@ -803,7 +809,7 @@ def score_genes(predicted, truth, slides):
     }
     scores = {name: average_slides(score, predicted, truth, slides) for name, score in scores.items()}
     scores["r_pooled"] = pearson_per_gene(predicted, truth)
-    return scores | {"mse": np.square(predicted - truth).mean(0, np.float64)}
+    return scores | {"mse": mean_square(predicted, truth)}
 
 
 def bootstrap_means(predicted, truth, spots, genes, members):
