@@ -92,8 +92,8 @@ def read_manifest(root):
         or table["tissue_index"].duplicated().any()
     ):
         raise InputError(f"{path}: tissue_index must be a different whole number for every slide, and one at least")
-    if not pd.api.types.is_numeric_dtype(table["um_per_px"]) or not (table["um_per_px"] > 0).all():
-        raise InputError(f"{path}: um_per_px must be a number above 0 for every slide")
+    if not pd.api.types.is_numeric_dtype(table["um_per_px"]) or not table["um_per_px"].between(0.05, 20).all():
+        raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
     if table["name"].isna().any() or table["name"].duplicated().any():
         raise InputError(f"{path}: every slide needs a name of its own")
     for column in ("image", "positions", "matrix"):
@@ -541,9 +541,11 @@ def read_resampled(path, spots, patches, um_per_px):
     """As read_patches, of patches that show as many um as others of UM_PER_PX do: read larger or smaller, beside them
     on the disk, and resized.
     """
-    side = max(1, round(PATCH_SIZE * UM_PER_PX / um_per_px))
-    if side == PATCH_SIZE:
+    side, finer = max(1, round(PATCH_SIZE * UM_PER_PX / um_per_px)), um_per_px / UM_PER_PX
+    if 0.99 < finer < 1.01:
         return read_patches(path, spots, patches)
+    if finer > 2:
+        print(f"warning: {path} is {finer:.0f} times as coarse as the patches made of it: its detail is not there")
     with tempfile.NamedTemporaryFile(dir=Path(patches.filename).parent) as file:
         file.truncate(len(spots) * side**2 * 3)
         common.reserve_disk(Path(file.name))
@@ -659,7 +661,7 @@ def read_panel(path):
 
 def choose_panel(root, counts, full):
     """Panel mask over genes, and var columns hvg_<slide>: each slide's highly variable genes (scanpy, seurat)."""
-    chosen = {}
+    chosen, threads = {}, torch.get_num_threads()
     for slide, rows in counts.obs.groupby("tissue_index").indices.items():
         part = anndata.AnnData(full[rows], var=pd.DataFrame(index=counts.var_names))
         if part.n_vars <= HVG_PER_SLIDE:
@@ -667,6 +669,7 @@ def choose_panel(root, counts, full):
         else:
             scanpy.pp.highly_variable_genes(part, flavor="seurat", n_top_genes=HVG_PER_SLIDE)
             chosen[f"hvg_{slide}"] = part.var["highly_variable"].to_numpy()
+    torch.set_num_threads(threads)  # scanpy's numba takes all of them
     markers = counts.var_names.isin(common.MARKER_GENES)
     panel = published_panel(root, counts)
     if PANEL:

@@ -32,13 +32,13 @@ import common
 from common import InputError, require
 
 # ---------------------------------------------------------------------------------------------- constants
-WEIGHTS = ""  # weights.safetensors of a run
+WEIGHTS = ""  # weights.safetensors of a run, or its folder
 IMAGE = ""  # the slide: what script 19 reads; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a hexagonal grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. A folder outs/ has its own
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags. A folder outs/ tells it: its spots are 100 um apart
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>
-GENES = ""  # to be drawn, comma-separated; empty = the six that were predicted best in validation
+GENES = ""  # to be drawn, comma-separated; empty = the six of HEG and HVG that were predicted best in validation
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
@@ -47,11 +47,13 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA"}  # of the recipe
 FIELDS = ("recipe", "genes", "um_per_px", "patch_size", "groups", "valid_r", "ceiling", "title")
 SPOT = 55.0  # um, the diameter that is drawn
-MEASURED = "mean Pearson r against the slide's own log-normalised counts"
+LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 
 
 def read_weights(path):
     """(model, metadata as a namespace of FIELDS). InputError for another kind, version or network."""
+    require(WEIGHTS, "--weights: give the weights.safetensors, or its folder, of a run of scripts 20 to 23")
+    path = path / "weights.safetensors" if path.is_dir() else path
     require(path.is_file(), f"--weights {path}: no such file; expected weights.safetensors of a run")
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -162,8 +164,10 @@ def choose_genes(meta):
     asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
     for gene in asked:
         require(gene in meta.genes, f"--genes {gene}: not among the {len(meta.genes)} genes of the model")
-    best = pd.Series(meta.valid_r, meta.genes, np.float64).sort_values(ascending=False, na_position="last").index[:6]
-    return asked or best.tolist()
+    # Of all genes of the panel, the best by validation would be those that chance favoured.
+    known = {*meta.groups.get("heg", []), *meta.groups.get("hvg", [])} & {*meta.genes} or meta.genes
+    best = pd.Series(meta.valid_r, meta.genes, np.float64).sort_values(ascending=False, na_position="last").index
+    return asked or best[best.isin(known)][:6].tolist()
 
 
 def draw_maps(path, table, genes, title):
@@ -185,20 +189,25 @@ def draw_maps(path, table, genes, title):
         for ax, gene in zip(row[1:], shown, strict=False):
             at, valid = table.var_names.get_loc(gene), table.var["valid_r"][gene]
             points = ax.scatter(x, y, c=values[:, at], s=max(size, 0.5), linewidths=0)
-            figure.colorbar(points, ax=ax, shrink=0.7)
+            figure.colorbar(points, ax=ax, shrink=0.7, label="log1p of counts per 10,000")
             known = "not validated" if np.isnan(valid) else f"r {valid:.2f} in validation"
-            ax.set_title(f"{gene}, {label}" + f"\n{known}" * (label == "predicted"), size=9)
+            known += f", ceiling {table.var['ceiling'][gene]:.2f}" if table.var["ceiling"][gene] > 0 else ""
+            known = f"r {table.var['r'][gene]:.2f} on this slide" if label == "measured" else known
+            ax.set_title(f"{gene}, {label}\n{known}", size=9)
     figure.suptitle(title)
     common.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
 
 
-def compare_measured(table):
-    """Mean r of the groups against the slide's own log-normalised counts: a DataFrame."""
+def describe_groups(table):
+    """Mean r of the groups in validation, with the ceiling in training, and against the slide's own log-normalised
+    counts where it has any: a DataFrame.
+    """
     lines = []
     for group in [g for g in (*map(str.lower, common.GROUPS), "all") if g == "all" or g in table.var]:
         part = table.var[table.var[group]] if group != "all" else table.var
-        part = part.dropna(subset="r")
-        line = {"group": group.upper() if group != "all" else group, "genes": len(part), "r": part["r"].mean()}
+        part = part.dropna(subset="r") if "r" in part else part
+        line = {"group": group.upper() if group != "all" else group, "genes": len(part)}
+        line |= {"r": part["r"].mean()} if "r" in part else {}
         lines.append(line | {"r in validation": part["valid_r"].mean(), "ceiling in training": part["ceiling"].mean()})
     return pd.DataFrame(lines)
 
@@ -212,32 +221,36 @@ def main():
     out = Path(OUT or Path("runs", Path(__file__).stem, stem))
     common.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
-    prepare_slide(out / "slide", meta)
+    slide = out / "slide"
+    prepare_slide(slide, meta)
     device, dtype, reason = common.choose_device(meta.recipe)
     print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
-    patches = np.load(out / "slide" / "dataset" / "patches.npy", mmap_mode="c", allow_pickle=False)
+    patches = np.load(slide / "dataset" / "patches.npy", mmap_mode="c", allow_pickle=False)
     patches = common.place_patches(torch.from_numpy(patches), meta.recipe["IMAGE_SIZE"], device)
     model = model.to(device, memory_format=torch.channels_last)
     predicted = common.predict(model, patches, np.arange(len(patches)), dtype=dtype, tta=meta.recipe["TTA"])
     del model, patches  # before as much again is taken to draw and write
-    table = assemble(out / "slide", predicted, meta)
+    table = assemble(slide, predicted, meta)
     title = f"{meta.title}{stem}, predicted"
     draw_maps(out / "maps.png", table, genes, title)
     with common.whole_file(out / "predictions.h5ad") as path:
         table.write_h5ad(path)
     common.save_expression(out / "predictions.csv", table.obs.reset_index(), predicted, meta.genes)
     best = table.var.loc[genes, [c for c in ("valid_r", "ceiling", "r") if c in table.var]].rename_axis("gene")
-    tables, where = {"Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=out / "slide")
-    common.print_table("genes drawn: r in validation and its ceiling", where, best.reset_index().round(3).fillna("-"))
-    if "measured" in table.layers:
-        tables = {MEASURED: compare_measured(table)} | tables
-        common.print_table(MEASURED, where, tables[MEASURED].round(3).fillna("-"))
+    measured, groups = "measured" in table.layers, describe_groups(table)
+    caption = "mean Pearson r in validation" + ", and r against this slide's own log-normalised counts" * measured
+    tables, where = {caption: groups, "Genes drawn": best.reset_index()}, SimpleNamespace(title=meta.title, root=slide)
+    for name, content in tables.items():
+        common.print_table(name, where, content.round(3).fillna("-"))
+    if measured:
         common.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
+    if not groups["r in validation"][0] >= LEAST_R:
+        print(f"\nwarning: HEG r in validation is {groups['r in validation'][0]:.2f}: these maps may be noise")
     tables["Trained with"] = pd.Series(meta.recipe, dtype=str).rename_axis("name").reset_index(name="value")
     print(f"\n{len(table):,} spots x {table.n_vars:,} genes, {out}: predictions.h5ad and .csv, maps.png, report.html")
     tables = {name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()}
     where = SimpleNamespace(data=where, out=out)
-    common.finish_run(globals(), where, tables.get(MEASURED, []), tables)
+    common.finish_run(globals(), where, tables[caption], tables)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,13 @@ RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 
 # Columns of the table of scores: name in the rows, name on the page.
 SCORES = {name: name for name in ("setting", "split", "truth")} | {group.lower(): group for group in common.GROUPS}
-SCORES |= {"all": "all", "heg_ceiling": "HEG ceiling", "share": "share", "n_genes_r30": "genes with r >= 0.30"}
+SCORES |= {
+    "all": "all",
+    "HEG 95 %": "HEG 95 %",
+    "heg_ceiling": "HEG ceiling",
+    "share": "share",
+    "n_genes_r30": "genes with r >= 0.30",
+}
 SCORES |= {name: name for name in ("slide", "seed", "fold")} | {"n_spots": "spots"}
 
 STYLE = """:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;
@@ -58,7 +64,7 @@ def draw_maps(path, table, groups, title):
             pair[1].set_title(f"{gene}, predicted, r = {ranked[gene]:.2f}", size=9)
             for ax, values in zip(pair, (table.layers["target"], table.X), strict=True):
                 shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
-                figure.colorbar(shown, ax=ax, shrink=0.7)
+                figure.colorbar(shown, ax=ax, shrink=0.7, label="training target")
     names = ", ".join(gene for genes in chosen.values() for gene in genes)
     figure.suptitle(f"{title}: measured and predicted expression of {names}", size=10)
     common.save_figure(path, figure, figure.get_suptitle())
@@ -90,7 +96,7 @@ def draw_scores(path, genes, groups, history, title):
     if history is not None:
         losses.set_axis_on()
         losses.plot(history["epoch"], history["train_mse"], label="training (augmented, dropout)")
-        losses.set(xlabel="epoch", ylabel="MSE over the panel", yscale="log")
+        losses.set(xlabel="epoch", ylabel="MSE over the panel")
         if history["valid_mse"].notna().any():
             losses.plot(history["epoch"], history["valid_mse"], label="validation")
             losses.axvline(history["epoch"][history["valid_mse"].idxmin()], color="grey", linewidth=0.8, label="kept")
@@ -135,6 +141,7 @@ def write_report(run, facts):
     parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">']
     parts += [f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     if "setting" in rows:
+        rows["HEG 95 %"] = ["[{:.2f}, {:.2f}]".format(*ci) if isinstance(ci, list) else "-" for ci in rows["heg_ci"]]
         rows["share"] = rows["heg"].astype(float) / rows["heg_ceiling"].astype(float)
         parts.append(as_html("Mean Pearson r", rows[[*SCORES]].rename(columns=SCORES)))
     parts += [as_html(caption, pd.DataFrame(table)) for caption, table in facts["tables"].items()]

@@ -68,7 +68,7 @@ ALLOWED = {
     **dict.fromkeys(("VALID_FRACTION", "LEARNING_RATE", "MIN_CLUSTER"), (0, 1)), "DISPERSION": (0, 100),
     **dict.fromkeys(("SPOTS", "FOLDS", "BATCH_SIZE", "BLEEP_BATCH", "NEIGHBOURS"), (2, 10**6)), "MICRO_BATCH": (3, 999),
     **dict.fromkeys(("EPOCHS", "STNET_EPOCHS", "BLEEP_EPOCHS", "HVG_PER_SLIDE", "EMBEDDING", "DEPTH"), (1, 10**6)),
-    "SLIDES": (1, 1000), "UM_PER_PX": (0, 1000), "VIEWS": (0, 1000),
+    "SLIDES": (1, 1000), "UM_PER_PX": (0, 20), "VIEWS": (0, 1000),
 }  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
     assert run_script("27", "--run", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
-    assert page.tags.count("img") == 1 and page.tags.count("table") == 4 and not page.mute and not page.outside
+    assert page.tags.count("img") == 1 and page.tags.count("table") == 5 and not page.mute and not page.outside
     assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
     check_one_line(capsys, ["NOVEL", "of the model"])
 
