@@ -246,6 +246,16 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_last_good_state(simulate
     assert not list(small_disk.rglob("rows.json"))
 
 
+def test_a_disk_that_is_too_small_for_resampling(small_disk):
+    data = small_disk / "data"
+    data.mkdir()
+    make_root(data)
+    process = start([*command_of("19", data, None), "--um-per-px", "5"])  # 15 MB a patch before it is resized
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2 and stderr.count("error: ") == 1 and "no space left" in stderr, stderr[-2000:]
+    assert not (data / "dataset").exists() and not (data / ".dataset").exists()
+
+
 @pytest.mark.parametrize("script", ["19", "20"])
 def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_path, script):
     data = slides_of(script, simulated, tmp_path)
