@@ -189,12 +189,12 @@ def draw_maps(path, table, genes, title):
         for ax, gene in zip(row[1:], shown, strict=False):
             at, valid = table.var_names.get_loc(gene), table.var["valid_r"][gene]
             points = ax.scatter(x, y, c=values[:, at], s=max(size, 0.5), linewidths=0)
-            figure.colorbar(points, ax=ax, shrink=0.7, label="log1p of counts per 10,000")
+            figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
             known = "not validated" if np.isnan(valid) else f"r {valid:.2f} in validation"
             known += f", ceiling {table.var['ceiling'][gene]:.2f}" if table.var["ceiling"][gene] > 0 else ""
             known = f"r {table.var['r'][gene]:.2f} on this slide" if label == "measured" else known
             ax.set_title(f"{gene}, {label}\n{known}", size=9)
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (log1p of counts per 10,000)")
     common.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
 
 

@@ -41,7 +41,7 @@ padding:1rem}h1,h2{overflow-wrap:anywhere;line-height:1.2}small{font-weight:norm
 figure{margin:1rem 0;break-inside:avoid}img{max-width:100%;height:auto;background:#fff}div{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;margin:1rem 0}
 caption{text-align:left;font-weight:bold}td,th{padding:.2rem .6rem;border-bottom:1px solid #8886;text-align:right}
-td:first-child,th:first-child{text-align:left}@media print{body{max-width:none;font-size:9pt}}"""
+td:first-child,th:first-child{text-align:left;white-space:nowrap}@media print{body{max-width:none;font-size:9pt}}"""
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -64,9 +64,9 @@ def draw_maps(path, table, groups, title):
             pair[1].set_title(f"{gene}, predicted, r = {ranked[gene]:.2f}", size=9)
             for ax, values in zip(pair, (table.layers["target"], table.X), strict=True):
                 shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
-                figure.colorbar(shown, ax=ax, shrink=0.7, label="training target")
+                figure.colorbar(shown, ax=ax, shrink=0.7, format="{x:.3g}")
     names = ", ".join(gene for genes in chosen.values() for gene in genes)
-    figure.suptitle(f"{title}: measured and predicted expression of {names}", size=10)
+    figure.suptitle(f"{title}: measured and predicted expression (as trained on) of {names}", size=10)
     common.save_figure(path, figure, figure.get_suptitle())
 
 
@@ -144,8 +144,8 @@ def write_report(run, facts):
         rows["HEG 95 %"] = ["[{:.2f}, {:.2f}]".format(*ci) if isinstance(ci, list) else "-" for ci in rows["heg_ci"]]
         rows["share"] = rows["heg"].astype(float) / rows["heg_ceiling"].astype(float)
         parts.append(as_html("Mean Pearson r", rows[[*SCORES]].rename(columns=SCORES)))
-    parts += [as_html(caption, pd.DataFrame(table)) for caption, table in facts["tables"].items()]
     parts += [as_image(path) for path in sorted(run.glob("[!.]*.png"))]
+    parts += [as_html(caption, pd.DataFrame(table)) for caption, table in facts["tables"].items()]
     tested = rows[rows["split"] == "test"].drop_duplicates("folder") if "setting" in rows else rows[:0]
     for row in tested.to_dict("records"):
         name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
