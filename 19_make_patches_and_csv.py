@@ -158,10 +158,8 @@ def write_manifest(root, folders, images):
             links[root / found["positions"]] = positions
             print(f"{name}: the hires image, {um_per_px:.2f} um/px: 224 px of it are {PATCH_SIZE * um_per_px:.0f} um")
         lines.append({"tissue_index": slide, "name": name, "donor": name, "um_per_px": round(um_per_px, 4), **found})
-    table, path = (
-        pd.DataFrame(lines)[MANIFEST].astype(dict.fromkeys(("image", "positions", "matrix"), str)),
-        root / "slides.csv",
-    )
+    table = pd.DataFrame(lines)[MANIFEST].astype(dict.fromkeys(("image", "positions", "matrix"), str))
+    path = root / "slides.csv"
     if path.exists() and path.read_text() != table.to_csv(index=False):
         raise InputError(f"{path} is there already and names other slides: leave out --from-spaceranger, or remove it")
     for link, content in links.items():

@@ -10,7 +10,6 @@ Override   python benchmarks/measure_growth.py --sizes 16 --keep
 Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped patches are the file's own.
 """
 
-import contextlib
 import json
 import re
 import shutil
@@ -102,23 +101,14 @@ def make_root(root, size):
     pd.DataFrame(lines, columns=columns).to_csv(root / "slides.csv", index=False)
 
 
-def anonymous(process):
-    """kB of a process and its children that the kernel cannot drop; of one that has just ended, 0."""
-    total = 0
-    with contextlib.suppress(OSError):
-        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
-        total = int(found[1]) if found else 0
-        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
-            total += anonymous(child)
-    return total
-
-
 def watch(*command):
-    """(seconds, peak GB of RssAnon, stdout) of a script and those that it calls."""
+    """(seconds, peak GB of RssAnon, stdout) of a script and those that it calls, which run in its process."""
     began, peak = time.perf_counter(), 0
     with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
+            peak = max(peak, int(found[1]) if found else 0)
             time.sleep(0.02)
         stdout = process.stdout.read()
     common.require(process.returncode == 0, f"{command[0]} ended with {process.returncode}: its message stands above")
