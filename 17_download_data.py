@@ -33,6 +33,7 @@ import tifffile
 from tqdm import tqdm
 
 import common
+import runner
 from common import InputError
 
 # ---------------------------------------------------------------------------------------------- constants
@@ -375,7 +376,7 @@ def main():
     remote = SOURCE == "" or "://" in SOURCE
     if not remote and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
-    common.hold_folder(root)
+    runner.hold_folder(root)
     if DATASET == "GSE240429":
         slides = pd.read_csv(published / "slides.csv")
         (download_gse240429 if remote else copy_mirror)(root, slides, SOURCE.rstrip("/") if remote else Path(SOURCE))
@@ -399,4 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

@@ -33,6 +33,7 @@ from scipy.stats import norm
 from tqdm import tqdm
 
 import common
+import runner
 
 # ---------------------------------------------------------------------------------------------- constants
 DATA_ROOT = "SIMULATED_data"  # folder to write; must not hold slides already
@@ -362,7 +363,7 @@ def main():
     root = Path(DATA_ROOT)
     if (root / "slides.csv").exists():
         raise common.InputError(f"{root / 'slides.csv'} exists already: remove {root} or choose another --data-root")
-    common.hold_folder(root)
+    runner.hold_folder(root)
     (root / "image").mkdir(parents=True, exist_ok=True)
     tables = [read_geometry(GEOMETRY, i + 1)[0] if GEOMETRY else hexagonal_grid(SPOTS) for i in range(SLIDES)]
     if GEOMETRY:
@@ -403,4 +404,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

@@ -47,6 +47,7 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from tqdm import tqdm
 
 import common
+import runner
 from common import PATCH_SIZE, InputError
 
 # ---------------------------------------------------------------------------------------------- constants
@@ -838,10 +839,10 @@ def whole_folder(folder):
 def main():
     root = Path(DATA_ROOT)
     if FROM_SPACERANGER:
-        common.hold_folder(root)
+        runner.hold_folder(root)
         write_manifest(root, *([Path(p) for p in text.split(",") if p] for text in (FROM_SPACERANGER, IMAGES)))
     slides = read_manifest(root)
-    common.hold_folder(root)
+    runner.hold_folder(root)
     with_counts = slides["matrix"].notna()
     if with_counts.any() and not with_counts.all():
         raise InputError(f"{root / 'slides.csv'}: some slides have a matrix and some have none; use two data roots")
@@ -931,4 +932,4 @@ def write_positions(out, obs):
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

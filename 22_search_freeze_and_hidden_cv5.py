@@ -1,26 +1,30 @@
 """Cross-validated search: how many trailing stages to train, and how wide a head.
 
-Question   Which number of trainable stages and hidden units predicts spots best that were left out of training?
+Question   Which number of trainable stages and hidden units predicts spots best that were left out
+           of training?
 Reads      <DATA_ROOT>/dataset/ (script 19)
-Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions (as script 20),
-           search.png
-Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on the test slide,
-           one JSON line
+Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions
+           (as script 20), search.png
+Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
+           the test slide, one JSON line
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
-Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data --test-slide 4 --pretrained false
+Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data --test-slide 4
            python 22_search_freeze_and_hidden_cv5.py --quick      (four settings, two folds: no evidence)
-Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon cores, 2026-11-23)
+Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon
+           cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network
 
-The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen on its validation
-spots, so out-of-fold r flatters a little, every setting alike.) The chosen one is trained once on all training spots,
-up to the epoch that was best over the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike; with
-all of them frozen, features are computed once: of each plain patch and, where AUG asks, of VIEWS augmented views of it,
-one of which a spot draws in each epoch.
+The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen
+on its validation spots, so out-of-fold r flatters a little, every setting alike.) The chosen one is
+trained once on all training spots, up to the epoch that was best over the folds. A frozen stage
+keeps its BatchNorm, parameters and statistics alike; with all of them frozen, features are computed
+once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, one of which a spot
+draws in each epoch.
 """
 
-import dataclasses
 import functools
+import itertools
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -31,13 +35,14 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import runner
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of slides, each slide once the test slide
+PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of slides
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
@@ -47,23 +52,25 @@ BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights; false = random weights
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean
 
-AUG = "mpa"  # mpa (the paper's), stnet (8 symmetries) or none
+AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 VIEWS = 8  # augmented views of each patch whose features a wholly frozen backbone computes
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 ONLY = ""  # one setting, as "stages=3 hidden=1024", without the choice; empty = all
 QUICK = False  # the small budget below, on simulated slides
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# Trainable stages, from the head convolution back to the stem: 9 = all of EfficientNet-B0. Dearest first, so that the
-# time left is not told too short.
+# Trainable stages, from the head convolution back to the stem: 9 = all of EfficientNet-B0. Dearest
+# first, so that the time left is not told too short.
 STAGES = (9, 7, 5, 3, 1, 0)
 HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
+ALLOWED = {"FOLDS": (2, 10**6), "VIEWS": (0, 1000)}
 
 QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",
@@ -79,37 +86,43 @@ QUICK_BUDGET = {
 }
 
 
+# ------------------------------------------------------------------------------------------- splits
 def hold_out(spots, recipe, seed):
-    """`split` of common.open_run: "test", and "train" for every spot that the folds may use."""
+    """`split` of runner.open_run: "test", and "train" for every spot that the folds may use."""
     outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
-    trainings = common.split_spots(spots, recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}, seed)
+    recipe = recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}
+    trainings = common.split_spots(spots, recipe, seed)
     return [np.where(roles == "valid", "train", roles) for roles in trainings]
 
 
 def split_folds(whole):
-    """The experiments that `whole`'s training spots are split into, FOLDS or, under loso, one a slide."""
-    pool, slides = whole.rows("train"), whole.data.spots["tissue_index"].to_numpy()
-    count = len(np.unique(slides[pool])) if PROTOCOL == "loso" else FOLDS
+    """The Splits of `whole`'s training spots: FOLDS of them or, under loso, one a slide."""
+    pool = whole.spots("train")
+    count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
     folds = common.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
     first = whole.fold * count
-    return [dataclasses.replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
+    return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
 
 
+# ---------------------------------------------------------------------------------- frozen features
 class FrozenFeatures(nn.Module):
-    """In place of a backbone that never changes: (B, 1, 1, 1) spot numbers -> (B, F) features of the plain patch; while
-    training, of one of its augmented views drawn at random.
+    """In place of a backbone that never changes: (B, 1, 1, 1) spot numbers -> (B, F) features.
+
+    Of the plain patch or, while training, of one of its augmented views drawn at random.
     """
 
     def __init__(self, features):
         super().__init__()
-        self.register_buffer("features", features, persistent=False)  # (1 + views, N, F), the plain patches first
+        # (1 + views, N, F), the plain patches first
+        self.register_buffer("features", features, persistent=False)
 
     def forward(self, spots):
         spots = spots.flatten().round().long()
-        last = len(self.features) - 1
-        if not self.training or not last:
+        n_views = len(self.features) - 1
+        if not self.training or n_views == 0:
             return self.features[0, spots]
-        return self.features[torch.randint(1, last + 1, (len(spots),)).to(spots.device, non_blocking=True), spots]
+        view = torch.randint(1, n_views + 1, (len(spots),))
+        return self.features[view.to(spots.device, non_blocking=True), spots]
 
 
 @functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
@@ -119,75 +132,109 @@ def compute_features(patches, seed, views, constants):
     device, dtype, _ = common.choose_device(recipe)
     model = common.build_model(recipe | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}, 1, seed)
     model = model.to(device, memory_format=torch.channels_last).eval()
-    patches, parts = common.place_patches(patches, recipe["IMAGE_SIZE"], device), []
-    tqdm.write(f"all stages frozen: features of the plain patches and {views} augmented views are computed once")
-    with torch.inference_mode(), tqdm(total=(1 + views) * len(patches), unit="patch", leave=False) as bar:
+    patches = common.place_patches(patches, recipe["IMAGE_SIZE"], device)
+    tqdm.write(
+        f"all stages frozen: features of the plain patches and {views} augmented views are "
+        "computed once"
+    )
+    batches = torch.arange(len(patches)).split(common.PREDICT_BATCH[device.type])
+    parts = []
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        tqdm(total=(1 + views) * len(patches), unit="patch", leave=False) as bar,
+    ):
         for view in range(1 + views):
+            aug = recipe["AUG"] if view else "none"
             generator = torch.Generator().manual_seed(common.seed_of(seed, "view", view))
-            draw = common.draw_augmentation(len(patches), recipe["AUG"] if view else "none", generator)
-            batches = torch.arange(len(patches)).split(common.PREDICT_BATCH[device.type])
-            for rows, images in zip(batches, common.read_ahead(patches, batches, device), strict=True):
-                images = common.augment(images, *(part[rows] for part in draw))
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    parts.append(model.encode(images).float())
-                bar.update(len(rows))
+            draws = common.draw_augmentation(len(patches), aug, generator)
+            images_of = common.read_ahead(patches, batches, device)
+            for spots, images in zip(batches, images_of, strict=True):
+                images = common.augment(images, *(draw[spots] for draw in draws))
+                parts.append(model.encode(images).float())
+                bar.update(len(spots))
     return torch.cat(parts).view(1 + views, len(patches), -1)
 
 
-def use_features(model, patches, recipe, experiment):
-    """`adapt` of common.train_network: with no stage to train, the head alone is trained, on features."""
+def use_features(training, recipe, split):
+    """`adapt` of a training: with no stage to train, the head alone is trained, on features."""
     if recipe["TRAINABLE_STAGES"] != 0:
-        return model, patches
+        return training
+    views = 0 if recipe["AUG"] == "none" else min(VIEWS, recipe["EPOCHS"])
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
-    views = min(VIEWS, recipe["EPOCHS"]) * (recipe["AUG"] != "none")
-    features = compute_features(experiment.data.patches, experiment.seed, views, tuple((k, recipe[k]) for k in names))
+    constants = tuple((name, recipe[name]) for name in names)
+    features = compute_features(split.data.patches, split.seed, views, constants)
+    network = nn.Sequential(FrozenFeatures(features), training.model.head)
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
-    return nn.Sequential(FrozenFeatures(features), model.head), spots
+    return replace(training, network=network, patches=spots)
 
 
-def join_folds(rows, recipe, experiment, folder):
-    """`compute` of common.run_setting: the folds' predictions, each spot's by the network that did not see it."""
-    rows = [row for row in rows if row["truth"] == recipe["TARGET"]]
-    tables = [anndata.read_h5ad(experiment.out / row["folder"] / "predictions.h5ad") for row in rows]
-    ids = experiment.data.spots["id"].to_numpy()[experiment.rows("oof")]
-    facts = {k: rows[0][k] for k in ("weights", "parameters_backbone", "parameters_trainable", "parameters_total")}
-    curves = [pd.read_csv(experiment.out / row["folder"] / "history.csv")["valid_mse"] for row in rows]
-    facts |= {"best_epoch": int(np.mean(curves, axis=0).argmin()) + 1, "seconds": sum(row["seconds"] for row in rows)}
-    return anndata.concat(tables)[ids].X, facts
-
-
-def rank_settings(rows):
-    """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean over the seeds. A
-    setting whose r of HEG is undefined, or defined for fewer genes than another's, is left out.
+# -------------------------------------------------------------------------------------- out of fold
+def join_folds(out, records):
+    """`compute` of Run.compute: the folds' predictions, each spot's by the network that did not
+    see it.
     """
-    table = pd.DataFrame(rows).query("split == 'oof' and truth == @TARGET").astype({"heg": float, "hvg": float})
-    table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean().dropna(subset="heg")
+
+    def compute(recipe, split, folder):
+        of = [record for record in records if record["truth"] == recipe["TARGET"]]
+        tables = [anndata.read_h5ad(out / record["folder"] / "predictions.h5ad") for record in of]
+        ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
+        curves = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
+        valid_mse = np.mean([curve["valid_mse"] for curve in curves], axis=0)
+        more = {name: of[0][name] for name in ("weights", *PARAMETERS)}
+        more["best_epoch"] = int(valid_mse.argmin()) + 1
+        more["seconds"] = sum(record["seconds"] for record in of)
+        return anndata.concat(tables)[ids].X, more
+
+    return compute
+
+
+PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
+
+
+def rank_settings(records):
+    """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean
+    over the seeds. A setting whose r of HEG is undefined, or defined for fewer genes than
+    another's, is left out.
+    """
+    table = runner.select_records(records, "oof", TARGET).astype({"heg": float, "hvg": float})
+    table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean()
+    table = table.dropna(subset="heg")
     table = table[table["heg_n"] == table["heg_n"].max()]
     if table.empty:
-        raise common.InputError("no setting has a defined r of HEG: its genes are missing from the panel or constant")
-    return table.sort_values(["heg", "hvg"], ascending=False, kind="stable").index.tolist()
+        raise common.InputError(
+            "no setting has a defined r of HEG: its genes are missing from the panel or constant"
+        )
+    order = table.sort_values(["heg", "hvg"], ascending=False, kind="stable")
+    return order.index.tolist()
 
 
-def add_folds(trained, table, parts):
-    """`add` of common.report_scores: mean±sd over the folds of each gene group's r."""
-    trained = pd.DataFrame(trained).astype(dict.fromkeys(("heg", "hvg", "mg", "all"), float))
-    for group in ("HEG", "HVG", "MG", "all"):
-        r = trained.groupby(["setting", "truth"])[group.lower()].agg(["mean", "std"])
-        r = r.loc[[(part["setting"].iloc[0], part["truth"].iloc[0]) for part in parts]]
-        form = r["mean"].map("{:.3f}±".format) + r["std"].map("{:.3f}".format)
-        table[f"{group} folds"] = form.mask(r["mean"].isna(), "-").to_numpy()
+def add_folds(trained, records):
+    """`add` of Run.print_scores: mean±sd over the folds of HEG's and HVG's r."""
+    setting, truth = records["setting"].iloc[0], records["truth"].iloc[0]
+    folds = runner.select_records(trained, "valid", truth)
+    folds = folds[folds["setting"] == setting]
+    return {
+        "HEG by fold": runner.format_mean(folds["heg"].astype(float)),
+        "HVG by fold": runner.format_mean(folds["hvg"].astype(float)),
+        "best epoch": f"{records['best_epoch'].mean():.0f}",
+        "minutes": f"{records['seconds'].sum() / 60:.1f}",
+    }
 
 
-def draw_figure(path, title, rows):
+def draw_figure(path, title, records):
     """Out-of-fold HEG r of the grid, against the target."""
-    table = pd.DataFrame(rows).query("truth == @TARGET").astype({"heg": float})
+    table = runner.select_records(records, "oof", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
-    values = np.array([[grid[f"stages={k} hidden={h}"] for h in HIDDENS] for k in STAGES])
-    figure = Figure(figsize=(1.5 + 0.9 * len(HIDDENS), 1.5 + 0.45 * len(STAGES)), layout="constrained")
+    values = np.array([[grid[name_setting(k, h)] for h in HIDDENS] for k in STAGES])
+    size = (1.5 + 0.9 * len(HIDDENS), 1.5 + 0.45 * len(STAGES))
+    figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
-    figure.colorbar(ax.imshow(values, aspect="auto"), label="mean Pearson r, HEG, out of fold")
+    image = ax.imshow(values, aspect="auto")
+    figure.colorbar(image, label="mean Pearson r, HEG, out of fold")
+    box = {"fc": "white", "ec": "none", "pad": 1}
     for (y, x), value in np.ndenumerate(values):
-        ax.text(x, y, f"{value:.3f}", ha="center", va="center", size=8, bbox={"fc": "white", "ec": "none", "pad": 1})
+        ax.text(x, y, f"{value:.3f}", ha="center", va="center", size=8, bbox=box)
     ax.set_xticks(range(len(HIDDENS)), HIDDENS)
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
@@ -195,42 +242,62 @@ def draw_figure(path, title, rows):
     common.save_figure(path, figure, "out-of-fold r by trainable stages and hidden units")
 
 
+# --------------------------------------------------------------------------------------------- main
+def name_setting(stages, hidden):
+    return f"stages={stages} hidden={hidden}"
+
+
+def train_chosen(run, oof, settings):
+    """Train the chosen setting of each test slide on all its training spots: the records.
+
+    It is chosen on the training spots alone, over the seeds, and trained up to the epoch that was
+    best over the folds.
+    """
+    final = []
+    for whole in run.splits:
+        of = [record for record in oof if record["fold"] == whole.fold]
+        best = rank_settings(of)[0]
+        keep = runner.record_of(of, best, whole)["best_epoch"]
+        train = functools.partial(runner.train_network, keep=keep, adapt=use_features)
+        final += run.compute(best, run.recipe | settings[best] | {"KEEP": keep}, whole, train)
+    return final
+
+
 def main():
     settings = {
-        f"stages={k} hidden={h}": {"TRAINABLE_STAGES": k, "HIDDEN": h, "TTA": False} for k in STAGES for h in HIDDENS
+        name_setting(stages, hidden): {"TRAINABLE_STAGES": stages, "HIDDEN": hidden, "TTA": False}
+        for stages in STAGES
+        for hidden in HIDDENS
     }
-    recipe, wholes = common.open_run(globals(), hold_out)
-    common.print_header(globals(), recipe, wholes)
-    with torch.device("meta"):  # InputError now, not hours from now, where the backbone has fewer stages
-        common.build_model(recipe | {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}, 1, 0)
-    data, out, note = wholes[0].data, wholes[0].out, "quick budget, no evidence: " * QUICK
-    folds, oof, final = {(whole.seed, whole.fold): split_folds(whole) for whole in wholes}, [], []
-    trained = common.run_grid(globals(), settings, [fold for of in folds.values() for fold in of], use_features)
-    for name in [name for name in settings if ONLY in ("", name)]:
-        for whole in wholes:
-            own = [(name, fold.seed, fold.fold) for fold in folds[whole.seed, whole.fold]]
-            of = [row for row in trained if (row["setting"], row["seed"], row["fold"]) in own]
-            left_out = dataclasses.replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
-            changed = recipe | settings[name] | {"JOINED": sorted({row["folder"] for row in of})}
-            oof += common.run_setting(name, changed, left_out, functools.partial(join_folds, of))
+    run = runner.open_run(globals(), hold_out)
+    run.print_header()
+    settings = run.chosen(settings)
+    with torch.device("meta"):  # too few stages are told now, not hours from now
+        most = {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}
+        common.build_model(run.recipe | most, 1, 0)
+    folds = {whole: split_folds(whole) for whole in run.splits}
+    every_fold = [fold for of in folds.values() for fold in of]
+    trained = replace(run, splits=every_fold).train(settings, adapt=use_features)
+    oof = []
+    for setting, whole in itertools.product(settings, run.splits):
+        own = [(fold.seed, fold.fold) for fold in folds[whole]]
+        of = [r for r in trained if r["setting"] == setting and (r["seed"], r["fold"]) in own]
+        left_out = replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
+        recipe = run.recipe | settings[setting] | {"JOINED": sorted({r["folder"] for r in of})}
+        oof += run.compute(setting, recipe, left_out, join_folds(run.out, of))
     order = rank_settings(oof)
-    oof.sort(key=lambda row: order.index(row["setting"]) if row["setting"] in order else len(order))
-    title = f"{note}out of fold over {len(folds[SEEDS[0], 0])} folds, best setting first"
-    common.report_scores(title, wholes, oof, add=functools.partial(add_folds, trained))
+    oof.sort(key=lambda r: order.index(r["setting"]) if r["setting"] in order else len(order))
+    title = f"{len(folds[run.splits[0]])} folds, best setting first"
+    add = functools.partial(add_folds, trained)
+    run.print_scores(title, oof, add=add, split="oof", truth=TARGET)
+    final = []
     if not ONLY:
-        draw_figure(out / "search.png", f"{data.title}{note}", oof)
-        for whole in wholes:  # each test slide's setting is chosen on its own training spots, over the seeds
-            of = [row for row in oof if row["fold"] == whole.fold]
-            best = rank_settings(of)[0]
-            (keep,) = {row["best_epoch"] for row in of if (row["setting"], row["seed"]) == (best, whole.seed)}
-            train = functools.partial(common.train_network, keep=keep, adapt=use_features)
-            changed = recipe | settings[best] | {"KEEP": keep}
-            final += common.run_setting(best, changed, whole, train)
-        title = f"{note}the chosen setting, trained on all training spots up to its folds' best epoch"
-        common.report_scores(title, wholes, final)
-        print(f"figure: {out / 'search.png'}")
-    common.finish_run(globals(), wholes[0], oof + final + trained)
+        draw_figure(run.out / "search.png", run.title(""), oof)
+        final = train_chosen(run, oof, settings)
+        run.print_scores("the chosen setting, trained on all training spots", final)
+        print(f"figure: {run.out / 'search.png'}")
+    run.finish(oof + final + trained)
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
+import runner
 from common import InputError, require
 
 # ---------------------------------------------------------------------------------------------- constants
@@ -132,7 +133,7 @@ def prepare_slide(root, meta):
     if MATRIX or spaceranger:
         common.save_csv(root / "panel.csv", pd.DataFrame({"gene": meta.genes}))
         flags += ["--panel", root / "panel.csv"]
-    common.call_script("19_make_patches_and_csv.py", *map(str, flags))
+    runner.call_script("19_make_patches_and_csv.py", *map(str, flags))
 
 
 def assemble(root, predicted, meta):
@@ -219,7 +220,7 @@ def main():
     sample = Path(POSITIONS).resolve()
     stem = Path(IMAGE).stem if IMAGE else (sample.parent if sample.name == "outs" else sample).name
     out = Path(OUT or Path("runs", Path(__file__).stem, stem))
-    common.hold_folder(out)
+    runner.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     slide = out / "slide"
     prepare_slide(slide, meta)
@@ -254,4 +255,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

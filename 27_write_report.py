@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
+import runner
 
 # ---------------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
@@ -167,10 +168,10 @@ def main():
     except (OSError, ValueError, AttributeError) as error:
         raise common.InputError(f"{path}: cannot be read ({error}): run a script from 20 on first") from None
     common.require(not lacking, f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
-    common.hold_folder(path.parent)
+    runner.hold_folder(path.parent)
     write_report(path.parent, facts)
     print(f"report: {path.parent / 'report.html'}")
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

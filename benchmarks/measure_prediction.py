@@ -49,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(globals())
+    runner.run_script(globals())

@@ -33,7 +33,7 @@ def run_script(name, *arguments, **changed):
     vars(module).update(changed)
     sys.argv = [module.__file__, *map(str, arguments)]
     try:
-        common.run_script(vars(module))
+        runner.run_script(vars(module))
     except SystemExit as ended:
         return ended.code
     finally:

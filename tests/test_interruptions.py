@@ -261,7 +261,7 @@ def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_pa
     data = slides_of(script, simulated, tmp_path)
     held = data if script == "19" else tmp_path / "out"
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import common, pathlib\n"
-    code += f"common.hold_folder(pathlib.Path({str(held)!r})); print('held', flush=True); sys.stdin.read()"
+    code += f"runner.hold_folder(pathlib.Path({str(held)!r})); print('held', flush=True); sys.stdin.read()"
     first = start([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert first.stdout.readline() == "held\n"
     command = command_of(script, data, tmp_path / "out")

@@ -289,7 +289,7 @@ def test_methods_end_to_end(simulated, tmp_path, capsys):
 
 
 def recipe_24(script, **changed):
-    return common.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
+    return runner.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
 
 
 def grid_of_spots(n_slides=3, side=14):

@@ -25,7 +25,7 @@ def test_every_command_names_a_script_and_its_constants():
     scripts = [command for command in COMMANDS if command[0] == "python"]
     assert len(scripts) >= 7
     for _, script, *arguments in scripts:
-        constants = common.recipe_of(vars(load_script(script[:2])))
+        constants = runner.recipe_of(vars(load_script(script[:2])))
         flags = {"--" + name.lower().replace("_", "-") for name in constants}
         assert {word for word in arguments if word.startswith("--")} <= flags, script
 

@@ -1,0 +1,1055 @@
+"""One start of one script: constants and command line, a Run and its Splits, trainings, records on
+disk, differences, the printed header and table, the report. How a patch becomes an r is in
+common.py.
+
+A *record* is a dict: one line of rows.csv, the scores of one setting on one split against one
+truth. The records of a setting lie in a folder of their own, <out>/<setting>-<hash of what they
+were made with>/.
+"""
+
+import argparse
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from sklearn.linear_model import Ridge
+from torch import nn
+from tqdm import tqdm
+
+import common
+from common import GROUPS, RANK, RANKS, SCORED, InputError
+
+# What a constant that several scripts have may be: one of these words, or a number from the least
+# to the greatest. A script has an ALLOWED of its own for its other constants.
+ALLOWED = {
+    "TARGET": ("harmony", "lognorm"),
+    "PROTOCOL": ("paper", "loso", "block"),
+    "AUG": tuple(common.AUGMENTATIONS),
+    "LOSS": tuple(common.LOSSES),
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
+    "IMAGE_SIZE": (32, 4096),
+    "HIDDEN": (0, 10**6),
+    "TRAINABLE_STAGES": (-1, 1000),
+    "VALID_FRACTION": (0, 1),
+    "LEARNING_RATE": (0, 1),
+    "BATCH_SIZE": (2, 10**6),
+    "EPOCHS": (1, 10**6),
+    "UM_PER_PX": (0, 20),
+}
+WIDTH = 120  # columns of what is printed, at most
+LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
+
+
+# ---------------------------------------------------------------------------------------- constants
+def recipe_of(script):
+    """{name: value} of the constants in a script's ruled block as they stand now."""
+    return {name: script[name] for name in read_comments(script)}
+
+
+def read_comments(script):
+    """{name: comment} of the constants in a script's ruled block."""
+    block = LINE.split(Path(script["__file__"]).read_text(encoding="utf-8"))[1]
+    pattern = r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$"
+    return dict(re.findall(pattern, block, flags=re.MULTILINE))
+
+
+def flag_of(name):
+    """A constant's name on the command line."""
+    return "--" + name.lower().replace("_", "-")
+
+
+def show_constant(value):
+    """A constant's value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse_constant(default, text):
+    """The text of the command line as a value of the type of `default`; () takes whole numbers."""
+    if isinstance(default, bool):
+        return {"true": True, "false": False}[text.lower()]
+    if isinstance(default, tuple):
+        kind = type(default[0]) if default else int
+        return tuple(kind(part) for part in text.split(",") if part)
+    return type(default)(text)
+
+
+def build_parser(script):
+    """argparse's parser of a script: a flag a constant, its comment and value as the help."""
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists this script's constants")
+
+    parser = argparse.ArgumentParser(
+        description=script["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the docstring's lines
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    for name, comment in read_comments(script).items():
+        value = script[name]
+
+        def parse(text, default=value):
+            try:
+                return parse_constant(default, text)
+            except (KeyError, ValueError):
+                kind = type(default).__name__
+                raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
+
+        options = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        text = f"{comment} [{show_constant(value)}]".replace("%", "%%")
+        parser.add_argument(flag_of(name), dest=name, type=parse, metavar="", help=text, **options)
+    return parser
+
+
+def override_constants(script, argv):
+    """Set a script's constants from the command line, `--quick`'s QUICK_BUDGET first. Prints what
+    changed.
+    """
+    given = vars(build_parser(script).parse_args(argv))
+    values = {name: value for name, value in given.items() if value is not None}
+    if values.get("QUICK", script.get("QUICK", False)):
+        values = script["QUICK_BUDGET"] | values
+    for name, value in values.items():
+        if value != script[name]:
+            print(f"{name} = {value!r}")
+    script.update(values)
+    check_constants(script)
+
+
+def check_constants(script):
+    """InputError where a constant has a value that ALLOWED, here or in the script, leaves out."""
+    allowed = ALLOWED | script.get("ALLOWED", {})
+    for name in script.keys() & allowed.keys():
+        value, choices = script[name], allowed[name]
+        if isinstance(choices[0], str):
+            fits = value in choices
+            expected = f"one of {', '.join(choices)}"
+        else:
+            least, greatest = choices
+            fits = least <= value <= greatest
+            expected = f"a number from {least} to {greatest}"
+        if not fits:
+            raise InputError(f"{flag_of(name)} {value}: expected {expected}")
+
+
+# ------------------------------------------------------------------------ start and end of a script
+def run_script(script):
+    """Apply the command line to a script's globals and call its main().
+
+    Ends the process with 2 on an InputError, a full disk or the loss of another process of
+    torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
+    """
+    # torchrun and batch systems end a process so; it is to be the same as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
+    try:
+        with redirect_stdout(screen):
+            override_constants(script, sys.argv[1:])
+            script["main"]()
+    except InputError as error:
+        print(
+            "error:", *str(error).split(), file=sys.stderr
+        )  # one line, whatever a library's message held
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        print(f"error: {reason} run the same command again", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error):
+    """What outside this program an exception comes from: a full disk, a process that ended; else
+    None.
+    """
+    first = error  # torch and HDF5 raise others on top of the disk's own
+    while first.__context__ is not None:
+        first = first.__context__
+    if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
+        return "no space left on the disk: free some and"
+    if isinstance(first, dist.DistError) or "gloo/" in str(
+        first
+    ):  # gloo's own are plain RuntimeErrors
+        return f"another process of this run ended ({str(first).splitlines()[0]}):"
+    return None
+
+
+def call_script(name, *flags):
+    """Run another numbered script in this process, its command printed first. What it refuses ends
+    this one as well.
+    """
+    print("$ python", name, *flags, flush=True)
+    path = str(Path(__file__).with_name(name))
+    before = sys.argv
+    sys.argv = [path, *flags]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def hold_folder(folder):
+    """Keep other processes, but torchrun's of the same run, out of a folder until this process
+    ends.
+    """
+    if RANK:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Left open, because closing it gives the lock back.
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{folder}: no folder to write to ({error.strerror}): choose another one"
+        ) from None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(
+            f"{folder}: another process is writing there: wait until it ends, or choose another "
+            "folder"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------- splits
+@dataclass(frozen=True)
+class Split:
+    """One training's share of a data root: which spots do what, and which genes are reported."""
+
+    data: common.SpotData
+    roles: np.ndarray  # (N,) of common.ROLES, "" for a spot that takes no part
+    groups: pd.DataFrame  # columns group, gene, rank; attrs["source"]
+    seed: int
+    fold: int = 0
+
+    @functools.cached_property
+    def members(self):
+        """{"heg": its genes that are in the panel, "hvg", "mg", "all": the panel}."""
+        return common.members_of(self.groups, self.data.genes)
+
+    def spots(self, *roles):
+        """Numbers of the spots with these roles, in the order of the roles."""
+        return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
+
+    def scored(self):
+        """Numbers of the spots that are predicted and scored, as the lines of a prediction."""
+        return self.spots(*SCORED)
+
+    def slides(self, *roles):
+        """tissue_index values of the slides of these spots, in order."""
+        return np.unique(self.data.spots["tissue_index"].to_numpy()[self.spots(*roles)])
+
+    def made_with(self, recipe):
+        """{name: value} of all that a record of this split follows from."""
+        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")
+        made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
+        device, dtype, _ = common.choose_device(recipe)
+        made_with["DEVICE"] = device.type
+        made_with["PRECISION"] = str(dtype).removeprefix("torch.")
+        made_with |= {"seed": self.seed, "fold": self.fold, "data": self.data.fingerprint}
+        made_with["split"] = hashlib.sha256(self.roles.tobytes()).hexdigest()
+        genes = json.dumps(self.groups.values.tolist())
+        made_with["genes"] = hashlib.sha256(genes.encode()).hexdigest()
+        return json.loads(json.dumps(made_with))  # tuples become lists, as they are when read again
+
+
+def make_split(data, roles, protocol, seed, fold):
+    """The Split of these roles. But for the published protocol, its panel and gene groups follow
+    from training spots.
+    """
+    train = roles == "train"
+    published = protocol == "paper"
+    if not published:
+        data = common.restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
+    groups = common.choose_gene_groups(data, train, published)
+    return Split(data, roles, groups, seed, fold)
+
+
+def make_simulated_slides(root, target):
+    """Call scripts 18 and 19 where the simulated slides or their patches are missing; other ranks
+    wait for them.
+    """
+    made = root / "dataset" / "meta.json"
+    while RANK and not made.exists():
+        time.sleep(0.2)
+    if not (root / "slides.csv").exists():
+        call_script("18_simulate_slides.py", "--data-root", str(root))
+    if not made.exists():
+        call_script("19_make_patches_and_csv.py", "--data-root", str(root), "--target", target)
+
+
+# ----------------------------------------------------------------------------------------- training
+@dataclass(frozen=True)
+class Training:
+    """What one training takes. A script's adapt(training, recipe, split) returns one with other
+    parts.
+    """
+
+    model: common.SpotRegressor  # its weights are saved
+    network: nn.Module  # what is trained: the model, or a module around it
+    patches: object  # the network's input: patches[spots]
+    loss: Callable | None = None  # (predicted, target) -> scalar; None = LOSS
+    optimise: Callable = common.adam_with_cosine  # (network, recipe) -> (optimiser, schedule)
+
+
+def train_network(recipe, split, folder, *, keep=0, adapt=None, report=None):
+    """Train and predict, as `compute` of compute_records; writes weights.safetensors and
+    history.csv.
+
+    `keep` and `report` as in common.fit; `adapt` as in Training.
+    """
+    data = split.data
+    device, dtype, _ = common.choose_device(recipe)
+    patches = common.place_patches(data.patches, recipe["IMAGE_SIZE"], device)
+    forget_peak_memory(device)
+    model = common.build_model(recipe, len(data.genes), split.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    if recipe["START_AT_MEAN"]:
+        mean = data.target[split.spots("train")].mean(0)
+        model.head[-1].bias.data.copy_(torch.from_numpy(mean))
+    training = Training(model, model, patches)
+    if adapt:
+        training = adapt(training, recipe, split)
+    made_with = split.made_with(recipe)
+    history = common.fit(
+        training.network,
+        training.patches,
+        data.target,
+        split.spots("train"),
+        split.spots("valid"),
+        recipe=recipe,
+        seed=split.seed,
+        dtype=dtype,
+        loss=training.loss,
+        optimise=training.optimise,
+        keep=keep,
+        checkpoint=folder / "checkpoint.pt",
+        made_with=made_with,
+        report=report,
+    )
+    predicted = common.predict(
+        training.network, training.patches, split.scored(), dtype=dtype, tta=recipe["TTA"]
+    )
+    peak = peak_memory(device)
+    if common.joined_ranks()[1] == 0:
+        save_weights(folder / "weights.safetensors", model, split, made_with, predicted)
+        common.save_csv(folder / "history.csv", pd.DataFrame(history))
+    best = min(history, key=lambda line: np.inf if keep else line["valid_mse"])
+    parameters = common.count_parameters(model)
+    return predicted, {
+        "weights": name_weights(recipe),
+        "best_epoch": keep or best["epoch"],
+        "images_per_s": float(np.median([line["images_per_s"] for line in history])),
+        # Epochs before an interruption count as well.
+        "seconds": sum(line["seconds"] for line in history),
+        "peak_memory_mb": peak / 2**20,
+        **{f"parameters_{part}": count for part, count in parameters.items()},
+    }
+
+
+def name_network(backbone):
+    """What a record of a network is called: the backbone that was trained."""
+    return "EfficientNet-B0" if backbone == "efficientnet_b0" else backbone
+
+
+def name_weights(recipe):
+    """What a network's training started from."""
+    return "pretrained" if recipe["PRETRAINED"] else "random"
+
+
+def forget_peak_memory(device):
+    """Have the peak that peak_memory tells be this training's own, where the system can forget
+    earlier ones.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError, AttributeError, TypeError):  # Linux can, others cannot
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Bytes of the greatest memory use: on a GPU, of tensors; else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save_weights(path, model, split, made_with, predicted):
+    """Weights whose metadata say all that script 26 needs: how to build the network and make its
+    patches, and of each gene r over the validation spots (against log-normalised counts) and the
+    ceiling on the training slides.
+    """
+    data = split.data
+    ceilings = [f"ceiling_{slide}" for slide in split.slides("train")]
+    metadata = {
+        "format": common.FORMAT,
+        "recipe": made_with,
+        "genes": data.genes,
+        "um_per_px": float(np.median([*data.meta["um_per_px"].values()])),
+        "title": data.label,
+        "patch_size": common.PATCH_SIZE,
+        "mean": model.mean.tolist(),
+        "std": model.std.tolist(),
+        "groups": {key: genes for key, genes in split.members.items() if key != "all"},
+        "valid_r": without_nan(validate_genes(split, predicted)),
+        "ceiling": without_nan(data.counts.var.reindex(columns=ceilings).mean(axis=1)),
+    }
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    with common.whole_file(path) as partial:
+        partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def validate_genes(split, predicted):
+    """(G,) r over the validation spots, against log-normalised counts; NaN without validation."""
+    scored = split.scored()
+    valid = split.roles[scored] == "valid"
+    if not valid.any():
+        return np.full(len(split.data.genes), np.nan)
+    slides = split.data.spots["tissue_index"].to_numpy()[scored]
+    truth = split.data.lognorm[scored]
+    return common.average_slides(
+        common.pearson_per_gene, predicted[valid], truth[valid], slides[valid]
+    )
+
+
+def without_nan(values):
+    """A list of floats with None for NaN, which JSON does not have."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def predict_again(out, trained):
+    """`compute` of compute_records: the weights of a trained record of `out` predict once more, by
+    another recipe.
+    """
+
+    def compute(recipe, split, folder):
+        device, dtype, _ = common.choose_device(recipe)
+        model = common.build_model(
+            recipe | {"PRETRAINED": False}, len(split.data.genes), split.seed
+        )
+        weights = out / trained["folder"] / "weights.safetensors"
+        model.load_state_dict(safetensors.torch.load_file(weights))
+        model = model.to(device, memory_format=torch.channels_last)
+        patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
+        predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
+        kept = (
+            "weights",
+            "best_epoch",
+            "parameters_backbone",
+            "parameters_trainable",
+            "parameters_total",
+        )
+        return predicted, {name: trained[name] for name in kept}
+
+    return compute
+
+
+def ridge_on_colour(recipe, split, folder, alpha=100.0):
+    """`compute` of compute_records: ridge on standardised colour statistics, which no image network
+    may lose to.
+    """
+    colour = split.data.counts.obsm["colour"]
+    train = split.spots("train")
+    mean = colour[train].mean(0)
+    sd = np.maximum(colour[train].std(0), 1e-12)
+    colour = (colour - mean) / sd
+    ridge = Ridge(alpha).fit(colour[train], split.data.target[train])
+    return ridge.predict(colour[split.scored()]).astype(np.float32), {"weights": "none"}
+
+
+# ------------------------------------------------------------------------------------------ records
+def compute_records(out, setting, recipe, split, compute, rank=0):
+    """The records of one setting on one split: from disk where they are, else computed, scored and
+    written to a folder of their own; rows.json comes last and marks it as whole.
+
+    compute(recipe, split, folder) returns the prediction (n, G) of split.scored() and {name: value}
+    for the records. Of torchrun's processes, `rank` computes them, or all do that have joined, and
+    the others wait.
+    """
+    made_with = split.made_with(recipe)
+    folder = out / name_folder(setting, made_with)
+    done = folder / "rows.json"
+    if done.is_file():
+        tqdm.write(f"{setting}: on disk already ({folder})")
+    elif rank == RANK or dist.is_initialized():
+        began = time.perf_counter()
+        predicted, more = compute(recipe, split, folder)
+        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
+        if rank == RANK:
+            save_setting(folder, setting, recipe, split, predicted, more, made_with)
+    while not done.is_file():
+        time.sleep(0.2)
+    if rank == RANK:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    collect_records(out)
+    return json.loads(done.read_text())
+
+
+def name_folder(setting, made_with):
+    """<setting>-<hash of what it was made with>, in letters that every file system takes."""
+    content = json.dumps([setting, made_with], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:10]
+    name = re.sub(r"[^A-Za-z0-9.=-]+", "_", setting).strip("_")
+    return f"{name}-{key}"
+
+
+def collect_records(out):
+    """Write rows.csv: every record in the folders of `out`."""
+    records = []
+    for path in sorted(out.glob("*/rows.json")):
+        records += json.loads(path.read_text())
+    common.save_csv(out / "rows.csv", pd.DataFrame(records))
+
+
+def save_setting(folder, setting, recipe, split, predicted, more, made_with):
+    """Score a setting's prediction and write its folder."""
+    data = split.data
+    scored = split.scored()
+    records, per_gene, draws = score_split(setting, recipe, split, predicted, more)
+    roles = pd.DataFrame({"id": data.spots["id"], "role": split.roles, "fold": split.fold})
+    obs = data.spots.iloc[scored].set_index("id").assign(role=split.roles[scored])
+    table = anndata.AnnData(predicted, obs, per_gene.set_index("gene"))
+    table.layers["lognorm"] = data.lognorm[scored]
+    table.layers["target"] = data.target[scored]
+    table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    common.save_csv(folder / "per_gene.csv", per_gene)
+    common.save_csv(folder / "split.csv", roles[split.roles != ""])
+    common.save_csv(folder / "genes.csv", split.groups)
+    common.save_csv(folder / "bootstrap.csv", draws)
+    with common.whole_file(folder / "predictions.h5ad") as path:
+        table.write_h5ad(path)
+    common.save_json(folder / "recipe.json", made_with)
+    common.save_json(folder / "rows.json", records)
+
+
+def score_split(setting, recipe, split, predicted, more):
+    """([a record a role and truth], per-gene table, bootstrap draws) of the prediction of
+    split.scored().
+    """
+    data = split.data
+    scored = split.scored()
+    truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
+    roles = [role for role in SCORED if role in split.roles]
+    usual_spots = split.spots("train", "oof")
+    records, draws = [], pd.DataFrame()
+    per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
+    for role, (truth, values) in itertools.product(roles, truths.items()):
+        at = split.roles[scored] == role
+        x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
+        genes = score_genes(data, x, y, spots, truth)
+        per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
+        record = {"setting": setting, "split": role}
+        record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
+        record |= {"fold": split.fold, "seed": split.seed}
+        record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
+        record |= summarise_genes(genes, split.members)
+        record["spot_r"] = common.correlate_spots(x, y, values[usual_spots].mean(0))
+        if role == "test":
+            means = common.bootstrap_means(x, y, spots, data.genes, split.members)
+            draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
+            for key in means.dropna(axis=1):
+                record[f"{key}_ci"] = means[key].quantile([0.025, 0.975]).tolist()
+        records.append({name: none_for_nan(value) for name, value in record.items()})
+    return records, per_gene.reset_index(), draws
+
+
+# What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
+GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
+
+
+def score_genes(data, predicted, truth, spots, truth_name):
+    """A line a gene: common.score_genes, its mean expression and, for whole log-normalised slides,
+    GENE_COLUMNS.
+    """
+    slides = spots["tissue_index"].to_numpy()
+    genes = pd.DataFrame(common.score_genes(predicted, truth, slides), data.genes)
+    genes["mean"] = truth.mean(0)
+    for name in GENE_COLUMNS:
+        columns = []
+        if truth_name == "lognorm":
+            columns = [f"{name}_{slide}" for slide in np.unique(slides)]
+        genes[name] = data.counts.var.reindex(columns=columns).mean(axis=1)
+    return genes
+
+
+def summarise_genes(genes, members):
+    """A record's means over the genes that have an r, by group; <group>_n is how many have one."""
+    record = {
+        "n_genes_r30": int((genes["r"] >= common.R_THRESHOLD).sum()),
+        "mse": genes["mse"].mean(),
+        "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),
+    }
+    defined = genes.dropna(subset="r")
+    averaged = [name for name in (*common.METRICS, *GENE_COLUMNS) if name != "r"]
+    for key, group in members.items():
+        inside = defined.index.isin(group)
+        mean = defined[inside].mean()
+        record |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
+        record[f"{key}_pooled"] = mean["r_pooled"]
+        record |= {f"{key}_{name}": mean[name] for name in averaged}
+    order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
+    record["r_against_moran"] = order["moran"]
+    record["r_against_mean"] = order["mean"]
+    return record
+
+
+def none_for_nan(value):
+    """The value, or None for NaN, which JSON does not have."""
+    if isinstance(value, float) and np.isnan(value):
+        return None
+    return value
+
+
+# -------------------------------------------------------------------------------------- differences
+def record_of(records, setting, split):
+    """The first record of a setting that was trained on this split."""
+    wanted = (setting, split.seed, split.fold)
+    for record in records:
+        if (record["setting"], record["seed"], record["fold"]) == wanted:
+            return record
+    raise LookupError(f"no record of {setting}")
+
+
+def select_records(records, split="test", truth="lognorm"):
+    """Table of the records of this role and truth, in the order of the trainings."""
+    table = pd.DataFrame(records)
+    chosen = (table["split"] == split) & (table["truth"] == truth)
+    table = table[chosen].copy()
+    empty = table.columns[table.isna().all()]
+    table[empty] = np.nan  # in place of None
+    return table
+
+
+def join_draws(records, out):
+    """(DRAWS, 4) draws, as common.bootstrap_means, of a setting's mean over its test slides.
+
+    Of several trainings on one slide, as many are drawn with replacement; those of two settings
+    stay paired.
+    """
+    means = []
+    for _, folders in records.sort_values(["seed", "fold"]).groupby("slide")["folder"]:
+        tables = [pd.read_csv(out / folder / "bootstrap.csv") for folder in folders]
+        draws = np.stack([table.filter(like="lognorm_") for table in tables], axis=1)
+        random = np.random.default_rng(common.seed_of("trainings"))
+        picked = random.integers(draws.shape[1], size=draws.shape[:2])
+        means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
+    return np.mean(means, axis=0)
+
+
+def pair_differences(records, out, minus):
+    """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
+    against log-normalised truth: table setting, minus, group, n, difference, low, high (95 %).
+
+    NaN where r is not defined for equally many genes.
+    """
+    table = select_records(records).sort_values(["seed", "fold"])
+    lines = []
+    for setting, other in minus.items():
+        ones = table[table["setting"] == setting].reset_index()
+        others = table[table["setting"] == other].reset_index()
+        draws = join_draws(ones, out) - join_draws(others, out)
+        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        for place, group in enumerate((*GROUPS, "all")):
+            key = group.lower()
+            line = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
+            line |= {"difference": np.nan, "low": np.nan, "high": np.nan}
+            same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
+            if same_genes and ones[f"{key}_n"].all():
+                line["difference"] = (ones[key] - others[key]).mean()
+                line |= {"low": low[place], "high": high[place]}
+            lines.append(line)
+    columns = ["setting", "minus", "group", "n", "difference", "low", "high"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+# ----------------------------------------------------------------------------------- printed tables
+def print_table(title, table):
+    """One ruled table under its title; no line is wider than WIDTH."""
+    head, *body = table.to_string(index=False).splitlines()
+    lines = [cut(line.rstrip(), WIDTH) for line in (head, *body)]
+    width = max(map(len, lines))
+    print(f"\n{title}", "=" * width, lines[0], "-" * width, *lines[1:], "=" * width, sep="\n")
+
+
+def cut(text, width):
+    """The text, its end left out where it is longer."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def justify_left(column):
+    """A column of texts with its name, padded so that they begin at the same place."""
+    width = max(map(len, [column.name, *column]))
+    return column.str.ljust(width).rename(column.name.ljust(width))
+
+
+def format_mean(values, form="{:.3f}"):
+    """The mean of one number a training or slide, ±sd where there are several; "-" where it is
+    undefined.
+    """
+    values = values.dropna()
+    if values.empty:
+        return "-"
+    text = form.format(values.mean())
+    if len(values) > 1:
+        text += "±" + form.format(values.std())
+    return text
+
+
+def format_interval(low, high, form="{:.2f}"):
+    """[low, high], or "-" where it is undefined."""
+    if np.isnan(low) or np.isnan(high):
+        return "-"
+    return f"[{form.format(low)}, {form.format(high)}]"
+
+
+def format_group(records, group, size):
+    """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
+    text = format_mean(records[[group]].mean())
+    n_genes = int(records[f"{group}_n"].min())
+    return f"{text}/{n_genes}" if n_genes < size else text
+
+
+def group_sizes(split):
+    """{"heg": number of genes, ...} of what the groups should hold."""
+    sizes = {"all": len(split.data.genes)}
+    for group, count in split.groups["group"].value_counts().items():
+        sizes[group.lower()] = count
+    return sizes
+
+
+def describe_setting(records, sizes, out):
+    """{column: text} of one setting's records: its line of the table of scores."""
+    over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
+    low = high = np.nan
+    if (records["split"] == "test").all():
+        low, high = np.quantile(join_draws(records, out)[:, 0], [0.025, 0.975])
+    line = {"setting": cut(records["setting"].iloc[0], 32)}
+    line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
+    line["[95 %]"] = format_interval(low, high)
+    share = records["heg"].mean() / records["heg_ceiling"].mean()
+    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    for group in ("HVG", "MG", "all"):
+        key = group.lower()
+        line[group] = format_group(records, key, sizes.get(key, 0))
+    line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    return line
+
+
+def describe_differences(table, settings):
+    """The column that tells HEG r of each setting minus another's; the name of the other stands in
+    the head where it is the same for all.
+    """
+    of = table[table["group"] == "HEG"].set_index("setting")
+    others = of["minus"].unique()
+    texts = []
+    for setting in settings:
+        if setting not in of.index:
+            texts.append("")
+            continue
+        difference, low, high, other = of.loc[setting, ["difference", "low", "high", "minus"]]
+        if np.isnan(difference):
+            texts.append("-")
+            continue
+        text = f"{difference:+.3f} {format_interval(low, high, '{:+.3f}')}"
+        texts.append(text if len(others) == 1 else f"{text} {other}")
+    name = f"HEG minus {others[0]}" if len(others) == 1 else "HEG minus"
+    return justify_left(pd.Series(texts, name=name))
+
+
+def describe_scored(records):
+    """Which spots and which truth a table of scores is about."""
+    slides = records["slide"].unique()
+    roles = {"test": "test slide", "oof": "out of fold, slides", "valid": "validation, slides"}
+    truths = {"lognorm": "log-normalised counts", "harmony": "Harmony's values"}
+    first = records.drop_duplicates(["slide", "fold"])
+    n_spots = first.groupby("slide")["n_spots"].max().sum()
+    n_trainings = len(records.drop_duplicates(["seed", "fold"]))
+    where = f"{roles[records['split'].iloc[0]]} {','.join(slides)} ({n_spots} spots)"
+    trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
+    return f"{where}, {truths[records['truth'].iloc[0]]}, {trainings}"
+
+
+def print_published(root):
+    """Print five columns of the published numbers beside a data root, if there are any.
+
+    Returns the whole table for the report, {caption: records}.
+    """
+    path = root / "published_results.csv"
+    if not path.is_file():
+        return {}
+    published = pd.read_csv(path, dtype=str).fillna("-")
+    widths = {"method": 30, "HEG50": 25, "HVG50": 5, "source": 26, "protocol": 26}
+    columns = []
+    for name, width in widths.items():
+        texts = published[name].map(functools.partial(cut, width=width))
+        columns.append(justify_left(texts))
+    caption = "published, not computed here, other protocols"
+    print_table(caption, pd.concat(columns, axis=1))
+    return {caption: published.to_dict("records")}
+
+
+# ------------------------------------------------------------------------------------------- report
+def describe_machine(device):
+    """What a number depends on, {name: value}."""
+    models = [platform.processor(), platform.machine()]
+    if Path("/proc/cpuinfo").exists():
+        models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) + models
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "processor": models[0],
+        "cores": os.cpu_count(),
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def finish_run(script, *, out, data_root, label, rows, tables, recipe, warnings=()):
+    """Save run.json, have script 27 make the report of it, and print the one JSON line that ends
+    every output.
+
+    `tables` {caption: records} and `warnings` are shown in the report; `recipe` names DEVICE and
+    PRECISION.
+    """
+    if RANK:
+        return
+    name = Path(script["__file__"]).stem
+    result = {"script": name, "data_root": str(data_root), "simulated": bool(label)}
+    result |= {"out": str(out), "rows": rows}
+    page = {"title": f"{label}{name}, {data_root}", "label": label, "tables": tables}
+    page |= {"settings": recipe_of(script), "warnings": list(warnings)}
+    page["machine"] = describe_machine(common.choose_device(recipe)[0])
+    common.save_json(out / "run.json", page | result)
+    try:
+        call_script("27_write_report.py", "--run", str(out))
+    finally:
+        print(json.dumps(result))
+
+
+# ---------------------------------------------------------------------------------------------- run
+@dataclass(frozen=True)
+class Run:
+    """One start of a script on one data root: its constants, its splits and the folder of its
+    results.
+    """
+
+    script: dict  # the script's globals
+    recipe: dict  # its constants as they stand
+    splits: list  # one Split a training
+    out: Path
+
+    @property
+    def data(self):
+        """SpotData of the first training."""
+        return self.splits[0].data
+
+    @property
+    def name(self):
+        """The script's name."""
+        return Path(self.script["__file__"]).stem
+
+    def title(self, text):
+        """A title that says whether the slides are simulated, and whether anything can be
+        concluded.
+        """
+        note = ""
+        if self.recipe["QUICK"] and not self.name.startswith("20"):
+            note = "quick budget, no evidence: "
+        return f"{self.data.label}{note}{text}"
+
+    def chosen(self, settings):
+        """The settings {name: ...}, or ONLY one of them. InputError where ONLY names another."""
+        only = self.recipe["ONLY"]
+        if only not in ("", *settings):
+            raise InputError(f"--only {only}: expected one of {'; '.join(settings)}")
+        return {name: setting for name, setting in settings.items() if only in ("", name)}
+
+    def print_header(self):
+        """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
+        print(f"\n{self.data.label}{self.name}")
+        for name, value in describe_run(self.recipe, self.splits).items():
+            print(f"{name:11} {value}")
+
+    def compute(self, setting, recipe, split, compute):
+        """The records of one setting on one split: see compute_records."""
+        return compute_records(self.out, setting, recipe, split, compute)
+
+    def train(self, settings, adapt=None):
+        """The records of each setting {name: {CONSTANT: value}} and split, by train_network with
+        `adapt`.
+
+        Of torchrun's processes each computes every so many-th training, and then collects the
+        others'.
+        """
+        tasks = []
+        for name, changed in settings.items():
+            tasks += [(name, self.recipe | changed, split) for split in self.splits]
+        own_first = sorted(range(len(tasks)), key=lambda number: number % RANKS != RANK)
+        epochs = sum(recipe["EPOCHS"] for _, recipe, _ in tasks)
+        records = {}
+        with tqdm(total=epochs, unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0) as bar:
+            train = functools.partial(train_network, adapt=adapt, report=lambda *_: bar.update())
+            for number in own_first:
+                name, recipe, split = tasks[number]
+                bar.set_description(f"{number + 1}/{len(tasks)} {name}")
+                before = bar.n
+                rank = number % RANKS
+                records[number] = compute_records(self.out, name, recipe, split, train, rank)
+                # Epochs that were on disk, or are another process's, are no work to wait for.
+                bar.total -= recipe["EPOCHS"] - (bar.n - before)
+        return list(itertools.chain(*(records[number] for number in sorted(records))))
+
+    def print_scores(self, title, records, *, minus=None, add=None, split="test", truth="lognorm"):
+        """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
+
+        pair_differences with `minus` {setting: another} is saved, and its HEG shown. add(records of
+        a setting) may give further columns {name: text}, which stand in place of MG and r>=.30.
+        """
+        minus = minus or {}
+        differences = pair_differences(records, self.out, minus)
+        if split == "test":
+            common.save_csv(self.out / "paired_differences.csv", differences)
+        chosen = select_records(records, split, truth)
+        sizes = group_sizes(self.splits[0])
+        lines = []
+        for _, of in chosen.groupby("setting", sort=False):
+            line = describe_setting(of, sizes, self.out)
+            if add:
+                del line["MG"], line["r>=.30"]
+                line |= add(of)
+            lines.append(line)
+        table = pd.DataFrame(lines)
+        columns = [justify_left(table.pop("setting")), table]
+        if minus:
+            columns.append(describe_differences(differences, chosen["setting"].unique()))
+        table = pd.concat(columns, axis=1)
+        print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)
+
+    def finish(self, records, tables=None):
+        """Save run.json, have the report made of it, and print the JSON line that comes last."""
+        finish_run(
+            self.script,
+            out=self.out,
+            data_root=self.data.root,
+            label=self.data.label,
+            rows=records,
+            tables=tables or {},
+            recipe=self.recipe,
+            warnings=self.data.meta.get("warnings", []),
+        )
+
+
+PROTOCOLS = {
+    "paper": "as published: the panel is chosen on all slides, so transductive",
+    "loso": "every slide once the test slide, of which nothing else is used",
+    "block": f"{common.FOLDS} folds of spatial blocks, then the test slide, of which nothing else "
+    "is used",
+}
+TARGETS = {
+    "harmony": "Harmony over all slides, the test slide included",
+    "lognorm": "log1p of counts per 10,000",
+}
+
+
+def describe_run(recipe, splits):
+    """{name: text} of the header's lines."""
+    split = splits[0]
+    data = split.data
+    slides = data.spots["tissue_index"].nunique()
+    n_spots, n_genes = data.counts.shape
+    protocol = PROTOCOLS[recipe["PROTOCOL"]]
+    if recipe["PROTOCOL"] == "loso":
+        one_donor = data.spots["donor"].nunique() == 1
+        protocol += (
+            "; one donor alone, who is not left out" if one_donor else "; its donor is left out"
+        )
+    groups = split.groups.attrs["source"]
+    missing = sorted(set(split.groups["gene"]) - set(data.genes))
+    if missing:
+        groups += f"; not in the panel: {', '.join(missing)}"
+    device, dtype, reason = common.choose_device(recipe)
+    where = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    return {
+        "data": f"{data.root}: {slides} slides, {n_spots:,} spots x {n_genes:,} genes",
+        "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
+        "protocol": f"{recipe['PROTOCOL']} ({protocol})",
+        "split": describe_split(split, len(splits)),
+        "gene groups": groups,
+        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
+    }
+
+
+def describe_split(split, n_trainings):
+    """How many spots of which slides have which role, in the first of the trainings."""
+    parts = []
+    for role in common.ROLES:
+        if role in split.roles:
+            slides = ",".join(map(str, split.slides(role)))
+            parts.append(f"{role} {len(split.spots(role))} spots of slides {slides}")
+    if n_trainings > 1:
+        parts.append(f"the first of {n_trainings} trainings")
+    return "; ".join(parts)
+
+
+def open_run(script, split=common.split_spots):
+    """The Run of a script's constants; `--quick` has its slides made where they are missing.
+
+    split(spots, recipe, seed) gives the roles of every training.
+    """
+    recipe = recipe_of(script)
+    if not recipe["SEEDS"]:
+        raise InputError("--seeds: expected one number at least")
+    if recipe["PROTOCOL"] != "paper" and recipe["TARGET"] != "lognorm":
+        raise InputError(
+            f"--protocol {recipe['PROTOCOL']} needs --target lognorm: "
+            "Harmony has seen the test slide"
+        )
+    root = Path(recipe["DATA_ROOT"])
+    if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
+        make_simulated_slides(root, recipe["TARGET"])
+    data = common.load_dataset(root, recipe["TARGET"])
+    splits = []
+    for seed in recipe["SEEDS"]:
+        for fold, roles in enumerate(split(data.spots, recipe, seed)):
+            splits.append(make_split(data, roles, recipe["PROTOCOL"], seed, fold))
+    out = Path(recipe["OUT"] or Path("runs", Path(script["__file__"]).stem, root.resolve().name))
+    hold_folder(out)
+    return Run(script, recipe, splits, out)
