@@ -37,7 +37,7 @@ VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
 
 BACKBONE = "efficientnet_b0"  # any timm name
-PRETRAINED = True  # ImageNet weights; false = random weights
+PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 START_AT_MEAN = False  # true = output bias starts at the training mean: helps random weights

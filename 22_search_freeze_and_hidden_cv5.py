@@ -49,7 +49,7 @@ FOLDS = 5
 SEEDS = (42,)  # one search each
 
 BACKBONE = "efficientnet_b0"  # any timm name
-PRETRAINED = True  # ImageNet weights; false = random weights
+PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
@@ -275,21 +275,22 @@ def main():
     with torch.device("meta"):  # too few stages are told now, not hours from now
         most = {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}
         common.build_model(run.recipe | most, 1, 0)
-    folds = {whole: split_folds(whole) for whole in run.splits}
-    every_fold = [fold for of in folds.values() for fold in of]
+    folds = [split_folds(whole) for whole in run.splits]
+    every_fold = list(itertools.chain(*folds))
     trained = replace(run, splits=every_fold).train(settings, adapt=use_features)
     oof = []
-    for setting, whole in itertools.product(settings, run.splits):
-        own = [(fold.seed, fold.fold) for fold in folds[whole]]
+    for setting, (whole, parts) in itertools.product(settings, zip(run.splits, folds, strict=True)):
+        own = [(part.seed, part.fold) for part in parts]
         of = [r for r in trained if r["setting"] == setting and (r["seed"], r["fold"]) in own]
         left_out = replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
         recipe = run.recipe | settings[setting] | {"JOINED": sorted({r["folder"] for r in of})}
         oof += run.compute(setting, recipe, left_out, join_folds(run.out, of))
     order = rank_settings(oof)
     oof.sort(key=lambda r: order.index(r["setting"]) if r["setting"] in order else len(order))
-    title = f"{len(folds[run.splits[0]])} folds, best setting first"
+    title = f"{len(folds[0])} folds, best setting first"
     add = functools.partial(add_folds, trained)
-    run.print_scores(title, oof, add=add, split="oof", truth=TARGET)
+    leave_out = ("[95 %]", "MG", "r>=.30")
+    run.print_scores(title, oof, add=add, leave_out=leave_out, split="oof", truth=TARGET)
     final = []
     if not ONLY:
         draw_figure(run.out / "search.png", run.title(""), oof)

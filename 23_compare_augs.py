@@ -44,7 +44,7 @@ VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training and one split each, the same for every augmentation
 
 BACKBONE = "efficientnet_b0"  # any timm name
-PRETRAINED = True  # ImageNet weights; false = random weights
+PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean

@@ -57,7 +57,7 @@ NEIGHBOURS = 15  # of UMAP, and of the vote on a spot's id
 EMBEDDING = 32  # numbers that an id becomes, learned
 
 BACKBONE = "efficientnet_b0"  # any timm name
-PRETRAINED = True  # ImageNet weights; false = random weights, also of FEATURES
+PRETRAINED = True  # ImageNet weights, also of FEATURES: true, false, a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 START_AT_MEAN = False  # true = output bias starts at each gene's training mean
 

@@ -551,34 +551,40 @@ class Preset:
 
     symmetries: bool  # flip left-right, flip up-down, transpose: each with p = .5
     warp: bool  # with p = .5 one affine warp
+    stain: bool = False  # the strengths of the dyes are changed
 
 
-# A new augmentation is one more line here; AUG names it. MPA is the paper's, and stnet the 8
-# symmetries alone.
+# A new augmentation is one more line here; AUG names it. MPA is the paper's, stnet the 8 symmetries
+# alone, and mpa_stain MPA with the dyes' strengths changed.
 AUGMENTATIONS = {
     "mpa": Preset(symmetries=True, warp=True),
+    "mpa_stain": Preset(symmetries=True, warp=True, stain=True),
     "stnet": Preset(symmetries=True, warp=False),
     "none": Preset(symmetries=False, warp=False),
 }
 SHIFT = 0.10  # of the side, at most
 SCALE = (0.9, 1.1)
 ROTATION = 30  # degrees, at most
+STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 
 
 def draw_augmentation(n, aug, generator):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down,
-    transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's. InputError for
-    an unknown name.
+    transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's and, if `aug`
+    changes stains, stain (n, 3, 3) as restain's. InputError for an unknown name.
     """
     if aug not in AUGMENTATIONS:
         raise InputError(f"augmentation {aug!r}: expected one of {', '.join(AUGMENTATIONS)}")
     preset = AUGMENTATIONS[aug]
-    uniform = torch.rand(
-        (n, 8), generator=generator
-    )  # Every preset draws as much, so that seeds are comparable.
+    # Every preset draws as much, so that seeds are comparable.
+    uniform = torch.rand((n, 8), generator=generator)
     symmetry = (uniform[:, :3] < 0.5) & preset.symmetries
     warped = (uniform[:, 3] < 0.5) & preset.warp
-    return symmetry, warped, sample_affine(uniform[:, 4:])
+    draws = (symmetry, warped, sample_affine(uniform[:, 4:]))
+    if not preset.stain:
+        return draws
+    strengths = 1 + STRENGTH * (2 * torch.rand((n, 3), generator=generator) - 1)
+    return *draws, change_of_stain(strengths)
 
 
 def sample_affine(uniform):
@@ -593,14 +599,12 @@ def sample_affine(uniform):
     return torch.cat([turn, -turn @ shift[:, :, None]], 2)
 
 
-def augment(patches, symmetry, warped, affine):
+def augment(patches, symmetry, warped, affine, stain=None):
     """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample
-    where warped.
+    where warped, then other stains if there are any.
     """
     images = apply_symmetry(patches, symmetry).float()
-    chosen = warped.nonzero().squeeze(
-        1
-    )  # Found on the CPU: on the GPU it would cost a synchronisation.
+    chosen = warped.nonzero().squeeze(1)  # Found on the CPU: on the GPU it would cost a wait.
     if images.device.type == "cpu":  # One by one, each in the caches, is twice as fast.
         for i in chosen.tolist():
             images[i : i + 1] = warp(images[i : i + 1].clone(), affine[i : i + 1])
@@ -608,7 +612,9 @@ def augment(patches, symmetry, warped, affine):
         affine = affine[chosen].to(images.device, non_blocking=True)
         chosen = chosen.to(images.device, non_blocking=True)
         images[chosen] = warp(images[chosen], affine)
-    return images
+    if stain is None:
+        return images
+    return restain(images, stain.to(images.device, non_blocking=True)).clamp(0, 255)
 
 
 def apply_symmetry(patches, symmetry):
@@ -658,6 +664,54 @@ def lay_affine_grid(affine, size):
     return (affine[:, :, 0, None, None] * at + rows[:, :, :, None]).permute(0, 2, 3, 1)
 
 
+# ------------------------------------------------------------------------------------------- stain
+# Optical densities of red, green and blue of hematoxylin, eosin and what is neither: of Ruifrok and
+# Johnston (2001), and of another laboratory, as Macenko et al. (2009) give them.
+DYES = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+OTHER_DYES = ((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581), (0.268, 0.570, 0.776))
+OTHER_STRENGTHS = (1.3, 0.7, 1.0)  # of the other laboratory's staining, hematoxylin first
+
+
+def change_of_stain(strengths, dyes=DYES, become=DYES):
+    """(n, 3, 3) linear maps of optical densities: the `dyes` become others, (n, 3) times as strong.
+
+    After Tellez et al. (Medical Image Analysis 2019), whose shifts of density are left out, because
+    they would colour the glass.
+    """
+    dyes = F.normalize(torch.tensor(dyes, dtype=torch.float64), dim=1)
+    become = F.normalize(torch.tensor(become, dtype=torch.float64), dim=1)
+    strengths = torch.as_tensor(strengths, dtype=torch.float64).diag_embed()
+    return (torch.linalg.inv(dyes) @ strengths @ become).float()
+
+
+def restain(pixels, change):
+    """(B, 3, S, S) pixel values 0..255 with their optical densities mapped by (B, 3, 3), float32.
+
+    White stays white. What leaves 0..255 is not cut off, so that the inverse map undoes it.
+    """
+    density = -torch.log((pixels.float() + 1) / 256)
+    changed = torch.einsum("bchw,bcd->bdhw", density, change)
+    return 256 * torch.exp(-changed) - 1
+
+
+class RestainedPatches:
+    """Patches as another laboratory would have stained them, for [spots]: uint8 as they are."""
+
+    def __init__(self, patches, change):
+        self.patches = patches
+        self.device = patches.device
+        self.change = change.to(patches.device)  # (3, 3)
+
+    def __len__(self):
+        return len(self.patches)
+
+    def __getitem__(self, spots):
+        images = self.patches[spots]
+        changed = restain(images, self.change.expand(len(images), 3, 3))
+        changed = changed.round().clamp(0, 255).to(torch.uint8)
+        return changed.contiguous(memory_format=torch.channels_last)
+
+
 # -------------------------------------------------------------------------------------------- model
 def stages_of(backbone):
     """The backbone's modules in stages, input side first, as lists of modules.
@@ -704,6 +758,7 @@ class SpotRegressor(nn.Module):
         for module in backbone.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.forward = functools.partial(widen_depthwise, module, module.forward)
+        self.freeze_batchnorm = False
         self.freeze(trainable_stages)
 
     def freeze(self, trainable_stages):
@@ -722,10 +777,17 @@ class SpotRegressor(nn.Module):
             module.requires_grad_(True)
 
     def train(self, mode=True):
-        """Frozen stages stay in evaluation mode: else their BatchNorm would go on averaging."""
+        """Frozen stages stay in evaluation mode: else their BatchNorm would go on averaging.
+
+        With freeze_batchnorm all BatchNorm does, so that training and evaluation are one network.
+        """
         super().train(mode)
         for module in self.frozen:
             module.eval()
+        if self.freeze_batchnorm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def normalise(self, pixels):
@@ -747,8 +809,8 @@ class SpotRegressor(nn.Module):
 def build_model(recipe, n_genes, seed):
     """timm BACKBONE with the paper's head, Dropout - Linear - ReLU - Dropout - Linear.
 
-    HIDDEN = 0 is one Linear. Same seed, same weights. InputError for an unknown name or weights
-    that are not to be had.
+    HIDDEN = 0 is one Linear. Same seed, same weights. InputError for a name, weights or an
+    IMAGE_SIZE that do not go together.
     """
     import timm.layers  # Here, because it takes seconds, and scripts 17 to 19 do without.
 
@@ -761,7 +823,26 @@ def build_model(recipe, n_genes, seed):
         # VGG and MobileNetV3 put out more features than num_features says.
         width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         head = build_head(width, recipe["HIDDEN"], n_genes)
-    return SpotRegressor(backbone, head, recipe["TRAINABLE_STAGES"])
+    model = SpotRegressor(backbone, head, recipe["TRAINABLE_STAGES"])
+    model.freeze_batchnorm = recipe.get("FREEZE_BATCHNORM", False)
+    if "IMAGE_SIZE" in recipe:
+        try_image(model, recipe)
+    return model
+
+
+def try_image(model, recipe):
+    """InputError where the network cannot take one image of IMAGE_SIZE."""
+    name, size = recipe["BACKBONE"], recipe["IMAGE_SIZE"]
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # A backbone raises what it likes: the name and size are the user's.
+        usual = model.backbone.pretrained_cfg["input_size"][1]
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"backbone {name} cannot take --image-size {size} ({reason}); it was made for {usual}"
+        ) from None
+    model.train()
 
 
 def build_backbone(recipe):
@@ -769,14 +850,148 @@ def build_backbone(recipe):
     import timm
 
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
+    path = find_weights(pretrained, name)
+    from_hub = pretrained is True
+    options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
+    if from_hub:
+        check_hub()
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
+    except TypeError:
+        size = timm.get_pretrained_cfg(name).input_size[1]
+        raise InputError(f"backbone {name} takes --image-size {size} alone") from None
     except (OSError, RuntimeError, ValueError) as error:
         fix = "is it a name of timm's?"
-        if pretrained:
-            fix = "connect to the network once, or use --pretrained false"
+        if from_hub:
+            fix = (
+                f"connect to the network once, or use --pretrained FOLDER with {name}.safetensors "
+                "in it, or --pretrained false"
+            )
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"backbone {name}: {reason}; {fix}") from None
+    if path:
+        load_weights(backbone, name, path)
+    return backbone
+
+
+def choose_input_size(name, size):
+    """{"img_size": size} for a backbone that is built for one size of images, {} for others."""
+    import timm
+
+    usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if size is None or usual is None or not usual.fixed_input_size:
+        return {}
+    return {} if usual.input_size[1] == size else {"img_size": size}
+
+
+def check_hub():
+    """Where timm's hub does not answer, have its client look into its cache alone.
+
+    Otherwise it tries again for a minute.
+    """
+    import huggingface_hub
+
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # The client's own errors change with its version; each means no answer.
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def find_weights(pretrained, backbone):
+    """The file of weights that PRETRAINED names for a backbone; None for true and false.
+
+    In a folder it is called <backbone>.safetensors (or .pth, .pt, .bin) or, as the hub has it,
+    model.safetensors beside a config.json that names the backbone.
+    """
+    if isinstance(pretrained, bool):
+        return None
+    path = Path(pretrained)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(
+            f"--pretrained {pretrained}: no such file or folder; expected true, false, a file or a "
+            "folder of weights"
+        )
+    architecture = backbone.split(".")[0]  # timm puts what it was trained on behind a dot.
+    names = [backbone, architecture]
+    if read_architecture(path / "config.json") == architecture:
+        names += ["model", "pytorch_model"]
+    for name, suffix in itertools.product(names, WEIGHT_FILES):
+        if (path / (name + suffix)).is_file():
+            return path / (name + suffix)
+    raise InputError(f"--pretrained {pretrained}: the folder holds no {architecture}.safetensors")
+
+
+def read_architecture(path):
+    """The backbone that a config.json of the hub names, or None."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def load_weights(backbone, name, path):
+    """Load a file of weights into a timm backbone. A classifier in it is ignored.
+
+    Tensors of other names are taken in timm's order, if each has the shape of its place. Nothing in
+    the file is run. InputError naming the first tensor that does not fit.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        state = {key: value for key, value in state.items() if not is_counter(key)}
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # Of a damaged file each reader raises its own.
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a file of weights ({reason})") from None
+    wanted = {
+        key: tuple(value.shape)
+        for key, value in backbone.state_dict().items()
+        if not is_counter(key)
+    }
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    others = [key for key in state if key not in wanted and not key.startswith(classifiers)]
+    if others or wanted.keys() - state.keys():
+        state = dict(zip(wanted, state.values(), strict=False))
+        shapes = dict(zip(wanted, shapes.items(), strict=False))
+    else:
+        shapes = {key: (key, shapes[key]) for key in wanted}
+    for key, shape in wanted.items():
+        found, its_shape = shapes.get(key, ("nothing", ()))
+        if its_shape != shape:
+            raise InputError(
+                f"{path}: {found} {its_shape} stands where {name} has {key} {shape}: "
+                "these are weights of another backbone"
+            )
+    backbone.load_state_dict({key: state[key] for key in wanted}, strict=False)
+
+
+def is_counter(key):
+    """Whether a tensor only counts BatchNorm's steps; files may lack these."""
+    return key.endswith("num_batches_tracked")
+
+
+@functools.lru_cache(maxsize=64)
+def hash_file(path, size, changed):
+    """SHA-256 of a file, read again when its size or time of change is another."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identify_weights(pretrained, backbone):
+    """What PRETRAINED means for a backbone: true, false, or name and hash of the file."""
+    path = find_weights(pretrained, backbone)
+    if path is None:
+        return pretrained
+    status = path.stat()
+    digest = hash_file(path, status.st_size, status.st_mtime_ns)
+    return f"{path.name} {digest[:16]}"
 
 
 def build_head(width, hidden, n_genes):

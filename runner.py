@@ -59,6 +59,7 @@ ALLOWED = {
     "EPOCHS": (1, 10**6),
     "UM_PER_PX": (0, 20),
 }
+TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 WIDTH = 120  # columns of what is printed, at most
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
@@ -86,10 +87,13 @@ def show_constant(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def parse_constant(default, text):
+def parse_constant(name, default, text):
     """The text of the command line as a value of the type of `default`; () takes whole numbers."""
     if isinstance(default, bool):
-        return {"true": True, "false": False}[text.lower()]
+        words = {"true": True, "false": False}
+        if name in TAKES_A_PATH:
+            return words.get(text.lower(), text)
+        return words[text.lower()]
     if isinstance(default, tuple):
         kind = type(default[0]) if default else int
         return tuple(kind(part) for part in text.split(",") if part)
@@ -111,9 +115,9 @@ def build_parser(script):
     for name, comment in read_comments(script).items():
         value = script[name]
 
-        def parse(text, default=value):
+        def parse(text, name=name, default=value):
             try:
-                return parse_constant(default, text)
+                return parse_constant(name, default, text)
             except (KeyError, ValueError):
                 kind = type(default).__name__
                 raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
@@ -272,6 +276,13 @@ class Split:
         """{name: value} of all that a record of this split follows from."""
         elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")
         made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
+        if isinstance(recipe["PRETRAINED"], str):
+            # The files' content counts, not where they lie.
+            made_with["PRETRAINED"] = {
+                recipe[name]: common.identify_weights(recipe["PRETRAINED"], recipe[name])
+                for name in ("BACKBONE", "FEATURES")
+                if recipe.get(name)
+            }
         device, dtype, _ = common.choose_device(recipe)
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")
@@ -381,8 +392,11 @@ def name_network(backbone):
     return "EfficientNet-B0" if backbone == "efficientnet_b0" else backbone
 
 
-def name_weights(recipe):
-    """What a network's training started from."""
+def name_weights(recipe, backbone=None):
+    """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
+    path = common.find_weights(recipe["PRETRAINED"], backbone or recipe["BACKBONE"])
+    if path:
+        return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"
 
 
@@ -738,9 +752,11 @@ def format_interval(low, high, form="{:.2f}"):
 
 def format_group(records, group, size):
     """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
-    text = format_mean(records[[group]].mean())
+    mean = records[group].mean()
+    if np.isnan(mean):
+        return "-"
     n_genes = int(records[f"{group}_n"].min())
-    return f"{text}/{n_genes}" if n_genes < size else text
+    return f"{mean:.3f}/{n_genes}" if n_genes < size else f"{mean:.3f}"
 
 
 def group_sizes(split):
@@ -934,11 +950,13 @@ class Run:
                 bar.total -= recipe["EPOCHS"] - (bar.n - before)
         return list(itertools.chain(*(records[number] for number in sorted(records))))
 
-    def print_scores(self, title, records, *, minus=None, add=None, split="test", truth="lognorm"):
+    def print_scores(
+        self, title, records, *, minus=None, add=None, leave_out=(), split="test", truth="lognorm"
+    ):
         """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
 
         pair_differences with `minus` {setting: another} is saved, and its HEG shown. add(records of
-        a setting) may give further columns {name: text}, which stand in place of MG and r>=.30.
+        a setting) may give further columns {name: text}, for which others are to `leave_out`.
         """
         minus = minus or {}
         differences = pair_differences(records, self.out, minus)
@@ -949,8 +967,9 @@ class Run:
         lines = []
         for _, of in chosen.groupby("setting", sort=False):
             line = describe_setting(of, sizes, self.out)
+            for name in leave_out:
+                del line[name]
             if add:
-                del line["MG"], line["r>=.30"]
                 line |= add(of)
             lines.append(line)
         table = pd.DataFrame(lines)
@@ -1013,8 +1032,19 @@ def describe_run(recipe, splits):
         "split": describe_split(split, len(splits)),
         "gene groups": groups,
         "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
-        "weights": "pretrained (timm)" if recipe["PRETRAINED"] else "random: no pretraining",
+        "weights": describe_weights(recipe),
     }
+
+
+def describe_weights(recipe):
+    """The header's line of what networks start from."""
+    if recipe["PRETRAINED"] is True:
+        return "pretrained (timm's hub)"
+    if recipe["PRETRAINED"] is False:
+        return "random: no pretraining"
+    if "BACKBONE" not in recipe:
+        return f"from {recipe['PRETRAINED']}"
+    return f"{common.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):
