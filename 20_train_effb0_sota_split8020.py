@@ -18,7 +18,6 @@ import functools
 from dataclasses import replace
 from datetime import timedelta
 
-import pandas as pd
 import torch.distributed
 
 import common
@@ -35,19 +34,25 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
-START_AT_MEAN = False  # true = output bias starts at the training mean: helps random weights
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+POOL_STAGES = False  # true = the head sees the mean of every stage's output, not the last's alone
+FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+HEAD_LEARNING_RATE = 0.0  # of the head, with AdamW; 0 = LEARNING_RATE for all
 LOSS = "mse"  # a name of common.LOSSES
+GENE_WEIGHTS = "equal"  # in the loss; predictable = by what a ridge start predicts of each gene
+BEST_EPOCH = "mse"  # by validation: lowest mse, or highest r of heg
 TTA = False  # average predictions over the 8 symmetries
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -60,20 +65,15 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "IMAGE_SIZE": 96,
     "EPOCHS": 12,
     "LEARNING_RATE": 1e-3,
 }
 
 
-def print_epoch(split, line, predicted, best_epoch):
+def print_epoch(line, best_epoch):
     """One line an epoch, with the mean r of HEG over the validation spots."""
-    data = split.data
-    valid = split.spots("valid")
-    slides = data.spots["tissue_index"].to_numpy()[valid]
-    r = common.average_slides(common.pearson_per_gene, predicted, data.target[valid], slides)
-    line["valid_heg"] = pd.Series(r, data.genes)[split.members["heg"]].mean()
     if line["epoch"] == 1:
         print(
             "epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds"
@@ -101,11 +101,15 @@ def join_ranks(recipe):
 
 
 def compute_methods(run, recipe, split, suffix=""):
-    """The records of the network and of the ridge that it may not lose to."""
-    train = functools.partial(runner.train_network, report=functools.partial(print_epoch, split))
-    network = runner.name_network(recipe["BACKBONE"]) + suffix
-    records = run.compute(network, recipe, split, train)
-    return records + run.compute("ridge (colour)" + suffix, recipe, split, runner.ridge_on_colour)
+    """The records of the network and of the ridges that it may not lose to."""
+    train = functools.partial(runner.train_network, report=print_epoch)
+    network = runner.name_network(recipe["BACKBONE"])
+    records = run.compute(network + suffix, recipe, split, train)
+    records += run.compute("ridge (colour)" + suffix, recipe, split, runner.ridge_on_colour)
+    if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
+        ridge = f"ridge ({network} features){suffix}"
+        records += run.compute(ridge, recipe, split, runner.ridge_on_features)
+    return records
 
 
 def main():

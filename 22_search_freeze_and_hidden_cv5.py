@@ -47,10 +47,11 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
 SEEDS = (42,)  # one search each
+RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
-START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 VIEWS = 8  # augmented views of each patch whose features a wholly frozen backbone computes
@@ -77,7 +78,7 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "FOLDS": 2,
     "PRETRAINED": False,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
@@ -161,9 +162,11 @@ def use_features(training, recipe, split):
     if recipe["TRAINABLE_STAGES"] != 0:
         return training
     views = 0 if recipe["AUG"] == "none" else min(VIEWS, recipe["EPOCHS"])
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
+    names = ("BACKBONE", "PRETRAINED", "POOL_STAGES", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
     constants = tuple((name, recipe[name]) for name in names)
     features = compute_features(split.data.patches, split.seed, views, constants)
+    if training.model.pool_stages:
+        features = features * training.model.feature_scale
     network = nn.Sequential(FrozenFeatures(features), training.model.head)
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
     return replace(training, network=network, patches=spots)

@@ -42,12 +42,13 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training and one split each, the same for every augmentation
+RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
-START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
@@ -62,7 +63,7 @@ QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
-AUGS = ("mpa", "stnet", "stnet_color", "none")
+AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
 
 QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",
@@ -70,7 +71,7 @@ QUICK_BUDGET = {
     "SEEDS": (42,),
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
@@ -168,7 +169,7 @@ def setting_of(aug):
 
 
 def draw_figure(path, title, differences):
-    """Difference to MPA of the gene groups, with intervals."""
+    """Paired differences of the gene groups' r, with intervals."""
     names = differences.drop_duplicates("setting")
     figure = Figure(figsize=(7, 1 + 0.7 * len(names)), layout="constrained")
     ax = figure.subplots()
@@ -187,7 +188,9 @@ def draw_figure(path, title, differences):
 
 
 def compare_with_mpa():
-    """{setting: another} of the paired differences: to MPA with as many views, and MPA's two."""
+    """{setting: another} of the paired differences: to MPA with as many views, and MPA's two; a
+    restained slide to the same slide as it is.
+    """
     if ONLY or "mpa" not in AUGS:
         return {}
     others = [aug for aug in AUGS if aug != "mpa"]
@@ -195,7 +198,21 @@ def compare_with_mpa():
     minus["mpa, 8 views"] = "mpa"
     for aug in others:
         minus[f"{aug}, 8 views"] = "mpa, 8 views"
+    for name in (*AUGS, "ridge (colour)"):
+        minus[f"{name}, restained"] = name
     return minus
+
+
+def predict_anew(run, records, aug, split):
+    """The records of a trained network's predictions over the 8 symmetries, and of the same slide
+    as another laboratory would have stained it.
+    """
+    trained = runner.record_of(records, aug, split)
+    recipe = run.recipe | setting_of(aug)
+    again = runner.predict_again(run.out, trained)
+    anew = run.compute(f"{aug}, 8 views", recipe | {"TTA": True}, split, again)
+    again = runner.predict_again(run.out, trained, restained=True)
+    return anew + run.compute(f"{aug}, restained", recipe | {"RESTAINED": True}, split, again)
 
 
 def main():
@@ -204,10 +221,9 @@ def main():
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})
     records = run.train(settings, adapt=add_colour)
     for aug, split in itertools.product(settings, run.splits):
-        recipe = run.recipe | setting_of(aug) | {"TTA": True}
-        trained = runner.record_of(records, aug, split)
-        compute = runner.predict_again(run.out, trained)
-        records += run.compute(f"{aug}, 8 views", recipe, split, compute)
+        records += predict_anew(run, records, aug, split)
+    for split in [] if ONLY else run.splits:
+        records += runner.compute_colour_ridges(run, split)
     title = "augmentations; 8 views = averaged over the symmetries at test time"
     minus = compare_with_mpa()
     run.print_scores(title, records, minus=minus)

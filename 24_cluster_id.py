@@ -50,6 +50,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training, split and clustering each, the same for every setting
+RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 FEATURES = "efficientnet_b0"  # timm name: its features are clustered; empty = colour statistics
 MIN_CLUSTER = 0.02  # of the training spots; the smallest cluster
@@ -59,7 +60,7 @@ EMBEDDING = 32  # numbers that an id becomes, learned
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights, also of FEATURES: true, false, a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
-START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
@@ -92,7 +93,7 @@ QUICK_BUDGET = {
     "PRETRAINED": False,
     "FEATURES": "",
     "HIDDEN": 512,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
@@ -121,7 +122,8 @@ def describe_spots(data, train, recipe, seed):
     """
     features = data.counts.obsm["colour"]
     if recipe["FEATURES"]:
-        features = common.encode_patches(data.patches, recipe["FEATURES"], recipe, seed)
+        plain = recipe | {"BACKBONE": recipe["FEATURES"], "POOL_STAGES": False}
+        features, _ = common.encode_patches(data.patches, plain, seed)
     features = StandardScaler().fit(features[train]).transform(features)
     pca = PCA(min(50, len(train) - 1, features.shape[1]), random_state=seed)
     pca.fit(features[train])

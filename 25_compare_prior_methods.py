@@ -48,10 +48,11 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of EfficientNet-B0's head; 0 = a linear head
-START_AT_MEAN = False  # true = EfficientNet-B0's output bias starts at the training mean
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
 FEATURES = "resnet50"  # timm name of the frozen backbone under the ridge
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -76,7 +77,7 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "FEATURES": "resnet18",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
@@ -98,7 +99,7 @@ def trained_methods():
     stnet = shared | {
         "BACKBONE": "densenet121",
         "HIDDEN": 0,
-        "START_AT_MEAN": True,
+        "HEAD_START": "mean",
         "AUG": "stnet",
         "TTA": True,
     }
@@ -106,7 +107,7 @@ def trained_methods():
     bleep = shared | {
         "BACKBONE": "resnet50",
         "HIDDEN": 0,
-        "START_AT_MEAN": False,
+        "HEAD_START": "zero",
         "AUG": "stnet",
         "LEARNING_RATE": 1e-3,
         "EPOCHS": BLEEP_EPOCHS,

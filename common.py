@@ -29,6 +29,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import polars
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -742,24 +743,55 @@ def widen_depthwise(convolution, forward, images):
         return forward(images.float()).to(images.dtype)
 
 
+def pool_each_stage(backbone, images):
+    """[(B, C) float32] of every stage: its output, averaged over the image or a transformer's
+    tokens.
+    """
+    pooled = []
+
+    def keep(module, arguments, output):
+        if output.ndim == 4:
+            last_axis = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+            output = output.mean((1, 2) if last_axis else (2, 3), dtype=torch.float32)
+        elif output.ndim == 3:
+            output = output.mean(1, dtype=torch.float32)
+        pooled.append(output.float())
+
+    hooks = [stage[-1].register_forward_hook(keep) for stage in stages_of(backbone)]
+    try:
+        backbone(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pooled
+
+
 class SpotRegressor(nn.Module):
     """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression.
 
-    The last `trainable_stages` stages of the backbone are trained, all of them if that is -1.
+    The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
+    POOL_STAGES the head sees the mean of every stage's output over the image, not the last stage's
+    alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM training uses
+    the averages that BatchNorm was given, as evaluation does.
     """
 
-    def __init__(self, backbone, head, trainable_stages):
+    def __init__(self, backbone, head, widths, recipe):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.freeze_batchnorm = recipe.get("FREEZE_BATCHNORM", False)
+        self.pool_stages = recipe.get("POOL_STAGES", False)
         for name in ("mean", "std"):  # Of the images that the backbone was pretrained on.
             values = 255 * torch.tensor(backbone.pretrained_cfg[name])
             self.register_buffer(name, values, persistent=False)
         for module in backbone.modules():
             if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
                 module.forward = functools.partial(widen_depthwise, module, module.forward)
-        self.freeze_batchnorm = False
-        self.freeze(trainable_stages)
+        self.widths = list(widths)
+        if self.pool_stages:
+            # One factor a feature, by which a ridge start makes the stages equally strong.
+            self.register_buffer("feature_scale", torch.ones(sum(widths)))
+        self.freeze(recipe["TRAINABLE_STAGES"])
 
     def freeze(self, trainable_stages):
         """Exempt all but the last stages from training. InputError where there are fewer."""
@@ -800,7 +832,10 @@ class SpotRegressor(nn.Module):
 
     def encode(self, pixels):
         """(B, 3, S, S) pixel values 0..255 -> (B, F) features."""
-        return self.backbone(self.normalise(pixels))
+        images = self.normalise(pixels)
+        if not self.pool_stages:
+            return self.backbone(images)
+        return torch.cat(pool_each_stage(self.backbone, images), 1) * self.feature_scale
 
     def forward(self, pixels):
         return self.head(self.encode(pixels))
@@ -820,14 +855,25 @@ def build_model(recipe, n_genes, seed):
         if dist.is_initialized() and dist.get_backend() == "nccl":
             # This makes new modules, and those to freeze are chosen from the new ones.
             backbone = timm.layers.convert_sync_batchnorm(backbone)
-        # VGG and MobileNetV3 put out more features than num_features says.
-        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
-        head = build_head(width, recipe["HIDDEN"], n_genes)
-    model = SpotRegressor(backbone, head, recipe["TRAINABLE_STAGES"])
-    model.freeze_batchnorm = recipe.get("FREEZE_BATCHNORM", False)
+        widths = measure_features(backbone, recipe)
+        head = build_head(sum(widths), recipe["HIDDEN"], n_genes)
+    model = SpotRegressor(backbone, head, widths, recipe)
     if "IMAGE_SIZE" in recipe:
         try_image(model, recipe)
     return model
+
+
+def measure_features(backbone, recipe):
+    """[number of features] of every stage with POOL_STAGES, else of the backbone's output."""
+    if not recipe.get("POOL_STAGES", False):
+        # VGG and MobileNetV3 put out more features than num_features says.
+        return [getattr(backbone, "head_hidden_size", None) or backbone.num_features]
+    size = recipe["IMAGE_SIZE"]
+    backbone.eval()
+    with torch.inference_mode():
+        pooled = pool_each_stage(backbone, torch.zeros(1, 3, size, size))
+    backbone.train()
+    return [features.shape[1] for features in pooled]
 
 
 def try_image(model, recipe):
@@ -1028,6 +1074,23 @@ def adam_with_cosine(model, recipe):
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
+def adam_with_two_rates(network, recipe):
+    """(optimiser, schedule): AdamW with HEAD_LEARNING_RATE for all but the backbone; as in
+    adam_with_cosine, the rates go to zero over the epochs.
+    """
+    backbone, head = [], []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (backbone if "backbone." in name else head).append(parameter)
+    groups = [
+        {"params": backbone, "lr": recipe["LEARNING_RATE"]},
+        {"params": head, "lr": recipe["HEAD_LEARNING_RATE"]},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+
+
 def fit(
     model,
     patches,
@@ -1039,22 +1102,26 @@ def fit(
     seed,
     dtype,
     loss=None,
+    gene_weights=None,
     optimise=adam_with_cosine,
+    valid_heg=None,
     keep=0,
     checkpoint=None,
     made_with=None,
     report=None,
 ):
-    """Train; leave the weights of the epoch with the lowest validation MSE in `model`.
+    """Train; leave the weights of the best epoch in `model`; return the history, a dict an epoch.
 
     patches (N, 3, S, S) uint8, target (N, G) float32 array, train_spots and valid_spots int64
-    arrays of spot numbers. Returns the history, a dict an epoch. `loss` and `optimise` are LOSS
-    and adam_with_cosine unless given. With `keep` there is no validation, and training ends with
-    that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it was
-    `made_with`. report(line, predicted, best_epoch) sees each epoch's line and may add to it.
+    arrays of spot numbers. `loss` and `optimise` are LOSS and adam_with_cosine unless given;
+    gene_weights (G,) say how much each gene counts in the loss. The best epoch has the lowest
+    validation MSE or, by BEST_EPOCH, the highest r that valid_heg(predicted) gives. With `keep`
+    there is no validation, and training ends with that epoch. `checkpoint` is a file from which a
+    killed run goes on; it holds what it was `made_with`. report(line, best_epoch) sees each
+    epoch's line of the history.
     """
     device = next(model.parameters()).device
-    loss = loss or LOSSES[recipe["LOSS"]]
+    loss = weigh_genes(loss or LOSSES[recipe["LOSS"]], gene_weights, device)
     optimiser, schedule = optimise(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
@@ -1066,38 +1133,59 @@ def fit(
     step = functools.partial(make_step, network, optimiser, scaler, loss, dtype)
     for epoch in range(len(history), keep or recipe["EPOCHS"]):
         began = time.perf_counter()
-        rate = schedule.get_last_lr()[0]
-        train_mse = train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch)
+        line = {"epoch": epoch + 1, "learning_rate": schedule.get_last_lr()[0]}
+        line["train_mse"] = train_epoch(
+            network, step, patches, truth, train_spots, recipe, seed, epoch
+        )
         schedule.step()
-        trained = time.perf_counter()
-        predicted, valid_mse = None, None
-        if not keep:
-            predicted = predict(model, patches, valid_spots, dtype=dtype)
-            valid_mse = float(mean_square(predicted, target[valid_spots]).mean())
-        judged_by = train_mse if keep else valid_mse
-        if not np.isfinite(judged_by):
-            raise InputError(
-                f"epoch {epoch + 1}: the MSE is {judged_by}: lower LEARNING_RATE ({rate:g})"
-            )
-        line = {
-            "epoch": epoch + 1,
-            "learning_rate": rate,
-            "train_mse": train_mse,
-            "valid_mse": valid_mse,
-            "images_per_s": len(train_spots) / (trained - began),
-            "seconds": time.perf_counter() - began,
-        }
-        if best is None or keep or valid_mse < best["valid_mse"]:
-            weights = copy_state(model)
-            best = {"epoch": epoch + 1, "valid_mse": valid_mse, "weights": weights}
+        line["images_per_s"] = len(train_spots) / (time.perf_counter() - began)
+        line |= validate(model, patches, target, [] if keep else valid_spots, valid_heg, dtype)
+        line["seconds"] = time.perf_counter() - began
+        check_finite(line)
+        history.append(line)
+        if keep or choose_epoch(history, recipe) == epoch + 1:
+            best = {"epoch": epoch + 1, "weights": copy_state(model)}
         if report is not None:
-            report(line, predicted, best["epoch"])
-        # Plain numbers, because a checkpoint that holds NumPy's is not read again.
-        history.append({name: as_number(value) for name, value in line.items()})
+            report(line, best["epoch"])
         if checkpoint is not None and joined_ranks()[1] == 0:
             save_checkpoint(checkpoint, stateful, history, best, made_with)
     model.load_state_dict(best["weights"])
     return history
+
+
+def weigh_genes(loss, gene_weights, device):
+    """The loss in which each gene counts as gene_weights (G,) say; the loss itself without them."""
+    if gene_weights is None:
+        return loss
+    # A squared difference is weighed by the square of what both of its sides are multiplied by.
+    factors = torch.from_numpy(np.sqrt(gene_weights)).float().to(device)
+    return lambda predicted, wanted: loss(predicted * factors, wanted * factors)
+
+
+def validate(model, patches, target, valid_spots, valid_heg, dtype):
+    """{"valid_mse", "valid_heg"} of the validation spots; None without any."""
+    if len(valid_spots) == 0:
+        return {"valid_mse": None, "valid_heg": None}
+    predicted = predict(model, patches, valid_spots, dtype=dtype)
+    mse = float(mean_square(predicted, target[valid_spots]).mean())
+    return {"valid_mse": mse, "valid_heg": valid_heg(predicted) if valid_heg else None}
+
+
+def choose_epoch(history, recipe):
+    """Number of the best epoch by validation: the first of the lowest MSE or the highest HEG r."""
+    if recipe.get("BEST_EPOCH", "mse") == "heg":
+        judged_by = [-line["valid_heg"] for line in history]
+    else:
+        judged_by = [line["valid_mse"] for line in history]
+    return int(np.nanargmin(judged_by)) + 1
+
+
+def check_finite(line):
+    """InputError where training has diverged."""
+    mse = line["train_mse"] if line["valid_mse"] is None else line["valid_mse"]
+    if not np.isfinite(mse):
+        rate = line["learning_rate"]
+        raise InputError(f"epoch {line['epoch']}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
 
 
 def train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch):
@@ -1151,11 +1239,6 @@ def make_step(network, optimiser, scaler, loss, dtype, images, wanted, weight):
 def copy_state(model):
     """{name: copy} of the model's weights as they stand now."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def as_number(value):
-    """A NumPy number as Python's; None stays."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def save_checkpoint(path, stateful, history, best, made_with):
@@ -1236,15 +1319,110 @@ def predict(model, patches, spots, *, dtype, tta=False):
     return np.concatenate(parts)
 
 
-def encode_patches(patches, backbone, recipe, seed):
-    """(N, F) float32 features of the plain patches by a timm backbone as it comes."""
+def encode_patches(patches, recipe, seed, *, tta=False):
+    """((N, F) float32 features of the patches by BACKBONE as it comes, [features of each stage]).
+
+    With `tta` they are the mean over the 8 symmetries. What was computed last is remembered.
+    """
+    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "DEVICE", "PRECISION")
+    constants = tuple((name, recipe[name]) for name in names if name in recipe)
+    if recipe["PRETRAINED"] is not False:
+        seed = None  # The weights do not depend on it.
+    return _encode_patches(patches, constants, seed, tta)
+
+
+@functools.lru_cache(maxsize=8)
+def _encode_patches(patches, constants, seed, tta):
+    recipe = dict(constants)
     device, dtype, _ = choose_device(recipe)
-    plain = recipe | {"BACKBONE": backbone, "HIDDEN": 0, "TRAINABLE_STAGES": 0}
-    model = build_model(plain, 1, seed)
+    model = build_model(recipe | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
     model.head = nn.Identity()
     model = model.to(device, memory_format=torch.channels_last)
-    patches = place_patches(patches, recipe["IMAGE_SIZE"], device)
-    return predict(model, patches, np.arange(len(patches)), dtype=dtype)
+    placed = place_patches(patches, recipe["IMAGE_SIZE"], device)
+    features = predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
+    return features, model.widths
+
+
+# ------------------------------------------------------------------------------------------- ridge
+# In units of the features' mean squared length; so wide that its ends are not chosen.
+ALPHAS = np.logspace(-4, 5, 37)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A linear map of features to expression: features @ weight + bias."""
+
+    weight: np.ndarray  # (F, G)
+    bias: np.ndarray  # (G,)
+    alpha: float  # of ALPHAS
+
+    def predict(self, features):
+        """(n, F) features -> (n, G) float32 expression."""
+        return (features @ self.weight + self.bias).astype(np.float32)
+
+
+def fit_ridge(features, target, spots, chosen_by):
+    """(Ridge, (G,) share of each gene's variance that it predicts out of fold).
+
+    features (n, F) and target (n, G) of training spots, whose table is `spots`. Both are centred
+    within every slide, since slides differ in staining and depth. Alpha has the least squared error
+    of the genes `chosen_by` (numbers; those that are reported) in five folds of spatial blocks.
+    """
+    slides = spots["tissue_index"].to_numpy()
+    x = centre_within(features, slides)
+    y = centre_within(target, slides)
+    penalties = ALPHAS * (x**2).sum(1).mean()
+    squares = np.zeros((len(ALPHAS), y.shape[1]))
+    for train, held_out in choose_folds(spots):
+        solutions = solve_ridge(x[train], y[train], penalties)
+        for i, weight in enumerate(solutions):
+            squares[i] += ((x[held_out] @ weight - y[held_out]) ** 2).sum(0)
+    best = int(squares[:, chosen_by].sum(1).argmin())
+    explained = 1 - squares[best] / np.maximum((y**2).sum(0), 1e-12)
+    (weight,) = solve_ridge(x, y, penalties[best : best + 1])
+    bias = target.mean(0, np.float64) - features.mean(0, np.float64) @ weight
+    return Ridge(weight, bias, float(ALPHAS[best])), explained.clip(0)
+
+
+def solve_ridge(x, y, penalties):
+    """Yield the (F, G) weights of ridge regression of y (n, G) on x (n, F), a penalty each."""
+    left, sizes, right = scipy.linalg.svd(x, full_matrices=False)
+    projected = left.T @ y
+    for penalty in penalties:
+        shrunk = (sizes / (sizes**2 + penalty))[:, None] * projected
+        yield right.T @ shrunk
+
+
+def choose_folds(spots):
+    """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks with a margin; of
+    spots where the slides are too small for that.
+    """
+    unit = "block" if spots["block"].nunique() >= 2 * FOLDS else "paper"
+    numbers = np.arange(len(spots))
+    folds = split_folds(spots, numbers, unit, min(FOLDS, len(spots)), 0)
+    return [(roles == "train", roles == "valid") for roles in folds]
+
+
+def centre_within(values, slides):
+    """(n, k) float64: the values minus their mean over each slide."""
+    values = pd.DataFrame(np.asarray(values, np.float64))
+    return (values - values.groupby(slides).transform("mean")).to_numpy()
+
+
+def balance_stages(features, widths):
+    """(F,) factors by which every stage's features vary as much, in total, as the last stage's."""
+    starts = np.cumsum([0, *widths[:-1]])
+    totals = np.add.reduceat(features.var(0, np.float64), starts)
+    return np.repeat(np.sqrt(totals[-1] / np.maximum(totals, 1e-12)), widths)
+
+
+def start_as_ridge(model, ridge, scale):
+    """Have the network's linear head predict what the ridge does on its features times `scale`."""
+    with torch.no_grad():
+        if model.pool_stages:
+            model.feature_scale.copy_(torch.from_numpy(scale))
+        model.head[-1].weight.copy_(torch.from_numpy(ridge.weight.T))
+        model.head[-1].bias.copy_(torch.from_numpy(ridge.bias))
 
 
 # -------------------------------------------------------------------------------------- correlation

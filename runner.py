@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anndata
@@ -41,6 +41,31 @@ from tqdm import tqdm
 import common
 from common import GROUPS, RANK, RANKS, SCORED, InputError
 
+# Recipes of training, RECIPE names one. A script may have some of these constants itself; all take
+# part in what a record was made with. "best" was chosen on validation slides of HER2ST.
+RECIPES = {
+    "paper": {
+        "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
+        "POOL_STAGES": False,  # the head sees every stage's mean over the image
+        "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
+        "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
+        "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
+        "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
+    },
+    "best": {
+        "HEAD_START": "ridge",
+        "POOL_STAGES": True,
+        "FREEZE_BATCHNORM": True,
+        "HEAD_LEARNING_RATE": 2e-5,
+        "GENE_WEIGHTS": "predictable",
+        "BEST_EPOCH": "heg",
+        "HIDDEN": 0,
+        "AUG": "stnet",
+        "EPOCHS": 5,
+        "LEARNING_RATE": 6e-5,
+        "TTA": True,
+    },
+}
 # What a constant that several scripts have may be: one of these words, or a number from the least
 # to the greatest. A script has an ALLOWED of its own for its other constants.
 ALLOWED = {
@@ -48,6 +73,11 @@ ALLOWED = {
     "PROTOCOL": ("paper", "loso", "block"),
     "AUG": tuple(common.AUGMENTATIONS),
     "LOSS": tuple(common.LOSSES),
+    "RECIPE": tuple(RECIPES),
+    "HEAD_START": ("zero", "mean", "ridge"),
+    "GENE_WEIGHTS": ("equal", "predictable"),
+    "BEST_EPOCH": ("mse", "heg"),
+    "HEAD_LEARNING_RATE": (0, 1),
     "DEVICE": ("auto", "cpu", "cuda"),
     "PRECISION": ("auto", "bf16", "fp16", "fp32"),
     "IMAGE_SIZE": (32, 4096),
@@ -66,8 +96,11 @@ LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of const
 
 # ---------------------------------------------------------------------------------------- constants
 def recipe_of(script):
-    """{name: value} of the constants in a script's ruled block as they stand now."""
-    return {name: script[name] for name in read_comments(script)}
+    """{name: value} of the constants in a script's ruled block as they stand now, and of what its
+    RECIPE sets beside them.
+    """
+    constants = {name: script[name] for name in read_comments(script)}
+    return RECIPES[constants.get("RECIPE", "paper")] | constants
 
 
 def read_comments(script):
@@ -129,13 +162,17 @@ def build_parser(script):
 
 
 def override_constants(script, argv):
-    """Set a script's constants from the command line, `--quick`'s QUICK_BUDGET first. Prints what
-    changed.
+    """Set a script's constants from the command line, those of `--recipe` and `--quick` first.
+    Prints what changed.
     """
     given = vars(build_parser(script).parse_args(argv))
     values = {name: value for name, value in given.items() if value is not None}
     if values.get("QUICK", script.get("QUICK", False)):
         values = script["QUICK_BUDGET"] | values
+    recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
+    if recipe != "paper":
+        own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
+        values = own | values
     for name, value in values.items():
         if value != script[name]:
             print(f"{name} = {value!r}")
@@ -329,39 +366,36 @@ class Training:
     network: nn.Module  # what is trained: the model, or a module around it
     patches: object  # the network's input: patches[spots]
     loss: Callable | None = None  # (predicted, target) -> scalar; None = LOSS
+    gene_weights: np.ndarray | None = None  # (G,) in the loss; None = equal
     optimise: Callable = common.adam_with_cosine  # (network, recipe) -> (optimiser, schedule)
+    more: dict = field(default_factory=dict)  # {name: value} for the records
 
 
 def train_network(recipe, split, folder, *, keep=0, adapt=None, report=None):
-    """Train and predict, as `compute` of compute_records; writes weights.safetensors and
-    history.csv.
+    """Train and predict, as `compute` of compute_records; writes weights.safetensors and history.csv.
 
     `keep` and `report` as in common.fit; `adapt` as in Training.
     """
-    data = split.data
     device, dtype, _ = common.choose_device(recipe)
-    patches = common.place_patches(data.patches, recipe["IMAGE_SIZE"], device)
+    patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
     forget_peak_memory(device)
-    model = common.build_model(recipe, len(data.genes), split.seed)
-    model = model.to(device, memory_format=torch.channels_last)
-    if recipe["START_AT_MEAN"]:
-        mean = data.target[split.spots("train")].mean(0)
-        model.head[-1].bias.data.copy_(torch.from_numpy(mean))
-    training = Training(model, model, patches)
+    training = start_training(recipe, split, patches, device)
     if adapt:
         training = adapt(training, recipe, split)
     made_with = split.made_with(recipe)
     history = common.fit(
         training.network,
         training.patches,
-        data.target,
+        split.data.target,
         split.spots("train"),
         split.spots("valid"),
         recipe=recipe,
         seed=split.seed,
         dtype=dtype,
         loss=training.loss,
+        gene_weights=training.gene_weights,
         optimise=training.optimise,
+        valid_heg=functools.partial(mean_heg, split),
         keep=keep,
         checkpoint=folder / "checkpoint.pt",
         made_with=made_with,
@@ -372,19 +406,78 @@ def train_network(recipe, split, folder, *, keep=0, adapt=None, report=None):
     )
     peak = peak_memory(device)
     if common.joined_ranks()[1] == 0:
-        save_weights(folder / "weights.safetensors", model, split, made_with, predicted)
+        save_weights(folder / "weights.safetensors", training.model, split, made_with, predicted)
         common.save_csv(folder / "history.csv", pd.DataFrame(history))
-    best = min(history, key=lambda line: np.inf if keep else line["valid_mse"])
-    parameters = common.count_parameters(model)
+    parameters = common.count_parameters(training.model)
     return predicted, {
         "weights": name_weights(recipe),
-        "best_epoch": keep or best["epoch"],
+        "best_epoch": keep or common.choose_epoch(history, recipe),
         "images_per_s": float(np.median([line["images_per_s"] for line in history])),
         # Epochs before an interruption count as well.
         "seconds": sum(line["seconds"] for line in history),
         "peak_memory_mb": peak / 2**20,
         **{f"parameters_{part}": count for part, count in parameters.items()},
+        **training.more,
     }
+
+
+def start_training(recipe, split, patches, device):
+    """The Training of a recipe: a network whose head starts as HEAD_START says."""
+    target = split.data.target
+    train = split.spots("train")
+    model = common.build_model(recipe, len(split.data.genes), split.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimise = common.adam_with_cosine
+    if recipe["HEAD_LEARNING_RATE"]:
+        optimise = common.adam_with_two_rates
+    training = Training(model, model, patches, optimise=optimise)
+    if recipe["HEAD_START"] == "mean":
+        mean = torch.from_numpy(target[train].mean(0))
+        model.head[-1].bias.data.copy_(mean)
+    if recipe["HEAD_START"] != "ridge":
+        return training
+    if recipe["HIDDEN"]:
+        raise InputError(f"--hidden {recipe['HIDDEN']}: a head that starts as a ridge has none: 0")
+    _, scale, ridge, explained = fit_frozen_ridge(recipe, split)
+    common.start_as_ridge(model, ridge, scale)
+    training = replace(training, more={"alpha": ridge.alpha})
+    if recipe["GENE_WEIGHTS"] == "predictable":
+        return replace(training, gene_weights=explained / explained.mean())
+    return training
+
+
+def fit_frozen_ridge(recipe, split):
+    """((N, F) features, (F,) their factors, Ridge on their products, (G,) variance explained).
+
+    The features are those of BACKBONE before training, averaged over the 8 symmetries. Nothing but
+    training spots takes part in the fit.
+    """
+    data = split.data
+    train = split.spots("train")
+    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
+    scale = common.balance_stages(features[train], widths)
+    reported = {*split.members["heg"], *split.members["hvg"]}
+    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(reported))
+    ridge, explained = common.fit_ridge(
+        features[train] * scale, data.target[train], data.spots.iloc[train], chosen_by
+    )
+    return features, scale, ridge, explained
+
+
+def ridge_on_features(recipe, split, folder):
+    """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
+    features, scale, ridge, _ = fit_frozen_ridge(recipe, split)
+    predicted = ridge.predict(features[split.scored()] * scale)
+    return predicted, {"weights": name_weights(recipe), "alpha": ridge.alpha}
+
+
+def mean_heg(split, predicted):
+    """Mean over HEG of r over the validation spots, against the target."""
+    valid = split.spots("valid")
+    slides = split.data.spots["tissue_index"].to_numpy()[valid]
+    truth = split.data.target[valid]
+    r = common.average_slides(common.pearson_per_gene, predicted, truth, slides)
+    return float(pd.Series(r, split.data.genes)[split.members["heg"]].mean())
 
 
 def name_network(backbone):
@@ -464,44 +557,53 @@ def without_nan(values):
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def predict_again(out, trained):
+def predict_again(out, trained, restained=False):
     """`compute` of compute_records: the weights of a trained record of `out` predict once more, by
-    another recipe.
+    another recipe or on slides that another laboratory would have stained.
     """
 
     def compute(recipe, split, folder):
         device, dtype, _ = common.choose_device(recipe)
-        model = common.build_model(
-            recipe | {"PRETRAINED": False}, len(split.data.genes), split.seed
-        )
+        plain = recipe | {"PRETRAINED": False}
+        model = common.build_model(plain, len(split.data.genes), split.seed)
         weights = out / trained["folder"] / "weights.safetensors"
         model.load_state_dict(safetensors.torch.load_file(weights))
         model = model.to(device, memory_format=torch.channels_last)
         patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
+        if restained:
+            patches = common.RestainedPatches(patches, common.OTHER_STAINING)
         predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
-        kept = (
-            "weights",
-            "best_epoch",
-            "parameters_backbone",
-            "parameters_trainable",
-            "parameters_total",
-        )
+        kept = ("weights", "best_epoch", *PARAMETERS)
         return predicted, {name: trained[name] for name in kept}
 
     return compute
 
 
+PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
+
+
 def ridge_on_colour(recipe, split, folder, alpha=100.0):
-    """`compute` of compute_records: ridge on standardised colour statistics, which no image network
-    may lose to.
-    """
+    """`compute` of compute_records: ridge on standardised colour statistics."""
     colour = split.data.counts.obsm["colour"]
+    return predict_by_colour(split, colour[split.scored()], alpha), {"weights": "none"}
+
+
+def ridge_on_other_colours(recipe, split, folder, alpha=100.0):
+    """ridge_on_colour of slides that another laboratory would have stained."""
+    patches = split.data.patches[torch.from_numpy(split.scored())]
+    patches = common.restain_patches(patches, common.OTHER_STAINING)
+    colour = common.colour_statistics(patches)
+    return predict_by_colour(split, colour, alpha), {"weights": "none"}
+
+
+def predict_by_colour(split, colour, alpha):
+    """(n, G) float32 expression by (n, 40) colour statistics, learnt on the training spots."""
     train = split.spots("train")
-    mean = colour[train].mean(0)
-    sd = np.maximum(colour[train].std(0), 1e-12)
-    colour = (colour - mean) / sd
-    ridge = Ridge(alpha).fit(colour[train], split.data.target[train])
-    return ridge.predict(colour[split.scored()]).astype(np.float32), {"weights": "none"}
+    known = split.data.counts.obsm["colour"][train]
+    mean = known.mean(0)
+    sd = np.maximum(known.std(0), 1e-12)
+    ridge = Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
+    return ridge.predict((colour - mean) / sd).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------ records
