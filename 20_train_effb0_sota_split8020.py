@@ -74,16 +74,17 @@ QUICK_BUDGET = {
 
 def print_epoch(line, best_epoch):
     """One line an epoch, with the mean r of HEG over the validation spots."""
-    if line["epoch"] == 1:
+    if line["epoch"] == 0 or (line["epoch"] == 1 and HEAD_START != "ridge"):
         print(
             "epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds"
             "   (* best so far)"
         )
     mark = "*" if line["epoch"] == best_epoch else " "
+    train_mse = "-" if line["train_mse"] is None else f"{line['train_mse']:.5f}"
+    rate = "-" if line["images_per_s"] is None else f"{line['images_per_s']:.1f}"
     print(
-        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {line['train_mse']:11.5f} "
-        f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {line['images_per_s']:10.1f} "
-        f"{line['seconds']:9.1f}",
+        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_mse:>11} "
+        f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {rate:>10} {line['seconds']:9.1f}",
         flush=True,
     )
 
@@ -105,10 +106,13 @@ def compute_methods(run, recipe, split, suffix=""):
     train = functools.partial(runner.train_network, report=print_epoch)
     network = runner.name_network(recipe["BACKBONE"])
     records = run.compute(network + suffix, recipe, split, train)
-    records += run.compute("ridge (colour)" + suffix, recipe, split, runner.ridge_on_colour)
+    baseline = run.baseline | {"TARGET": recipe["TARGET"]}
+    records += run.compute("ridge (colour)" + suffix, baseline, split, runner.ridge_on_colour)
     if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
-        ridge = f"ridge ({network} features){suffix}"
-        records += run.compute(ridge, recipe, split, runner.ridge_on_features)
+        own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
+        baseline |= {name: recipe[name] for name in own}
+        ridge = f"ridge ({recipe['BACKBONE']}){suffix}"
+        records += run.compute(ridge, baseline, split, runner.ridge_on_features)
     return records
 
 

@@ -8,7 +8,7 @@ Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of
 Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
            the test slide, one JSON line
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
-Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data --test-slide 4
+Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
            python 22_search_freeze_and_hidden_cv5.py --quick      (four settings, two folds: no evidence)
 Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon
            cores, 2026-11-23)
@@ -182,17 +182,14 @@ def join_folds(out, records):
         of = [record for record in records if record["truth"] == recipe["TARGET"]]
         tables = [anndata.read_h5ad(out / record["folder"] / "predictions.h5ad") for record in of]
         ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
-        curves = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
-        valid_mse = np.mean([curve["valid_mse"] for curve in curves], axis=0)
-        more = {name: of[0][name] for name in ("weights", *PARAMETERS)}
-        more["best_epoch"] = int(valid_mse.argmin()) + 1
+        histories = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
+        mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
+        more = {name: of[0][name] for name in ("weights", *runner.PARAMETERS)}
+        more["best_epoch"] = common.choose_epoch(mean.to_dict("records"), recipe)
         more["seconds"] = sum(record["seconds"] for record in of)
         return anndata.concat(tables)[ids].X, more
 
     return compute
-
-
-PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
 
 
 def rank_settings(records):
@@ -229,8 +226,9 @@ def draw_figure(path, title, records):
     """Out-of-fold HEG r of the grid, against the target."""
     table = runner.select_records(records, "oof", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
-    values = np.array([[grid[name_setting(k, h)] for h in HIDDENS] for k in STAGES])
-    size = (1.5 + 0.9 * len(HIDDENS), 1.5 + 0.45 * len(STAGES))
+    hiddens = choose_hiddens()
+    values = np.array([[grid[name_setting(k, h)] for h in hiddens] for k in STAGES])
+    size = (3 + 0.9 * len(hiddens), 1.5 + 0.45 * len(STAGES))
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(values, aspect="auto")
@@ -238,7 +236,7 @@ def draw_figure(path, title, records):
     box = {"fc": "white", "ec": "none", "pad": 1}
     for (y, x), value in np.ndenumerate(values):
         ax.text(x, y, f"{value:.3f}", ha="center", va="center", size=8, bbox=box)
-    ax.set_xticks(range(len(HIDDENS)), HIDDENS)
+    ax.set_xticks(range(len(hiddens)), hiddens)
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
@@ -248,6 +246,11 @@ def draw_figure(path, title, records):
 # --------------------------------------------------------------------------------------------- main
 def name_setting(stages, hidden):
     return f"stages={stages} hidden={hidden}"
+
+
+def choose_hiddens():
+    """HIDDENS; a head that starts as a ridge is linear."""
+    return (0,) if HEAD_START == "ridge" else HIDDENS
 
 
 def train_chosen(run, oof, settings):
@@ -267,12 +270,11 @@ def train_chosen(run, oof, settings):
 
 
 def main():
+    run = runner.open_run(globals(), hold_out)
     settings = {
         name_setting(stages, hidden): {"TRAINABLE_STAGES": stages, "HIDDEN": hidden, "TTA": False}
-        for stages in STAGES
-        for hidden in HIDDENS
+        for stages, hidden in itertools.product(STAGES, choose_hiddens())
     }
-    run = runner.open_run(globals(), hold_out)
     run.print_header()
     settings = run.chosen(settings)
     with torch.device("meta"):  # too few stages are told now, not hours from now

@@ -62,6 +62,10 @@ ONLY = ""  # one augmentation; empty = all
 QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
+RIDGES = {
+    "ridge (colour)": runner.ridge_on_colour,
+    "ridge (colour), restained": runner.ridge_on_other_colours,
+}
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
 
@@ -223,7 +227,8 @@ def main():
     for aug, split in itertools.product(settings, run.splits):
         records += predict_anew(run, records, aug, split)
     for split in [] if ONLY else run.splits:
-        records += runner.compute_colour_ridges(run, split)
+        for name, compute in RIDGES.items():
+            records += run.compute(name, run.baseline, split, compute)
     title = "augmentations; 8 views = averaged over the symmetries at test time"
     minus = compare_with_mpa()
     run.print_scores(title, records, minus=minus)

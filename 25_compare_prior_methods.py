@@ -6,7 +6,7 @@ Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20)
 Prints     header, the table with parameters, minutes and gain over BLEEP, one JSON line
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
-Override   python 25_compare_prior_methods.py --data-root HER2ST_data --test-slide 4 --only BLEEP
+Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget on simulated slides: no evidence)
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
            cores, 2026-11-23)
@@ -23,15 +23,13 @@ what no image model may: the test spots' own depth, or expression measured next 
 import functools
 from dataclasses import replace
 
+import anndata
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LinearRegression, RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.linear_model import LinearRegression
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,17 +48,19 @@ VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
 RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
+BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
-HIDDEN = 3000  # units of EfficientNet-B0's head; 0 = a linear head
+HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
-FEATURES = "resnet50"  # timm name of the frozen backbone under the ridge
+FEATURES = "resnet50"  # timm name of the strongest frozen backbone, under a ridge and a control
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
-EPOCHS = 30  # of EfficientNet-B0, and of ST-Net with its optimiser
+EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
 STNET_EPOCHS = 50  # of ST-Net as published
+BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
 BLEEP_EPOCHS = 150
 BLEEP_BATCH = 512  # spots that BLEEP's loss compares with each other, or all of them
 MICRO_BATCH = 64  # patches in memory at once; where there are more, BLEEP computes them twice
@@ -91,21 +91,30 @@ ALLOWED = dict.fromkeys(("STNET_EPOCHS", "BLEEP_EPOCHS"), (1, 10**6))
 ALLOWED |= {"BLEEP_BATCH": (2, 10**6), "MICRO_BATCH": (3, 999)}
 
 
+STNET_BACKBONE = "densenet121"
+
+
+def name_bleep():
+    """What BLEEP's row is called: with its encoder, if that is another than published."""
+    return "BLEEP" if BLEEP_BACKBONE == "resnet50" else f"BLEEP ({BLEEP_BACKBONE})"
+
+
 def trained_methods():
     """{setting: {CONSTANT: value}} of what is trained; other methods' constants stay out of it."""
-    others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH", "PUBLISHED")
+    others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
+    others += ("BLEEP_BACKBONE", "PUBLISHED")
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
-    efficientnet = shared | {"BACKBONE": "efficientnet_b0", "AUG": "mpa"}
-    stnet = shared | {
-        "BACKBONE": "densenet121",
+    network = runner.name_network(BACKBONE)
+    published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
+    stnet = {
+        "BACKBONE": STNET_BACKBONE,
         "HIDDEN": 0,
         "HEAD_START": "mean",
         "AUG": "stnet",
         "TTA": True,
     }
-    published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    bleep = shared | {
-        "BACKBONE": "resnet50",
+    bleep = {
+        "BACKBONE": BLEEP_BACKBONE,
         "HIDDEN": 0,
         "HEAD_START": "zero",
         "AUG": "stnet",
@@ -114,13 +123,17 @@ def trained_methods():
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
     }
-    settings = {
-        "EfficientNet-B0": efficientnet,
-        "ST-Net": stnet | published,
-        "ST-Net, our optimiser": stnet,
-        "BLEEP": bleep,
+    best = {"BACKBONE": BACKBONE, "RECIPE": "best"} | runner.RECIPES["best"]
+    methods = {
+        network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa"}),
+        f"{network}, best recipe": ("network", best),
+        "ST-Net": ("ST-Net", stnet | published),
+        "ST-Net, our optimiser": ("ST-Net, our optimiser", stnet),
+        name_bleep(): ("BLEEP", bleep),
     }
-    return {name: setting | {"METHOD": name} for name, setting in settings.items()}
+    if PRETRAINED is False:  # Features of a random network are nothing to start from.
+        del methods[f"{network}, best recipe"]
+    return {name: shared | own | {"METHOD": method} for name, (method, own) in methods.items()}
 
 
 # ------------------------------------------------------------------------------------------- ST-Net
@@ -255,24 +268,6 @@ def training_mean(recipe, split, folder):
     return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
 
 
-def ridge_on_features(recipe, split, folder):
-    """Ridge on 256 principal components of a frozen backbone's features; all of it fitted on
-    training spots, alpha by leaving each of them out in turn.
-    """
-    train = split.spots("train")
-    features = common.encode_patches(split.data.patches, recipe["FEATURES"], recipe, split.seed)
-    components = min(256, len(train) - 1, features.shape[1])
-    ridge = make_pipeline(
-        StandardScaler(), PCA(components, random_state=split.seed), RidgeCV(np.logspace(0, 7, 15))
-    )
-    ridge.fit(features[train], split.data.target[train])
-    predicted = ridge.predict(features[split.scored()]).astype(np.float32)
-    return predicted, {
-        "weights": runner.name_weights(recipe, recipe["FEATURES"]),
-        "alpha": float(ridge[-1].alpha_),
-    }
-
-
 def depth_only(recipe, split, folder):
     """Control: a straight line a gene through the log of the spot's own total counts, which an
     image does not show.
@@ -307,15 +302,77 @@ def nearest_spot(recipe, split, folder):
     return predicted, {"weights": "none"}
 
 
-def computed_methods():
-    """{setting: its `compute` of Run.compute} of what needs no training by epochs."""
-    return {
-        "training mean": training_mean,
-        "ridge (colour)": runner.ridge_on_colour,
-        f"ridge ({FEATURES})": ridge_on_features,
-        "depth only (control)": depth_only,
-        "nearest spot (control)": nearest_spot,
+def own_slide(recipe, split, folder):
+    """Control: the ridge on frozen features, learnt on the test slide itself, on the blocks around
+    those that it predicts. What it has over the other ridges is the step to another slide; what it
+    lacks to the ceiling, the image does not show, or not to these features. NaN for other slides.
+    """
+    data = split.data
+    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
+    features = features * common.balance_stages(features[split.spots("train")], widths)
+    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
+    slides = data.spots["tissue_index"].to_numpy()
+    predicted = np.full(data.target.shape, np.nan, np.float32)
+    for slide in split.slides("test"):
+        here = split.spots("test")
+        here = here[slides[here] == slide]
+        for train, held_out in common.choose_folds(data.spots.iloc[here]):
+            learn, judge = here[train], here[held_out]
+            ridge, _ = common.fit_ridge(
+                features[learn], data.target[learn], data.spots.iloc[learn], chosen_by
+            )
+            predicted[judge] = ridge.predict(features[judge])
+    return predicted[split.scored()], {"weights": runner.name_weights(recipe)}
+
+
+def average_networks(out, records):
+    """`compute` of Run.compute: the mean of the predictions of these records."""
+
+    def compute(recipe, split, folder):
+        names = dict.fromkeys(record["folder"] for record in records)
+        tables = [anndata.read_h5ad(out / name / "predictions.h5ad") for name in names]
+        return np.mean([table.X for table in tables], axis=0), {"weights": "several"}
+
+    return compute
+
+
+def computed_methods(run):
+    """{setting: (its constants, its `compute` of Run.compute)} of what needs no training by
+    epochs.
+    """
+    plain = run.baseline
+    methods = {
+        "training mean": (plain, training_mean),
+        "ridge (colour)": (plain, runner.ridge_on_colour),
     }
+    own = {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
+    frozen = plain | own | {"POOL_STAGES": False}
+    backbones = [FEATURES, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
+    for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
+        recipe = frozen | {"BACKBONE": backbone}
+        methods[f"ridge ({backbone})"] = (recipe, runner.ridge_on_features)
+        if PRETRAINED is not False:
+            recipe = recipe | {"POOL_STAGES": True}
+            methods[f"ridge ({backbone}, all stages)"] = (recipe, runner.ridge_on_features)
+    methods["depth only (control)"] = (plain, depth_only)
+    methods["nearest spot (control)"] = (plain, nearest_spot)
+    if PRETRAINED is not False:
+        recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True}
+        methods["own slide (control)"] = (recipe, own_slide)
+    return methods
+
+
+def compute_ensemble(run, records):
+    """The records of the mean of the best recipe's network and every ridge on all stages."""
+    settings = dict.fromkeys(record["setting"] for record in records)
+    members = [name for name in settings if name.endswith((", best recipe", ", all stages)"))]
+    found = []
+    for split in run.splits if len(members) > 1 else ():
+        of = [runner.record_of(records, name, split) for name in members]
+        recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
+        compute = average_networks(run.out, of)
+        found += run.compute(f"mean of {len(members)} models", recipe, split, compute)
+    return found
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -337,22 +394,25 @@ def mean_heg(records, setting):
 
 
 def main():
-    trained, computed = trained_methods(), computed_methods()
     run = runner.open_run(globals())
+    trained, computed = trained_methods(), computed_methods(run)
     chosen = run.chosen(trained | computed)
     run.print_header()
-    own = ("TARGET", "PROTOCOL", "FEATURES", "PRETRAINED", "IMAGE_SIZE", "DEVICE", "PRECISION")
-    recipe = {name: run.recipe[name] for name in own}
     records = []
     for name in [name for name in computed if name in chosen]:
+        recipe, compute = computed[name]
         for split in run.splits:  # before the trainings: what fails, fails now
-            records += run.compute(name, recipe, split, computed[name])
+            records += run.compute(name, recipe, split, compute)
     settings = {name: setting for name, setting in trained.items() if name in chosen}
     records = run.train(settings, adapt) + records
-    minus = {} if ONLY else dict.fromkeys([name for name in chosen if name != "BLEEP"], "BLEEP")
-    add = functools.partial(add_costs_and_gain, mean_heg(records, "BLEEP"))
+    records += compute_ensemble(run, records)
+    bleep = name_bleep()
+    others = dict.fromkeys(record["setting"] for record in records if record["setting"] != bleep)
+    minus = {} if ONLY else dict.fromkeys(others, bleep)
+    add = functools.partial(add_costs_and_gain, mean_heg(records, bleep))
     title = "methods; a control uses what no image model may"
-    run.print_scores(title, records, minus=minus, add=add, leave_out=("MG", "r>=.30"))
+    leave_out = ("of ceiling", "MG", "r>=.30")
+    run.print_scores(title, records, minus=minus, add=add, leave_out=leave_out)
     tables = runner.print_published(run.data.root) if PUBLISHED else {}
     run.finish(records, tables)
 

@@ -695,13 +695,16 @@ def restain(pixels, change):
     return 256 * torch.exp(-changed) - 1
 
 
+OTHER_STAINING = change_of_stain(OTHER_STRENGTHS, DYES, OTHER_DYES)  # (3, 3)
+
+
 class RestainedPatches:
     """Patches as another laboratory would have stained them, for [spots]: uint8 as they are."""
 
     def __init__(self, patches, change):
         self.patches = patches
         self.device = patches.device
-        self.change = change.to(patches.device)  # (3, 3)
+        self.change = change.to(patches.device)  # (3, 3) as restain's
 
     def __len__(self):
         return len(self.patches)
@@ -711,6 +714,58 @@ class RestainedPatches:
         changed = restain(images, self.change.expand(len(images), 3, 3))
         changed = changed.round().clamp(0, 255).to(torch.uint8)
         return changed.contiguous(memory_format=torch.channels_last)
+
+
+def colour_statistics(patches):
+    """40 colour and texture statistics a patch, (n, 224, 224, 3) uint8 -> (n, 40) float64.
+
+    They are all that the baseline knows of a patch: mean, sd and three percentiles of red, green,
+    blue; these and the skewness of the two dyes' densities (Ruifrok and Johnston 2001); mean and sd
+    of saturation; gradients and contrast of grey at three scales and gradients of hematoxylin;
+    fractions of dark and of white pixels.
+    """
+    dyes = torch.tensor(DYES)
+    unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
+    parts = []
+    for start in range(0, len(patches), 64):
+        rgb = torch.from_numpy(patches[start : start + 64]).permute(0, 3, 1, 2).float().div(255)
+        rgb = F.avg_pool2d(rgb, 2)
+        density = -torch.log(rgb.clamp_min(1 / 255))
+        stains = torch.einsum("bchw,cd->bdhw", density, unmix)
+        colours = describe_colours(torch.cat([rgb, stains], 1).flatten(2))
+        parts.append(torch.cat([colours, describe_texture(rgb, stains)], 1))
+    return torch.cat(parts).double().numpy()
+
+
+def describe_colours(values):
+    """(B, 27): mean, sd, skewness (of the last two) and percentiles of channels (B, 5, pixels)."""
+    mean, sd = values.mean(2), values.std(2)
+    centred = values[:, 3:] - mean[:, 3:, None]
+    skewness = (centred**3).mean(2) / sd[:, 3:].clamp_min(1e-6) ** 3
+    some = values[:, :, ::4]
+    percentiles = some.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 0, 2).flatten(1)
+    return torch.cat([mean, sd, skewness, percentiles], 1)
+
+
+def describe_texture(rgb, stains):
+    """(B, 13): saturation, gradients and contrast at three scales, fractions of dark and white."""
+    saturation = (1 - rgb.amin(1) / rgb.amax(1).clamp_min(1e-3)).flatten(1)
+    grey, hematoxylin = rgb.mean(1, keepdim=True), stains[:, :1]
+    columns = [saturation.mean(1), saturation.std(1)]
+    for scale in (1, 2, 4):
+        coarse = F.avg_pool2d(grey, scale)
+        columns.append(mean_gradient(coarse))
+        columns.append(mean_gradient(F.avg_pool2d(hematoxylin, scale)))
+        columns.append(coarse.std((1, 2, 3)))
+    columns.append((grey < 0.4).float().mean((1, 2, 3)))
+    columns.append((grey > 0.85).float().mean((1, 2, 3)))
+    return torch.stack(columns, 1)
+
+
+def mean_gradient(images):
+    """(B,): mean difference of neighbouring pixels of (B, 1, h, w), down plus across."""
+    down, across = images.diff(dim=2).abs(), images.diff(dim=3).abs()
+    return down.mean((1, 2, 3)) + across.mean((1, 2, 3))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1105,7 +1160,7 @@ def fit(
     gene_weights=None,
     optimise=adam_with_cosine,
     valid_heg=None,
-    keep=0,
+    keep=None,
     checkpoint=None,
     made_with=None,
     report=None,
@@ -1115,10 +1170,10 @@ def fit(
     patches (N, 3, S, S) uint8, target (N, G) float32 array, train_spots and valid_spots int64
     arrays of spot numbers. `loss` and `optimise` are LOSS and adam_with_cosine unless given;
     gene_weights (G,) say how much each gene counts in the loss. The best epoch has the lowest
-    validation MSE or, by BEST_EPOCH, the highest r that valid_heg(predicted) gives. With `keep`
-    there is no validation, and training ends with that epoch. `checkpoint` is a file from which a
-    killed run goes on; it holds what it was `made_with`. report(line, best_epoch) sees each
-    epoch's line of the history.
+    validation MSE or, by BEST_EPOCH, the highest r that valid_heg(predicted) gives; a network that
+    starts as a ridge is judged before its first epoch, too. With `keep` there is no validation, and
+    training ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds
+    what it was `made_with`. report(line, best_epoch) sees each epoch's line of the history.
     """
     device = next(model.parameters()).device
     loss = weigh_genes(loss or LOSSES[recipe["LOSS"]], gene_weights, device)
@@ -1126,24 +1181,34 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     truth = torch.from_numpy(target).to(device)
+    judge = functools.partial(validate, model, patches, target, valid_spots, valid_heg, dtype)
     history, best = resume(checkpoint, stateful, made_with, device)
     if history:
-        tqdm.write(f"going on after epoch {len(history)} of {recipe['EPOCHS']} ({checkpoint})")
+        done = history[-1]["epoch"]
+        tqdm.write(f"going on after epoch {done} of {recipe['EPOCHS']} ({checkpoint})")
+    else:
+        done = 0
+        best = {"epoch": 0, "weights": copy_state(model)}
+        if keep is None and recipe.get("HEAD_START") == "ridge":
+            history.append(begin_line(0, schedule) | judge())
+            if report is not None:
+                report(history[0], 0)
     network = DistributedDataParallel(model) if dist.is_initialized() else model
     step = functools.partial(make_step, network, optimiser, scaler, loss, dtype)
-    for epoch in range(len(history), keep or recipe["EPOCHS"]):
+    for epoch in range(done, recipe["EPOCHS"] if keep is None else keep):
         began = time.perf_counter()
-        line = {"epoch": epoch + 1, "learning_rate": schedule.get_last_lr()[0]}
+        line = begin_line(epoch + 1, schedule)
         line["train_mse"] = train_epoch(
             network, step, patches, truth, train_spots, recipe, seed, epoch
         )
         schedule.step()
         line["images_per_s"] = len(train_spots) / (time.perf_counter() - began)
-        line |= validate(model, patches, target, [] if keep else valid_spots, valid_heg, dtype)
+        if keep is None:
+            line |= judge()
         line["seconds"] = time.perf_counter() - began
         check_finite(line)
         history.append(line)
-        if keep or choose_epoch(history, recipe) == epoch + 1:
+        if keep is not None or choose_epoch(history, recipe) == epoch + 1:
             best = {"epoch": epoch + 1, "weights": copy_state(model)}
         if report is not None:
             report(line, best["epoch"])
@@ -1151,6 +1216,19 @@ def fit(
             save_checkpoint(checkpoint, stateful, history, best, made_with)
     model.load_state_dict(best["weights"])
     return history
+
+
+def begin_line(epoch, schedule):
+    """A line of the history in which nothing is known yet."""
+    return {
+        "epoch": epoch,
+        "learning_rate": schedule.get_last_lr()[0],
+        "train_mse": None,
+        "valid_mse": None,
+        "valid_heg": None,
+        "images_per_s": None,
+        "seconds": 0.0,
+    }
 
 
 def weigh_genes(loss, gene_weights, device):
@@ -1163,9 +1241,7 @@ def weigh_genes(loss, gene_weights, device):
 
 
 def validate(model, patches, target, valid_spots, valid_heg, dtype):
-    """{"valid_mse", "valid_heg"} of the validation spots; None without any."""
-    if len(valid_spots) == 0:
-        return {"valid_mse": None, "valid_heg": None}
+    """{"valid_mse", "valid_heg"} of the validation spots."""
     predicted = predict(model, patches, valid_spots, dtype=dtype)
     mse = float(mean_square(predicted, target[valid_spots]).mean())
     return {"valid_mse": mse, "valid_heg": valid_heg(predicted) if valid_heg else None}
@@ -1177,7 +1253,7 @@ def choose_epoch(history, recipe):
         judged_by = [-line["valid_heg"] for line in history]
     else:
         judged_by = [line["valid_mse"] for line in history]
-    return int(np.nanargmin(judged_by)) + 1
+    return history[int(np.nanargmin(judged_by))]["epoch"]
 
 
 def check_finite(line):
@@ -1374,23 +1450,28 @@ def fit_ridge(features, target, spots, chosen_by):
     penalties = ALPHAS * (x**2).sum(1).mean()
     squares = np.zeros((len(ALPHAS), y.shape[1]))
     for train, held_out in choose_folds(spots):
-        solutions = solve_ridge(x[train], y[train], penalties)
-        for i, weight in enumerate(solutions):
-            squares[i] += ((x[held_out] @ weight - y[held_out]) ** 2).sum(0)
+        sizes, axes, moments = decompose(x[train], y[train])
+        seen = x[held_out] @ axes.T
+        for i, penalty in enumerate(penalties):
+            predicted = seen @ shrink(sizes, moments, penalty)
+            squares[i] += ((predicted - y[held_out]) ** 2).sum(0)
     best = int(squares[:, chosen_by].sum(1).argmin())
     explained = 1 - squares[best] / np.maximum((y**2).sum(0), 1e-12)
-    (weight,) = solve_ridge(x, y, penalties[best : best + 1])
+    sizes, axes, moments = decompose(x, y)
+    weight = axes.T @ shrink(sizes, moments, penalties[best])
     bias = target.mean(0, np.float64) - features.mean(0, np.float64) @ weight
     return Ridge(weight, bias, float(ALPHAS[best])), explained.clip(0)
 
 
-def solve_ridge(x, y, penalties):
-    """Yield the (F, G) weights of ridge regression of y (n, G) on x (n, F), a penalty each."""
-    left, sizes, right = scipy.linalg.svd(x, full_matrices=False)
-    projected = left.T @ y
-    for penalty in penalties:
-        shrunk = (sizes / (sizes**2 + penalty))[:, None] * projected
-        yield right.T @ shrunk
+def decompose(x, y):
+    """Singular sizes (k,) and axes (k, F) of x (n, F), and what y (n, G) has along them, (k, G)."""
+    left, sizes, axes = scipy.linalg.svd(x, full_matrices=False)
+    return sizes, axes, left.T @ y
+
+
+def shrink(sizes, moments, penalty):
+    """(k, G) coefficients of ridge regression along the axes of decompose."""
+    return (sizes / (sizes**2 + penalty))[:, None] * moments
 
 
 def choose_folds(spots):

@@ -297,6 +297,11 @@ class Split:
         """{"heg": its genes that are in the panel, "hvg", "mg", "all": the panel}."""
         return common.members_of(self.groups, self.data.genes)
 
+    @property
+    def reported(self):
+        """Names of the genes of HEG and HVG that are in the panel."""
+        return {*self.members["heg"], *self.members["hvg"]}
+
     def spots(self, *roles):
         """Numbers of the spots with these roles, in the order of the roles."""
         return np.concatenate([np.flatnonzero(self.roles == role) for role in roles])
@@ -371,8 +376,8 @@ class Training:
     more: dict = field(default_factory=dict)  # {name: value} for the records
 
 
-def train_network(recipe, split, folder, *, keep=0, adapt=None, report=None):
-    """Train and predict, as `compute` of compute_records; writes weights.safetensors and history.csv.
+def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
+    """Train and predict, as `compute` of compute_records; writes weights.safetensors, history.csv.
 
     `keep` and `report` as in common.fit; `adapt` as in Training.
     """
@@ -411,14 +416,20 @@ def train_network(recipe, split, folder, *, keep=0, adapt=None, report=None):
     parameters = common.count_parameters(training.model)
     return predicted, {
         "weights": name_weights(recipe),
-        "best_epoch": keep or common.choose_epoch(history, recipe),
-        "images_per_s": float(np.median([line["images_per_s"] for line in history])),
+        "best_epoch": common.choose_epoch(history, recipe) if keep is None else keep,
+        "images_per_s": median_rate(history),
         # Epochs before an interruption count as well.
         "seconds": sum(line["seconds"] for line in history),
         "peak_memory_mb": peak / 2**20,
         **{f"parameters_{part}": count for part, count in parameters.items()},
         **training.more,
     }
+
+
+def median_rate(history):
+    """Images a second of the median epoch; NaN where none was trained."""
+    rates = [line["images_per_s"] for line in history if line["images_per_s"]]
+    return float(np.median(rates)) if rates else np.nan
 
 
 def start_training(recipe, split, patches, device):
@@ -456,8 +467,7 @@ def fit_frozen_ridge(recipe, split):
     train = split.spots("train")
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
     scale = common.balance_stages(features[train], widths)
-    reported = {*split.members["heg"], *split.members["hvg"]}
-    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(reported))
+    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
     ridge, explained = common.fit_ridge(
         features[train] * scale, data.target[train], data.spots.iloc[train], chosen_by
     )
@@ -590,9 +600,12 @@ def ridge_on_colour(recipe, split, folder, alpha=100.0):
 
 def ridge_on_other_colours(recipe, split, folder, alpha=100.0):
     """ridge_on_colour of slides that another laboratory would have stained."""
-    patches = split.data.patches[torch.from_numpy(split.scored())]
-    patches = common.restain_patches(patches, common.OTHER_STAINING)
-    colour = common.colour_statistics(patches)
+    patches = common.MappedPatches(split.data.patches, common.PATCH_SIZE)
+    patches = common.RestainedPatches(patches, common.OTHER_STAINING)
+    colour = []
+    for spots in torch.from_numpy(split.scored()).split(64):
+        colour.append(common.colour_statistics(patches[spots].permute(0, 2, 3, 1).numpy()))
+    colour = np.concatenate(colour)
     return predict_by_colour(split, colour, alpha), {"weights": "none"}
 
 
@@ -862,8 +875,10 @@ def format_group(records, group, size):
 
 
 def group_sizes(split):
-    """{"heg": number of genes, ...} of what the groups should hold."""
-    sizes = {"all": len(split.data.genes)}
+    """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
+    that are constant on a slide are no news.
+    """
+    sizes = {}
     for group, count in split.groups["group"].value_counts().items():
         sizes[group.lower()] = count
     return sizes
@@ -881,8 +896,7 @@ def describe_setting(records, sizes, out):
     share = records["heg"].mean() / records["heg_ceiling"].mean()
     line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
     for group in ("HVG", "MG", "all"):
-        key = group.lower()
-        line[group] = format_group(records, key, sizes.get(key, 0))
+        line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
     return line
 
@@ -911,12 +925,14 @@ def describe_differences(table, settings):
 def describe_scored(records):
     """Which spots and which truth a table of scores is about."""
     slides = records["slide"].unique()
-    roles = {"test": "test slide", "oof": "out of fold, slides", "valid": "validation, slides"}
+    roles = {"test": "test slide", "oof": "out of fold, slide", "valid": "validation, slide"}
     truths = {"lognorm": "log-normalised counts", "harmony": "Harmony's values"}
     first = records.drop_duplicates(["slide", "fold"])
     n_spots = first.groupby("slide")["n_spots"].max().sum()
     n_trainings = len(records.drop_duplicates(["seed", "fold"]))
-    where = f"{roles[records['split'].iloc[0]]} {','.join(slides)} ({n_spots} spots)"
+    slides = ",".join(slides)
+    role = roles[records["split"].iloc[0]] + ("s" if "," in slides else "")
+    where = f"{role} {slides} ({n_spots} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
     return f"{where}, {truths[records['truth'].iloc[0]]}, {trainings}"
 
@@ -1022,6 +1038,12 @@ class Run:
         print(f"\n{self.data.label}{self.name}")
         for name, value in describe_run(self.recipe, self.splits).items():
             print(f"{name:11} {value}")
+
+    @property
+    def baseline(self):
+        """The constants on which a method without network depends; the others stay out of it."""
+        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION")
+        return {name: self.recipe[name] for name in names} | {"PRETRAINED": False}
 
     def compute(self, setting, recipe, split, compute):
         """The records of one setting on one split: see compute_records."""
