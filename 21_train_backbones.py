@@ -56,6 +56,7 @@ QUICK = False  # the small budget below, on simulated slides
 # Any timm name, or hf-hub:owner/name such as a pathology foundation model's.
 BACKBONES = (
     "efficientnet_b0",
+    "tf_efficientnet_lite0",
     "tf_efficientnet_b7.ra_in1k",
     "resnet18",
     "resnet50",
