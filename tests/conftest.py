@@ -1,5 +1,5 @@
-"""Fixtures and helpers: the scripts run in this process on about 40 simulated spots; nothing reaches
-beyond loopback.
+"""Fixtures and helpers: the scripts run in this process on about 40 simulated spots; nothing
+reaches beyond loopback.
 """
 
 import contextlib

@@ -20,7 +20,9 @@ def load_benchmark(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["compare_stages", "compare_precision", "measure_growth", "measure_prediction"])
+@pytest.mark.parametrize(
+    "name", ["compare_stages", "compare_precision", "measure_growth", "measure_prediction"]
+)
 def test_its_constants_are_listed(name):
     command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -42,11 +44,20 @@ def test_both_sides_cut_the_same_patches(tmp_path):
 def test_both_sides_score_the_same():
     stages = load_benchmark("compare_stages")
     predicted, truth = np.random.default_rng(0).normal(size=(2, 50, 9)).astype(np.float32)
-    assert np.allclose(stages.conventional.correlate(predicted, truth), common.pearson_per_gene(predicted, truth))
+    assert np.allclose(
+        stages.conventional.correlate(predicted, truth), common.pearson_per_gene(predicted, truth)
+    )
 
 
 def test_a_stage_ends_with_its_table(tmp_path):
-    command = [sys.executable, REPOSITORY / "benchmarks" / "compare_stages.py", "--only", "scoring", "--repeats", "1"]
+    command = [
+        sys.executable,
+        REPOSITORY / "benchmarks" / "compare_stages.py",
+        "--only",
+        "scoring",
+        "--repeats",
+        "1",
+    ]
     subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True)
     table = pd.read_csv(tmp_path / "stages.csv")
     assert (table["conventional"] > 0).all() and (table["ratio"] > 0).all()

@@ -53,7 +53,14 @@ def test_readme_names_every_script_and_nothing_unmeasured():
 # ---------------------------------------------------------------------------------------------- every command, run
 # Real data from the local mirror; a longer training than shows that the command runs is cut short.
 ADDED = {"--dataset HER2ST": ["--source", SHARED / "her2st"], "torchrun": ["--quick"]}
-ADDED |= {"20_train_effb0_sota_split8020.py --data-root my_slides": ["--pretrained", "false", "--epochs", "1"]}
+ADDED |= {
+    "20_train_effb0_sota_split8020.py --data-root my_slides": [
+        "--pretrained",
+        "false",
+        "--epochs",
+        "1",
+    ]
+}
 LIVER = {"17_download_data.py", "19_make_patches_and_csv.py", "20_train_effb0_sota_split8020.py"}
 
 
@@ -80,8 +87,15 @@ def run(command, place):
     if "--from-spaceranger" in line:
         own_slides(place)
     arguments = [REPOSITORY / word if word.endswith(".py") else word for word in command]
-    starts = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    arguments = starts[command[0]] + arguments[1:] + [word for key in ADDED if key in line for word in ADDED[key]]
+    starts = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }
+    arguments = (
+        starts[command[0]]
+        + arguments[1:]
+        + [word for key in ADDED if key in line for word in ADDED[key]]
+    )
     began = time.monotonic()
     done = subprocess.run([*map(str, arguments)], cwd=place, capture_output=True, text=True)
     print(f"{line} took {time.monotonic() - began:.0f} s")
@@ -96,7 +110,9 @@ def test_the_command_runs(place, command):
     if line == "pytest":
         pytest.skip("this is the test suite itself; .ci/run runs it")
     if len(command) == 2 and command[1] in LIVER:
-        pytest.skip("needs GSE240429's ten gigabytes; test_download runs script 17 against a local server")
+        pytest.skip(
+            "needs GSE240429's ten gigabytes; test_download runs script 17 against a local server"
+        )
     if "HER2ST" in line and not (SHARED / "her2st").is_dir():
         pytest.skip("shared/her2st is not there")
     stdout = run(command, place)
@@ -108,17 +124,28 @@ def test_the_command_runs(place, command):
     if "--quick" in line:
         check_first_look(command[1], stdout, rows)
     elif "HER2ST" in line:
-        assert {"EfficientNet-B0", "ridge (colour)"} <= set(rows["setting"]) and rows["heg"].notna().all()
+        assert {"EfficientNet-B0", "ridge (colour)"} <= set(rows["setting"]) and rows[
+            "heg"
+        ].notna().all()
 
 
 def check_first_look(script, stdout, rows):
     """20's small budget shows that the network learns; the others' say that they are no evidence."""
     if not script.startswith("20"):
         settings = {"21": 4, "22": 4, "23": 8, "24": 3, "25": 9}[script[:2]]
-        assert "SIMULATED slides: quick budget, no evidence: " in stdout and rows["setting"].nunique() == settings
+        assert (
+            "SIMULATED slides: quick budget, no evidence: " in stdout
+            and rows["setting"].nunique() == settings
+        )
         assert rows["heg"].notna().all() or script.startswith("25"), "25's training mean has no r"
         return
-    assert "$ python 18_simulate_slides.py" in stdout and "$ python 19_make_patches_and_csv.py" in stdout
+    assert (
+        "$ python 18_simulate_slides.py" in stdout
+        and "$ python 19_make_patches_and_csv.py" in stdout
+    )
     test = rows.query("split == 'test'").set_index("setting")
-    assert test["heg"]["EfficientNet-B0"] >= 0.5 and test["heg"]["EfficientNet-B0"] > test["heg"]["ridge (colour)"]
+    assert (
+        test["heg"]["EfficientNet-B0"] >= 0.5
+        and test["heg"]["EfficientNet-B0"] > test["heg"]["ridge (colour)"]
+    )
     assert 0.75 <= float(re.search(r"per slide: ([\d.]+) against counting noise", stdout)[1]) <= 0.9
