@@ -1,4 +1,6 @@
-"""Kills, full disks, two processes at once: the same command again ends as if nothing had happened."""
+"""Kills, full disks, two processes at once: the same command again ends as if nothing had
+happened.
+"""
 
 import hashlib
 import json
