@@ -241,7 +241,7 @@ def hold_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------- splits
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Hashed by identity: script 22 keeps the folds of each.
 class Split:
     """One training's share of a data root: which spots do what, and which genes are reported."""
 
