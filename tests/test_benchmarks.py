@@ -52,16 +52,22 @@ def test_both_sides_score_the_same():
 
 
 def test_both_sides_train(tmp_path, monkeypatch):
-    """A step of 32 patches and five genes each."""
+    """One step of 32 patches and five genes each."""
     stages = load_benchmark("compare_stages")
-    for name, value in {"STEPS": 1, "REPEATS": 1, "GENES": 5, "DEVICE": "cpu"}.items():
+    for name, value in {"STEPS": 1, "GENES": 5, "DEVICE": "cpu"}.items():
         monkeypatch.setattr(stages, name, value)
     monkeypatch.setattr(stages.os, "cpu_count", lambda: 0)  # The loader has no processes.
-    lines = stages.compare_training(tmp_path)
-    assert len(lines) == 2
-    for line in lines:
-        assert line["here"] > 0
-        assert line["conventional"] > 0
+    called = []
+
+    def call_both(repeats, *sides):
+        for side in sides:
+            side()
+            called.append(side.__name__)
+        return np.ones((1, 2))
+
+    monkeypatch.setattr(stages, "alternate", call_both)
+    assert len(stages.compare_training(tmp_path)) == 2
+    assert called == ["conventionally", "here", "fixed", "here"]
 
 
 def test_a_stage_ends_with_its_table(tmp_path):

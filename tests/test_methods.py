@@ -173,7 +173,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(paper_split, tmp_path, 
     spots = paper_split.spots("train"), paper_split.spots("valid")
 
     def train(stop_after, name):
-        def stop(line, predicted, best_epoch):
+        def stop(line, *others):
             if line["epoch"] > stop_after:
                 raise KeyboardInterrupt
 

@@ -131,7 +131,7 @@ def test_an_unknown_loss_is_refused():
 def test_an_interrupted_run_ends_with_the_same_bits(little, tmp_path, killed_after):
     whole = train(little)[2]
 
-    def kill(line, predicted, best_epoch):
+    def kill(line, *others):
         if line["epoch"] == killed_after + 1:
             raise KeyboardInterrupt
 
