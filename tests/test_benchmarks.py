@@ -52,8 +52,9 @@ def test_both_sides_score_the_same():
 
 
 def test_both_sides_train(tmp_path, monkeypatch):
-    """One step of 32 patches and five genes each."""
+    """One step of 32 small patches and five genes each."""
     stages = load_benchmark("compare_stages")
+    monkeypatch.setattr(common, "PATCH_SIZE", 64)
     for name, value in {"STEPS": 1, "GENES": 5, "DEVICE": "cpu"}.items():
         monkeypatch.setattr(stages, name, value)
     monkeypatch.setattr(stages.os, "cpu_count", lambda: 0)  # The loader has no processes.
