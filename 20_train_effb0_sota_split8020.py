@@ -3,8 +3,8 @@
 Question   How well does one H&E patch predict the expression of its spot on a slide that was not
            trained on?
 Reads      <DATA_ROOT>/dataset/ (script 19)
-Writes     <OUT>/rows.csv and a folder a row: per-gene r, predictions, figures, weights, split, gene
-           groups
+Writes     <OUT>/rows.csv, paired_differences.csv and a folder a row: per-gene r, predictions,
+           figures, weights, split, gene groups
 Prints     header, one row an epoch, the table of mean Pearson r, one JSON line
 Command    python 20_train_effb0_sota_split8020.py --data-root GSE240429_data
 Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slides)

@@ -4,7 +4,7 @@ Question   Which number of trainable stages and hidden units predicts spots best
            of training?
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions
-           (as script 20), search.png
+           (as script 20), paired_differences.csv, search.png
 Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
            the test slide, one JSON line
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data

@@ -22,6 +22,7 @@ import resource
 import runpy
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -282,7 +283,7 @@ def hold_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------- splits
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Hashed by identity: script 22 keeps the folds of each.
 class Split:
     """One training's share of a data root: which spots do what, and which genes are reported."""
 
@@ -831,7 +832,8 @@ def print_table(title, table):
     head, *body = table.to_string(index=False).splitlines()
     lines = [cut(line.rstrip(), WIDTH) for line in (head, *body)]
     width = max(map(len, lines))
-    print(f"\n{title}", "=" * width, lines[0], "-" * width, *lines[1:], "=" * width, sep="\n")
+    print(f"\n{textwrap.fill(title, WIDTH)}", "=" * width, lines[0], "-" * width, sep="\n")
+    print(*lines[1:], "=" * width, sep="\n")
 
 
 def cut(text, width):
@@ -1037,7 +1039,7 @@ class Run:
         """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
         print(f"\n{self.data.label}{self.name}")
         for name, value in describe_run(self.recipe, self.splits).items():
-            print(f"{name:11} {value}")
+            print(textwrap.fill(f"{name:11} {value}", WIDTH, subsequent_indent=" " * 12))
 
     @property
     def baseline(self):

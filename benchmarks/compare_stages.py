@@ -1,9 +1,14 @@
-"""Every stage of this project against the conventional pipeline: both in one run, alternating, medians.
+"""Every stage of this project against the conventional pipeline: both in one run, alternating,
+medians.
 
-Question   What do memory-mapped uint8 patches, batched augmentation and the fast formats save, stage by stage?
-Reads      nothing; with --positions a Space Ranger positions CSV of a real slide, else a hexagonal grid is laid
-Writes     <OUT>/stages.csv and machine.json; slides and patches made for it under OUT (about 5 GB, removed at the end)
-Prints     a line a stage: both medians, their ratio, the least and greatest ratio of the repeats, the target
+Question   What do memory-mapped uint8 patches, batched augmentation and the fast formats save,
+           stage by stage?
+Reads      nothing; with --positions a Space Ranger positions CSV of a real slide, else a hexagonal
+           grid is laid
+Writes     <OUT>/stages.csv and machine.json; slides and patches made for it under OUT (about 5 GB,
+           removed at the end)
+Prints     a line a stage: both medians, their ratio, the least and greatest ratio of the repeats,
+           the target
 Command    python benchmarks/compare_stages.py --positions tissue_positions_list_1.csv
 Override   python benchmarks/compare_stages.py --only training --repeats 7
 """
@@ -22,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import polars
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -34,23 +38,31 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import conventional  # noqa: E402
 
 import common  # noqa: E402
+import runner  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
 POSITIONS = ""  # Space Ranger positions of a real slide; empty = a hexagonal grid of 2,378 spots
-REPEATS = 5  # of each side; patches: 5 as well, dataset.csv: 3
-ONLY = ""  # one stage: patches, input, training, prediction, scoring or table; empty = all
+REPEATS = 5  # of each side; dataset.csv: 3 at most
+ONLY = ""  # patches, input, training, prediction, scoring or table; empty = all
 STEPS = 8  # training steps of 32 patches that are timed together
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # of this project's side
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HEIGHT, WIDTH = 26_000, 25_400  # px, as a slide of GSE240429
 GENES, SPOTS = 3_467, 9_269  # of GSE240429
 RECIPE = {
-    "BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 3000, "TRAINABLE_STAGES": -1, "AUG": "mpa",
-    "BATCH_SIZE": 32, "LEARNING_RATE": 3e-4, "EPOCHS": 30,
-}  # fmt: skip
+    "BACKBONE": "efficientnet_b0",
+    "PRETRAINED": False,
+    "HIDDEN": 3000,
+    "TRAINABLE_STAGES": -1,
+    "AUG": "mpa",
+    "BATCH_SIZE": 32,
+    "LEARNING_RATE": 3e-4,
+    "LOSS": "mse",
+    "EPOCHS": 30,
+}
 
 
 def load_script(name):
@@ -63,10 +75,11 @@ def load_script(name):
 
 
 def describe_machine():
-    """What a number depends on: common's facts and the commit."""
+    """What a number depends on: the machine and the commit."""
     device, _, _ = common.choose_device({"DEVICE": "auto", "PRECISION": "auto"})
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    return common.describe_machine(device) | {"commit": commit.stdout.strip()}
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return runner.describe_machine(device) | {"commit": commit.stdout.strip()}
 
 
 def alternate(repeats, conventionally, here):
@@ -88,52 +101,70 @@ def line(stage, unit, pairs, amount, target):
     """A row of the table: `pairs` (repeats, 2) seconds for `amount` of the unit."""
     ratios = pairs[:, 0] / pairs[:, 1]
     old, new = np.median(pairs, axis=0)
-    rates = {"conventional": amount / old, "here": amount / new} if "/s" in unit else {"conventional": old, "here": new}
-    spread = f"{ratios.min():.1f}-{ratios.max():.1f}"
-    return {"stage": stage, "unit": unit, **rates, "ratio": old / new, "range": spread, "target": target}
+    shown = (amount / old, amount / new) if unit.endswith("/s") else (old, new)
+    return {
+        "stage": stage,
+        "unit": unit,
+        "conventional": shown[0],
+        "here": shown[1],
+        "ratio": old / new,
+        "range": f"{ratios.min():.1f}-{ratios.max():.1f}",
+        "target": target,
+    }
 
 
-# ---------------------------------------------------------------------------------------------- patches
+# ------------------------------------------------------------------------------------------ patches
 def spot_corners():
     """(n, 2) rows and columns of the patches' upper left corners."""
     if POSITIONS:
         table = load_script("19").read_positions(Path(POSITIONS))
         return table[["pxl_row", "pxl_col"]].to_numpy() - common.PATCH_SIZE // 2
-    rows, cols = np.mgrid[0:90, 0:64]
-    places = np.stack([1000 + rows * 285, 1500 + cols * 329 + rows % 2 * 164], 2).reshape(-1, 2)
-    inside = places[(np.abs(places - (HEIGHT // 2, WIDTH // 2)) < (HEIGHT // 2 - 300, WIDTH // 2 - 300)).all(1)]
-    return np.random.default_rng(0).permutation(inside)[:2378] - common.PATCH_SIZE // 2
+    rows, columns = (axis.ravel() for axis in np.mgrid[0:90, 0:64])
+    places = np.stack([1000 + rows * 285, 1500 + columns * 329 + rows % 2 * 164], axis=1)
+    centre = np.array([HEIGHT // 2, WIDTH // 2])
+    inside = (np.abs(places - centre) < centre - 300).all(1)
+    spots = np.random.default_rng(0).permutation(places[inside])[:2378]
+    return spots - common.PATCH_SIZE // 2
 
 
 def make_slides(folder, kinds=("contiguous", "jpeg_tiles", "lzw_strips")):
-    """{kind: path} of one image as a contiguous TIFF, and as JPEG tiles or LZW strips: simulated tissue, repeated."""
-    subprocess.run(
-        [sys.executable, REPOSITORY / "18_simulate_slides.py", "--data-root", folder / "tissue", "--slides", "1"],
-        check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    """{kind: path} of one image as a contiguous TIFF, and as JPEG tiles or LZW strips: simulated
+    tissue, repeated.
+    """
+    command = [sys.executable, REPOSITORY / "18_simulate_slides.py", "--slides", "1"]
+    command += ["--data-root", folder / "tissue"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (tissue,) = (folder / "tissue" / "image").iterdir()
     tissue = tifffile.imread(tissue)
     paths = {kind: folder / f"{kind}.tif" for kind in kinds}
-    whole = tifffile.memmap(paths["contiguous"], shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, photometric="rgb")
+    shape = (HEIGHT, WIDTH, 3)
+    whole = tifffile.memmap(paths["contiguous"], shape=shape, dtype=np.uint8, photometric="rgb")
     for top in range(0, HEIGHT, len(tissue)):
         for left in range(0, WIDTH, tissue.shape[1]):
             part = whole[top : top + len(tissue), left : left + tissue.shape[1]]
             part[:] = tissue[: part.shape[0], : part.shape[1]]
     whole.flush()
-    jpeg = {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}}
-    options = {"jpeg_tiles": jpeg, "lzw_strips": {"rowsperstrip": 16, "compression": "lzw"}}
+    formats = {
+        "jpeg_tiles": {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}},
+        "lzw_strips": {"rowsperstrip": 16, "compression": "lzw"},
+    }
     for kind in kinds[1:]:
-        tifffile.imwrite(paths[kind], whole, photometric="rgb", bigtiff=True, maxworkers=2, **options[kind])
+        options = {"photometric": "rgb", "bigtiff": True, "maxworkers": 2} | formats[kind]
+        tifffile.imwrite(paths[kind], whole, **options)
     shutil.rmtree(folder / "tissue")
     return paths
 
 
 def watch_memory(function, *arguments):
-    """(seconds, MB) of a call in a process of its own: memory that the kernel cannot drop, beyond what it began with.
-    Pages of memory-mapped files are left out, since they are the file's own and go when memory is short.
+    """(seconds, MB) of a call in a process of its own: memory that the kernel cannot drop, beyond
+    what it began with.
+
+    Pages of memory-mapped files are left out, since they are the file's own and go when memory is
+    short.
     """
-    receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_watched, args=(sender, function, *arguments))
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_watched, args=(sender, function, *arguments))
     process.start()
     result = receiver.recv()
     process.join()
@@ -145,11 +176,14 @@ def _watched(sender, function, *arguments):
         status = Path("/proc/self/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
-    peak, done, before = [0.0], threading.Event(), anonymous()
+    peak = 0.0
+    done = threading.Event()
+    before = anonymous()
 
     def watch():
+        nonlocal peak
         while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous() - before)
+            peak = max(peak, anonymous() - before)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -158,44 +192,51 @@ def _watched(sender, function, *arguments):
     seconds = time.perf_counter() - began
     done.set()
     thread.join()
-    sender.send((seconds, peak[0]))
+    sender.send((seconds, peak))
 
 
 def cut_here(path, corners, folder):
     """Script 19's reader, into a memory-mapped patches.npy."""
-    script, shape = load_script("19"), (len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3)
+    shape = (len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3)
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, shape)
-    spots = pd.DataFrame(corners + common.PATCH_SIZE // 2, columns=["pxl_row", "pxl_col"]).assign(barcode="")
-    script.read_patches(path, spots, patches)
+    centres = corners + common.PATCH_SIZE // 2
+    spots = pd.DataFrame(centres, columns=["pxl_row", "pxl_col"]).assign(barcode="")
+    load_script("19").read_patches(path, spots, patches)
     patches.flush()
 
 
 def compare_patches(folder):
-    lines, corners = [], spot_corners()
+    lines = []
+    corners = spot_corners()
     for kind, path in make_slides(folder).items():
         pairs, peaks = [], []
-        for repeat in range(REPEATS):
+        for _ in range(REPEATS):
             sides = []
-            for name, function in (("conventional", conventional.cut_patches), ("here", cut_here)):
-                out = folder / f"{name}{repeat}"
+            for function in (conventional.cut_patches, cut_here):
+                out = folder / "cut"
                 out.mkdir()
                 sides.append(watch_memory(function, path, corners, out))
                 shutil.rmtree(out)
             pairs.append([seconds for seconds, _ in sides])
             peaks.append([peak for _, peak in sides])
-        target = ">= 20" if kind == "contiguous" else ">= 3"
-        lines.append(line(f"patches, {kind.replace('_', ' ')}", "s", np.array(pairs), 1, target))
-        lines.append(line("  its peak memory", "MB", np.array(peaks), 1, ">= 5" if kind == "contiguous" else ""))
+        targets = (">= 20", ">= 5") if kind == "contiguous" else (">= 3", "")
+        name = f"patches, {kind.replace('_', ' ')}"
+        lines.append(line(name, "s", np.array(pairs), 1, targets[0]))
+        lines.append(line("  its peak memory", "MB", np.array(peaks), 1, targets[1]))
         path.unlink()
     return lines
 
 
-# ---------------------------------------------------------------------------------------------- patches to loss
+# ---------------------------------------------------------------------------------- patches to loss
 def make_patches(folder, count):
-    """(SpotData's patches, folder of PNG files, target (count, GENES)): noise under smooth tissue colours."""
-    random, size = np.random.default_rng(0), common.PATCH_SIZE
+    """(SpotData's patches, folder of PNG files, target (count, GENES)): noise under smooth tissue
+    colours.
+    """
+    random = np.random.default_rng(0)
+    size = common.PATCH_SIZE
     coarse = torch.from_numpy(random.uniform(60, 255, (count, 3, 14, 14)).astype(np.float32))
-    smooth = F.interpolate(coarse, size=(size, size), mode="bicubic").permute(0, 2, 3, 1).numpy()
+    smooth = F.interpolate(coarse, size=(size, size), mode="bicubic")
+    smooth = smooth.permute(0, 2, 3, 1).numpy()
     array = np.clip(smooth + random.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
     np.save(folder / "patches.npy", array)
     (folder / "png").mkdir()
@@ -204,33 +245,43 @@ def make_patches(folder, count):
     return patches, folder / "png", random.normal(size=(count, GENES)).astype(np.float32)
 
 
-def placed(patches):
-    device, dtype, reason = common.choose_device(
-        {"DEVICE": DEVICE, "PRECISION": PRECISION, "IMAGE_SIZE": common.PATCH_SIZE}
-    )
-    return common.place_patches(patches, common.PATCH_SIZE, device), device, dtype, reason
+def place(patches):
+    """(patches as scripts 20 to 25 read them, device, autocast dtype)."""
+    recipe = {"DEVICE": DEVICE, "PRECISION": PRECISION, "IMAGE_SIZE": common.PATCH_SIZE}
+    device, dtype, _ = common.choose_device(recipe)
+    return common.place_patches(patches, common.PATCH_SIZE, device), device, dtype
 
 
-def build(device, fast):
-    """EfficientNet-B0 with the paper's head, for either side; the conventional one normalises in its loader."""
+def build_fast(device):
+    """EfficientNet-B0 with the paper's head, as scripts 20 to 25 train it."""
     model = common.build_model(RECIPE, GENES, 42)
-    return model.to(device, memory_format=torch.channels_last) if fast else nn.Sequential(model.backbone, model.head)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def build_conventional(device):
+    """The same network, whose images are normalised by their loader."""
+    model = common.build_model(RECIPE, GENES, 42)
+    return nn.Sequential(model.backbone, model.head).to(device)
 
 
 def compare_input(folder):
     """Patches to network input, on one core."""
-    patches, png, target = make_patches(folder, count := 256)
-    images, device, _, _ = placed(patches)
+    count = 256
+    patches, png, target = make_patches(folder, count)
+    images, device, _ = place(patches)
     loader = conventional.load(png, target, augmented=True, workers=0)
-    normalise, threads, cores = build(device, True).normalise, torch.get_num_threads(), os.sched_getaffinity(0)
+    normalise = build_fast(device).normalise
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(cores)})  # the thread that reads ahead as well
+    os.sched_setaffinity(0, {min(cores)})  # The thread that reads ahead as well.
 
     def here():
-        draw = common.draw_augmentation(count, "mpa", torch.Generator().manual_seed(0))
-        batches = torch.randperm(count).split(32)
-        for k, batch in enumerate(common.read_ahead(images, batches, device)):
-            normalise(common.augment(batch, *(part[32 * k : 32 * k + 32] for part in draw)))
+        draws = common.draw_augmentation(count, "mpa", torch.Generator().manual_seed(0))
+        order = torch.randperm(count).split(32)
+        parts = torch.arange(count).split(32)
+        batches = common.read_ahead(images, order, device)
+        for part, batch in zip(parts, batches, strict=True):
+            normalise(common.augment(batch, *(draw[part] for draw in draws)))
 
     pairs = alternate(REPEATS, lambda: [None for _ in loader], here)
     torch.set_num_threads(threads)
@@ -241,95 +292,128 @@ def compare_input(folder):
 def compare_training(folder):
     count = 32 * STEPS
     patches, png, target = make_patches(folder, count)
-    images, device, dtype, _ = placed(patches)
-    fast, slow = build(device, True), build(device, False).to(device)
+    images, device, dtype = place(patches)
+    fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=True, workers=os.cpu_count())
     plain = torch.optim.Adam(slow.parameters(), RECIPE["LEARNING_RATE"])
-    optimiser, _ = common.adam_with_cosine(fast.parameters(), RECIPE)
+    optimiser, _ = common.adam_with_cosine(fast, RECIPE)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    truth, rows = torch.from_numpy(target).to(device), torch.arange(count)
-    epoch = functools.partial(common.train_epoch, fast, optimiser, scaler, images, truth, rows, RECIPE, 42, 0, dtype)
-    pairs = alternate(REPEATS, lambda: conventional.train_epoch(slow, loader, plain, device), epoch)
-    lines = [line(f"training, EfficientNet-B0, {str(dtype)[6:]}", "images/s", pairs, count, ">= 1.7")]
-    batch = images[torch.arange(32).to(images.device)].to(device).float().contiguous(memory_format=torch.channels_last)
+    loss = common.LOSSES[RECIPE["LOSS"]]
+    step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)
+    truth = torch.from_numpy(target).to(device)
+
+    def conventionally():
+        conventional.train_epoch(slow, loader, plain, device)
+
+    def here():
+        common.train_epoch(fast, step, images, truth, np.arange(count), RECIPE, 42, 0)
+
+    pairs = alternate(REPEATS, conventionally, here)
+    name = f"training, EfficientNet-B0, {str(dtype).removeprefix('torch.')}"
+    lines = [line(name, "images/s", pairs, count, ">= 1.7")]
+    batch = images[torch.arange(32).to(images.device)].to(device).float()
+    batch = batch.contiguous(memory_format=torch.channels_last)
 
     def fixed():
         fast.train()
         for _ in range(STEPS):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                predicted = fast(batch)
-            loss = F.mse_loss(predicted.float(), truth[:32])
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimiser)
-            scaler.update()
+            step(batch, truth[:32], 1.0)
 
-    pairs = alternate(REPEATS, fixed, epoch)
-    lines.append(line("  a fixed batch against the whole epoch", "images/s", pairs, count, ">= 0.95"))
+    pairs = alternate(REPEATS, fixed, here)
+    name = "  a fixed batch against the whole epoch"
+    lines.append(line(name, "images/s", pairs, count, ">= 0.95"))
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
     return lines
 
 
 def compare_prediction(folder):
-    patches, png, target = make_patches(folder, count := 512)
-    images, device, dtype, _ = placed(patches)
-    fast, slow = build(device, True), build(device, False).to(device)
+    count = 512
+    patches, png, target = make_patches(folder, count)
+    images, device, dtype = place(patches)
+    fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=False, workers=os.cpu_count())
-    here = functools.partial(common.predict, fast, images, np.arange(count), dtype=dtype)
-    pairs = alternate(REPEATS, lambda: conventional.predict(slow, loader, device), here)
-    return [line(f"prediction, {str(dtype)[6:]}", "images/s", pairs, count, ">= 2")]
+
+    def conventionally():
+        conventional.predict(slow, loader, device)
+
+    def here():
+        common.predict(fast, images, np.arange(count), dtype=dtype)
+
+    pairs = alternate(REPEATS, conventionally, here)
+    name = f"prediction, {str(dtype).removeprefix('torch.')}"
+    return [line(name, "images/s", pairs, count, ">= 2")]
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 def compare_scoring(folder):
     predicted, truth = np.random.default_rng(0).normal(size=(2, 2277, GENES)).astype(np.float32)
-    assert np.allclose(conventional.correlate(predicted, truth), common.pearson_per_gene(predicted, truth))
-    both = (functools.partial(f, predicted, truth) for f in (conventional.correlate, common.pearson_per_gene))
-    return [line(f"scoring 2,277 x {GENES:,}", "s", alternate(REPEATS, *both), 1, ">= 5")]
+    conventionally = functools.partial(conventional.correlate, predicted, truth)
+    here = functools.partial(common.pearson_per_gene, predicted, truth)
+    assert np.allclose(conventionally(), here())
+    pairs = alternate(REPEATS, conventionally, here)
+    return [line(f"scoring 2,277 x {GENES:,}", "s", pairs, 1, ">= 5")]
 
 
 def compare_table(folder):
     """dataset.csv as script 19 writes it and as common.load_dataset reads it, against pandas."""
+    path = folder / "dataset.csv"
+    repeats = min(REPEATS, 3)
     values = np.random.default_rng(0).normal(2, 1, (SPOTS, GENES)).astype(np.float32)
-    names, path, repeats = [f"G{g}" for g in range(GENES)], folder / "dataset.csv", min(REPEATS, 3)
-    spots = pd.DataFrame({name: np.arange(SPOTS) for name in common.ID_COLUMNS}).astype({"id": str, "barcode": str})
-    whole = spots.join(pd.DataFrame(values, columns=names))
-    here = functools.partial(common.save_expression, path, spots, values, names)
-    pairs = alternate(repeats, lambda: whole.to_csv(path, index=False), here)
+    genes = [f"G{g}" for g in range(GENES)]
+    spots = pd.DataFrame({name: np.arange(SPOTS) for name in common.ID_COLUMNS})
+    spots = spots.astype({"id": str, "barcode": str})
+    whole = spots.join(pd.DataFrame(values, columns=genes))
+
+    def write_conventionally():
+        whole.to_csv(path, index=False)
+
+    def write_here():
+        common.save_expression(path, spots, values, genes)
+
+    def read_conventionally():
+        return pd.read_csv(path)[genes].to_numpy(np.float32)
+
+    def read_here():
+        return common.read_target(path, genes, "")
+
+    pairs = alternate(repeats, write_conventionally, write_here)
     lines = [line(f"dataset.csv {SPOTS:,} x {GENES:,}, write", "s", pairs, 1, ">= 4")]
-    schema = dict.fromkeys(names, polars.Float32)
-    pairs = alternate(
-        repeats,
-        lambda: pd.read_csv(path)[names].to_numpy(np.float32),
-        lambda: polars.scan_csv(path, schema_overrides=schema).select(names).collect().to_numpy(),
-    )
+    pairs = alternate(repeats, read_conventionally, read_here)
     return [*lines, line("  read", "s", pairs, 1, ">= 2")]
 
 
 STAGES = {
-    "patches": compare_patches, "input": compare_input, "training": compare_training,
-    "prediction": compare_prediction, "scoring": compare_scoring, "table": compare_table,
-}  # fmt: skip
+    "patches": compare_patches,
+    "input": compare_input,
+    "training": compare_training,
+    "prediction": compare_prediction,
+    "scoring": compare_scoring,
+    "table": compare_table,
+}
 
 
 def main():
-    out, lines = Path(OUT), []
-    common.require(ONLY in ("", *STAGES), f"--only {ONLY}: expected one of {', '.join(STAGES)}")
-    out.mkdir(parents=True, exist_ok=True)
+    if ONLY not in ("", *STAGES):
+        raise common.InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
+    out = Path(OUT)
     machine = describe_machine()
     print(json.dumps(machine))
-    for name in [name for name in STAGES if ONLY in ("", name)]:
+    lines = []
+    for name, compare in STAGES.items():
+        if ONLY not in ("", name):
+            continue
         work = out / f"work-{name}"
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+        work.mkdir(parents=True)
         try:
-            lines += STAGES[name](work)
+            lines += compare(work)
         finally:
             shutil.rmtree(work)
-        print(pd.DataFrame(lines).to_string(index=False, float_format="{:.2f}".format), flush=True)
-    common.save_csv(out / "stages.csv", pd.DataFrame(lines))
-    (out / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+        table = pd.DataFrame(lines)
+        print(table.to_string(index=False, float_format="{:.2f}".format), flush=True)
+    common.save_csv(out / "stages.csv", table)
+    common.save_json(out / "machine.json", machine)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The conventional pipeline that this project is compared with: a PNG a patch, per-image transforms, fp32, per-gene r.
+"""The conventional pipeline that this project is compared with: a PNG a patch, per-image
+transforms, fp32, per-gene r.
 
-It is what a tutorial would write, kept in its usual, correct form. Nothing outside benchmarks/ uses it.
+It is what a tutorial would write, kept in its usual, correct form. Nothing outside benchmarks/ uses
+it.
 """
 
 import numpy as np
@@ -15,11 +17,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def cut_patches(slide, corners, folder, size=224):
-    """Read the slide (h, w, 3) whole and save the patch at each of the corners (n, 2), which may lie outside."""
+    """Read the slide (h, w, 3) whole and save the patch at each of the corners (n, 2), which may
+    lie outside.
+    """
     pixels = tifffile.imread(slide)
     pixels = np.pad(pixels, ((size, size), (size, size), (0, 0)), constant_values=255)
     for number, (top, left) in enumerate(corners + size):
-        Image.fromarray(pixels[top : top + size, left : left + size]).save(folder / f"{number:05d}.png")
+        patch = pixels[top : top + size, left : left + size]
+        Image.fromarray(patch).save(folder / f"{number:05d}.png")
 
 
 def save_patches(patches, folder):
@@ -30,14 +35,16 @@ def save_patches(patches, folder):
 
 def transform(augmented):
     """MPA by torchvision, image by image, then ImageNet's normalisation."""
-    warp = transforms.RandomAffine(30, (0.1, 0.1), (0.9, 1.1), interpolation=transforms.InterpolationMode.BILINEAR)
-    steps = [
+    bilinear = transforms.InterpolationMode.BILINEAR
+    warp = transforms.RandomAffine(30, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)
+    mpa = [
         transforms.RandomHorizontalFlip(),
         transforms.RandomVerticalFlip(),
         transforms.RandomApply([transforms.Lambda(transpose)]),
         transforms.RandomApply([warp]),
     ]
-    return transforms.Compose([*steps * augmented, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    plain = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return transforms.Compose(mpa + plain if augmented else plain)
 
 
 def transpose(image):
@@ -48,7 +55,9 @@ class PngPatches(Dataset):
     """(3, S, S) float32 patches and (G,) expression, read file by file."""
 
     def __init__(self, folder, target, augmented):
-        self.files, self.target, self.transform = sorted(folder.glob("*.png")), target, transform(augmented)
+        self.files = sorted(folder.glob("*.png"))
+        self.target = target
+        self.transform = transform(augmented)
 
     def __len__(self):
         return len(self.files)
@@ -60,8 +69,15 @@ class PngPatches(Dataset):
 def load(folder, target, augmented, workers, batch_size=32):
     """The DataLoader of a folder of patches."""
     dataset = PngPatches(folder, torch.from_numpy(target), augmented)
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
-    return DataLoader(dataset, batch_size, shuffle=augmented, drop_last=augmented, **options)
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=augmented,
+        drop_last=augmented,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def train_epoch(model, loader, optimiser, device):
@@ -87,4 +103,5 @@ def predict(model, loader, device):
 
 def correlate(predicted, truth):
     """Pearson r gene by gene."""
-    return np.array([np.corrcoef(predicted[:, g], truth[:, g])[0, 1] for g in range(truth.shape[1])])
+    genes = range(truth.shape[1])
+    return np.array([np.corrcoef(predicted[:, g], truth[:, g])[0, 1] for g in genes])

@@ -1,9 +1,12 @@
-"""How time and memory of scripts 19 and 20 grow with the number of spots: 1, 4 and 16 slides' worth of 2,300.
+"""How time and memory of scripts 19 and 20 grow with the number of spots: 1, 4 and 16 slides' worth
+of 2,300.
 
 Question   Does anything hold a slide, or all patches, in memory?
 Reads      nothing
-Writes     <OUT>/growth.csv and machine.json; slides made for it under OUT (up to 20 GB, removed at the end)
-Prints     a line a size: patches on disk, and for 19 and 20 seconds and peak memory; then one epoch's images/s
+Writes     <OUT>/growth.csv and machine.json; slides made for it under OUT (up to 20 GB, removed at
+           the end)
+Prints     a line a size: patches on disk, and for 19 and 20 seconds and peak memory; then one
+           epoch's images/s
 Command    python benchmarks/measure_growth.py
 Override   python benchmarks/measure_growth.py --sizes 16 --keep
 
@@ -29,16 +32,19 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from compare_stages import describe_machine  # noqa: E402
 
 import common  # noqa: E402
+import runner  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
 SIZES = (1, 4, 16)  # slides' worth of spots
 IMAGE_SIZE = 64  # px of 20's network
 EPOCHS = 1
 KEEP = False  # true = leave the data root of the last size, OUT/growth_data
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-SPOTS, FEATURES, VARIABLE = 2_300, 36_601, 3_000  # a slide; in all; of them as variable as a highly variable gene
+SPOTS = 2_300  # a slide
+FEATURES = 36_601
+VARIABLE = 3_000  # features that vary as a highly variable gene does
 HEIGHT, WIDTH = 17_200, 16_400  # px: 2,300 spots at a pitch of 329 px, 1.7 GB of pixels a slide
 
 
@@ -48,10 +54,10 @@ def make_image(path):
     image = tifffile.memmap(path, shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, photometric="rgb")
     columns = np.sin(np.arange(WIDTH) / 900)[:, None] * (20, 30, 15)
     for top in range(0, HEIGHT, 400):
-        rows = np.cos(np.arange(top, min(top + 400, HEIGHT)) / 700)[:, None, None] * (30, 20, 25)
-        image[top : top + 400] = np.clip(
-            170 + rows + columns + random.normal(0, 12, (*image[top : top + 400].shape[:2], 1)), 0, 255
-        )
+        part = image[top : top + 400]
+        rows = np.cos(np.arange(top, top + len(part)) / 700)[:, None, None] * (30, 20, 25)
+        grain = random.normal(0, 12, (*part.shape[:2], 1))
+        part[:] = np.clip(170 + rows + columns + grain, 0, 255)
     image.flush()
 
 
@@ -68,78 +74,99 @@ def write_counts(path, spots, random, rates):
         ends.append(ends[-1] + len(features))
     with h5py.File(path, "w") as file:
         matrix = file.create_group("matrix")
-        matrix["data"], matrix["indices"] = np.concatenate(data).astype(np.int32), np.concatenate(indices)
-        matrix["indptr"], matrix["shape"] = np.array(ends), np.array([FEATURES, spots])
+        matrix["data"] = np.concatenate(data).astype(np.int32)
+        matrix["indices"] = np.concatenate(indices)
+        matrix["indptr"] = np.array(ends)
+        matrix["shape"] = np.array([FEATURES, spots])
         matrix["barcodes"] = np.array([f"SPOT{i:05d}-1" for i in range(spots)], "S")
         names = np.array([f"G{g}" for g in range(FEATURES)], "S")
         features = matrix.create_group("features")
-        features["id"], features["name"], features["genome"] = names, names, np.full(FEATURES, b"none")
+        features["id"] = names
+        features["name"] = names
+        features["genome"] = np.full(FEATURES, b"none")
         features["feature_type"] = np.full(FEATURES, b"Gene Expression")
 
 
 def make_root(root, size):
-    """A data root of `size` slides' worth of spots on `size` slides, two at least. They show one image, shifted."""
-    slides, random = max(size, 2), np.random.default_rng(1)
+    """A data root of `size` slides' worth of spots on `size` slides, two at least. They show one
+    image, shifted.
+    """
+    slides = max(size, 2)
+    random = np.random.default_rng(1)
     rates = random.lognormal(-3.2, 1.7, FEATURES)
     root.mkdir(parents=True)
     make_image(root / "slide.tif")
-    rows, cols = np.mgrid[0:50, 0:46]
+    rows, columns = (axis.ravel() for axis in np.mgrid[0:50, 0:46])
     lines = []
     for slide in range(1, slides + 1):
-        spots = pd.DataFrame({"array_row": rows.ravel(), "array_col": cols.ravel() * 2 + rows.ravel() % 2})
-        spots["pxl_row"] = 500 + 285 * rows.ravel() + 7 * slide
-        spots["pxl_col"] = 500 + 329 * cols.ravel() + 164 * (rows.ravel() % 2) + 5 * slide
+        spots = pd.DataFrame({"array_row": rows, "array_col": columns * 2 + rows % 2})
+        spots["pxl_row"] = 500 + 285 * rows + 7 * slide
+        spots["pxl_col"] = 500 + 329 * columns + 164 * (rows % 2) + 5 * slide
         spots = spots.iloc[: SPOTS * size // slides]
         spots.insert(0, "barcode", [f"SPOT{i:05d}-1" for i in range(len(spots))])
         spots.insert(1, "in_tissue", 1)
-        spots.to_csv(root / f"positions{slide}.csv", header=False, index=False)
-        write_counts(root / f"matrix{slide}.h5", len(spots), random, rates)
-        lines.append(
-            [slide, f"S{slide}", f"D{slide}", "slide.tif", 0.304, f"positions{slide}.csv", f"matrix{slide}.h5"]
-        )
-    columns = ["tissue_index", "name", "donor", "image", "um_per_px", "positions", "matrix"]
-    pd.DataFrame(lines, columns=columns).to_csv(root / "slides.csv", index=False)
+        positions, matrix = f"positions{slide}.csv", f"matrix{slide}.h5"
+        spots.to_csv(root / positions, header=False, index=False)
+        write_counts(root / matrix, len(spots), random, rates)
+        line = {"tissue_index": slide, "name": f"S{slide}", "donor": f"D{slide}"}
+        line |= {"image": "slide.tif", "um_per_px": 0.304}
+        lines.append(line | {"positions": positions, "matrix": matrix})
+    pd.DataFrame(lines).to_csv(root / "slides.csv", index=False)
 
 
 def watch(*command):
-    """(seconds, peak GB of RssAnon, stdout) of a script and those that it calls, which run in its process."""
-    began, peak = time.perf_counter(), 0
-    with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True) as process:
+    """(seconds, peak GB of RssAnon, stdout) of a script and those that it calls, which run in its
+    process.
+    """
+    began = time.perf_counter()
+    peak = 0
+    command = [sys.executable, *map(str, command)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
             peak = max(peak, int(found[1]) if found else 0)
             time.sleep(0.02)
         stdout = process.stdout.read()
-    common.require(process.returncode == 0, f"{command[0]} ended with {process.returncode}: its message stands above")
+    if process.returncode:
+        raise common.InputError(
+            f"{command[1]} ended with {process.returncode}: its message stands above"
+        )
     return time.perf_counter() - began, peak / 2**20, stdout
 
 
+def measure(root, size):
+    """A line of the table: what 19 and 20 take on a data root of this size."""
+    shared = ["--data-root", root, "--target", "lognorm"]
+    seconds, memory, made = watch(REPOSITORY / "19_make_patches_and_csv.py", *shared)
+    patches = (root / "dataset" / "patches.npy").stat().st_size
+    line = {"slides": size, "spots": size * SPOTS}
+    line["genes"] = re.search(r"panel of ([\d,]+) genes", made)[1]
+    line |= {"patches, GB": patches / 2**30, "19, s": seconds, "19, GB": memory}
+    network = ["--epochs", EPOCHS, "--image-size", IMAGE_SIZE, "--pretrained", "false"]
+    options = [*shared, *network, "--test-slide", 2, "--out", root / "run"]
+    seconds, memory, trained = watch(REPOSITORY / "20_train_effb0_sota_split8020.py", *options)
+    (speed,) = {
+        row["images_per_s"]
+        for row in json.loads(trained.splitlines()[-1])["rows"]
+        if row["setting"] == "EfficientNet-B0"
+    }
+    return line | {"20, s": seconds, "20, GB": memory, "images/s": speed}
+
+
 def main():
-    out, lines = Path(OUT), []
+    out = Path(OUT)
+    lines = []
     root = out / "growth_data"
     shutil.rmtree(root, ignore_errors=True)
     for size in SIZES:
         make_root(root, size)
-        made = watch(REPOSITORY / "19_make_patches_and_csv.py", "--data-root", root, "--target", "lognorm")
-        patches = (root / "dataset" / "patches.npy").stat().st_size
-        trained = watch(
-            REPOSITORY / "20_train_effb0_sota_split8020.py", "--data-root", root, "--target", "lognorm", "--epochs",
-            EPOCHS, "--image-size", IMAGE_SIZE, "--pretrained", "false", "--test-slide", 2, "--out", root / "run",
-        )  # fmt: skip
-        (row,) = (
-            row for row in json.loads(trained[2].splitlines()[-1])["rows"]
-            if row["setting"] == "EfficientNet-B0" and row["split"] == "test"
-        )  # fmt: skip
-        genes = re.search(r"panel of ([\d,]+) genes", made[2])[1]
-        line = {"slides": size, "spots": size * SPOTS, "genes": genes, "patches, GB": patches / 2**30}
-        line |= {"19, s": made[0], "19, GB": made[1], "20, s": trained[0], "20, GB": trained[1]}
-        lines.append(line | {"images/s": row["images_per_s"]})
+        lines.append(measure(root, size))
         print(pd.DataFrame(lines).to_string(index=False, float_format="{:.2f}".format), flush=True)
         if not (KEEP and size == SIZES[-1]):
             shutil.rmtree(root)
     common.save_csv(out / "growth.csv", pd.DataFrame(lines))
-    (out / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+    common.save_json(out / "machine.json", describe_machine())
 
 
 if __name__ == "__main__":

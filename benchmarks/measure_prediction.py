@@ -1,15 +1,16 @@
-"""Time and memory of script 26 on a whole slide, 26,000 x 25,400 px in JPEG tiles, without positions.
+"""Time and memory of script 26 on a whole slide, 26,000 x 25,400 px in JPEG tiles, without
+positions.
 
 Question   Does a slide of real size stay within 1 GB of memory?
 Reads      WEIGHTS, of a run on simulated slides
-Writes     <OUT>/prediction.csv and machine.json; a slide made for it under OUT (2.3 GB, removed at the end)
+Writes     <OUT>/prediction.csv and machine.json; a slide made for it under OUT (2.3 GB, removed at
+           the end)
 Prints     spots, seconds and peak memory of 26 and of 19, which it calls, together
 Command    python benchmarks/measure_prediction.py --weights weights.safetensors
 
 Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped patches are the file's own.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -23,29 +24,35 @@ from compare_stages import HEIGHT, WIDTH, describe_machine, make_slides  # noqa:
 from measure_growth import watch  # noqa: E402
 
 import common  # noqa: E402
+import runner  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
 WEIGHTS = ""  # weights.safetensors of a run
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main():
     out, work = Path(OUT), Path(OUT, "work-prediction")
-    common.require(Path(WEIGHTS).is_file(), f"--weights {WEIGHTS}: no such file; expected weights.safetensors of a run")
+    if not Path(WEIGHTS).is_file():
+        raise common.InputError(
+            f"--weights {WEIGHTS}: no such file; expected weights.safetensors of a run"
+        )
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         slide = make_slides(work, ("contiguous", "jpeg_tiles"))["jpeg_tiles"]
-        options = ("--weights", WEIGHTS, "--image", slide, "--um-per-px", 0.304, "--out", work / "run")
+        options = ["--weights", WEIGHTS, "--image", slide, "--um-per-px", 0.304]
+        options += ["--out", work / "run"]
         seconds, peak, _ = watch(REPOSITORY / "26_predict_slide.py", *options)
         spots = len(pd.read_csv(work / "run" / "predictions.csv", usecols=["id"]))
     finally:
         shutil.rmtree(work)
-    table = pd.DataFrame([{"slide": f"{HEIGHT} x {WIDTH}", "spots": spots, "seconds": seconds, "GB": peak}])
+    line = {"slide": f"{HEIGHT} x {WIDTH}", "spots": spots, "seconds": seconds, "GB": peak}
+    table = pd.DataFrame([line])
     print(table.to_string(index=False, float_format="{:.2f}".format))
     common.save_csv(out / "prediction.csv", table)
-    (out / "machine.json").write_text(json.dumps(describe_machine(), indent=1) + "\n")
+    common.save_json(out / "machine.json", describe_machine())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Fixtures: the scripts run in this process on about 40 simulated spots; nothing reaches beyond loopback."""
+"""Fixtures and helpers: the scripts run in this process on about 40 simulated spots; nothing
+reaches beyond loopback.
+"""
 
+import contextlib
 import importlib.util
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +20,60 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
+import common  # noqa: E402
+import runner  # noqa: E402
 
+# ------------------------------------------------------------------------------------------ options
+# Of the command line, for flags_of and run_script: a network that trains in a second.
+TINY = {
+    "image_size": 32,
+    "epochs": 4,
+    "batch_size": 8,
+    "learning_rate": 0.003,
+    "hidden": 16,
+    "pretrained": False,
+    "device": "cpu",
+}
+TINY_SEARCH = {name: value for name, value in TINY.items() if name != "hidden"}  # 22 has no HIDDEN
+TINY_SEARCH |= {"epochs": 3, "folds": 2, "target": "lognorm"}
+SMALL_GRID = {"STAGES": (0, 1), "HIDDENS": (0, 4)}  # of script 22
+# A run says that its budget is small, and nothing else of --quick is used.
+QUICK = {"quick": True, "QUICK_BUDGET": {"DATA_ROOT": "SIMULATED_data"}}
+
+# Options of the runs that `finished` gives. Scripts without --seeds here use their own.
+SMALL_RUNS = {
+    "20": TINY,
+    "21": {
+        **(TINY | QUICK | {"target": "lognorm"}),
+        "BACKBONES": ("mobilenetv3_small_050", "resnet10t"),
+        "FROZEN": ("resnet10t",),
+    },
+    "22": TINY_SEARCH | QUICK | SMALL_GRID,
+    "23": TINY | QUICK | {"target": "lognorm", "epochs": 2, "seeds": (42, 43)},
+    "24": {
+        **(TINY | QUICK | {"target": "lognorm", "epochs": 2, "seeds": (42,)}),
+        "features": "",
+        "min_cluster": 0.1,
+        "WEIGHTS": ((1, 0), (1, 1)),
+    },
+    "25": {
+        **(TINY | QUICK | {"target": "lognorm", "epochs": 1}),
+        "stnet_epochs": 1,
+        "bleep_epochs": 2,
+        "bleep_batch": 24,
+        "micro_batch": 8,
+        "features": "resnet18",
+    },
+}
+
+# ------------------------------------------------------------------------------------------ recipes
+NETWORK = {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 8, "TRAINABLE_STAGES": -1}
+PAPER = {"PROTOCOL": "paper", "TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2}
+AT_MEAN = {"START_AT_MEAN": True}  # what starts a network's output at the training mean
+TIMING = ("seconds", "images_per_s", "peak_memory_mb")  # differ between two runs of the same thing
+
+
+# ---------------------------------------------------------------------------------------- a script
 def load_script(name):
     """A fresh module of a numbered script: load_script("19")."""
     (path,) = REPOSITORY.glob(f"{name}_*.py")
@@ -25,13 +83,25 @@ def load_script(name):
     return module
 
 
-def run_script(name, *arguments, **changed):
-    """Run a numbered script as the shell would, in this process, with names `changed`; returns its exit code."""
-    import common
+def flags_of(options):
+    """Options as the command line takes them: {"image_size": 32} -> ["--image-size", "32"]."""
+    words = []
+    for name, value in options.items():
+        words += [runner.flag_of(name), runner.show_constant(value)]
+    return words
 
+
+def run_script(name, *arguments, **options):
+    """Run a numbered script as the shell would, in this process; returns its exit code.
+
+    `arguments` stand on the command line as they are. An option in lower case is a flag,
+    image_size=32; one in upper case replaces a name of the script that has no flag, STAGES=(0, 1).
+    """
     module, before = load_script(name), sys.argv
-    vars(module).update(changed)
-    sys.argv = [module.__file__, *map(str, arguments)]
+    replaced = {option: value for option, value in options.items() if option.isupper()}
+    flags = {option: value for option, value in options.items() if option not in replaced}
+    vars(module).update(replaced)
+    sys.argv = [module.__file__, *map(str, arguments), *flags_of(flags)]
     try:
         runner.run_script(vars(module))
     except SystemExit as ended:
@@ -41,8 +111,42 @@ def run_script(name, *arguments, **changed):
     return 0
 
 
+def stdout_of(name, *arguments, **options):
+    """What run_script prints, of a run that ends well."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        assert run_script(name, *arguments, **options) == 0
+    return stdout.getvalue()
+
+
+def last_json(stdout):
+    """The JSON line with which every output of the scripts from 20 on ends."""
+    return json.loads(stdout.splitlines()[-1])
+
+
+def table_of(stdout):
+    """The records of the JSON line as a table."""
+    return pd.DataFrame(last_json(stdout)["rows"])
+
+
+def printed_table(stdout, title):
+    """(head, lines) of the ruled table under the title that holds these words."""
+    lines = stdout[stdout.index(title) :].splitlines()
+    double, single, end = [i for i, line in enumerate(lines) if line and set(line) <= {*"=-"}][:3]
+    return "\n".join(lines[double + 1 : single]), lines[single + 1 : end]
+
+
+def without_timing(records):
+    """The records less what differs between two runs of the same thing."""
+    return [
+        {name: value for name, value in record.items() if name not in TIMING} for record in records
+    ]
+
+
 def write_slide(root, image, positions, counts, genes, slide=1):
-    """A data root of one slide: image is written by the caller, positions a table, counts (spots, genes)."""
+    """A data root of one slide: image is written by the caller, positions a table, counts (spots,
+    genes).
+    """
     matrix = root / f"matrix{slide}"
     matrix.mkdir(parents=True, exist_ok=True)
     positions.to_csv(root / f"positions{slide}.csv", header=False, index=False)
@@ -56,6 +160,7 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     table.to_csv(root / "slides.csv", index=False)
 
 
+# ----------------------------------------------------------------------------------------- fixtures
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
@@ -63,12 +168,17 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_reports():
-    """Reports, which take longer to draw than these runs to train, are made where a test asks for them."""
-    import common
+    """Reports, which take longer to draw than these runs to train, are made where a test asks for
+    them.
+    """
+    call = runner.call_script
 
-    call = common.call_script
+    def call_others(name, *flags):
+        if not name.startswith("27_"):
+            call(name, *flags)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "call_script", lambda name, *flags: name.startswith("27_") or call(name, *flags))
+        patch.setattr(runner, "call_script", call_others)
         yield
 
 
@@ -76,22 +186,35 @@ def no_reports():
 def simulated(tmp_path_factory):
     """Data root of four simulated slides with 10 spots each, patches made, target harmony."""
     root = tmp_path_factory.mktemp("data") / "SIMULATED_data"
-    assert run_script("18", "--data-root", root, "--spots", 10) == 0
-    assert run_script("19", "--data-root", root) == 0
+    assert run_script("18", data_root=root, spots=10) == 0
+    assert run_script("19", data_root=root) == 0
     return root
 
 
-TINY = ("--image-size", 32, "--epochs", 4, "--batch-size", 8, "--learning-rate", 0.003, "--hidden", 16)
-TINY += ("--pretrained", "false", "--device", "cpu")
+@pytest.fixture(scope="session")
+def paper_split(simulated):
+    """The Split of protocol paper on the simulated slides, target lognorm, seed 42."""
+    data = common.load_dataset(simulated, "lognorm")
+    (roles,) = common.split_spots(data.spots, PAPER, 42)
+    return runner.make_split(data, roles, "paper", 42, 0)
 
 
 @pytest.fixture(scope="session")
-def trained(simulated, tmp_path_factory):
-    """(output folder, stdout) of script 20 on the simulated slides."""
-    import contextlib
-    import io
+def finished(simulated, tmp_path_factory):
+    """finished("21") -> (output folder, stdout) of a script with SMALL_RUNS' options, run once."""
+    runs = {}
 
-    out, stdout = tmp_path_factory.mktemp("runs"), io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        assert run_script("20", "--data-root", simulated, "--out", out, *TINY) == 0
-    return out, stdout.getvalue()
+    def run(name):
+        if name not in runs:
+            out = tmp_path_factory.mktemp(f"runs{name}")
+            stdout = stdout_of(name, data_root=simulated, out=out, **SMALL_RUNS[name])
+            runs[name] = out, stdout
+        return runs[name]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(finished):
+    """(output folder, stdout) of script 20 on the simulated slides."""
+    return finished("20")

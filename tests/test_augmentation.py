@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+import torch.nn.functional as F
+from conftest import run_script
 
 import common
+import runner
 
 SYMMETRIES = list(itertools.product([False, True], repeat=3))
 
 
 def reference(image, symmetry, warped, affine):
-    """One image (3, S, S) by NumPy and scipy: flips, transpose, then one bilinear affine warp with mirrored border."""
+    """One image (3, S, S) by NumPy and scipy: flips, transpose, then one bilinear affine warp with
+    mirrored border.
+    """
     if symmetry[0]:
         image = image[:, :, ::-1]
     if symmetry[1]:
@@ -22,17 +27,15 @@ def reference(image, symmetry, warped, affine):
         image = image.transpose(0, 2, 1)
     if not warped:
         return image.astype(np.float64)
+    # [-1, 1] spans the outer edges of the pixels: x_pixel = (x + 1) * side / 2 - 1 / 2.
     side = image.shape[1]
-    scale = side / 2  # [-1, 1] spans the outer edges of the pixels: x_pixel = (x + 1) * side / 2 - 1 / 2
     matrix = affine[:, :2][::-1, ::-1]  # (x, y) -> (row, column)
     centre = (side - 1) / 2
-    offset = scale * affine[:, 2][::-1] + centre - matrix @ np.array([centre, centre])
-    return np.stack(
-        [
-            scipy.ndimage.affine_transform(channel.astype(np.float64), matrix, offset, order=1, mode="reflect")
-            for channel in image
-        ]
-    )
+    offset = side / 2 * affine[:, 2][::-1] + centre - matrix @ np.array([centre, centre])
+    options = {"offset": offset, "order": 1, "mode": "reflect"}
+    channels = image.astype(np.float64)
+    warped = [scipy.ndimage.affine_transform(channel, matrix, **options) for channel in channels]
+    return np.stack(warped)
 
 
 @pytest.mark.parametrize("symmetry", SYMMETRIES)
@@ -40,34 +43,37 @@ def reference(image, symmetry, warped, affine):
 def test_mpa_equals_the_per_image_reference(symmetry, warped):
     generator = torch.Generator().manual_seed(3)
     patches = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8, generator=generator)
-    draw = common.draw_augmentation(6, "mpa", generator)
-    affine = draw[2]
-    got = common.augment(patches, torch.tensor([symmetry] * 6), torch.full((6,), warped), affine).numpy()
+    _, _, affine = common.draw_augmentation(6, "mpa", generator)
+    draws = torch.tensor([symmetry] * 6), torch.full((6,), warped), affine
+    got = common.augment(patches, *draws).numpy()
     for i in range(6):
         expected = reference(patches[i].numpy(), symmetry, warped, affine[i].double().numpy())
-        np.testing.assert_allclose(got[i], expected, atol=0.02)  # of 255 grey levels: float32 places
+        # Of 255 grey levels: places are float32.
+        np.testing.assert_allclose(got[i], expected, atol=0.02)
 
 
-def test_mixed_batch_touches_only_its_own_rows():
+def test_mixed_batch_touches_only_its_own_images():
     generator = torch.Generator().manual_seed(4)
     patches = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=generator)
-    draw = common.draw_augmentation(40, "mpa", generator)
-    assert 5 < draw[1].sum() < 35
-    whole = common.augment(patches, *draw)
-    single = torch.cat([common.augment(patches[i : i + 1], *(part[i : i + 1] for part in draw)) for i in range(40)])
-    torch.testing.assert_close(whole, single, rtol=0, atol=1e-3)
-    exact = ~draw[1]
-    assert (whole[exact] == whole[exact].round()).all()
+    draws = common.draw_augmentation(40, "mpa", generator)
+    warped = draws[1]
+    assert 5 < warped.sum() < 35
+    whole = common.augment(patches, *draws)
+    for i in range(40):
+        single = common.augment(patches[i : i + 1], *(draw[i : i + 1] for draw in draws))
+        torch.testing.assert_close(whole[i : i + 1], single, rtol=0, atol=1e-3)
+    assert (whole[~warped] == whole[~warped].round()).all()
 
 
 def test_the_eight_symmetries_are_exact_and_different():
     patch = torch.arange(3 * 5 * 5, dtype=torch.uint8).reshape(1, 3, 5, 5)
-    seen = {common.apply_symmetry(patch, torch.tensor([s])).numpy().tobytes() for s in SYMMETRIES}
-    assert len(seen) == 8
+    turned = [common.apply_symmetry(patch, torch.tensor([symmetry])) for symmetry in SYMMETRIES]
+    assert len({image.numpy().tobytes() for image in turned}) == 8
 
 
 def test_draws_keep_their_limits_and_probabilities():
-    symmetry, warped, affine = common.draw_augmentation(20_000, "mpa", torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    symmetry, warped, affine = common.draw_augmentation(20_000, "mpa", generator)
     assert (symmetry.float().mean(0) - 0.5).abs().max() < 0.02
     assert abs(warped.float().mean() - 0.5) < 0.02
     turn = affine[:, :, :2].double()
@@ -75,34 +81,69 @@ def test_draws_keep_their_limits_and_probabilities():
     angle = torch.rad2deg(torch.atan2(turn[:, 0, 1], turn[:, 0, 0]))
     shift = torch.linalg.solve(turn, -affine[:, :, 2].double()) / 2  # of the side
     for values, low, high in ((scale, 0.9, 1.1), (angle, -30, 30), (shift, -0.1, 0.1)):
-        span = high - low
-        assert low - 1e-4 <= values.min() < low + 0.01 * span and high - 0.01 * span < values.max() <= high + 1e-4
+        near = 0.01 * (high - low)
+        assert low - 1e-4 <= values.min() < low + near
+        assert high - near < values.max() <= high + 1e-4
 
 
-def test_presets_differ_as_named():
-    draws = {p: common.draw_augmentation(100, p, torch.Generator().manual_seed(0)) for p in ("mpa", "stnet", "none")}
-    kinds = {preset: (bool(symmetry.any()), bool(warped.any())) for preset, (symmetry, warped, _) in draws.items()}
-    assert kinds == {"none": (False, False), "stnet": (True, False), "mpa": (True, True)}
+@pytest.mark.parametrize(
+    "preset, turns, warps", [("mpa", True, True), ("stnet", True, False), ("none", False, False)]
+)
+def test_presets_differ_as_named(preset, turns, warps):
+    generator = torch.Generator().manual_seed(0)
+    symmetry, warped, _ = common.draw_augmentation(100, preset, generator)
+    assert symmetry.any() == turns
+    assert warped.any() == warps
+
+
+def test_presets_draw_the_same_affine_maps():
+    """Then a difference between two of them is that of the presets, not of other draws."""
+    draws = [
+        common.draw_augmentation(50, preset, torch.Generator().manual_seed(0))
+        for preset in common.AUGMENTATIONS
+    ]
+    for _, _, affine, *_ in draws:
+        assert torch.equal(affine, draws[0][2])
+
+
+def test_an_unknown_preset_is_refused_and_not_taken_for_another():
+    with pytest.raises(common.InputError) as refused:
+        common.draw_augmentation(3, "mpaa", torch.Generator())
+    presets = ", ".join(common.AUGMENTATIONS)
+    assert f"'mpaa': expected one of {presets}" in str(refused.value)
+
+
+def test_an_unknown_preset_on_the_command_line_ends_with_2(simulated, tmp_path, capsys):
+    assert run_script("20", data_root=simulated, out=tmp_path / "out", aug="nonsense") == 2
+    presets = ", ".join(common.AUGMENTATIONS)
+    assert f"--aug nonsense: expected one of {presets}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_preset_is_allowed_as_aug():
+    for preset in common.AUGMENTATIONS:
+        runner.check_constants({"AUG": preset})
 
 
 def test_resized_patches_keep_order_and_colour():
-    patches = np.zeros((3, 224, 224, 3), np.uint8)
-    patches[0, ..., 0], patches[1, ..., 1], patches[2, ..., 2] = 200, 100, 50
-    patches, device = torch.from_numpy(patches), torch.device("cpu")
-    small = common.place_patches(patches, 32, device)[torch.arange(3)]
-    assert small.shape == (3, 3, 32, 32) and small.is_contiguous(memory_format=torch.channels_last)
+    patches = torch.zeros((3, 224, 224, 3), dtype=torch.uint8)
+    for i, value in enumerate((200, 100, 50)):
+        patches[i, :, :, i] = value
+    small = common.place_patches(patches, 32, torch.device("cpu"))[torch.arange(3)]
+    assert small.shape == (3, 3, 32, 32)
+    assert small.is_contiguous(memory_format=torch.channels_last)
     assert small.amax((2, 3)).tolist() == [[200, 0, 0], [0, 100, 0], [0, 0, 50]]
 
 
 @pytest.mark.parametrize("sizes", [[], [3], [3, 2], [2, 1, 3, 1]])
 def test_patches_are_read_ahead_bit_for_bit_and_in_order(tmp_path, sizes):
-    np.save(tmp_path / "patches.npy", np.random.default_rng(0).integers(0, 256, (7, 224, 224, 3), np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 224, 224, 3), np.uint8)
+    np.save(tmp_path / "patches.npy", pixels)
     patches = torch.from_numpy(np.load(tmp_path / "patches.npy", mmap_mode="c"))
     order = torch.tensor([4, 0, 6, 2, 2, 5, 1])[: sum(sizes)]
+    batches = order.split(sizes) if sizes else []
     device = torch.device("cpu")
-    read = list(
-        common.read_ahead(common.place_patches(patches, 224, device), order.split(sizes) if sizes else [], device)
-    )
+    read = list(common.read_ahead(common.place_patches(patches, 224, device), batches, device))
     assert [len(part) for part in read] == sizes
     if sizes:
         assert torch.equal(torch.cat(read).permute(0, 2, 3, 1), patches[order])
@@ -110,7 +151,8 @@ def test_patches_are_read_ahead_bit_for_bit_and_in_order(tmp_path, sizes):
 
 def test_what_fails_while_reading_ahead_is_raised():
     device = torch.device("cpu")
-    patches = common.place_patches(torch.zeros((2, 224, 224, 3), dtype=torch.uint8), 224, device)
+    two = torch.zeros((2, 224, 224, 3), dtype=torch.uint8)
+    patches = common.place_patches(two, 224, device)
     batches = common.read_ahead(patches, [torch.tensor([0]), torch.tensor([5])], device)
     assert next(batches).shape == (1, 3, 224, 224)
     with pytest.raises(IndexError):
@@ -118,12 +160,14 @@ def test_what_fails_while_reading_ahead_is_raised():
 
 
 def test_symmetries_one_by_one_are_those_at_once():
-    patches = torch.randint(0, 256, (16, 3, 9, 9), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    symmetry = torch.cartesian_prod(*[torch.tensor([False, True])] * 3).repeat(2, 1)
-    assert torch.equal(common.apply_symmetry(patches, symmetry), common.apply_symmetry_at_once(patches, symmetry))
+    patches = torch.randint(0, 256, (16, 3, 9, 9), dtype=torch.uint8)
+    patches = patches.contiguous(memory_format=torch.channels_last)
+    symmetry = torch.tensor(SYMMETRIES * 2)
+    one_by_one = common.apply_symmetry(patches, symmetry)
+    assert torch.equal(one_by_one, common.apply_symmetry_at_once(patches, symmetry))
 
 
 def test_the_affine_grid_is_torchs():
     _, _, affine = common.draw_augmentation(9, "mpa", torch.Generator().manual_seed(0))
-    expected = torch.nn.functional.affine_grid(affine, (9, 3, 37, 37), align_corners=False)
+    expected = F.affine_grid(affine, (9, 3, 37, 37), align_corners=False)
     torch.testing.assert_close(common.lay_affine_grid(affine, 37), expected, rtol=0, atol=1e-6)

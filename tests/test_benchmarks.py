@@ -20,11 +20,15 @@ def load_benchmark(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["compare_stages", "compare_precision", "measure_growth", "measure_prediction"])
+BENCHMARKS = ["compare_stages", "compare_precision", "measure_growth", "measure_prediction"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_its_constants_are_listed(name):
     command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "--out" in shown and "Question" in shown
+    assert "--out" in shown
+    assert "Question" in shown
 
 
 def test_both_sides_cut_the_same_patches(tmp_path):
@@ -36,18 +40,42 @@ def test_both_sides_cut_the_same_patches(tmp_path):
     stages.cut_here(tmp_path / "slide.tif", corners, tmp_path)
     here = np.load(tmp_path / "patches.npy")
     for number, patch in enumerate(here):
-        assert np.array_equal(stages.conventional.Image.open(tmp_path / f"{number:05d}.png"), patch)
+        image = stages.conventional.Image.open(tmp_path / f"{number:05d}.png")
+        assert np.array_equal(image, patch)
 
 
 def test_both_sides_score_the_same():
     stages = load_benchmark("compare_stages")
     predicted, truth = np.random.default_rng(0).normal(size=(2, 50, 9)).astype(np.float32)
-    assert np.allclose(stages.conventional.correlate(predicted, truth), common.pearson_per_gene(predicted, truth))
+    conventionally = stages.conventional.correlate(predicted, truth)
+    assert np.allclose(conventionally, common.pearson_per_gene(predicted, truth))
+
+
+def test_both_sides_train(tmp_path, monkeypatch):
+    """One step of 32 small patches and five genes each."""
+    stages = load_benchmark("compare_stages")
+    monkeypatch.setattr(common, "PATCH_SIZE", 64)
+    for name, value in {"STEPS": 1, "GENES": 5, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(stages, name, value)
+    monkeypatch.setattr(stages.os, "cpu_count", lambda: 0)  # The loader has no processes.
+    called = []
+
+    def call_both(repeats, *sides):
+        for side in sides:
+            side()
+            called.append(side.__name__)
+        return np.ones((1, 2))
+
+    monkeypatch.setattr(stages, "alternate", call_both)
+    assert len(stages.compare_training(tmp_path)) == 2
+    assert called == ["conventionally", "here", "fixed", "here"]
 
 
 def test_a_stage_ends_with_its_table(tmp_path):
-    command = [sys.executable, REPOSITORY / "benchmarks" / "compare_stages.py", "--only", "scoring", "--repeats", "1"]
-    subprocess.run([*command, "--out", tmp_path], check=True, capture_output=True)
+    command = [sys.executable, REPOSITORY / "benchmarks" / "compare_stages.py"]
+    command += ["--only", "scoring", "--repeats", "1", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
     table = pd.read_csv(tmp_path / "stages.csv")
-    assert (table["conventional"] > 0).all() and (table["ratio"] > 0).all()
+    assert (table["conventional"] > 0).all()
+    assert (table["ratio"] > 0).all()
     assert {path.name for path in tmp_path.iterdir()} == {"stages.csv", "machine.json"}

@@ -1,7 +1,9 @@
-"""Scripts 21, 22 and 23: what is trainable, what stays frozen, folds, resuming, ranking, colour augmentation."""
+"""Scripts 21, 22 and 23: what is trainable, what stays frozen, folds, resuming, ranking, colour
+augmentation.
+"""
 
 import dataclasses
-import json
+import shutil
 
 import anndata
 import numpy as np
@@ -10,26 +12,32 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import TINY, load_script, run_script
+from conftest import (
+    AT_MEAN,
+    NETWORK,
+    PAPER,
+    SMALL_GRID,
+    SMALL_RUNS,
+    TINY,
+    TINY_SEARCH,
+    last_json,
+    load_script,
+    printed_table,
+    run_script,
+    stdout_of,
+    table_of,
+    without_timing,
+)
 from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
+import runner
 
-NETWORK = {"BACKBONE": "efficientnet_b0", "HIDDEN": 8, "PRETRAINED": False, "TRAINABLE_STAGES": -1}
-GRID = TINY[:-6] + TINY[-4:]  # without --hidden
-TINY_22 = ("--image-size", 32, "--epochs", 3, "--batch-size", 8, "--learning-rate", 0.003, "--folds", 2)
-TINY_22 += ("--pretrained", "false", "--device", "cpu", "--target", "lognorm")
-SMALL_GRID = {"STAGES": (0, 1), "HIDDENS": (0, 4)}
+# ------------------------------------------------------------------------------- what is trainable
 
-
-def last_json(stdout):
-    return json.loads(stdout.splitlines()[-1])
-
-
-# ------------------------------------------------------------------------------------- what is trainable
-
-# Parameters of the whole network as torchvision's documentation lists them, less its classifier of 1,000 classes.
+# Parameters of the whole network as torchvision's documentation lists them, less its classifier of
+# 1,000 classes.
 PUBLISHED = {
     "efficientnet_b0": 5_288_548 - 1281 * 1000,
     "tf_efficientnet_b7.ra_in1k": 66_347_960 - 2561 * 1000,
@@ -42,52 +50,91 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("backbone", PUBLISHED)
 def test_every_backbone_is_whole_and_wholly_trainable(backbone):
+    recipe = NETWORK | {"BACKBONE": backbone}
     with torch.device("meta"):
-        model = common.build_model(NETWORK | {"BACKBONE": backbone}, 5, 0)
-        frozen = common.build_model(NETWORK | {"BACKBONE": backbone, "TRAINABLE_STAGES": 0}, 5, 0)
+        model = common.build_model(recipe, 5, 0)
+        frozen = common.build_model(recipe | {"TRAINABLE_STAGES": 0}, 5, 0)
     head = (model.head[1].in_features + 1) * 8 + 9 * 5
-    total = PUBLISHED[backbone] + head
-    assert common.count_parameters(model) == {"backbone": PUBLISHED[backbone], "trainable": total, "total": total}
-    assert common.count_parameters(frozen) == {"backbone": PUBLISHED[backbone], "trainable": head, "total": total}
+    whole = {"backbone": PUBLISHED[backbone], "total": PUBLISHED[backbone] + head}
+    assert common.count_parameters(model) == whole | {"trainable": whole["total"]}
+    assert common.count_parameters(frozen) == whole | {"trainable": head}
 
 
 def test_every_default_backbone_has_pretrained_weights():
     backbones = load_script("21").BACKBONES
     assert set(backbones) == set(PUBLISHED)
-    assert all(timm.get_pretrained_cfg(name).hf_hub_id for name in backbones)
+    for name in backbones:
+        assert timm.get_pretrained_cfg(name).hf_hub_id, name
 
 
 def mbconv(inputs, outputs, kernel, expansion):
-    """Parameters of one block of EfficientNet's table, by hand: convolutions without bias, two numbers a BatchNorm."""
-    wide, squeezed = inputs * expansion, inputs // 4
-    expand = (inputs * wide + 2 * wide) * (expansion > 1)
+    """Parameters of one block of EfficientNet's table, by hand: convolutions without bias, two
+    numbers a BatchNorm.
+    """
+    wide = inputs * expansion
+    squeezed = inputs // 4
+    expand = inputs * wide + 2 * wide if expansion > 1 else 0
     depthwise = kernel**2 * wide + 2 * wide
     squeeze_and_excite = wide * squeezed + squeezed + squeezed * wide + wide
     return expand + depthwise + squeeze_and_excite + wide * outputs + 2 * outputs
 
 
+# Expansion, outputs, blocks and kernel of the seven stages in Tan and Le's table 1.
+STAGES = [
+    (1, 16, 1, 3),
+    (6, 24, 2, 3),
+    (6, 40, 2, 5),
+    (6, 80, 3, 3),
+    (6, 112, 3, 5),
+    (6, 192, 4, 5),
+    (6, 320, 1, 3),
+]
+
+
 def stages_by_hand():
-    """EfficientNet-B0's nine: stem, the seven stages of Tan and Le's table 1, head convolution."""
-    table = [(1, 16, 1, 3), (6, 24, 2, 3), (6, 40, 2, 5), (6, 80, 3, 3), (6, 112, 3, 5), (6, 192, 4, 5), (6, 320, 1, 3)]
+    """Parameters of EfficientNet-B0's nine: stem, the seven stages, head convolution."""
     stages, inputs = [3 * 3 * 3 * 32 + 2 * 32], 32
-    for expansion, outputs, blocks, kernel in table:
+    for expansion, outputs, blocks, kernel in STAGES:
         first = mbconv(inputs, outputs, kernel, expansion)
         stages.append(first + (blocks - 1) * mbconv(outputs, outputs, kernel, expansion))
         inputs = outputs
     return [*stages, 320 * 1280 + 2 * 1280]
 
 
-@pytest.mark.parametrize("stages", [0, 1, 3, 5, 7, 9, -1])
-def test_trainable_parameters_of_each_stage_setting(stages):
-    by_hand = stages_by_hand()
-    assert len(by_hand) == 9 and sum(by_hand) == PUBLISHED["efficientnet_b0"]
+def test_the_stages_by_hand_are_the_whole_network():
+    assert len(stages_by_hand()) == 9
+    assert sum(stages_by_hand()) == PUBLISHED["efficientnet_b0"]
+
+
+@pytest.mark.parametrize(
+    "stages, first",
+    [
+        (0, None),
+        (1, "conv_head"),
+        (3, "blocks.5"),
+        (5, "blocks.3"),
+        (7, "blocks.1"),
+        (9, "conv_stem"),
+        (-1, "conv_stem"),
+    ],
+)
+def test_trainable_parameters_of_each_stage_setting(stages, first):
     with torch.device("meta"):
         model = common.build_model(NETWORK | {"TRAINABLE_STAGES": stages}, 5, 0)
+    n_trainable = 9 if stages == -1 else stages
+    backbone = sum(stages_by_hand()[9 - n_trainable :])
     head = 1281 * 8 + 9 * 5
-    assert common.count_parameters(model)["trainable"] == head + sum(by_hand[9 - stages :] if stages >= 0 else by_hand)
-    names = [name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad]
-    first = {0: "nothing", 1: "conv_head", 3: "blocks.5", 5: "blocks.3", 7: "blocks.1"}.get(stages, "conv_stem")
-    assert [*names, "nothing"][0].startswith(first)
+    assert common.count_parameters(model)["trainable"] == head + backbone
+    parameters = model.backbone.named_parameters()
+    trainable = [name for name, parameter in parameters if parameter.requires_grad]
+    if first is None:
+        assert not trainable
+    else:
+        assert trainable[0].startswith(first)
+
+
+# Where the names of each stage's parameters begin.
+PREFIXES = [("conv_stem", "bn1"), *((f"blocks.{i}.",) for i in range(7)), ("conv_head", "bn2")]
 
 
 @pytest.mark.parametrize("stages", [0, 1, 3, 5, 7, 9])
@@ -96,376 +143,500 @@ def test_frozen_stages_are_bit_equal_after_training(stages):
     patches = torch.from_numpy(rng.integers(0, 256, (10, 3, 32, 32), np.uint8))
     target = rng.normal(size=(10, 5)).astype(np.float32)
     model = common.build_model(NETWORK | {"TRAINABLE_STAGES": stages}, 5, 0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    recipe = {"LEARNING_RATE": 1e-2, "EPOCHS": 1, "BATCH_SIZE": 5, "AUG": "none"}
-    common.fit(model, patches, target, np.arange(7), np.arange(7, 10), recipe=recipe, seed=1, dtype=torch.float32)
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    parts = [("conv_stem", "bn1"), *((f"blocks.{i}.",) for i in range(7)), ("conv_head", "bn2")]
-    for number, prefixes in enumerate(parts):
-        own = {name for name in before if name.startswith(tuple(f"backbone.{prefix}" for prefix in prefixes))}
+    before = common.copy_state(model)
+    recipe = {"LEARNING_RATE": 1e-2, "EPOCHS": 1, "BATCH_SIZE": 5, "AUG": "none", "LOSS": "mse"}
+    spots = np.arange(7), np.arange(7, 10)
+    common.fit(model, patches, target, *spots, recipe=recipe, seed=1, dtype=torch.float32)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    for number, prefixes in enumerate(PREFIXES):
+        prefixes = tuple(f"backbone.{prefix}" for prefix in prefixes)
+        own = {name for name in before if name.startswith(prefixes)}
         statistics = {name for name in own if "running" in name}
-        assert own and statistics
+        assert own
+        assert statistics
         if number < 9 - stages:
             assert not own & changed, number
         else:
-            assert statistics <= changed and own & changed - statistics, number
+            assert statistics <= changed, number
+            assert own & changed - statistics, number
     assert any(name.startswith("head") for name in changed)
 
 
 def test_a_transformers_own_parameters_are_frozen_with_its_stem():
+    recipe = NETWORK | {"BACKBONE": "vit_tiny_patch16_224", "TRAINABLE_STAGES": 3}
     with torch.device("meta"):
-        model = common.build_model(NETWORK | {"BACKBONE": "vit_tiny_patch16_224", "TRAINABLE_STAGES": 3}, 5, 0)
-    free = [name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad]
-    assert {name.split(".")[0] for name in free} == {"blocks", "norm"} and "blocks.9.attn.qkv.weight" in free
-    assert not any(name.startswith("blocks.8.") for name in free)
+        model = common.build_model(recipe, 5, 0)
+    parameters = model.backbone.named_parameters()
+    trainable = [name for name, parameter in parameters if parameter.requires_grad]
+    assert {name.split(".")[0] for name in trainable} == {"blocks", "norm"}
+    assert "blocks.9.attn.qkv.weight" in trainable
+    assert not any(name.startswith("blocks.8.") for name in trainable)
 
 
-# ------------------------------------------------------------------------------------- script 21
+# --------------------------------------------------------------------------------------- script 21
+@pytest.fixture(scope="module")
+def backbones(finished):
+    """Table of script 21's records."""
+    return table_of(finished("21")[1])
 
 
-def test_backbones_end_to_end(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm")
-    changed = {"BACKBONES": ("mobilenetv3_small_050", "resnet10t"), "FROZEN": ("resnet10t",)}
-    assert run_script("21", *arguments, **changed) == 0
-    stdout = capsys.readouterr().out
-    rows = pd.DataFrame(last_json(stdout)["rows"])
+def test_every_backbone_has_its_rows(backbones):
     names = ["mobilenetv3_small_050", "resnet10t", "resnet10t frozen"]
-    assert rows["setting"].tolist() == [name for name in names for _ in range(2)] and "x)" in stdout
-    tuned = rows[rows["setting"] != "resnet10t frozen"]
-    assert (tuned["parameters_trainable"] == tuned["parameters_total"]).all()
-    frozen = rows[rows["setting"] == "resnet10t frozen"].iloc[0]
-    assert frozen["parameters_trainable"] == frozen["parameters_total"] - frozen["parameters_backbone"]
-    assert (rows[["images_per_s", "peak_memory_mb"]] > 0).all(axis=None)
-    assert (tmp_path / "r_against_parameters.png").stat().st_size > 5000
-    assert run_script("21", *arguments, "--only", "resnet10t frozen", **changed) == 0
-    again = last_json(capsys.readouterr().out)["rows"]
-    assert again == rows.query("setting == 'resnet10t frozen'").to_dict("records")
+    assert backbones["setting"].tolist() == [name for name in names for _ in range(2)]
 
 
-def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path, capsys):
+def test_backbones_are_tuned_but_for_the_frozen_one(backbones):
+    for row in backbones.itertuples():
+        frozen = row.parameters_backbone if row.setting == "resnet10t frozen" else 0
+        assert row.parameters_trainable == row.parameters_total - frozen
+
+
+def test_backbones_have_speed_memory_and_a_figure(backbones, finished):
+    assert (backbones["images_per_s"] > 0).all()
+    assert (backbones["peak_memory_mb"] > 0).all()
+    assert (finished("21")[0] / "r_against_parameters.png").stat().st_size > 5000
+
+
+def test_backbones_are_measured_in_resnet50s(backbones, finished):
+    """A backbone's parameters as a share of ResNet-50's stand in the printed table."""
+    head, lines = printed_table(finished("21")[1], "backbones, all stages trainable")
+    assert "of ResNet-50" in head
+    for line, setting in zip(lines, backbones["setting"].unique(), strict=True):
+        assert line.startswith(setting)
+        own = backbones["parameters_backbone"][backbones["setting"] == setting].iloc[0]
+        assert f" {own / 1e6:.1f} " in line
+        assert f" {own / PUBLISHED['resnet50']:.2f} " in line
+
+
+def test_one_backbone_alone_has_the_same_rows(backbones, finished, simulated):
+    options = SMALL_RUNS["21"] | {"only": "resnet10t frozen"}
+    again = table_of(stdout_of("21", data_root=simulated, out=finished("21")[0], **options))
+    frozen = backbones.query("setting == 'resnet10t frozen'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, frozen)
+
+
+def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path):
     """Peak memory of the process starts anew with each training where the system can."""
-    changed = {"BACKBONES": ("resnet50", "mobilenetv3_small_050"), "FROZEN": ()}
-    assert run_script("21", "--data-root", simulated, "--out", tmp_path, *TINY, "--epochs", 1, **changed) == 0
-    peaks = {row["setting"]: row["peak_memory_mb"] for row in last_json(capsys.readouterr().out)["rows"]}
+    options = TINY | {"epochs": 1, "FROZEN": ()}
+    options |= {"BACKBONES": ("resnet50", "mobilenetv3_small_050")}
+    rows = table_of(stdout_of("21", data_root=simulated, out=tmp_path, **options))
+    peaks = rows.groupby("setting")["peak_memory_mb"].first()
     assert peaks["mobilenetv3_small_050"] < peaks["resnet50"]
 
 
+NO_VIT = ("resnet18", "vit_tiny_patch16_224")
+
+
 @pytest.mark.parametrize(
-    "name, arguments, changed, words",
+    "name, options, words",
     [
-        ("21", ["--only", "resnet5"], {}, ["--only resnet5", "efficientnet_b0", "resnet50 frozen"]),
-        ("21", [], {"BACKBONES": ("resnet18", "resnet51")}, ["resnet51", "timm"]),
-        ("21", [], {"BACKBONES": ("resnet18", "vit_tiny_patch16_224")}, ["vit_tiny_patch16_224", "--image-size 224"]),
+        ("21", {"only": "resnet5"}, ["--only resnet5", "efficientnet_b0", "resnet50 frozen"]),
+        ("21", {"BACKBONES": ("resnet18", "resnet51")}, ["resnet51", "timm"]),
+        ("21", {"BACKBONES": NO_VIT}, ["vit_tiny_patch16_224", "--image-size 224"]),
         (
             "21",
-            ["--pretrained", "true"],
-            {"BACKBONES": ("efficientnet_b7",)},
+            {"pretrained": True, "BACKBONES": ("efficientnet_b7",)},
             ["efficientnet_b7", "no pretrained weights"],
         ),
-        ("21", ["--protocol", "block"], {}, ["--protocol block", "--target lognorm"]),
-        ("22", ["--protocol", "loso"], {}, ["--protocol loso", "--target lognorm"]),
-        ("22", ["--protocol", "block", "--target", "harmony"], {}, ["--protocol block", "--target lognorm"]),
-        ("22", ["--folds", "1"], {}, ["--folds 1", "from 2"]),
-        ("22", ["--folds", "40"], {}, ["40: 30 spots", "fewer"]),
-        ("22", ["--folds", "99"], {}, ["99: 30 spots", "fewer"]),
-        ("22", [], {"STAGES": (0, 12), "HIDDENS": (0,)}, ["TRAINABLE_STAGES 12", "9 stages"]),
-        ("23", ["--only", "mpa2"], {}, ["--only mpa2", "stnet_color"]),
+        ("21", {"protocol": "block"}, ["--protocol block", "--target lognorm"]),
+        ("22", {"protocol": "loso"}, ["--protocol loso", "--target lognorm"]),
+        ("22", {"protocol": "block"}, ["--protocol block", "--target lognorm"]),
+        ("22", {"folds": 1}, ["--folds 1", "from 2"]),
+        ("22", {"folds": 40}, ["40: 30 spots", "fewer"]),
+        ("22", {"folds": 99}, ["99: 30 spots", "fewer"]),
+        ("22", {"STAGES": (0, 12), "HIDDENS": (0,)}, ["TRAINABLE_STAGES 12", "9 stages"]),
+        ("23", {"only": "mpa2"}, ["--only mpa2", "stnet_color"]),
     ],
 )
-def test_refused_before_anything_is_trained(simulated, tmp_path, monkeypatch, capsys, name, arguments, changed, words):
+def test_refused_before_anything_is_trained(
+    simulated, tmp_path, monkeypatch, capsys, name, options, words
+):
     monkeypatch.setattr(common, "fit", lambda *a, **k: pytest.fail("a training began"))
-    small = [] if name == "22" else ["--hidden", 4]
-    common_part = ["--data-root", simulated, "--out", tmp_path / "out", "--pretrained", "false", "--image-size", 32]
-    assert run_script(name, *common_part, *small, *arguments, **changed) == 2
+    small = {"pretrained": False, "image_size": 32, "target": "harmony"}
+    if name != "22":
+        small["hidden"] = 4
+    out = tmp_path / "out"
+    assert run_script(name, data_root=simulated, out=out, **(small | options)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words), error
-    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert {path.name for path in out.rglob("*") if path.is_file()} <= {".lock"}
 
 
-# ------------------------------------------------------------------------------------- script 22: folds
-
-
+# -------------------------------------------------------------------------------- script 22: folds
 def two_slides():
-    """Visium's hexagonal grid, 24 x 40 positions, pitch 100 px, on two training slides and a test slide."""
-    grid = pd.DataFrame([(r, 2 * c + r % 2) for r in range(24) for c in range(40)], columns=["array_row", "array_col"])
+    """Visium's hexagonal grid, 24 x 40 positions, pitch 100 px, on two training slides and a test
+    slide.
+    """
+    places = [(row, 2 * column + row % 2) for row in range(24) for column in range(40)]
+    grid = pd.DataFrame(places, columns=["array_row", "array_col"])
     grid = pd.concat([grid.assign(tissue_index=slide) for slide in (1, 2, 3)], ignore_index=True)
     grid["pxl_row"] = np.rint(grid["array_row"] * 100 * 3**0.5 / 2).astype(int) + 250
     grid = grid.assign(pxl_col=grid["array_col"] * 50 + 400, id=grid.index.astype(str), pitch=100.0)
-    square = [f"{s}:{x // 500}:{y // 500}" for s, x, y in grid[["tissue_index", "pxl_col", "pxl_row"]].to_numpy()]
-    return grid.assign(block=square)
+    corners = grid[["tissue_index", "pxl_col", "pxl_row"]].to_numpy()
+    return grid.assign(block=[f"{slide}:{x // 500}:{y // 500}" for slide, x, y in corners])
 
 
 def fold_roles(spots, protocol, seed=42, folds=5):
     """The folds of the spots on slides 1 and 2; slide 3 is the test slide."""
     pool = np.flatnonzero(spots["tissue_index"] < 3)
-    return pool, common.split_folds(spots, pool, protocol, folds, seed)
+    return common.split_folds(spots, pool, protocol, folds, seed)
+
+
+@pytest.mark.parametrize(
+    "protocol, folds, spread", [("paper", 5, 1), ("block", 5, 25), ("loso", 2, 1)]
+)
+def test_folds_are_disjoint_and_exhaustive(protocol, folds, spread):
+    spots = two_slides()
+    trainings = fold_roles(spots, protocol, folds=folds)
+    assert len(trainings) == folds
+    test = spots["tissue_index"] == 3
+    times = np.sum([roles == "valid" for roles in trainings], axis=0)
+    assert (times[~test] == 1).all()
+    for roles in trainings:
+        assert (roles[test] == "").all()
+        assert (roles == "valid").sum() == pytest.approx((~test).sum() / folds, abs=spread)
 
 
 @pytest.mark.parametrize("protocol, folds", [("paper", 5), ("block", 5), ("loso", 2)])
-def test_folds_are_disjoint_and_exhaustive(protocol, folds):
+def test_folds_follow_from_the_seed_but_for_slides(protocol, folds):
     spots = two_slides()
-    pool, trainings = fold_roles(spots, protocol, folds=folds)
-    times, test = np.sum([roles == "valid" for roles in trainings], axis=0), np.arange(len(spots)) > pool[-1]
-    assert len(trainings) == folds and (times[~test] == 1).all() and (times[test] == 0).all()
-    for roles in trainings:
-        assert (roles[test] == "").all()
-        spread = 25 if protocol == "block" else 1
-        assert (roles == "valid").sum() == pytest.approx(len(spots) * 2 / 3 / folds, abs=spread)
-    again, other = (fold_roles(spots, protocol, seed, folds)[1] for seed in (42, 43))
-    assert np.array_equal(trainings, again) and np.array_equal(trainings, other) == (protocol == "loso")
+    first = fold_roles(spots, protocol, seed=42, folds=folds)
+    assert np.array_equal(first, fold_roles(spots, protocol, seed=42, folds=folds))
+    other = fold_roles(spots, protocol, seed=43, folds=folds)
+    assert np.array_equal(first, other) == (protocol == "loso")
+
+
+def nearest_training_spot(spots, roles):
+    """Smallest distance in px from a validation spot to a training spot of its slide."""
+    distances = []
+    for _, of in spots.assign(role=roles).groupby("tissue_index"):
+        valid = of.loc[of["role"] == "valid", ["pxl_col", "pxl_row"]]
+        train = of.loc[of["role"] == "train", ["pxl_col", "pxl_row"]]
+        if len(valid):
+            distances.append(cdist(valid, train).min())
+    return min(distances)
 
 
 def test_blocks_are_really_apart():
+    """The pitch is 100 px; spots drawn at random have a neighbour in training."""
     spots = two_slides()
-    xy, slide = spots[["pxl_col", "pxl_row"]].to_numpy(float), spots["tissue_index"].to_numpy()
-    nearest = {
-        protocol: [
-            cdist(xy[(roles == "valid") & (slide == s)], xy[(roles == "train") & (slide == s)]).min()
-            for roles in fold_roles(spots, protocol)[1]
-            for s in (1, 2)
-        ]
-        for protocol in ("paper", "block")
-    }
-    assert max(nearest["paper"]) <= 101 and min(nearest["block"]) > 200  # px; the pitch is 100
-    pool, (roles, *_) = fold_roles(spots, "block")
-    square = pd.Series(list(zip(slide, *(xy // 500).T, strict=True)))[pool]
-    assert pd.Series(roles[pool] == "valid").groupby(square.to_numpy()).nunique().max() == 1, "cut in two"
-    assert 0.3 < (roles == "train").sum() / len(pool) < 0.8
+    for roles in fold_roles(spots, "block"):
+        assert nearest_training_spot(spots, roles) > 200
+    for slide in (1, 2):
+        one = spots[spots["tissue_index"] == slide]
+        for roles in fold_roles(spots, "paper"):
+            assert nearest_training_spot(one, roles[one.index]) <= 101
 
 
-def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeypatch, capsys):
-    """Other counts, variable genes and published lists: the same panel, lists, folds and out-of-fold scores."""
-    import shutil
+def test_no_block_is_cut_in_two():
+    spots = two_slides()
+    pool = spots["tissue_index"] < 3
+    roles = fold_roles(spots, "block")[0][pool]
+    square = (spots[["pxl_col", "pxl_row"]] // 500).assign(slide=spots["tissue_index"])[pool]
+    square = pd.factorize(pd.MultiIndex.from_frame(square))[0]
+    assert pd.Series(roles == "valid").groupby(square).nunique().max() == 1
+    assert 0.3 < (roles == "train").mean() < 0.8
 
-    load, root = common.load_dataset, tmp_path / "root"
+
+def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeypatch):
+    """Other counts, variable genes and published lists: the same panel, lists, folds and
+    out-of-fold scores.
+    """
+    root = tmp_path / "root"
     shutil.copytree(simulated / "dataset", root / "dataset")
-    arguments = ("--data-root", root, *TINY_22, "--protocol", "block")
-    read = anndata.read_h5ad
+    options = TINY_SEARCH | {"protocol": "block", "STAGES": (0,), "HIDDENS": (0,)}
+    load_dataset, read_h5ad = common.load_dataset, anndata.read_h5ad
 
-    def run(out):
-        assert run_script("22", *arguments, "--out", out, STAGES=(0,), HIDDENS=(0,)) == 0
-        rows = last_json(capsys.readouterr().out)["rows"]
-        return [
-            {
-                k: v
-                for k, v in row.items()
-                if "seconds" not in k and k not in ("images_per_s", "peak_memory_mb", "folder")
-            }
-            for row in rows
-        ]
+    def search(out):
+        rows = last_json(stdout_of("22", data_root=root, out=out, **options))["rows"]
+        for row in rows:
+            del row["folder"]
+        return without_timing(rows)
 
-    def disturb(root, target):
-        data = load(root, target)
+    def load_with_noise(root, target):
+        data = load_dataset(root, target)
         test = (data.spots["tissue_index"] == 3).to_numpy()
         noise = np.random.default_rng(0).gamma(1, size=data.lognorm.shape).astype(np.float32)
         changed = np.where(test[:, None], noise, data.lognorm)
         return dataclasses.replace(data, lognorm=changed, target=changed)
 
-    def other_genes(path):
-        table = read(path)
+    def read_with_other_variable_genes(path):
+        table = read_h5ad(path)
         if path.name == "counts.h5ad":
             table.var["hvg_3"] = ~table.var["hvg_3"]
         return table
 
-    monkeypatch.setattr(common, "MARGIN", 0)  # ten spots a slide leave no room
-    quiet = run(tmp_path / "a")
-    (root / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHVG,ALB\n")  # as if ranked on the test slide
-    monkeypatch.setattr(common, "load_dataset", disturb)
-    monkeypatch.setattr(anndata, "read_h5ad", other_genes)
-    loud = run(tmp_path / "b")
-    assert [row for row in quiet if row["split"] != "test"] == [row for row in loud if row["split"] != "test"]
-    assert [row for row in quiet if row["split"] == "test"] != [row for row in loud if row["split"] == "test"]
+    monkeypatch.setattr(common, "MARGIN", 0)  # Ten spots a slide leave no room.
+    quiet = search(tmp_path / "quiet")
+    # As if ranked on the test slide.
+    (root / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHVG,ALB\n")
+    monkeypatch.setattr(common, "load_dataset", load_with_noise)
+    monkeypatch.setattr(anndata, "read_h5ad", read_with_other_variable_genes)
+    loud = search(tmp_path / "loud")
+    assert without_test(quiet) == without_test(loud)
+    assert quiet != loud
 
 
-# ------------------------------------------------------------------------------------- script 22: the search
+def without_test(rows):
+    """The rows but for those of the test slide."""
+    return [row for row in rows if row["split"] != "test"]
 
 
+# --------------------------------------------------------------------------- script 22: the search
 @pytest.fixture(scope="module")
-def searched(simulated, tmp_path_factory):
+def searched(finished):
     """(output folder, stdout) of script 22 on a grid of four settings and two folds."""
-    import contextlib
-    import io
-
-    out, stdout = tmp_path_factory.mktemp("search"), io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        assert run_script("22", "--data-root", simulated, "--out", out, *TINY_22, **SMALL_GRID) == 0
-    return out, stdout.getvalue()
+    return finished("22")
 
 
-def test_search_reports_out_of_fold_and_then_the_test_slide(searched, simulated):
-    out, stdout = searched
-    rows = pd.DataFrame(last_json(stdout)["rows"])
+def test_search_scores_folds_out_of_fold_and_then_the_test_slide(searched):
+    rows = table_of(searched[1])
     assert rows["split"].value_counts().to_dict() == {"valid": 8, "oof": 4, "test": 1}
-    oof, valid = rows[rows["split"] == "oof"], rows[rows["split"] == "valid"]
-    assert (oof["n_spots"] == 30).all() and set(valid["n_spots"]) == {15} and set(valid["fold"]) == {0, 1}
-    ranked = oof.astype({"heg": float}).sort_values("heg", ascending=False)["setting"].tolist()
-    assert rows[rows["split"] == "test"]["setting"].tolist() == ranked[:1]
-    lines = stdout[stdout.index("best setting first") :].splitlines()[4:8]
+    assert set(rows["n_spots"][rows["split"] == "oof"]) == {30}
+    valid = rows[rows["split"] == "valid"]
+    assert set(valid["n_spots"]) == {15}
+    assert set(valid["fold"]) == {0, 1}
+
+
+def test_search_ranks_by_out_of_fold_heg_and_trains_the_best(searched):
+    out, stdout = searched
+    rows = table_of(stdout)
+    oof = rows[rows["split"] == "oof"].astype({"heg": float})
+    ranked = oof.sort_values("heg", ascending=False)["setting"].tolist()
+    assert rows["setting"][rows["split"] == "test"].tolist() == ranked[:1]
+    _, lines = printed_table(stdout, "best setting first")
     assert [" ".join(line.split()[:2]) for line in lines] == ranked
-    lines = stdout[stdout.index("further metrics") :].splitlines()[4:8]
-    for setting, line in zip(ranked, lines, strict=True):
-        of = valid[valid["setting"] == setting]["heg"].astype(float)
-        assert line.startswith(setting) and f" {of.mean():.3f}±{of.std():.3f} " in line
     assert (out / "search.png").stat().st_size > 5000
 
 
-def test_out_of_fold_r_is_of_predictions_by_the_other_folds(searched, simulated):
+def check_folds_columns(stdout, rows, truth):
+    """The printed search shows mean±sd over the folds of each setting against this truth."""
+    head, lines = printed_table(stdout, "best setting first")
+    assert "HEG by fold" in head
+    assert "HVG by fold" in head
+    valid = rows[(rows["split"] == "valid") & (rows["truth"] == truth)]
+    for line in lines:
+        of = valid[valid["setting"] == " ".join(line.split()[:2])]
+        heg, hvg = of["heg"].astype(float), of["hvg"].astype(float)
+        assert f" {heg.mean():.3f}±{heg.std():.3f} " in line
+        assert f" {hvg.mean():.3f}±{hvg.std():.3f} " in line
+
+
+def test_search_shows_how_its_folds_differ(searched):
+    check_folds_columns(searched[1], table_of(searched[1]), "lognorm")
+
+
+@pytest.fixture(scope="module")
+def best_setting(searched):
+    """(output folder, records of the best setting)."""
     out, stdout = searched
-    rows = pd.DataFrame(last_json(stdout)["rows"])
-    data = common.load_dataset(simulated, "lognorm")
-    setting = rows["setting"].iloc[0]
-    predicted, seen = {}, {}
-    for row in rows[(rows["setting"] == setting) & (rows["split"] == "valid")].itertuples():
-        table = anndata.read_h5ad(out / row.folder / "predictions.h5ad")
+    rows = table_of(stdout)
+    return out, rows[rows["setting"] == rows["setting"].iloc[0]]
+
+
+def read_predictions(out, record):
+    return anndata.read_h5ad(out / record.folder / "predictions.h5ad")
+
+
+def test_out_of_fold_predictions_are_those_of_the_other_folds(best_setting):
+    out, rows = best_setting
+    predicted = {}
+    for row in rows[rows["split"] == "valid"].itertuples():
+        table = read_predictions(out, row)
         predicted |= dict(zip(table.obs_names, table.X, strict=True))
         split = pd.read_csv(out / row.folder / "split.csv")
-        seen[row.fold] = set(split["id"][split["role"] == "train"])
-        assert not seen[row.fold] & set(table.obs_names) and set(split["fold"]) == {row.fold}
-    (folder,) = rows[(rows["setting"] == setting) & (rows["split"] == "oof")]["folder"]
-    table = anndata.read_h5ad(out / folder / "predictions.h5ad")
-    assert len(table) == 30 and all(np.array_equal(table[i].X[0], predicted[i]) for i in table.obs_names)
-    per_gene = pd.read_csv(out / folder / "per_gene.csv", index_col="gene")["oof_lognorm_r"]
-    slide = data.spots.set_index("id")["tissue_index"].loc[table.obs_names].to_numpy()
-    truth = pd.DataFrame(data.lognorm, data.spots["id"], data.genes).loc[table.obs_names]
+        assert not set(split["id"][split["role"] == "train"]) & set(table.obs_names)
+        assert set(split["fold"]) == {row.fold}
+    (record,) = rows[rows["split"] == "oof"].itertuples()
+    joined = read_predictions(out, record)
+    assert len(joined) == 30
+    for spot in joined.obs_names:
+        np.testing.assert_array_equal(joined[spot].X[0], predicted[spot])
+
+
+def test_out_of_fold_r_is_the_mean_over_slides(best_setting, simulated):
+    out, rows = best_setting
+    (record,) = rows[rows["split"] == "oof"].itertuples()
+    per_gene = pd.read_csv(out / record.folder / "per_gene.csv", index_col="gene")["oof_lognorm_r"]
     gene = per_gene.idxmax()
-    x = table[:, gene].X[:, 0].astype(float)
-    r = [np.corrcoef(x[slide == s], truth[gene].to_numpy(float)[slide == s])[0, 1] for s in (1, 2, 4)]
-    assert per_gene[gene] == pytest.approx(np.mean(r), abs=1e-5)
+    table = read_predictions(out, record)
+    data = common.load_dataset(simulated, "lognorm")
+    truth = pd.Series(data.lognorm[:, data.genes.index(gene)].astype(float), data.spots["id"])
+    pairs = pd.DataFrame({"predicted": table[:, gene].X[:, 0].astype(float)}, table.obs_names)
+    pairs["measured"] = truth.loc[table.obs_names]
+    by_slide = pairs.groupby(table.obs["tissue_index"].to_numpy())
+    r = by_slide.apply(lambda of: np.corrcoef(of["predicted"], of["measured"])[0, 1])
+    assert r.index.tolist() == [1, 2, 4]
+    assert per_gene[gene] == pytest.approx(r.mean(), abs=1e-5)
 
 
 def test_the_final_training_has_no_validation_and_keeps_its_folds_best_epoch(searched):
     out, stdout = searched
-    rows = pd.DataFrame(last_json(stdout)["rows"])
-    (final,) = rows[rows["split"] == "test"].to_dict("records")
-    split = pd.read_csv(out / final["folder"] / "split.csv")["role"].value_counts().to_dict()
-    assert split == {"train": 30, "test": 10}
-    folds = rows[(rows["setting"] == final["setting"]) & (rows["split"] == "valid")]["folder"]
-    curve = np.mean([pd.read_csv(out / folder / "history.csv")["valid_mse"] for folder in folds], axis=0)
-    assert final["best_epoch"] == curve.argmin() + 1
-    history = pd.read_csv(out / final["folder"] / "history.csv")
-    assert len(history) == final["best_epoch"] and history["valid_mse"].isna().all()
+    rows = table_of(stdout)
+    (final,) = rows[rows["split"] == "test"].itertuples()
+    role = pd.read_csv(out / final.folder / "split.csv")["role"]
+    assert role.value_counts().to_dict() == {"train": 30, "test": 10}
+    folds = rows["folder"][(rows["setting"] == final.setting) & (rows["split"] == "valid")]
+    curves = [pd.read_csv(out / folder / "history.csv")["valid_mse"] for folder in folds]
+    assert final.best_epoch == np.mean(curves, axis=0).argmin() + 1
+    history = pd.read_csv(out / final.folder / "history.csv")
+    assert len(history) == final.best_epoch
+    assert history["valid_mse"].isna().all()
 
 
-def test_search_under_harmony_with_two_seeds_keeps_truths_apart(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22, "--target", "harmony", "--seeds", "42,43")
-    assert run_script("22", *arguments, STAGES=(0,), HIDDENS=(0,)) == 0
-    stdout = capsys.readouterr().out
-    rows = pd.DataFrame(last_json(stdout)["rows"])
+def test_search_under_harmony_with_two_seeds_keeps_truths_apart(simulated, tmp_path):
+    options = TINY_SEARCH | {"target": "harmony", "seeds": (42, 43)}
+    options |= {"STAGES": (0,), "HIDDENS": (0,)}
+    stdout = stdout_of("22", data_root=simulated, out=tmp_path, **options)
+    rows = table_of(stdout)
     assert rows.groupby(["split", "truth"]).size().to_dict() == {
-        (split, truth): n for split, n in (("oof", 2), ("test", 2), ("valid", 4)) for truth in ("harmony", "lognorm")
+        (split, truth): n
+        for split, n in (("oof", 2), ("test", 2), ("valid", 4))
+        for truth in ("harmony", "lognorm")
     }
-    lines = stdout[stdout.index("further metrics") :].splitlines()[4:6]
-    for truth, line in zip(("harmony", "lognorm"), lines, strict=True):
-        of = rows[(rows["split"] == "valid") & (rows["truth"] == truth)]["heg"].astype(float)
-        assert truth in line and f" {of.mean():.3f}±{of.std():.3f} " in line
+    check_folds_columns(stdout, rows, "harmony")
+    by_truth = rows[rows["split"] == "valid"].groupby("truth")["heg"].mean()
+    assert by_truth["harmony"] != by_truth["lognorm"]
+
+
+def oof_record(setting, heg, hvg, **changed):
+    """What rank_settings looks at of a record."""
+    record = {"setting": setting, "heg": heg, "hvg": hvg}
+    return record | {"split": "oof", "truth": "lognorm", "heg_n": 50} | changed
 
 
 def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
     script = load_script("22")
     script.TARGET = "lognorm"
-    row = lambda setting, heg, hvg, split="oof", truth="lognorm", heg_n=50: locals()  # noqa: E731
-    rows = [
-        row("undefined", None, 0.9),
-        row("second", 0.3, 0.1),
-        row("first", 0.3, 0.2),
-        row("test is not looked at", 0.1, 0.1),
-        row("test is not looked at", 0.9, 0.9, split="test"),
-        row("nor folds", 0.9, 0.9, split="valid"),
-        row("nor the other truth", 0.9, 0.9, truth="harmony"),
-        row("no hvg", 0.3, None),
-        row("best of a few genes", 0.8, 0.8, heg_n=3),
+    records = [
+        oof_record("undefined", None, 0.9),
+        oof_record("second", 0.3, 0.1),
+        oof_record("first", 0.3, 0.2),
+        oof_record("test is not looked at", 0.1, 0.1),
+        oof_record("test is not looked at", 0.9, 0.9, split="test"),
+        oof_record("nor folds", 0.9, 0.9, split="valid"),
+        oof_record("nor the other truth", 0.9, 0.9, truth="harmony"),
+        oof_record("no hvg", 0.3, None),
+        oof_record("best of a few genes", 0.8, 0.8, heg_n=3),
     ]
-    assert script.rank_settings(rows) == ["first", "second", "no hvg", "test is not looked at"]
+    ranked = ["first", "second", "no hvg", "test is not looked at"]
+    assert script.rank_settings(records) == ranked
     with pytest.raises(common.InputError, match="no setting"):
-        script.rank_settings([row("undefined", None, 0.9, heg_n=0)])
+        script.rank_settings([oof_record("undefined", None, 0.9, heg_n=0)])
 
 
-def test_a_killed_search_loses_no_row_and_computes_none_twice(searched, simulated, tmp_path, monkeypatch, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_22)
+def test_a_killed_search_loses_no_row_and_computes_none_twice(
+    searched, simulated, tmp_path, monkeypatch, capsys
+):
+    options = TINY_SEARCH | SMALL_GRID | {"data_root": simulated, "out": tmp_path}
     fit, began = common.fit, []
 
-    def stop_in_the_sixth(*args, report=None, **options):
-        began.append(options["checkpoint"].parent.name)
+    def stop_in_the_sixth(*arguments, report=None, **more):
+        began.append(more["checkpoint"].parent.name)
 
-        def second_epoch(line, *more):
+        def report_or_stop(line, *others):
             if len(began) == 6 and line["epoch"] == 2:
                 raise KeyboardInterrupt
-            report(line, *more)
+            report(line, *others)
 
-        return fit(*args, report=second_epoch if report else None, **options)
+        return fit(*arguments, report=report_or_stop if report else None, **more)
 
     monkeypatch.setattr(common, "fit", stop_in_the_sixth)
-    assert run_script("22", *arguments, **SMALL_GRID) == 130
-    assert len(list(tmp_path.glob("*/rows.json"))) == 5 == pd.read_csv(tmp_path / "rows.csv")["folder"].nunique()
-    capsys.readouterr()
+    assert run_script("22", **options) == 130
+    assert len(list(tmp_path.glob("*/rows.json"))) == 5
+    assert pd.read_csv(tmp_path / "rows.csv")["folder"].nunique() == 5
     first = began.copy()
-    assert run_script("22", *arguments, **SMALL_GRID) == 0
-    resumed = capsys.readouterr().out
+    capsys.readouterr()
+    resumed = stdout_of("22", **options)
     assert f"going on after epoch 1 of 3 ({tmp_path / first[5]}" in resumed
-    assert began[6] == first[5] and len(began) == 6 + 4 and not set(began[7:]) & set(first)  # 8 folds and the final one
-    timing = ("seconds", "images_per_s", "peak_memory_mb")
-    plain = [{k: v for k, v in row.items() if k not in timing} for row in last_json(resumed)["rows"]]
-    whole = [{k: v for k, v in row.items() if k not in timing} for row in last_json(searched[1])["rows"]]
-    assert plain == whole, "an interrupted search must end with the same numbers"
+    assert began[6] == first[5]
+    assert len(began) == 6 + 4, "8 folds, of which one began twice, and the final one"
+    assert not set(began[7:]) & set(first)
+    whole = without_timing(last_json(searched[1])["rows"])
+    assert without_timing(last_json(resumed)["rows"]) == whole, "as if nothing had happened"
     (tmp_path / "rows.csv").unlink()
-    assert run_script("22", *arguments, **SMALL_GRID) == 0
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole), "a lost table is mended from the rows' own folders"
+    assert run_script("22", **options) == 0
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole), "mended from the rows' folders"
 
 
-def test_frozen_features_are_exact_without_augmentation(simulated, tmp_path, monkeypatch, capsys):
+FROZEN = {
+    **PAPER,
+    **NETWORK,
+    **AT_MEAN,
+    "TRAINABLE_STAGES": 0,
+    "HIDDEN": 4,
+    "AUG": "none",
+    "IMAGE_SIZE": 32,
+    "EPOCHS": 3,
+    "BATCH_SIZE": 8,
+    "LEARNING_RATE": 0.01,
+    "LOSS": "mse",
+    "TTA": False,
+    "DEVICE": "cpu",
+    "PRECISION": "fp32",
+    "TARGET": "lognorm",
+}
+
+
+def test_frozen_features_are_exact_without_augmentation(paper_split, tmp_path, capsys):
     """Training the head on stored features equals training it behind the frozen backbone."""
-    script = load_script("22")
-    data = common.load_dataset(simulated, "lognorm")
-    recipe = {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 4, "TRAINABLE_STAGES": 0, "AUG": "none"}
-    recipe |= {
-        "IMAGE_SIZE": 32,
-        "EPOCHS": 3,
-        "BATCH_SIZE": 8,
-        "LEARNING_RATE": 0.01,
-        "START_AT_MEAN": True,
-        "TTA": False,
-    }
-    recipe |= {"DEVICE": "cpu", "PRECISION": "fp32", "TARGET": "lognorm", "PROTOCOL": "paper"}
-    recipe |= {"TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2}
-    (roles,) = common.split_spots(data.spots, recipe, 42)
-    experiment = common.Experiment(data, roles, common.choose_gene_groups(data, roles == "train", True), tmp_path, 42)
-    slow, _ = common.train_network(recipe, experiment, tmp_path / "slow")
-    fast, _ = common.train_network(recipe, experiment, tmp_path / "fast", adapt=script.use_features)
+    adapt = load_script("22").use_features
+    slow, _ = runner.train_network(FROZEN, paper_split, tmp_path / "slow")
+    fast, _ = runner.train_network(FROZEN, paper_split, tmp_path / "fast", adapt=adapt)
     np.testing.assert_allclose(slow, fast, rtol=1e-4, atol=1e-4)
     assert "0 augmented views" in capsys.readouterr().out
-    calls = []
-    monkeypatch.setattr(common, "augment", lambda x, *draw: calls.append(len(x)) or x.float())
-    _, spots = script.use_features(common.build_model(recipe, 5, 42), None, recipe | {"AUG": "mpa"}, experiment)
-    assert sum(calls) == (1 + 3) * len(data.spots) and len(spots) == len(data.spots)
-    script.use_features(common.build_model(recipe, 5, 42), None, recipe | {"AUG": "mpa", "HIDDEN": 0}, experiment)
-    assert sum(calls) == (1 + 3) * len(data.spots), "the features of one backbone are computed once"
+
+
+def test_features_of_one_backbone_are_computed_once(paper_split, monkeypatch):
+    script = load_script("22")
+    n_spots = len(paper_split.data.spots)
+    seen = []
+
+    def look(images, *draws):
+        seen.append(len(images))
+        return images.float()
+
+    monkeypatch.setattr(common, "augment", look)
+    for hidden in (4, 0):
+        recipe = FROZEN | {"AUG": "mpa", "HIDDEN": hidden}
+        model = common.build_model(recipe, 5, 42)
+        training = runner.Training(model, model, paper_split.data.patches)
+        adapted = script.use_features(training, recipe, paper_split)
+        assert len(adapted.patches) == n_spots
+        assert adapted.model is model
+        assert sum(seen) == (1 + 3) * n_spots, "the plain patches and three views, for both heads"
 
 
 def test_a_view_is_drawn_while_training_and_the_plain_patch_scored():
     features = torch.arange(3 * 5 * 2, dtype=torch.float32).view(3, 5, 2)
-    stored, spots = load_script("22").FrozenFeatures(features), torch.tensor([4.0, 0, 2]).view(3, 1, 1, 1)
+    stored = load_script("22").FrozenFeatures(features)
+    spots = torch.tensor([4.0, 0, 2]).view(3, 1, 1, 1)
     assert torch.equal(stored.eval()(spots), features[0, [4, 0, 2]])
     stored.train()
     drawn = torch.stack([stored(spots) for _ in range(40)])
     views = {int((value[0] - features[0, 4, 0]) // 10) for value in drawn[:, 0]}
-    assert views == {1, 2} and not list(stored.parameters()) and not stored.state_dict()
+    assert views == {1, 2}
+    assert not list(stored.parameters())
+    assert not stored.state_dict()
 
 
-# ------------------------------------------------------------------------------------- script 23
-
-
+# --------------------------------------------------------------------------------------- script 23
 @pytest.fixture
 def images():
     return torch.rand((9, 3, 20, 24), generator=torch.Generator().manual_seed(0)) * 255
 
 
 def test_colour_equals_torchvision_image_by_image(images):
-    images[0] = 128  # grey: no hue
+    images[0] = 128  # Grey has no hue.
     images[1, :, :4] = torch.tensor([255.0, 0, 0])[:, None, None]
-    draw = torch.rand((9, 4), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    factors = torch.tensor([1.0, 1, 1, 0]) + draw * torch.tensor([0.4, 0.4, 0.4, 0.3])
+    uniform = torch.rand((9, 4), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    factors = torch.tensor([1.0, 1, 1, 0]) + uniform * torch.tensor([0.4, 0.4, 0.4, 0.3])
     got = load_script("23").change_colour(images, factors)
-    for image, (brightness, contrast, saturation, hue), changed in zip(images, factors.tolist(), got, strict=True):
+    for image, changed, values in zip(images, got, factors.tolist(), strict=True):
+        brightness, contrast, saturation, hue = values
         expected = torchvision.adjust_brightness(image / 255, brightness)
         expected = torchvision.adjust_contrast(expected, contrast)
         expected = torchvision.adjust_saturation(expected, saturation)
@@ -482,91 +653,160 @@ def test_blur_equals_torchvision_image_by_image(images):
         torch.testing.assert_close(blurred / 255, expected, rtol=0, atol=1e-5)
 
 
-def test_colour_is_for_training_alone_and_as_often_as_stated(images):
+def change_with_seed(step, images):
+    """The step's training output, its draws from seed 0."""
+    torch.manual_seed(0)
+    return step.train()(images)
+
+
+def test_colour_is_for_training_alone(images):
     step = load_script("23").ColourAndBlur()
     assert torch.equal(step.eval()(images), images)
+
+
+def test_colour_is_changed_as_often_as_stated(images):
     many = images[2:3].expand(2000, -1, -1, -1)
-    torch.manual_seed(0)
-    changed = step.train()(many)
-    torch.manual_seed(0)
-    assert torch.equal(changed, step(many)), "draws follow torch's seed, so that a resumed epoch repeats them"
+    changed = change_with_seed(load_script("23").ColourAndBlur(), many)
     untouched = (changed == many).flatten(1).all(1).float().mean()
     assert untouched == pytest.approx(0.5 * 0.8, abs=0.04)
-    assert changed.min() >= 0 and changed.max() <= 255.01
-    torch.manual_seed(0)
+    assert changed.min() >= 0
+    assert changed.max() <= 255.01
+
+
+def test_colour_follows_torchs_seed_and_mixed_precision_leaves_it_alone(images):
+    """So a resumed epoch repeats it."""
+    step = load_script("23").ColourAndBlur()
+    changed = change_with_seed(step, images)
+    assert not torch.equal(changed, images)
+    assert torch.equal(changed, change_with_seed(step, images))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(changed, step(many)), "mixed precision leaves colours alone"
+        assert torch.equal(changed, change_with_seed(step, images))
+
+
+@pytest.mark.parametrize("aug", ["mpa", "stnet", "none"])
+def test_the_other_augmentations_leave_the_network_alone(images, aug):
+    script = load_script("23")
+    model = common.build_model(NETWORK, 5, 0)
+    training = runner.Training(model, model, images)
+    setting = script.setting_of(aug)
+    assert setting["AUG"] == aug
+    assert script.add_colour(training, setting, None) is training
 
 
 def test_stnet_color_is_stnet_and_colour(images):
     script = load_script("23")
     model = common.build_model(NETWORK, 5, 0)
-    for aug in ("mpa", "stnet", "none"):
-        assert script.add_colour(model, images, {"AUG": aug}, None) == (model, images)
-    network, _ = script.add_colour(model, images, {"AUG": "stnet_color"}, None)
-    assert isinstance(network[0], script.ColourAndBlur) and network[1] is model
-    plain, colour = (
-        common.draw_augmentation(50, p, torch.Generator().manual_seed(0)) for p in ("stnet", "stnet_color")
-    )
-    assert all(torch.equal(a, b) for a, b in zip(plain, colour, strict=True))
+    training = runner.Training(model, model, images)
+    setting = script.setting_of("stnet_color")
+    assert setting["AUG"] == "stnet"
+    adapted = script.add_colour(training, setting, None)
+    assert isinstance(adapted.network[0], script.ColourAndBlur)
+    assert adapted.network[1] is model
+    assert adapted.model is model
 
 
-def test_augmentations_end_to_end_with_paired_differences(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm", "--seeds", "42,43")
-    assert run_script("23", *arguments, "--epochs", 2) == 0
-    stdout = capsys.readouterr().out
-    rows = pd.DataFrame(last_json(stdout)["rows"])
+@pytest.fixture(scope="module")
+def compared(finished):
+    """(output folder, table of records) of script 23 with two seeds."""
+    out, stdout = finished("23")
+    return out, table_of(stdout)
+
+
+def test_every_augmentation_has_its_rows(compared):
+    _, rows = compared
     names = ["mpa", "stnet", "stnet_color", "none"]
     names += [f"{name}, 8 views" for name in names]
-    assert rows["setting"].unique().tolist() == names and (rows["setting"].value_counts() == 4).all()
-    assert "±" in stdout and "HEG ahead" in stdout and (tmp_path / "paired_differences.png").is_file()
-    table = pd.read_csv(tmp_path / "paired_differences.csv").set_index(["setting", "group"])
-    per_seed = []
+    assert rows["setting"].unique().tolist() == names
+    assert set(rows["setting"].value_counts()) == {4}
+
+
+def test_augmentations_are_printed_with_sd_and_differences(finished):
+    out, stdout = finished("23")
+    head, lines = printed_table(stdout, "augmentations; 8 views")
+    assert "HEG minus" in head
+    assert "±" in lines[0]
+    assert (out / "paired_differences.png").is_file()
+
+
+def heg_r(out, rows, seed, setting):
+    """r of the HEG (of this seed's training spots) on the test slide."""
+    of = rows[(rows["seed"] == seed) & (rows["setting"] == setting)]
+    folder = out / of["folder"].iloc[0]
+    lists = pd.read_csv(folder / "genes.csv")
+    r = pd.read_csv(folder / "per_gene.csv", index_col="gene")["test_lognorm_r"]
+    return r.reindex(lists["gene"][lists["group"] == "HEG"])
+
+
+def test_differences_are_paired_by_seed(compared):
+    out, rows = compared
+    by_seed = []
     for seed in (42, 43):
-        folders = rows[rows["seed"] == seed].groupby("setting")["folder"].first()
-        r = {
-            name: pd.read_csv(tmp_path / folders[name] / "per_gene.csv", index_col="gene")["test_lognorm_r"]
-            for name in ("none", "mpa")
-        }
-        lists = pd.read_csv(tmp_path / folders["mpa"] / "genes.csv")  # each seed's own training spots
-        per_seed.append((r["none"] - r["mpa"]).reindex(lists["gene"][lists["group"] == "HEG"]).mean())
-    expected = np.mean(per_seed)
+        difference = heg_r(out, rows, seed, "none") - heg_r(out, rows, seed, "mpa")
+        by_seed.append(difference.mean())
+    table = pd.read_csv(out / "paired_differences.csv").set_index(["setting", "group"])
     line = table.loc["none", "HEG"]
-    assert line["difference"] == pytest.approx(expected) and line["n"] == 2 and line["minus"] == "mpa"
-    pairs = {"mpa, 8 views": "mpa", "none, 8 views": "mpa, 8 views"}
-    assert all(set(table.loc[[one]]["minus"]) == {other} for one, other in pairs.items())
+    assert line["difference"] == pytest.approx(np.mean(by_seed))
+    assert line["n"] == 2
+    assert line["minus"] == "mpa"
 
 
-def test_views_are_averaged_over_the_rows_own_weights(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm", "--epochs", 1)
-    assert run_script("23", *arguments, "--seeds", "42,43", AUGS=("mpa", "none")) == 0
-    rows = pd.DataFrame(last_json(capsys.readouterr().out)["rows"]).query("split == 'test'")
+def test_differences_are_to_mpa_with_as_many_views(compared):
+    table = pd.read_csv(compared[0] / "paired_differences.csv")
+    others = table.drop_duplicates("setting").set_index("setting")["minus"].to_dict()
+    assert others == {
+        "stnet": "mpa",
+        "stnet_color": "mpa",
+        "none": "mpa",
+        "mpa, 8 views": "mpa",
+        "stnet, 8 views": "mpa, 8 views",
+        "stnet_color, 8 views": "mpa, 8 views",
+        "none, 8 views": "mpa, 8 views",
+    }
+
+
+@pytest.mark.parametrize("seed", [42, 43])
+@pytest.mark.parametrize("aug", ["mpa", "none"])
+def test_views_are_averaged_over_the_rows_own_weights(compared, simulated, aug, seed):
+    out, rows = compared
+    rows = rows[(rows["split"] == "test") & (rows["seed"] == seed)].set_index("setting")
     data = common.load_dataset(simulated, "lognorm")
+    model = common.build_model(NETWORK | {"HIDDEN": 16}, len(data.genes), 0)
+    weights = out / rows.loc[aug, "folder"] / "weights.safetensors"
+    model.load_state_dict(safetensors.torch.load_file(weights))
+    table = read_predictions(out, rows.loc[f"{aug}, 8 views"])
+    spots = pd.Index(data.spots["id"]).get_indexer(table.obs_names)
     patches = common.place_patches(data.patches, 32, torch.device("cpu"))
-    for (setting, seed), folder in rows.set_index(["setting", "seed"])["folder"].items():
-        if not setting.endswith(", 8 views"):
-            continue
-        (own,) = rows[(rows["setting"] == setting.removesuffix(", 8 views")) & (rows["seed"] == seed)]["folder"]
-        model = common.build_model(NETWORK | {"HIDDEN": 16}, len(data.genes), 0)
-        model.load_state_dict(safetensors.torch.load_file(tmp_path / own / "weights.safetensors"))
-        table = anndata.read_h5ad(tmp_path / folder / "predictions.h5ad")
-        at = data.spots.reset_index().set_index("id")["index"].loc[table.obs_names].to_numpy()
-        np.testing.assert_allclose(
-            table.X, common.predict(model, patches, at, dtype=torch.float32, tta=True), atol=1e-4
-        )
-    assert rows["weights"].notna().all() and rows["parameters_total"].notna().all()
+    predicted = common.predict(model, patches, spots, dtype=torch.float32, tta=True)
+    np.testing.assert_allclose(table.X, predicted, atol=1e-4)
 
 
-def test_a_group_without_genes_is_a_dash_in_every_table(simulated, tmp_path, capsys):
-    import shutil
+def test_rows_of_views_tell_weights_and_parameters(compared):
+    _, rows = compared
+    assert rows["weights"].notna().all()
+    assert rows["parameters_total"].notna().all()
 
-    shutil.copytree(simulated / "dataset", tmp_path / "root" / "dataset")
-    genes = common.load_dataset(simulated, "lognorm").genes
-    (tmp_path / "root" / "gene_sets.csv").write_text("group,gene\n" + "".join(f"HEG,{gene}\n" for gene in genes[:5]))
-    arguments = ("--data-root", tmp_path / "root", "--out", tmp_path / "out", "--target", "lognorm")
-    assert run_script("22", *arguments, *TINY_22, STAGES=(0,), HIDDENS=(0,)) == 0
-    assert run_script("23", *arguments, *TINY, "--epochs", 1, "--seeds", "42", AUGS=("mpa", "none")) == 0
-    shown = capsys.readouterr().out
-    assert (
-        "nan" not in shown.replace("NaN", "") and len(pd.read_csv(tmp_path / "out" / "paired_differences.csv")) == 3 * 4
-    )
+
+@pytest.fixture(scope="module")
+def few_genes(simulated, tmp_path_factory):
+    """Data root whose published lists have five HEG and nothing else."""
+    root = tmp_path_factory.mktemp("few") / "root"
+    shutil.copytree(simulated / "dataset", root / "dataset")
+    genes = common.load_dataset(simulated, "lognorm").genes[:5]
+    lines = [f"HEG,{gene}\n" for gene in genes]
+    (root / "gene_sets.csv").write_text("group,gene\n" + "".join(lines))
+    return root
+
+
+FEW = {
+    "22": TINY_SEARCH | {"STAGES": (0,), "HIDDENS": (0,)},
+    "23": TINY | {"target": "lognorm", "epochs": 1, "seeds": (42,), "AUGS": ("mpa", "none")},
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_group_without_genes_is_a_dash_in_every_table(few_genes, tmp_path, name):
+    stdout = stdout_of(name, data_root=few_genes, out=tmp_path, **FEW[name])
+    printed = stdout.splitlines()[:-1]
+    assert not [line for line in printed if "nan" in line]
+    n_pairs = {"22": 0, "23": 3}[name]
+    assert len(pd.read_csv(tmp_path / "paired_differences.csv")) == n_pairs * 4

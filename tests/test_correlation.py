@@ -1,25 +1,38 @@
 """Pearson r and what is made of it, against scipy."""
 
+import dataclasses
+
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
+import scipy.sparse
 import scipy.stats
+from conftest import PAPER
 
 import common
+import runner
+
+
+def scipy_r(predicted, truth):
+    """Pearson r by scipy of every column."""
+    pairs = zip(predicted.T.astype(np.float64), truth.T, strict=True)
+    return [scipy.stats.pearsonr(x, y).statistic for x, y in pairs]
 
 
 def test_pearson_equals_scipy_gene_by_gene():
     rng = np.random.default_rng(0)
     truth = rng.gamma(0.5, size=(50, 7))
     predicted = (truth + rng.normal(size=truth.shape)).astype(np.float32)
-    expected = [scipy.stats.pearsonr(predicted[:, g].astype(float), truth[:, g]).statistic for g in range(7)]
-    np.testing.assert_allclose(common.pearson_per_gene(predicted, truth), expected, rtol=1e-12)
+    r = common.pearson_per_gene(predicted, truth)
+    np.testing.assert_allclose(r, scipy_r(predicted, truth), rtol=1e-12)
 
 
 def test_large_offset_costs_no_precision():
     values = np.random.default_rng(0).normal(size=(40, 1))
     r = common.pearson_per_gene(values + 1e6, values)
-    np.testing.assert_allclose(r, scipy.stats.pearsonr((values + 1e6)[:, 0], values[:, 0]).statistic, rtol=1e-9)
+    np.testing.assert_allclose(r, scipy_r(values + 1e6, values), rtol=1e-9)
 
 
 @pytest.mark.parametrize("where", ["predicted", "truth"])
@@ -27,13 +40,12 @@ def test_large_offset_costs_no_precision():
 def test_undefined_gene_is_nan_and_the_others_are_not(where, value):
     rng = np.random.default_rng(0)
     tables = {"predicted": rng.normal(size=(9, 3)), "truth": rng.normal(size=(9, 3))}
-    if np.isfinite(value):
-        tables[where][:, 1] = value  # constant
-    else:
-        tables[where][4, 1] = value
+    changed = slice(None) if np.isfinite(value) else 4  # A constant gene, or one value of it.
+    tables[where][changed, 1] = value
     with np.errstate(invalid="ignore"):
         r = common.pearson_per_gene(**tables)
-    assert np.isnan(r[1]) and np.isfinite(r[[0, 2]]).all()
+    assert np.isnan(r[1])
+    assert np.isfinite(r[[0, 2]]).all()
 
 
 def test_a_single_spot_has_no_r():
@@ -47,39 +59,66 @@ def test_shapes_must_agree():
 
 def test_several_slides_are_averaged_and_pooled_apart():
     rng = np.random.default_rng(1)
-    truth, slides = rng.normal(size=(30, 2)), np.repeat([1, 2, 3], 10)
+    truth = rng.normal(size=(30, 2))
+    slides = np.repeat([1, 2, 3], 10)
     predicted = truth + rng.normal(size=truth.shape) + 5 * slides[:, None]
     scores = common.score_genes(predicted, truth, slides)
-    within = [scipy.stats.pearsonr(predicted[slides == s, 0], truth[slides == s, 0]).statistic for s in (1, 2, 3)]
-    assert scores["r"][0] == pytest.approx(np.mean(within))
-    assert scores["r_pooled"][0] == pytest.approx(scipy.stats.pearsonr(predicted[:, 0], truth[:, 0]).statistic)
-    assert scores["mse"][0] == pytest.approx(np.mean((predicted[:, 0] - truth[:, 0]) ** 2))
+    within = [scipy_r(predicted[slides == slide], truth[slides == slide]) for slide in (1, 2, 3)]
+    np.testing.assert_allclose(scores["r"], np.mean(within, axis=0))
+    np.testing.assert_allclose(scores["r_pooled"], scipy_r(predicted, truth))
+    np.testing.assert_allclose(scores["mse"], ((predicted - truth) ** 2).mean(0))
 
 
-def test_missing_and_constant_genes_lower_the_count_and_never_the_mean(simulated, tmp_path):
-    data = common.load_dataset(simulated, "lognorm")
-    a, _b, constant, *_ = data.genes
-    genes = [a, constant, "nowhere", "nowhere"]
+def score_test_spots(split, predicted):
+    """(record, per-gene table) of a prediction of split.scored() on the test slide, target
+    lognorm.
+    """
+    recipe = PAPER | {"TARGET": "lognorm"}
+    records, per_gene, _ = runner.score_split("x", recipe, split, predicted, {})
+    (record,) = [record for record in records if record["split"] == "test"]
+    return record, per_gene.set_index("gene")
+
+
+def test_missing_and_constant_genes_lower_the_count_and_never_the_mean(paper_split):
+    data = paper_split.data
+    varied, _, constant, *_ = data.genes
+    genes = [varied, constant, "nowhere", "nowhere"]
     groups = pd.DataFrame({"group": ["HEG", "HEG", "HEG", "HVG"], "gene": genes, "rank": 1})
     groups.attrs["source"] = "by hand"
-    recipe = {"TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2, "PROTOCOL": "paper", "TARGET": "lognorm"}
-    experiment = common.Experiment(data, common.split_spots(data.spots, recipe, 42)[0], groups, tmp_path, 42)
-    predicted = np.full((len(experiment.rows(*common.SPLITS)), len(data.genes)), 0.1, np.float32)
+    split = dataclasses.replace(paper_split, groups=groups)
+    predicted = np.full((len(split.scored()), len(data.genes)), 0.1, np.float32)
     predicted[:, :2] = np.random.default_rng(0).normal(size=(len(predicted), 2))
-    (row,) = (row for row in common.score_rows("x", recipe, experiment, predicted, {})[0] if row["split"] == "test")
-    measured = data.lognorm[experiment.rows("test")]
-    r = [scipy.stats.pearsonr(predicted[-len(measured) :, g], measured[:, g]).statistic for g in (0, 1)]
-    assert row["heg"] == pytest.approx(r[0], abs=1e-6) and row["heg_n"] == 1
-    assert row["heg_ceiling"] == pytest.approx(data.counts.var.loc[a, "ceiling_3"]), "of the genes that have an r"
-    assert row["hvg"] is None and row["hvg_n"] == 0 and row["mg"] is None and row["mg_n"] == 0
-    assert row["all"] == pytest.approx(np.mean(r), abs=1e-6) and row["all_n"] == 2
+    record, _ = score_test_spots(split, predicted)
+    measured = data.lognorm[split.spots("test")]
+    r = scipy_r(predicted[-len(measured) :, :2], measured[:, :2])
+    assert record["heg"] == pytest.approx(r[0], abs=1e-6)
+    assert record["heg_n"] == 1
+    ceiling = data.counts.var.loc[varied, "ceiling_3"]
+    assert record["heg_ceiling"] == pytest.approx(ceiling), "of the genes that have an r"
+    for group in ("hvg", "mg"):
+        assert record[group] is None
+        assert record[f"{group}_n"] == 0
+    assert record["all"] == pytest.approx(np.mean(r), abs=1e-6)
+    assert record["all_n"] == 2
+
+
+def test_a_new_metric_is_in_per_gene_csv_and_in_the_records(paper_split, monkeypatch):
+    def absolute_error(predicted, truth):
+        return np.abs(predicted - truth).mean(0)
+
+    monkeypatch.setitem(common.METRICS, "absolute_error", absolute_error)
+    shape = len(paper_split.scored()), len(paper_split.data.genes)
+    predicted = np.random.default_rng(0).random(shape, np.float32)
+    record, per_gene = score_test_spots(paper_split, predicted)
+    measured = paper_split.data.lognorm[paper_split.spots("test")]
+    expected = np.abs(predicted[-len(measured) :].astype(float) - measured).mean(0)
+    found = per_gene["test_lognorm_absolute_error"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    defined = per_gene.loc[paper_split.members["heg"], "test_lognorm_r"].dropna().index
+    assert record["heg_absolute_error"] == pytest.approx(found[defined].mean())
 
 
 def test_log_normalise_equals_scanpy():
-    import anndata
-    import scanpy
-    import scipy.sparse
-
     counts = np.random.default_rng(0).poisson(1.0, (6, 9)).astype(np.float32)
     counts[0, 0] = 1
     table = anndata.AnnData(counts.copy())

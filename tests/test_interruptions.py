@@ -1,4 +1,6 @@
-"""Kills, full disks, two processes at once: the same command again ends as if nothing had happened."""
+"""Kills, full disks, two processes at once: the same command again ends as if nothing had
+happened.
+"""
 
 import hashlib
 import json
@@ -14,28 +16,31 @@ import pandas as pd
 import pytest
 import safetensors
 import torch
-from conftest import REPOSITORY, TINY, run_script
+from conftest import REPOSITORY, TIMING, TINY, TINY_SEARCH, flags_of, run_script, without_timing
 from test_patches import make_root
 
+import common
+
 SCRIPTS = {path.name[:2]: path for path in REPOSITORY.glob("[0-9]*.py")}
-SEARCH = ("--folds", 2, "--only", "stages=9 hidden=0", "--epochs", 3)
-VARYING = ("seconds", "images_per_s", "peak_memory_mb")  # of a row: what differs between two runs of the same thing
+SMALL = {
+    "19": {"target": "lognorm"},
+    "20": TINY | {"target": "lognorm"},
+    "22": TINY_SEARCH | {"only": "stages=9 hidden=0"},
+}
 
 
 def command_of(script, data, out):
     """The command of a small run, as a list."""
-    network = [option for option in TINY if option not in ("--hidden", 16)] if script == "22" else TINY
-    options = {
-        "19": ("--data-root", data, "--target", "lognorm"),
-        "20": ("--data-root", data, "--out", out, *network, "--target", "lognorm"),
-        "22": ("--data-root", data, "--out", out, *network, "--target", "lognorm", *SEARCH),
-    }[script]
-    return [sys.executable, SCRIPTS[script], *map(str, options)]
+    options = {"data_root": data} | SMALL[script]
+    if script != "19":
+        options["out"] = out
+    return [sys.executable, SCRIPTS[script], *flags_of(options)]
 
 
 def start(command, **more):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **streams, **more)
 
 
 def finish(command):
@@ -49,26 +54,32 @@ def results(folder):
     """{file: its content, or what of it must not vary} of a run's folder or a dataset."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or path.name == ".lock":
-            continue
-        if path.name == "rows.json":
-            found[name] = [{k: v for k, v in row.items() if k not in VARYING} for row in json.loads(path.read_text())]
-        elif path.name == "rows.csv":
-            found[name] = (
-                pd.read_csv(path, float_precision="round_trip").drop(columns=[*VARYING], errors="ignore").to_csv()
-            )
-        elif path.name == "history.csv":
-            found[name] = pd.read_csv(path).drop(columns=["images_per_s", "seconds"]).to_csv()
-        elif path.suffix == ".safetensors":  # whose header lists the metadata in any order
-            with safetensors.safe_open(path, "pt") as file:
-                tensors = sorted((key, hashlib.sha256(file.get_tensor(key).numpy()).hexdigest()) for key in file.keys())  # noqa: SIM118
-                found[name] = tensors, sorted(file.metadata().items())
-        elif path.suffix in (".json", ".csv", ".npy") and name != "run.json":
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            found[name] = "there"  # figures, HDF5 and run.json, which hold times
+        if path.is_file() and path.name != ".lock":
+            found[str(path.relative_to(folder))] = lasting_content(path)
     return found
+
+
+def lasting_content(path):
+    """What two runs of the same thing have in common of a file."""
+    if path.name == "rows.json":
+        return without_timing(json.loads(path.read_text()))
+    if path.name in ("rows.csv", "history.csv"):
+        table = pd.read_csv(path, float_precision="round_trip")
+        return table.drop(columns=[*TIMING], errors="ignore").to_csv()
+    if path.suffix == ".safetensors":  # Its header lists the metadata in any order.
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata()
+    if path.suffix in (".json", ".csv", ".npy") and path.name != "run.json":
+        return digest(path.read_bytes())
+    return "there"  # Figures, HDF5 and run.json hold times.
+
+
+def digest(content):
+    """SHA-256 of bytes, or of a tensor."""
+    if isinstance(content, torch.Tensor):
+        content = content.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def slides_of(script, simulated, folder):
@@ -86,7 +97,9 @@ def has_begun(script, data, out):
 
 
 def is_late(script, data, out):
-    """Whether a run is past its first state: 19 wrote the counts, the others a checkpoint or a row."""
+    """Whether a run is past its first state: 19 wrote the counts, the others a checkpoint or a
+    row.
+    """
     if script == "19":
         return (data / ".dataset" / "counts.h5ad").exists()
     return bool([*out.glob("*/checkpoint.pt"), *out.glob("*/rows.json")])
@@ -103,7 +116,7 @@ def wait_for(process, reached, *arguments):
 
 @pytest.fixture(scope="module")
 def undisturbed(simulated, tmp_path_factory):
-    """{script: (results of a run that nobody stopped, seconds for which it wrote)}, made when first asked for."""
+    """undisturbed("20") -> (results of a run that nobody stopped, seconds for which it wrote)."""
     made = {}
 
     def run(script):
@@ -126,9 +139,12 @@ def undisturbed(simulated, tmp_path_factory):
 
 
 def kill_at_random(script, number, simulated, folder, undisturbed):
-    """Kill a run at a random moment while it writes, and again when it is late: started once more, it ends the same."""
+    """Kill a run at a random moment while it writes, and again when it is late: started once more,
+    it ends the same.
+    """
     whole, seconds = undisturbed(script)
-    data, out, moment = slides_of(script, simulated, folder), folder / "out", random.Random(f"{script} {number}")
+    data, out = slides_of(script, simulated, folder), folder / "out"
+    moment = random.Random(f"{script} {number}")
     command = command_of(script, data, out)
     for reached, share in ((has_begun, 0.5), (is_late, 0.02 if script == "19" else 0.2)):
         process = start(command)
@@ -139,7 +155,8 @@ def kill_at_random(script, number, simulated, folder, undisturbed):
         assert process.returncode == -signal.SIGKILL, "it had ended before"
     finish(command)
     assert results(data / "dataset" if script == "19" else out) == whole
-    assert not list(folder.rglob(".partial-*")) and not (data / ".dataset").exists(), "nothing half-written stays"
+    assert not list(folder.rglob(".partial-*")), "nothing half-written stays"
+    assert not (data / ".dataset").exists()
 
 
 @pytest.mark.parametrize("script, number", [("19", 0), ("20", 0), ("20", 1), ("22", 0), ("22", 1)])
@@ -150,7 +167,9 @@ def test_a_killed_run_ends_with_the_same_bits(simulated, tmp_path, undisturbed, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(2, 9))
 @pytest.mark.parametrize("script", ["19", "20", "22"])
-def test_a_killed_run_ends_with_the_same_bits_each_time(simulated, tmp_path, undisturbed, script, number):
+def test_a_killed_run_ends_with_the_same_bits_each_time(
+    simulated, tmp_path, undisturbed, script, number
+):
     kill_at_random(script, number, simulated, tmp_path, undisturbed)
 
 
@@ -171,36 +190,43 @@ for epoch in (1, 2):
     assert len(list(tmp_path.iterdir())) == 2, "the unfinished one, which the next try overwrites"
 
 
-def spoil_checkpoint(simulated, out, **changed):
-    """The path of the checkpoint of a run of 20 that was stopped after its first epoch, with facts `changed`."""
-    stop = RuntimeError("stopped here")
+@pytest.fixture
+def stopped(simulated, tmp_path, monkeypatch):
+    """(options, checkpoint) of a run of 20 that was stopped after its first epoch."""
+    out = tmp_path / "out"
+    options = TINY | {"data_root": simulated, "out": out}
+    save_checkpoint = common.save_checkpoint
 
-    def report(experiment, line, predicted, best):
-        if line["epoch"] == 2:
-            raise stop
+    def save_and_stop(*arguments):
+        save_checkpoint(*arguments)
+        raise KeyboardInterrupt
 
-    with pytest.raises(RuntimeError, match="stopped here"):
-        run_script("20", "--data-root", simulated, "--out", out, *TINY, print_epoch=report)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save_and_stop)
+        assert run_script("20", **options) == 130
     (path,) = out.glob("*/checkpoint.pt")
+    return options, path
+
+
+def test_a_checkpoint_made_with_other_constants_or_data_is_refused(stopped, capsys):
+    options, path = stopped
     state = torch.load(path, weights_only=True)
-    state["facts"] |= changed
+    state["made_with"] |= {"EPOCHS": 9, "data": "0123456789abcdef"}
     torch.save(state, path)
-    return path
-
-
-def test_a_checkpoint_made_with_other_constants_or_data_is_refused(simulated, tmp_path, capsys):
-    spoil_checkpoint(simulated, tmp_path / "out", EPOCHS=9, data="0123456789abcdef")
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY) == 2
+    assert run_script("20", **options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "checkpoint.pt" in error and "EPOCHS = 9 (now 4)" in error and "data = 0123456789abcdef (now" in error
+    for words in ("checkpoint.pt", "EPOCHS = 9 (now 4)", "data = 0123456789abcdef (now"):
+        assert words in error
 
 
-def test_a_damaged_checkpoint_is_refused(simulated, tmp_path, capsys):
-    path = spoil_checkpoint(simulated, tmp_path / "out")
+def test_a_damaged_checkpoint_is_refused(stopped, capsys):
+    options, path = stopped
     path.write_bytes(path.read_bytes()[:1000])
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY) == 2
+    assert run_script("20", **options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "checkpoint.pt" in error and "remove it" in error
+    assert error.startswith("error: ")
+    for words in ("checkpoint.pt", "remove it"):
+        assert words in error
 
 
 @pytest.fixture
@@ -208,10 +234,8 @@ def small_disk(tmp_path):
     """A file system of 24 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here (it needs root)")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -223,13 +247,17 @@ def fill(disk, leave):
     (disk / "ballast").write_bytes(bytes(max(0, free - leave)))
 
 
-@pytest.mark.parametrize("script, leave", [("19", 100_000), ("19", 8_000_000), ("20", 100_000), ("20", 6_000_000)])
-def test_a_full_disk_is_told_in_one_line_and_leaves_the_last_good_state(simulated, small_disk, script, leave):
+@pytest.mark.parametrize(
+    "script, leave", [("19", 100_000), ("19", 8_000_000), ("20", 100_000), ("20", 6_000_000)]
+)
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_last_good_state(
+    simulated, small_disk, script, leave
+):
     if script == "19":
         data = small_disk / "data"
         data.mkdir()
         make_root(data)
-        if leave > 1_000_000:  # one that fits, before the disk fills up
+        if leave > 1_000_000:  # One that fits, before the disk fills up.
             finish(command_of("19", data, None))
     else:
         data = simulated
@@ -238,11 +266,14 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_last_good_state(simulate
     process = start(command_of(script, data, small_disk / "out"))
     _, stderr = process.communicate(timeout=300)
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert process.returncode == 2 and len(lines) == 1 and "no space left" in lines[0], stderr[-2000:]
+    assert process.returncode == 2, stderr[-2000:]
+    assert len(lines) == 1, stderr[-2000:]
+    assert "no space left" in lines[0]
     assert "Traceback" not in stderr
     (small_disk / "ballast").unlink()
     after = results(small_disk)
-    assert before.items() <= after.items() and not list(small_disk.rglob(".partial-*"))
+    assert before.items() <= after.items()
+    assert not list(small_disk.rglob(".partial-*"))
     assert not list(small_disk.rglob("rows.json"))
 
 
@@ -250,32 +281,45 @@ def test_a_disk_that_is_too_small_for_resampling(small_disk):
     data = small_disk / "data"
     data.mkdir()
     make_root(data)
-    process = start([*command_of("19", data, None), "--um-per-px", "5"])  # 15 MB a patch before it is resized
+    # 15 MB a patch before it is resized.
+    process = start([*command_of("19", data, None), "--um-per-px", "5"])
     _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 2 and stderr.count("error: ") == 1 and "no space left" in stderr, stderr[-2000:]
-    assert not (data / "dataset").exists() and not (data / ".dataset").exists()
+    assert process.returncode == 2, stderr[-2000:]
+    assert stderr.count("error: ") == 1
+    assert "no space left" in stderr
+    assert not (data / "dataset").exists()
+    assert not (data / ".dataset").exists()
 
 
 @pytest.mark.parametrize("script", ["19", "20"])
 def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_path, script):
     data = slides_of(script, simulated, tmp_path)
     held = data if script == "19" else tmp_path / "out"
-    code = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import common, pathlib\n"
-    code += f"runner.hold_folder(pathlib.Path({str(held)!r})); print('held', flush=True); sys.stdin.read()"
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import runner
+runner.hold_folder(pathlib.Path({str(held)!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
     first = start([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert first.stdout.readline() == "held\n"
     command = command_of(script, data, tmp_path / "out")
     second = start(command)
     _, stderr = second.communicate(timeout=120)
-    assert second.returncode == 2 and stderr.count("error: ") == 1 and f"{held}: another process" in stderr
-    first.kill()  # the lock goes with it, however it ends
+    assert second.returncode == 2
+    assert stderr.count("error: ") == 1
+    assert f"{held}: another process" in stderr
+    first.kill()  # The lock goes with it, however it ends.
     first.communicate()
     finish(command)
 
 
 def test_numbers_in_rows_csv_round_trip(trained):
     out, _ = trained
-    table = pd.read_csv(out / "rows.csv", float_precision="round_trip").set_index(["setting", "split", "truth"])
+    table = pd.read_csv(out / "rows.csv", float_precision="round_trip")
+    table = table.set_index(["setting", "split", "truth"])
     for path in out.glob("*/rows.json"):
         for row in json.loads(path.read_text()):
             read = table.loc[(row["setting"], row["split"], row["truth"])]

@@ -1,67 +1,78 @@
-"""Scripts 24 and 25: prior methods against independent calculations, what controls and clusters may see, intervals."""
+"""Scripts 24 and 25: prior methods against independent calculations, what controls and clusters
+may see, intervals.
+"""
 
-import json
+import dataclasses
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY, load_script, run_script
+from conftest import (
+    AT_MEAN,
+    NETWORK,
+    SMALL_RUNS,
+    load_script,
+    printed_table,
+    run_script,
+    stdout_of,
+    table_of,
+)
 from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
+import runner
 
-NETWORK = {"BACKBONE": "resnet18", "PRETRAINED": False, "HIDDEN": 0, "TRAINABLE_STAGES": -1}
+SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False}
 
 
-def last_json(stdout):
-    return json.loads(stdout.strip().splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def experiment(simulated, tmp_path_factory):
-    data = common.load_dataset(simulated, "lognorm")
-    recipe = {"TEST_SLIDE": 3, "TRAIN_SLIDES": (), "VALID_FRACTION": 0.2, "PROTOCOL": "paper"}
-    (roles,) = common.split_spots(data.spots, recipe, 42)
-    groups = common.choose_gene_groups(data, roles == "train", True)
-    return common.Experiment(data, roles, groups, tmp_path_factory.mktemp("runs"), 42)
-
-
-def change_test_spots(experiment):
-    """The experiment with other expression, counts and depth on the test slide."""
-    import dataclasses
-
-    data, test = experiment.data, experiment.roles == "test"
+def changed_split(paper_split):
+    """paper_split with other expression, counts and depth on the test slide."""
+    data, test = paper_split.data, paper_split.roles == "test"
     target, counts = data.target.copy(), data.counts.copy()
-    target[test] = np.random.default_rng(0).random((test.sum(), target.shape[1]), np.float32) * 9
+    shape = test.sum(), target.shape[1]
+    target[test] = np.random.default_rng(0).random(shape, np.float32) * 9
     counts.obs.loc[test, "n_counts"] = 7.0
-    return dataclasses.replace(experiment, data=dataclasses.replace(data, target=target, lognorm=target, counts=counts))
+    data = dataclasses.replace(data, target=target, lognorm=target, counts=counts)
+    return dataclasses.replace(paper_split, data=data)
 
 
-# ------------------------------------------------------------------------------------- BLEEP
+def adapt(split, recipe):
+    """Script 25's Training of a method of the recipe."""
+    model = common.build_model(recipe, len(split.data.genes), 42)
+    patches = common.place_patches(split.data.patches, 32, torch.device("cpu"))
+    return load_script("25").adapt(runner.Training(model, model, patches), recipe, split)
 
 
+# ------------------------------------------------------------------------------------------- BLEEP
 def test_contrastive_loss_against_numpy():
-    images, spots = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.randn(5, 8)
+    images = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    spots = torch.randn(5, 8)
     a, b = images.numpy().astype(float), spots.numpy().astype(float)
-    targets, logits = softmax((a @ a.T + b @ b.T) / 2, axis=1), b @ a.T
-    expected = [-(targets * log_softmax(logits, axis=1)).sum(1), -(targets.T * log_softmax(logits.T, axis=1)).sum(1)]
-    assert load_script("25").contrast(images, spots).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    targets = softmax((a @ a.T + b @ b.T) / 2, axis=1)
+    logits = b @ a.T
+    one_way = -(targets * log_softmax(logits, axis=1)).sum(1)
+    other_way = -(targets.T * log_softmax(logits.T, axis=1)).sum(1)
+    loss = load_script("25").contrast(images, spots).item()
+    assert loss == pytest.approx(np.mean([one_way, other_way]), rel=1e-5)
 
 
 def test_retrieval_is_the_plain_mean_of_the_nearest_by_cosine():
     random = np.random.default_rng(1)
-    images, spots, expression = random.normal(size=(3, 8)), random.normal(size=(9, 8)), random.normal(size=(9, 4))
-    spots[0] *= 100  # length is not to matter
-    cosine = images @ spots.T / np.linalg.norm(images, axis=1)[:, None] / np.linalg.norm(spots, axis=1)
+    images, spots = random.normal(size=(3, 8)), random.normal(size=(9, 8))
+    expression = random.normal(size=(9, 4))
+    spots[0] *= 100  # Length is not to matter.
+    cosine = images @ spots.T / np.linalg.norm(spots, axis=1)
     expected = [expression[np.argsort(-line)[:4]].mean(0) for line in cosine]
     given = [torch.from_numpy(part) for part in (images, spots, expression)]
-    np.testing.assert_allclose(load_script("25").retrieve(*given, k=4), expected)
-    everything = load_script("25").retrieve(*given, k=50)
-    np.testing.assert_allclose(everything, np.tile(expression.mean(0), (3, 1)))
+    retrieve = load_script("25").retrieve
+    np.testing.assert_allclose(retrieve(*given, k=4), expected)
+    everything = np.tile(expression.mean(0), (3, 1))
+    np.testing.assert_allclose(retrieve(*given, k=50), everything)
 
 
 class Encoder(nn.Module):
@@ -69,7 +80,9 @@ class Encoder(nn.Module):
 
     def __init__(self, script):
         super().__init__()
-        self.body, self.head, self.spots = nn.Linear(48, 32), script.Projection(32), script.Projection(6)
+        self.body = nn.Linear(48, 32)
+        self.head = script.Projection(32)
+        self.spots = script.Projection(6)
 
     def forward(self, patches):
         return self.head(self.body(patches.flatten(1)))
@@ -83,80 +96,103 @@ def bleep_of(micro_batch):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 11])
-def test_accumulation_gives_the_loss_and_gradient_of_one_contrastive_batch(micro_batch, monkeypatch):
+def test_accumulation_gives_the_loss_and_gradient_of_one_contrastive_batch(micro_batch):
     images, target = torch.randn(12, 3, 4, 4).double(), torch.randn(12, 6).double()
     whole, parts = bleep_of(12).double(), bleep_of(micro_batch).double()
+    losses = []
     for network in (whole, parts):
-        network.model.eval(), network.model.spots.eval()  # dropout draws depend on the split; BLEEP itself trains
+        # Dropout's draws depend on the parts, so only BLEEP itself trains.
+        network.model.eval()
         network.training = True
-        network.loss(network(images), target).backward()
-    assert whole.loss(whole(images), target).item() == pytest.approx(
-        parts.loss(parts(images), target).item(), rel=1e-12
-    )
+        loss = network.loss(network(images), target)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_accumulation_repeats_its_dropout():
-    """Each part is computed twice; a gradient of other dropout draws would not be that of the loss."""
-    network, images, target = bleep_of(4).train(), torch.randn(12, 3, 4, 4), torch.randn(12, 6)
-    weight, loss = network.model.body.weight, lambda: network.loss(network(images), target)
-    torch.manual_seed(7)
+    """Each part is computed twice; a gradient of other dropout draws would not be that of the
+    loss.
+    """
+    network = bleep_of(4).train()
+    images, target = torch.randn(12, 3, 4, 4), torch.randn(12, 6)
+    weight = network.model.body.weight
+
+    def loss():
+        torch.manual_seed(7)
+        return network.loss(network(images), target)
+
     loss().backward()
     direction = torch.randn_like(weight)
+    before = weight.detach().clone()
     step, ends = 1e-3, []
     for sign in (1, -1):
         with torch.no_grad():
-            weight += sign * step * direction
-        torch.manual_seed(7)
+            weight.copy_(before + sign * step * direction)
         ends.append(loss().item())
-        with torch.no_grad():
-            weight -= sign * step * direction
     slope = (ends[0] - ends[1]) / (2 * step)
     assert slope == pytest.approx((weight.grad * direction).sum().item(), rel=0.02, abs=1e-3)
 
 
-def test_bleep_retrieves_training_spots_with_the_weights_of_now(experiment):
-    script, data = load_script("25"), experiment.data
-    recipe = NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8}
-    patches = common.place_patches(data.patches, 32, torch.device("cpu"))
-    network, _ = script.adapt(common.build_model(recipe, len(data.genes), 42), patches, recipe, experiment)
-    train = experiment.rows("train")
-    assert np.array_equal(network.expression, data.target[train])
-    predicted = common.predict(network, patches, np.arange(len(patches)), dtype=torch.float32)
-    np.testing.assert_allclose(
-        predicted, np.tile(data.target[train].mean(0), (len(predicted), 1)), atol=1e-4
-    )  # 24 < 50
+def test_bleep_retrieves_training_spots_with_the_weights_of_now(paper_split):
+    recipe = SMALL_NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8}
+    training = adapt(paper_split, recipe)
+    network = training.network
+    expression = paper_split.data.target[paper_split.spots("train")]
+    assert np.array_equal(network.expression, expression)
+    every = np.arange(len(training.patches))
+    predicted = common.predict(network, training.patches, every, dtype=torch.float32)
+    # 24 training spots are fewer than the 50 that are averaged.
+    mean = np.tile(expression.mean(0), (len(every), 1))
+    np.testing.assert_allclose(predicted, mean, atol=1e-4)
     before = network.embedded.clone()
     with torch.no_grad():
         network.model.spots.first.weight += 1
     assert not torch.equal(before, network.eval().embedded)
 
 
+def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split):
+    recipe = SMALL_NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8, "LEARNING_RATE": 1e-3}
+    training = adapt(paper_split, recipe)
+    assert training.loss == training.network.loss
+    optimiser, schedule = training.optimise(training.network, recipe)
+    assert isinstance(optimiser, torch.optim.AdamW)
+    assert optimiser.defaults["weight_decay"] == 1e-3
+    optimiser.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [1e-3], "the rate stays"
+
+
 @pytest.mark.parametrize("method", ["BLEEP", "ST-Net"])
-def test_an_interrupted_training_ends_with_the_same_bits(experiment, tmp_path, method):
-    script, data = load_script("25"), experiment.data
-    recipe = script.methods()[method] | CPU | {"BACKBONE": "resnet18", "BATCH_SIZE": 12, "EPOCHS": 3, "MICRO_BATCH": 6}
+def test_an_interrupted_training_ends_with_the_same_bits(paper_split, tmp_path, method):
+    recipe = load_script("25").trained_methods()[method] | CPU
+    recipe |= {"BACKBONE": "resnet18", "BATCH_SIZE": 12, "EPOCHS": 3, "MICRO_BATCH": 6}
     recipe |= {"LEARNING_RATE": 1e-3}
-    patches = common.place_patches(data.patches, 32, torch.device("cpu"))
+    spots = paper_split.spots("train"), paper_split.spots("valid")
 
     def train(stop_after, name):
-        def stop(line, predicted, best_epoch):
+        def stop(line, *others):
             if line["epoch"] > stop_after:
                 raise KeyboardInterrupt
 
-        model = common.build_model(recipe, len(data.genes), 42)
-        network, _ = script.adapt(model, patches, recipe, experiment)
-        rows = experiment.rows("train"), experiment.rows("valid")
-        options = {
-            "recipe": recipe,
-            "seed": 42,
-            "dtype": torch.float32,
-            "checkpoint": tmp_path / name / "checkpoint.pt",
-            "report": stop,
-        }
-        common.fit(network, patches, data.target, *rows, **options)
-        return common.predict(network, patches, experiment.rows("test"), dtype=torch.float32)
+        training = adapt(paper_split, recipe)
+        common.fit(
+            training.network,
+            training.patches,
+            paper_split.data.target,
+            *spots,
+            recipe=recipe,
+            seed=42,
+            dtype=torch.float32,
+            loss=training.loss,
+            optimise=training.optimise,
+            checkpoint=tmp_path / name / "checkpoint.pt",
+            report=stop,
+        )
+        test = paper_split.spots("test")
+        return common.predict(training.network, training.patches, test, dtype=torch.float32)
 
     whole = train(9, "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -164,266 +200,373 @@ def test_an_interrupted_training_ends_with_the_same_bits(experiment, tmp_path, m
     np.testing.assert_array_equal(train(9, "stopped"), whole)
 
 
-# ------------------------------------------------------------------------------------- ST-Net
-
-
+# ------------------------------------------------------------------------------------------ ST-Net
 @pytest.mark.parametrize("method", ["ST-Net", "ST-Net, our optimiser"])
-def test_stnets_first_prediction_is_the_training_mean(experiment, method):
-    script, data = load_script("25"), experiment.data
-    recipe = script.methods()[method] | CPU | {"BACKBONE": "resnet18"}
-    assert recipe["HIDDEN"] == 0 and recipe["START_AT_MEAN"] and recipe["TTA"] and recipe["AUG"] == "stnet"
-    model, mean = common.build_model(recipe, len(data.genes), 42), data.target[experiment.rows("train")].mean(0)
-    model.head[-1].bias.data.copy_(torch.from_numpy(mean))  # as train_network does where START_AT_MEAN
-    network, patches = script.adapt(
-        model, common.place_patches(data.patches, 32, torch.device("cpu")), recipe, experiment
-    )
-    predicted = common.predict(network, patches, experiment.rows("test"), dtype=torch.float32)
+def test_stnets_first_prediction_is_the_training_mean(paper_split, method):
+    recipe = load_script("25").trained_methods()[method] | CPU | {"BACKBONE": "resnet18"}
+    published = {"HIDDEN": 0, "TTA": True, "AUG": "stnet", **AT_MEAN}
+    assert {name: recipe[name] for name in published} == published
+    training = adapt(paper_split, recipe)
+    mean = paper_split.data.target[paper_split.spots("train")].mean(0)
+    # As runner.train_network does before.
+    training.model.head[-1].bias.data.copy_(torch.from_numpy(mean))
+    test = paper_split.spots("test")
+    predicted = common.predict(training.network, training.patches, test, dtype=torch.float32)
     np.testing.assert_array_equal(predicted, np.tile(mean, (len(predicted), 1)))
 
 
-def test_published_stnet_loss_and_optimiser(experiment):
-    script = load_script("25")
-    recipe = script.methods()["ST-Net"]
+def test_published_stnet_constants():
+    recipe = load_script("25").trained_methods()["ST-Net"]
     published = {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
-    assert {key: recipe[key] for key in published} == published
-    network = script.StNet(nn.Linear(3, 4))
+    assert {name: recipe[name] for name in published} == published
+
+
+def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
+    recipe = SMALL_NETWORK | CPU | {"METHOD": "ST-Net"}
+    training = adapt(paper_split, recipe)
+    assert training.loss.__name__ == "sum_of_squares"
+    assert training.optimise.__name__ == "momentum"
+    training = adapt(paper_split, recipe | {"METHOD": "ST-Net, our optimiser"})
+    assert training.loss is None
+    assert training.optimise is common.adam_with_cosine
+
+
+def test_published_stnet_loss_and_optimiser():
+    script = load_script("25")
     predicted, target = torch.randn(5, 4), torch.randn(5, 4)
-    per_spot = ((predicted - target) ** 2).mean(1)  # over genes; summed over the batch
-    assert network.loss(predicted, target).item() == pytest.approx(per_spot.sum().item(), rel=1e-5)
-    weight = network[0].weight
-    optimiser, schedule = network.optimise(network.parameters(), recipe)
-    before, velocity = weight.detach().clone(), 0
-    for _ in range(3):  # momentum by hand, and a rate that stays
+    over_genes = ((predicted - target) ** 2).mean(1)
+    loss = script.sum_of_squares(predicted, target).item()
+    assert loss == pytest.approx(over_genes.sum().item(), rel=1e-5), "summed over the batch"
+    network = nn.Linear(3, 4)
+    weight = network.weight
+    optimiser, schedule = script.momentum(network, {"LEARNING_RATE": 1e-6})
+    expected, velocity = weight.detach().clone(), 0
+    for _ in range(3):  # Momentum by hand, and a rate that stays.
         optimiser.zero_grad()
-        network.loss(network(torch.ones(5, 3)), target).backward()
+        script.sum_of_squares(network(torch.ones(5, 3)), target).backward()
         velocity = 0.9 * velocity + weight.grad
-        before = before - 1e-6 * velocity
+        expected = expected - 1e-6 * velocity
         optimiser.step()
         schedule.step()
-    torch.testing.assert_close(weight.detach(), before)
+    torch.testing.assert_close(weight.detach(), expected)
 
 
-# ------------------------------------------------------------------------------------- baselines and controls
+# ------------------------------------------------------------------------------ baselines, controls
+@pytest.mark.parametrize("name", ["ridge_on_features", "ridge_on_colour"])
+def test_ridges_never_see_the_test_spots(paper_split, changed_split, name):
+    compute = getattr(load_script("25"), name, None) or getattr(runner, name)
+    recipe = CPU | {"FEATURES": "resnet18"}
+    one, told = compute(recipe, paper_split, None)
+    other, told_then = compute(recipe, changed_split, None)
+    np.testing.assert_array_equal(one, other)
+    assert told == told_then
+    assert np.ptp(one[-10:], axis=0).max() > 0
 
 
-def test_ridges_never_see_the_test_spots(experiment):
-    script, changed = load_script("25"), change_test_spots(experiment)
-    for compute, recipe in ((script.ridge_on_features, CPU | {"FEATURES": "resnet18"}), (common.ridge_on_colour, {})):
-        one, facts = compute(recipe, experiment, None)
-        other, facts_then = compute(recipe, changed, None)
-        np.testing.assert_array_equal(one, other)
-        assert facts == facts_then and np.ptp(one[-10:], axis=0).max() > 0
-    changed.data.target[changed.roles == "train"] *= -3
-    assert not np.allclose(script.ridge_on_features(CPU | {"FEATURES": "resnet18"}, changed, None)[0], one)
+def test_the_ridge_on_features_learns_from_training_spots(paper_split):
+    compute, recipe = load_script("25").ridge_on_features, CPU | {"FEATURES": "resnet18"}
+    target = paper_split.data.target.copy()
+    target[paper_split.spots("train")] *= -3
+    data = dataclasses.replace(paper_split.data, target=target)
+    one, _ = compute(recipe, paper_split, None)
+    other, _ = compute(recipe, dataclasses.replace(paper_split, data=data), None)
+    assert not np.allclose(one, other)
 
 
-def test_depth_control_uses_the_spots_own_depth(experiment):
-    script = load_script("25")
-    predicted, _ = script.depth_only({}, experiment, None)
-    depth = np.log(experiment.data.counts.obs["n_counts"].to_numpy(float))
-    rows, train = experiment.rows(*common.SPLITS), experiment.rows("train")
+def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
+    compute, data = load_script("25").depth_only, paper_split.data
+    predicted, _ = compute({}, paper_split, None)
+    depth = np.log(data.counts.obs["n_counts"].to_numpy(float))
+    train, scored = paper_split.spots("train"), paper_split.scored()
     for g in (0, 100):
-        slope, intercept = np.polyfit(depth[train], experiment.data.target[train, g], 1)
-        np.testing.assert_allclose(predicted[:, g], intercept + slope * depth[rows], rtol=1e-3, atol=1e-3)
-    dark, _ = script.depth_only({}, change_test_spots(experiment), None)
-    assert (np.ptp(dark[rows >= 0][experiment.roles[rows] == "test"], axis=0) == 0).all(), "all have the same depth now"
+        slope, intercept = np.polyfit(depth[train], data.target[train, g], 1)
+        expected = intercept + slope * depth[scored]
+        np.testing.assert_allclose(predicted[:, g], expected, rtol=1e-3, atol=1e-3)
+    predicted, _ = compute({}, changed_split, None)
+    test = predicted[paper_split.roles[scored] == "test"]
+    assert (np.ptp(test, axis=0) == 0).all(), "all have the same depth now"
 
 
-def test_nearest_spot_control_copies_the_neighbouring_training_slide(experiment):
-    data, script = experiment.data, load_script("25")
-    predicted, _ = script.nearest_spot({}, experiment, None)
-    rows, spots = experiment.rows(*common.SPLITS), data.spots
-    slide = spots["tissue_index"].to_numpy()
-    middle = spots.groupby("tissue_index")[["pxl_col", "pxl_row"]].transform("mean").to_numpy()
-    xy = spots[["pxl_col", "pxl_row"]].to_numpy() - middle
-    source = experiment.rows("train")[
-        slide[experiment.rows("train")] == 2
-    ]  # of slide 3: 2 and 4 are as near; the first
-    for i in experiment.rows("test")[:4]:
-        nearest = source[np.linalg.norm(xy[source] - xy[i], axis=1).argmin()]
-        np.testing.assert_array_equal(predicted[rows == i][0], data.target[nearest])
-    np.testing.assert_array_equal(predicted, script.nearest_spot({}, change_test_spots(experiment), None)[0])
+def test_nearest_spot_control_copies_the_neighbouring_training_slide(paper_split, changed_split):
+    compute, spots = load_script("25").nearest_spot, paper_split.data.spots
+    predicted, _ = compute({}, paper_split, None)
+    centres = spots[["pxl_col", "pxl_row"]]
+    centres = (centres - centres.groupby(spots["tissue_index"]).transform("mean")).to_numpy()
+    # Of slide 3, slides 2 and 4 are as near; the first is taken.
+    train = paper_split.spots("train")
+    source = train[spots["tissue_index"].to_numpy()[train] == 2]
+    scored = paper_split.scored()
+    for spot in paper_split.spots("test")[:4]:
+        distance = np.linalg.norm(centres[source] - centres[spot], axis=1)
+        nearest = source[distance.argmin()]
+        (own,) = predicted[scored == spot]
+        np.testing.assert_array_equal(own, paper_split.data.target[nearest])
+    np.testing.assert_array_equal(predicted, compute({}, changed_split, None)[0])
 
 
-def test_without_another_training_slide_there_is_no_nearest_spot(experiment):
-    import dataclasses
-
-    alone = experiment.roles.copy()
-    alone[experiment.data.spots["tissue_index"].isin([2, 4])] = ""
-    predicted, _ = load_script("25").nearest_spot({}, dataclasses.replace(experiment, roles=alone), None)
-    test = alone[dataclasses.replace(experiment, roles=alone).rows(*common.SPLITS)] == "test"
-    assert np.isnan(predicted[~test]).all() and np.isfinite(predicted[test]).all()
-
-
-TINY_25 = (*TINY, "--target", "lognorm", "--epochs", 1, "--stnet-epochs", 1, "--bleep-epochs", 2, "--bleep-batch", 24)
-TINY_25 += ("--micro-batch", 8, "--features", "resnet18")
+def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
+    roles = paper_split.roles.copy()
+    roles[paper_split.data.spots["tissue_index"].isin([2, 4])] = ""
+    alone = dataclasses.replace(paper_split, roles=roles)
+    predicted, _ = load_script("25").nearest_spot({}, alone, None)
+    test = roles[alone.scored()] == "test"
+    assert np.isnan(predicted[~test]).all()
+    assert np.isfinite(predicted[test]).all()
 
 
-def test_methods_end_to_end(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY_25, "--published")
-    assert run_script("25", *arguments) == 0
-    stdout = capsys.readouterr().out
-    rows = pd.DataFrame(last_json(stdout)["rows"])
-    names = ["EfficientNet-B0", "ST-Net", "ST-Net, our optimiser", "BLEEP", "training mean", "ridge (colour)"]
-    names += ["ridge (resnet18)", "depth only (control)", "nearest spot (control)"]
-    assert rows["setting"].unique().tolist() == names and (rows["setting"].value_counts() == 2).all()
-    mean = rows[rows["setting"] == "training mean"]
-    assert mean["heg"].isna().all() and (mean["heg_n"] == 0).all() and (mean["n_genes_r30"] == 0).all()
-    line, costs = [line for line in stdout.splitlines() if line.startswith("training mean") and " test " in line]
-    assert line.split()[6:10] == ["-"] * 4 and costs.split()[-1] == "-", line
-    assert "over BLEEP" in stdout and "million" in stdout and "minutes" in stdout
-    assert "published, not computed here" not in stdout, "this data root has none"
-    trained = rows.dropna(subset="parameters_total").drop_duplicates("setting").set_index("setting")
+# -------------------------------------------------------------------------- script 25, end to end
+METHODS = ["EfficientNet-B0", "ST-Net", "ST-Net, our optimiser", "BLEEP", "training mean"]
+METHODS += ["ridge (colour)", "ridge (resnet18)", "depth only (control)", "nearest spot (control)"]
+
+
+@pytest.fixture(scope="module")
+def methods(finished):
+    """Table of script 25's records."""
+    return table_of(finished("25")[1])
+
+
+def test_every_method_has_its_rows(methods):
+    assert methods["setting"].unique().tolist() == METHODS
+    assert set(methods["setting"].value_counts()) == {2}
+
+
+def test_the_training_mean_has_no_r(methods, finished):
+    of = methods[methods["setting"] == "training mean"]
+    assert of["heg"].isna().all()
+    assert (of["heg_n"] == 0).all()
+    assert (of["n_genes_r30"] == 0).all()
+    head, lines = printed_table(finished("25")[1], "methods; a control uses")
+    (line,) = [line for line in lines if line.startswith("training mean")]
+    words = dict(zip(COLUMNS_25, line.removeprefix("training mean").split(), strict=False))
+    for column in ("HEG", "[95 %]", "of ceiling", "million", "over BLEEP"):
+        assert column in head
+        assert words[column] == "-"
+    for column in ("HVG", "all"):
+        assert words[column] == "-/0"
+
+
+# Of the printed table, after the setting.
+COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "HVG", "all", "million", "minutes", "over BLEEP"]
+
+
+def test_methods_without_published_numbers_beside_them(finished):
+    assert "published, not computed here" not in finished("25")[1]
+
+
+def test_parameters_of_prior_methods(methods, simulated):
+    total = methods.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
     panel = len(common.load_dataset(simulated, "lognorm").genes)
-    assert trained.loc["ST-Net", "parameters_total"] == 6953856 + 1025 * panel
-    projections = (2048 + 1) * 256 + (256 + 1) * 256 + (panel + 1) * 256 + (256 + 1) * 256 + 4 * 256
-    assert trained.loc["BLEEP", "parameters_total"] == 23508032 + projections
-    assert run_script("25", *arguments, "--only", "depth only (control)") == 0
-    assert "on disk already" in capsys.readouterr().out
-    assert run_script("25", *arguments, "--only", "BLEEP", "--stnet-epochs", 9) == 0
-    assert "on disk already" in capsys.readouterr().out, "a constant of ST-Net does not touch BLEEP"
-    assert run_script("25", *arguments, "--only", "bleep") == 2
+    assert total["ST-Net"] == 6953856 + 1025 * panel
+    of_images = (2048 + 1) * 256 + (256 + 1) * 256 + 2 * 256
+    of_spots = (panel + 1) * 256 + (256 + 1) * 256 + 2 * 256
+    assert total["BLEEP"] == 23508032 + of_images + of_spots
 
 
-# ------------------------------------------------------------------------------------- script 24
+@pytest.mark.parametrize(
+    "options", [{"only": "depth only (control)"}, {"only": "BLEEP", "stnet_epochs": 9}]
+)
+def test_a_method_is_not_computed_again_for_another_ones_constants(finished, simulated, options):
+    out, _ = finished("25")
+    options = SMALL_RUNS["25"] | options
+    assert "on disk already" in stdout_of("25", data_root=simulated, out=out, **options)
 
 
+def test_an_unknown_method_is_refused(finished, simulated):
+    options = SMALL_RUNS["25"] | {"only": "bleep"}
+    assert run_script("25", data_root=simulated, out=finished("25")[0], **options) == 2
+
+
+# --------------------------------------------------------------------------------------- script 24
 def recipe_24(script, **changed):
     return runner.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
 
 
 def grid_of_spots(n_slides=3, side=14):
-    """A data root's spots in memory: each slide a square grid with image features that follow its quarters."""
-    rows, cols = (axis.ravel() for axis in np.mgrid[:side, :side])
-    spots = pd.concat(
-        [pd.DataFrame({"tissue_index": s, "array_row": rows, "array_col": cols}) for s in range(n_slides)]
-    )
-    spots = spots.reset_index(drop=True).assign(id=lambda t: t.index.astype(str), pitch=100.0)
+    """(SpotData, quarter of each spot): each slide a square grid whose image features follow its
+    quarters.
+    """
+    array_row, array_col = (axis.ravel() for axis in np.mgrid[:side, :side])
+    slide = pd.DataFrame({"array_row": array_row, "array_col": array_col})
+    slides = [slide.assign(tissue_index=number) for number in range(n_slides)]
+    spots = pd.concat(slides, ignore_index=True)
+    spots = spots.assign(id=spots.index.astype(str), pitch=100.0)
     spots = spots.assign(pxl_row=spots["array_row"] * 100, pxl_col=spots["array_col"] * 100)
-    quarter = (spots["array_row"] // (side / 2) * 2 + spots["array_col"] // (side / 2)).to_numpy(int)
+    half = side / 2
+    quarter = (spots["array_row"] // half * 2 + spots["array_col"] // half).to_numpy(int)
     colour = np.eye(4)[quarter] * 10 + np.random.default_rng(0).normal(size=(len(spots), 4))
-    counts = anndata.AnnData(np.random.default_rng(1).random((len(spots), 3)), obsm={"colour": colour})
-    data = common.SpotData(None, None, spots, list("abc"), counts.X, counts.X, counts, {}, "", "")
+    values = np.random.default_rng(1).random((len(spots), 3))
+    counts = anndata.AnnData(values, obsm={"colour": colour})
+    data = common.SpotData(
+        root=None,
+        patches=None,
+        spots=spots,
+        genes=list("abc"),
+        target=values,
+        lognorm=values,
+        counts=counts,
+        meta={},
+        fingerprint="",
+        label="",
+    )
     return data, quarter
 
 
 def test_clusters_find_the_tissue_and_test_spots_follow_their_image():
-    script, (data, quarter) = load_script("24"), grid_of_spots()
+    script = load_script("24")
     script.WEIGHTS = ((1, 0), (1, 0.5))
-    train = np.flatnonzero((data.spots["tissue_index"] < 2) & (np.arange(len(quarter)) % 5 > 0))
+    data, quarter = grid_of_spots()
+    chosen = (data.spots["tissue_index"] < 2) & (np.arange(len(quarter)) % 5 > 0)
+    train = np.flatnonzero(chosen)
     threads = torch.get_num_threads()
     ids, points, grid = script.cluster_spots(data, train, recipe_24(script), 42)
-    assert torch.get_num_threads() == threads and points.shape == (len(train), 2) and len(grid) == 2
-    shares = pd.crosstab(quarter, ids, normalize="columns")
-    assert (shares.max() > 0.95).all() and shares.idxmax().nunique() == 4, "each cluster lies in one quarter"
+    assert torch.get_num_threads() == threads
+    assert points.shape == (len(train), 2)
+    assert len(grid) == 2
     assert grid["silhouette"].is_monotonic_decreasing
+    shares = pd.crosstab(quarter, ids, normalize="columns")
+    assert (shares.max() > 0.95).all(), "each cluster lies in one quarter"
+    assert shares.idxmax().nunique() == 4
     again, _, _ = script.cluster_spots(data, train, recipe_24(script), 42)
     np.testing.assert_array_equal(ids, again)
 
 
-def test_a_test_spots_cluster_does_not_change_with_its_expression(experiment):
+def test_a_test_spots_cluster_does_not_change_with_its_expression(paper_split, changed_split):
     script = load_script("24")
     script.WEIGHTS = ((1, 0.5),)
-    recipe, train = recipe_24(script, MIN_CLUSTER=0.1), experiment.rows("train")
-    ids, _, _ = script.cluster_spots(experiment.data, train, recipe, 42)
-    changed, _, _ = script.cluster_spots(change_test_spots(experiment).data, train, recipe, 42)
+    recipe, train = recipe_24(script, MIN_CLUSTER=0.1), paper_split.spots("train")
+    ids, _, _ = script.cluster_spots(paper_split.data, train, recipe, 42)
+    changed, _, _ = script.cluster_spots(changed_split.data, train, recipe, 42)
     np.testing.assert_array_equal(ids, changed)
 
 
 def test_positional_codes_are_64_numbers_scaled_within_a_slide():
     script, (data, _) = load_script("24"), grid_of_spots(2)
-    spots = data.spots.copy()
-    spots.loc[spots["tissue_index"] == 1, ["array_row", "array_col"]] = 3 * spots[["array_row", "array_col"]] + 50
+    spots, half = data.spots.copy(), len(data.spots) // 2
+    axes = ["array_row", "array_col"]
+    spots.loc[spots["tissue_index"] == 1, axes] = 3 * spots[axes] + 50
     codes = script.encode_positions(spots)
-    assert codes.shape == (len(spots), 64) and np.abs(codes).max() <= 1
-    np.testing.assert_allclose(codes[: len(codes) // 2], codes[len(codes) // 2 :], atol=1e-9)
-    assert len(np.unique(codes[: len(codes) // 2].round(6), axis=0)) == len(codes) // 2, "each position is its own"
-    flat = script.encode_positions(spots.assign(array_row=4))
-    assert np.isfinite(flat).all()
+    assert codes.shape == (len(spots), 64)
+    assert np.abs(codes).max() <= 1
+    np.testing.assert_allclose(codes[:half], codes[half:], atol=1e-9)
+    assert len(np.unique(codes[:half].round(6), axis=0)) == half, "each position is its own"
+
+
+def test_positional_codes_of_a_single_row_are_finite():
+    script, (data, _) = load_script("24"), grid_of_spots(1)
+    assert np.isfinite(script.encode_positions(data.spots.assign(array_row=4))).all()
 
 
 def test_shuffled_ids_are_the_same_ids_of_each_slide():
     script, slides = load_script("24"), np.repeat([1, 2], 50)
     ids = np.random.default_rng(0).integers(0, 5, 100)
     shuffled = script.shuffle_ids(ids, slides, 42)
-    assert not np.array_equal(ids, shuffled) and np.array_equal(shuffled, script.shuffle_ids(ids, slides, 42))
+    assert not np.array_equal(ids, shuffled)
+    assert np.array_equal(shuffled, script.shuffle_ids(ids, slides, 42))
     for slide in (1, 2):
-        np.testing.assert_array_equal(np.sort(ids[slides == slide]), np.sort(shuffled[slides == slide]))
+        own = slides == slide
+        np.testing.assert_array_equal(np.sort(ids[own]), np.sort(shuffled[own]))
 
 
 @pytest.mark.parametrize("hidden", [0, 16])
 def test_with_an_id_the_network_starts_as_the_same_function(hidden):
-    script, recipe = load_script("24"), NETWORK | {"HIDDEN": hidden}
-    patches, ids = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), np.array([0, 4, 2, 2, 1, 0])
+    script, recipe = load_script("24"), SMALL_NETWORK | {"HIDDEN": hidden}
+    patches = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    ids = np.array([0, 4, 2, 2, 1, 0])
     plain, model = (common.build_model(recipe, 5, 1).eval() for _ in range(2))
-    network, with_id = script.WithId(model, 5, 8).eval(), script.PatchesWithId(patches, ids)
-    rows = torch.tensor([5, 1, 2])
-    torch.testing.assert_close(network(with_id[rows]), plain(patches[rows]))
-    nn.init.normal_(next(layer for layer in model.head if isinstance(layer, nn.Linear)).weight)
-    assert not torch.equal(network(with_id[torch.tensor([0])]), network(script.PatchesWithId(patches, ids + 1)[[0]]))
+    network = script.WithId(model, 5, 8).eval()
+    with_id = script.PatchesWithId(patches, ids)
+    spots = torch.tensor([5, 1, 2])
+    torch.testing.assert_close(network(with_id[spots]), plain(patches[spots]))
+    linear = [layer for layer in model.head if isinstance(layer, nn.Linear)]
+    nn.init.normal_(linear[0].weight)
+    other_id = script.PatchesWithId(patches, ids + 1)
+    first = torch.tensor([0])
+    assert not torch.equal(network(with_id[first]), network(other_id[first]))
 
 
 def test_a_warp_leaves_the_id_as_it_is():
-    patches = load_script("24").PatchesWithId(torch.zeros((64, 3, 32, 32), dtype=torch.uint8), np.arange(64) * 4)
-    draw = common.draw_augmentation(64, "mpa", torch.Generator().manual_seed(0))
-    warped = common.augment(patches[torch.arange(64)], *draw)
-    assert draw[1].sum() > 20 and torch.equal(warped[:, 3, 0, 0].round().long(), torch.arange(64) * 4)
+    images = torch.zeros((64, 3, 32, 32), dtype=torch.uint8)
+    patches = load_script("24").PatchesWithId(images, np.arange(64) * 4)
+    draws = common.draw_augmentation(64, "mpa", torch.Generator().manual_seed(0))
+    warped = common.augment(patches[torch.arange(64)], *draws)
+    assert draws[1].sum() > 20
+    assert torch.equal(warped[:, 3, 0, 0].round().long(), torch.arange(64) * 4)
 
 
-def test_cluster_ids_end_to_end(simulated, tmp_path, capsys):
-    arguments = ("--data-root", simulated, "--out", tmp_path, *TINY, "--target", "lognorm", "--seeds", 42)
-    arguments += ("--features", "", "--min-cluster", 0.1, "--epochs", 2)
-    assert run_script("24", *arguments, WEIGHTS=((1, 0), (1, 1))) == 0
-    stdout = capsys.readouterr().out
-    rows = pd.DataFrame(last_json(stdout)["rows"])
-    assert rows["setting"].unique().tolist() == ["no id", "cluster id", "shuffled id"] and len(rows) == 6
-    assert "silhouette" in stdout and "HEG ahead" in stdout and "of no id" in stdout
-    assert len(pd.read_csv(tmp_path / "grid.csv")) == 2 and (tmp_path / "clusters.png").stat().st_size > 10_000
-    assert pd.read_csv(tmp_path / "clusters.csv")["cluster_42_0"].nunique() >= 2
-    assert run_script("24", *arguments, "--embedding", 8, "--only", "no id", WEIGHTS=((1, 0), (1, 1))) == 0
-    assert "on disk already" in capsys.readouterr().out, "a constant of the ids does not touch the row without one"
-    assert run_script("24", *arguments, "--min-cluster", 0.9) == 2
+def test_cluster_ids_have_their_rows(finished):
+    rows = table_of(finished("24")[1])
+    settings = ["no id", "cluster id", "shuffled id"]
+    assert rows["setting"].tolist() == [name for name in settings for _ in range(2)]
+
+
+def test_clusters_are_printed_and_saved(finished):
+    out, stdout = finished("24")
+    head, lines = printed_table(stdout, "clusters of the first training")
+    assert "silhouette" in head
+    assert len(lines) == 2
+    head, _ = printed_table(stdout, "with and without a cluster id")
+    assert "HEG minus no id" in head
+    assert len(pd.read_csv(out / "grid.csv")) == 2
+    assert (out / "clusters.png").stat().st_size > 10_000
+    assert pd.read_csv(out / "clusters.csv")["cluster_42_0"].nunique() >= 2
+
+
+def test_a_constant_of_the_ids_does_not_touch_the_row_without_one(finished, simulated):
+    options = SMALL_RUNS["24"] | {"embedding": 8, "only": "no id"}
+    stdout = stdout_of("24", data_root=simulated, out=finished("24")[0], **options)
+    assert "on disk already" in stdout
+
+
+def test_clusters_that_cannot_be_are_told(finished, simulated, capsys):
+    options = SMALL_RUNS["24"] | {"min_cluster": 0.9}
+    assert run_script("24", data_root=simulated, out=finished("24")[0], **options) == 2
     assert "MIN_CLUSTER" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- intervals
-
-
+# --------------------------------------------------------------------------------------- intervals
 def make_slide(noise, n=20, genes=6, seed=0):
-    """(spots, predicted, truth) of an n x n grid, where prediction and truth share a smooth field."""
-    random, (rows, cols) = np.random.default_rng(seed), (axis.ravel() for axis in np.mgrid[:n, :n])
-    block = [f"1:{col // 5}:{row // 5}" for row, col in zip(rows, cols, strict=True)]
-    spots = pd.DataFrame({"tissue_index": 1, "pxl_row": rows * 100, "pxl_col": cols * 100, "block": block})
-    field = np.sin(rows / 4)[:, None] * random.normal(size=genes) + np.cos(cols / 5)[:, None]
-    return spots, field + noise * random.normal(size=field.shape), field + random.normal(size=field.shape)
+    """(spots, predicted, truth) of an n x n grid, where prediction and truth share a smooth
+    field.
+    """
+    random = np.random.default_rng(seed)
+    row, col = (axis.ravel() for axis in np.mgrid[:n, :n])
+    spots = pd.DataFrame({"tissue_index": 1, "pxl_row": row * 100, "pxl_col": col * 100})
+    spots["block"] = [f"1:{x // 5}:{y // 5}" for x, y in zip(col, row, strict=True)]
+    field = np.sin(row / 4)[:, None] * random.normal(size=genes) + np.cos(col / 5)[:, None]
+    predicted = field + noise * random.normal(size=field.shape)
+    return spots, predicted, field + random.normal(size=field.shape)
 
 
-MEMBERS = {"heg": ["0", "1"], "hvg": ["2"], "mg": [], "all": [str(g) for g in range(6)]}
+NAMES = [str(gene) for gene in range(6)]
+MEMBERS = {"heg": NAMES[:2], "hvg": NAMES[2:3], "mg": [], "all": NAMES}
 
 
 def test_a_bootstrap_draw_is_r_of_whole_blocks_drawn_by_hand():
     spots, predicted, truth = make_slide(1.0)
     predicted[:, 5] = 3.0
-    means = common.bootstrap_means(predicted, truth, spots, [str(g) for g in range(6)], MEMBERS)
-    block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()  # in the order of their names
-    drawn = np.random.default_rng(common.seed_of("bootstrap", *np.unique(spots["block"]))).multinomial(
-        16, np.full(16, 1 / 16), common.DRAWS
-    )
+    means = common.bootstrap_means(predicted, truth, spots, NAMES, MEMBERS)
+    assert len(means) == common.DRAWS
+    # In the order of the blocks' names.
+    block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()
+    seed = common.seed_of("bootstrap", *np.unique(spots["block"]))
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(16, np.full(16, 1 / 16), common.DRAWS)
     for i in (0, 7, 999):
-        at = np.concatenate([np.flatnonzero(block == b) for b in np.repeat(np.arange(16), drawn[i])])
+        blocks = np.repeat(np.arange(16), drawn[i])
+        at = np.concatenate([np.flatnonzero(block == number) for number in blocks])
         r = common.pearson_per_gene(predicted[at], truth[at])
-        assert means.loc[i, "heg"] == pytest.approx(r[:2].mean()) and means.loc[i, "hvg"] == pytest.approx(r[2])
-        assert means.loc[i, "all"] == pytest.approx(r[:5].mean()), "the constant gene has no r in any draw"
-    assert means["mg"].isna().all() and len(means) == common.DRAWS
+        assert means.loc[i, "heg"] == pytest.approx(r[:2].mean())
+        assert means.loc[i, "hvg"] == pytest.approx(r[2])
+        assert means.loc[i, "all"] == pytest.approx(r[:5].mean()), "the constant gene has no r"
+    assert means["mg"].isna().all()
 
 
 def test_intervals_over_blocks_are_wider_than_over_spots():
     """Neighbours are alike: an interval that draws spots one by one would claim too much."""
     spots, predicted, truth = make_slide(0.3)
-    names = [str(g) for g in range(6)]
-    by_block = common.bootstrap_means(predicted, truth, spots, names, MEMBERS)["heg"]
+    by_block = common.bootstrap_means(predicted, truth, spots, NAMES, MEMBERS)["heg"]
     alone = spots.assign(block=spots.index.astype(str))
-    by_spot = common.bootstrap_means(predicted, truth, alone, names, MEMBERS)["heg"]
+    by_spot = common.bootstrap_means(predicted, truth, alone, NAMES, MEMBERS)["heg"]
     assert by_block.std() > 1.3 * by_spot.std()
     r = common.pearson_per_gene(predicted, truth)[:2].mean()
     assert by_block.quantile(0.025) < r < by_block.quantile(0.975)
@@ -431,31 +574,59 @@ def test_intervals_over_blocks_are_wider_than_over_spots():
 
 def test_one_block_has_no_interval():
     spots, predicted, truth = make_slide(0.3, n=5)
-    assert common.bootstrap_means(predicted, truth, spots, MEMBERS["all"], MEMBERS).isna().all(axis=None)
+    means = common.bootstrap_means(predicted, truth, spots, NAMES, MEMBERS)
+    assert means.isna().all(axis=None)
 
 
-def test_paired_differences_over_seeds(tmp_path):
-    """Rows written by hand: a method better by .1 in each draw is better by .1 for sure, however wide its own interval."""
-    rows, random = [], np.random.default_rng(0)
+KEYS = ("heg", "hvg", "mg", "all")
+
+
+def write_record(out, setting, seed, draws, heg, n_genes):
+    """A record of the test slide whose draws lie in its folder; other groups have r 0.2."""
+    folder = out / f"{setting}{seed}"
+    folder.mkdir()
+    pd.DataFrame(draws).add_prefix("lognorm_").to_csv(folder / "bootstrap.csv", index=False)
+    record = {"setting": setting, "seed": seed, "fold": 0, "slide": "3", "folder": folder.name}
+    record |= {"split": "test", "truth": "lognorm"}
+    record |= dict.fromkeys(KEYS, 0.2) | {"heg": heg}
+    return record | {f"{key}_n": n_genes for key in KEYS}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(records, output folder) of two seeds: in each draw, "b" has an HEG r that is better than
+    that of "a" by 0.1 and 0.2; "c" has an r for fewer genes.
+    """
+    records, random = [], np.random.default_rng(0)
     for seed in (1, 2):
-        base = random.normal(0.2, 0.2, common.DRAWS)
-        for setting, more in (("a", 0.0), ("b", 0.1), ("c", np.nan)):
-            folder = tmp_path / f"{setting}{seed}"
-            folder.mkdir()
-            draws = {
-                f"lognorm_{key}": base + (seed * more if key == "heg" else 0) for key in ("heg", "hvg", "mg", "all")
-            }
-            pd.DataFrame(draws).to_csv(folder / "bootstrap.csv", index=False)
-            row = {"setting": setting, "seed": seed, "fold": 0, "slide": "3", "split": "test", "truth": "lognorm"}
-            row["folder"] = folder.name
-            for key in ("heg", "hvg", "mg", "all"):
-                row |= {key: 0.2 + (seed * more if key == "heg" else 0), f"{key}_n": 50 if setting != "c" else 49}
-            rows += [row, row | {"split": "valid"}]
-    table = common.pair_differences(rows, tmp_path, {"b": "a", "c": "a"}).set_index(["setting", "group"])
-    again = common.pair_differences(rows[::-1], tmp_path, {"b": "a", "c": "a"}).set_index(["setting", "group"])
-    pd.testing.assert_frame_equal(table, again)
+        draws = dict.fromkeys(KEYS, random.normal(0.2, 0.2, common.DRAWS))
+        better = draws | {"heg": draws["heg"] + seed * 0.1}
+        records.append(write_record(tmp_path, "a", seed, draws, 0.2, 50))
+        records.append(write_record(tmp_path, "b", seed, better, 0.2 + seed * 0.1, 50))
+        records.append(write_record(tmp_path, "c", seed, draws, np.nan, 49))
+    records += [record | {"split": "valid"} for record in records]
+    return records, tmp_path
+
+
+def test_paired_differences_over_seeds(written):
+    """However wide an interval of its own each method has."""
+    table = runner.pair_differences(*written, {"b": "a"}).set_index(["setting", "group"])
     line = table.loc["b", "HEG"]
     assert line["difference"] == pytest.approx(0.15), "the mean of .1 and .2"
-    assert line["low"] == pytest.approx(0.1) and line["high"] == pytest.approx(0.2), "both seeds twice, or one of each"
-    assert (table.loc["b", "HVG"][["difference", "low", "high"]] == 0).all()
-    assert table.loc["c"][["difference", "low", "high"]].isna().all(axis=None), "r of other numbers of genes"
+    assert line["low"] == pytest.approx(0.1), "the first seed twice"
+    assert line["high"] == pytest.approx(0.2), "the second seed twice"
+    for number in ("difference", "low", "high"):
+        assert table.loc[("b", "HVG"), number] == 0
+
+
+def test_r_of_other_numbers_of_genes_has_no_difference(written):
+    table = runner.pair_differences(*written, {"c": "a"})
+    assert table[["difference", "low", "high"]].isna().all(axis=None)
+
+
+def test_differences_do_not_depend_on_the_order_of_the_records(written):
+    records, out = written
+    minus = {"b": "a", "c": "a"}
+    table = runner.pair_differences(records, out, minus)
+    again = runner.pair_differences(records[::-1], out, minus)
+    pd.testing.assert_frame_equal(table, again)

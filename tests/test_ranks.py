@@ -1,5 +1,8 @@
-"""Several processes by torchrun, over gloo on the processor: a grid shared out, one network trained together."""
+"""Several processes by torchrun, over gloo on the processor: a grid shared out, one network
+trained together.
+"""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,48 +14,58 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import TINY
+from conftest import NETWORK, TINY, flags_of
 from test_interruptions import SCRIPTS, finish, results, start
 
 import common
 
-SMALL = [option for option in TINY if option not in ("--epochs", 4)] + ["--epochs", 2, "--target", "lognorm"]
-RECIPE = {
-    "BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 0, "TRAINABLE_STAGES": -1, "AUG": "mpa",
-    "BATCH_SIZE": 7, "LEARNING_RATE": 1e-3, "EPOCHS": 1,
-}  # fmt: skip
+SMALL = TINY | {"epochs": 2, "target": "lognorm"}
+RECIPE = NETWORK | {
+    "HIDDEN": 0,
+    "AUG": "mpa",
+    "BATCH_SIZE": 7,
+    "LEARNING_RATE": 1e-3,
+    "EPOCHS": 1,
+    "LOSS": "mse",
+}
 SPOTS, GENES = 11, 5
 
 
-def torchrun(ranks, script, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    return [*map(str, command), SCRIPTS[script], *map(str, options)]
+def torchrun(ranks, script, **options):
+    """The command of a run by `ranks` processes, as a list."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, SCRIPTS[script], *flags_of(options)]
 
 
 def test_rows_of_two_ranks_equal_one_process(simulated, tmp_path):
-    options = ("--data-root", simulated, *SMALL, "--seeds", "42,43")
-    finish([sys.executable, SCRIPTS["23"], *map(str, options), "--out", tmp_path / "one"])
-    stdout = finish(torchrun(2, "23", *options, "--out", tmp_path / "two"))
+    options = SMALL | {"data_root": simulated, "seeds": (42, 43)}
+    alone = flags_of(options | {"out": tmp_path / "one"})
+    finish([sys.executable, SCRIPTS["23"], *alone])
+    stdout = finish(torchrun(2, "23", **options, out=tmp_path / "two"))
     assert results(tmp_path / "two") == results(tmp_path / "one")
     assert stdout.count('{"script"') == 1, "the first rank prints, and no other"
 
 
 def test_one_network_is_trained_by_two_ranks_and_goes_on_after_one_died(simulated, tmp_path):
-    command = torchrun(2, "20", "--data-root", simulated, "--out", tmp_path, *SMALL, "--epochs", 3)
+    options = SMALL | {"data_root": simulated, "epochs": 3}
+    command = torchrun(2, "20", **options, out=tmp_path / "killed")
     process = start(command)
-    while process.poll() is None and not list(tmp_path.glob("*/checkpoint.pt")):
+    while process.poll() is None and not list(tmp_path.glob("killed/*/checkpoint.pt")):
         time.sleep(0.01)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "20_train"], capture_output=True, text=True)
+    find_ranks = ["pgrep", "-P", str(process.pid), "-f", "20_train"]
+    ranks = subprocess.run(find_ranks, capture_output=True, text=True)
     os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert any(line.endswith("run the same command again") for line in stderr.splitlines()), stderr[-3000:]
+    told = [line.endswith("run the same command again") for line in stderr.splitlines()]
+    assert any(told), stderr[-3000:]
     stdout = finish(command)
-    assert "going on after epoch" in stdout and stdout.count('{"script"') == 1
-    (folder,) = tmp_path.glob("EfficientNet-B0-*")
-    whole = finish([*command[:-1], "3", "--out", str(tmp_path / "whole")])
+    assert "going on after epoch" in stdout
+    assert stdout.count('{"script"') == 1
+    whole = finish(torchrun(2, "20", **options, out=tmp_path / "whole"))
     assert "going on" not in whole
-    (other,) = (tmp_path / "whole").glob("EfficientNet-B0-*")
+    (folder,) = tmp_path.glob("killed/EfficientNet-B0-*")
+    (other,) = tmp_path.glob("whole/EfficientNet-B0-*")
     assert results(folder) == results(other), "the same bits as without the death"
 
 
@@ -81,11 +94,15 @@ def little():
 
 
 def save_gradient(rank, folder):
+    """Save (mean loss, gradient) of one batch, of which two ranks take 4 and 3 spots."""
     model, patches, target = little()
     network = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-    optimiser, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", enabled=False)
-    rows = torch.arange(7)  # one batch, of which the two ranks take 4 and 3
-    loss = common.train_epoch(network, optimiser, scaler, patches, target, rows, RECIPE, 42, 0, torch.float32)
+    optimiser = torch.optim.SGD(model.parameters(), 0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = common.LOSSES["mse"]
+    step = functools.partial(common.make_step, network, optimiser, scaler, loss, torch.float32)
+    spots = np.arange(7)
+    loss = common.train_epoch(network, step, patches, target, spots, RECIPE, 42, 0)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save((loss, gradient), f"{folder}/gradient{rank}.pt")
 
@@ -108,27 +125,44 @@ class MeanColour(torch.nn.Linear):
         return pixels.float().mean((2, 3)) + 0 * self.bias
 
 
+PREDICTED = [8, 3, 0, 10, 1, 5, 2]  # 3, 2 and 2 of them
+
+
 def save_prediction(rank, folder):
-    patches = torch.arange(SPOTS, dtype=torch.uint8).view(-1, 1, 1, 1).expand(SPOTS, 224, 224, 3)
-    model, patches = MeanColour(3, 3), common.MappedPatches(patches, 32)
-    rows = np.array([8, 3, 0, 10, 1, 5, 2])  # 3, 2 and 2 of them
-    np.save(f"{folder}/prediction{rank}.npy", common.predict(model, patches, rows, dtype=torch.float32))
-    assert common.predict(model, patches, rows[:2], dtype=torch.float32)[:, 0].tolist() == [8, 3]  # the third has none
+    """Save the prediction of PREDICTED; of two spots the third rank has none."""
+    model = MeanColour(3, 3)
+    pixels = torch.arange(SPOTS, dtype=torch.uint8).view(-1, 1, 1, 1)
+    patches = common.MappedPatches(pixels.expand(SPOTS, 224, 224, 3), 32)
+    predicted = common.predict(model, patches, PREDICTED, dtype=torch.float32)
+    np.save(f"{folder}/prediction{rank}.npy", predicted)
+    two = common.predict(model, patches, PREDICTED[:2], dtype=torch.float32)
+    assert two[:, 0].tolist() == [8, 3]
 
 
 def test_a_prediction_gathered_from_three_ranks_is_that_of_one(tmp_path):
     in_ranks(save_prediction, 3, tmp_path)
     for rank in range(3):
-        assert np.load(tmp_path / f"prediction{rank}.npy").tolist() == [[n] * 3 for n in (8, 3, 0, 10, 1, 5, 2)]
+        predicted = np.load(tmp_path / f"prediction{rank}.npy")
+        assert predicted.tolist() == [[spot] * 3 for spot in PREDICTED]
 
 
-@pytest.mark.parametrize("stages, backbone", [(1, "efficientnet_b0"), (0, "resnet18"), (0, "densenet121")])
+def joined_norms(module):
+    """The BatchNorm layers of a module that average over ranks."""
+    return [part for part in module.modules() if isinstance(part, torch.nn.SyncBatchNorm)]
+
+
+@pytest.mark.parametrize(
+    "stages, backbone", [(1, "efficientnet_b0"), (0, "resnet18"), (0, "densenet121")]
+)
 def test_frozen_stages_stay_frozen_when_batch_norm_is_joined(monkeypatch, stages, backbone):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
-    model = common.build_model(RECIPE | {"BACKBONE": backbone, "TRAINABLE_STAGES": stages}, GENES, 1).train()
-    joined = [m for m in model.backbone.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-    frozen = [m for part in model.frozen for m in part.modules() if isinstance(m, torch.nn.SyncBatchNorm)]
-    assert joined and {id(m) for m in frozen} <= {id(m) for m in joined}
-    assert not any(m.training for m in frozen) and sum(m.training for m in joined) == len(joined) - len(frozen)
+    recipe = RECIPE | {"BACKBONE": backbone, "TRAINABLE_STAGES": stages}
+    model = common.build_model(recipe, GENES, 1).train()
+    joined = joined_norms(model.backbone)
+    frozen = [norm for part in model.frozen for norm in joined_norms(part)]
+    assert joined
+    assert {id(norm) for norm in frozen} <= {id(norm) for norm in joined}
+    assert not any(norm.training for norm in frozen)
+    assert sum(norm.training for norm in joined) == len(joined) - len(frozen)
     assert frozen or stages

@@ -1,18 +1,21 @@
-"""Script 18: geometry, counts and truth are what they claim, and the slide is painted without seams."""
+"""Script 18: geometry, counts and truth are what they claim, and the slide is painted without
+seams.
+"""
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import SHARED, load_script, run_script
+from conftest import REPOSITORY, SHARED, load_script, stdout_of
 
 import common
 
 
 def test_layout_is_gse240429s(simulated):
     slides = pd.read_csv(simulated / "slides.csv")
-    assert slides["tissue_index"].tolist() == [1, 2, 3, 4] and slides["um_per_px"].unique().tolist() == [0.304]
+    assert slides["tissue_index"].tolist() == [1, 2, 3, 4]
+    assert slides["um_per_px"].unique().tolist() == [0.304]
     table = load_script("19").read_positions(simulated / slides["positions"][0])
     inside = table[table["in_tissue"] == 1]
     assert len(inside) == 10
@@ -20,13 +23,13 @@ def test_layout_is_gse240429s(simulated):
     distances = np.hypot(*(points[:, None] - points).transpose(2, 0, 1))
     np.fill_diagonal(distances, np.inf)
     assert np.median(distances.min(1)) == pytest.approx(329, abs=2)
-    assert ((inside["array_row"] + inside["array_col"]) % 2 == 0).all()  # Visium's hexagonal index
+    # Visium's hexagonal index.
+    assert ((inside["array_row"] + inside["array_col"]) % 2 == 0).all()
 
 
 def test_the_published_gene_groups_are_among_the_genes(simulated):
-    from conftest import REPOSITORY
-
-    genes = set(pd.read_csv(simulated / "data/filtered_expression_matrices/1/features.tsv", sep="\t", header=None)[1])
+    path = simulated / "data/filtered_expression_matrices/1/features.tsv"
+    genes = set(pd.read_csv(path, sep="\t", header=None)[1])
     lists = pd.read_csv(REPOSITORY / "GSE240429_data" / "gene_sets.csv")
     assert set(common.MARKER_GENES) <= genes
     assert lists[lists["group"] == "HEG"]["gene"].isin(genes).mean() > 0.9
@@ -35,15 +38,14 @@ def test_the_published_gene_groups_are_among_the_genes(simulated):
 def test_counts_are_poisson_around_the_realised_rate(simulated):
     counts = load_script("19").read_matrix(simulated / "data/filtered_expression_matrices/2")
     truth = anndata.read_h5ad(simulated / "truth/2.h5ad")
-    assert (
-        counts.obs_names.tolist() == truth.obs_names.tolist() and counts.var_names.tolist() == truth.var_names.tolist()
-    )
-    rate, dense = truth.X, counts.X.toarray()
-    z = (dense - rate) / np.sqrt(rate)
-    assert abs(z[rate > 5].mean()) < 0.1 and z[rate > 5].std() == pytest.approx(1, abs=0.1)
-    assert truth.layers["visible"].shape == rate.shape and {"zone", "fat", "fibrosis", "immune"} <= set(
-        truth.obs.columns
-    )
+    assert counts.obs_names.tolist() == truth.obs_names.tolist()
+    assert counts.var_names.tolist() == truth.var_names.tolist()
+    rate = truth.X
+    z = ((counts.X.toarray() - rate) / np.sqrt(rate))[rate > 5]
+    assert abs(z.mean()) < 0.1
+    assert z.std() == pytest.approx(1, abs=0.1)
+    assert truth.layers["visible"].shape == rate.shape
+    assert {"zone", "fat", "fibrosis", "immune"} <= set(truth.obs.columns)
 
 
 def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
@@ -54,16 +56,18 @@ def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
     for tile in (256, 2048):
         monkeypatch.setattr(script, "TILE", tile)
         rng = np.random.default_rng(common.seed_of(0))
+        path = tmp_path / f"{tile}.tif"
         fields = script.tissue_fields(table, shape, rng)
-        script.paint(tmp_path / f"{tile}.tif", fields, script.scatter_objects(fields, shape, rng), shape, rng)
-        slides.append(tifffile.imread(tmp_path / f"{tile}.tif").astype(int))
-    assert slides[0].shape == (*shape, 3) and np.abs(slides[0] - slides[1]).max() <= 3
+        script.paint(path, fields, script.scatter_objects(fields, shape, rng), shape, rng)
+        slides.append(tifffile.imread(path).astype(int))
+    assert slides[0].shape == (*shape, 3)
+    assert np.abs(slides[0] - slides[1]).max() <= 3
 
 
 @pytest.mark.slow
-def test_the_ceiling_of_the_default_slides_is_not_easy(tmp_path, capsys):
-    assert run_script("18", "--data-root", tmp_path / "SIMULATED_data") == 0
-    ceiling = float(capsys.readouterr().out.split("per slide: ")[1].split()[0])
+def test_the_ceiling_of_the_default_slides_is_not_easy(tmp_path):
+    stdout = stdout_of("18", data_root=tmp_path / "SIMULATED_data")
+    ceiling = float(stdout.split("per slide: ")[1].split()[0])
     assert 0.75 <= ceiling <= 0.9
 
 
@@ -72,6 +76,9 @@ def test_the_ceiling_of_the_default_slides_is_not_easy(tmp_path, capsys):
 def test_real_geometry_gives_real_positions_and_names(tmp_path, monkeypatch):
     script = load_script("18")
     table, genes = script.read_geometry(SHARED / "gse240429", 3)
-    assert table["in_tissue"].sum() == 2277 and len(genes) == 36601
-    base, visible, hidden = script.gene_table(genes["name"].tolist(), np.random.default_rng(common.seed_of(0)))
-    assert base.shape == (36601,) and visible.shape[0] == hidden.shape[0] == 36601
+    assert table["in_tissue"].sum() == 2277
+    assert len(genes) == 36601
+    random = np.random.default_rng(common.seed_of(0))
+    base, visible, hidden = script.gene_table(genes["name"].tolist(), random)
+    assert base.shape == (36601,)
+    assert visible.shape[0] == hidden.shape[0] == 36601

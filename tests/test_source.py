@@ -1,0 +1,102 @@
+"""What the files say of themselves: rooms that know only their own matters, headers that promise
+what is written and printed, lines that fit a terminal.
+"""
+
+import ast
+import re
+
+import pytest
+from conftest import REPOSITORY, SMALL_RUNS, load_script
+
+import runner
+
+RUNS = sorted(SMALL_RUNS)
+
+
+# ------------------------------------------------------------------------------------------- rooms
+def names_of(path):
+    """(modules that a file imports, names of the functions that it calls)."""
+    imported, called = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called.add(node.func.id)
+    return imported, called
+
+
+def test_common_knows_neither_its_neighbours_nor_a_script():
+    imported, called = names_of(REPOSITORY / "common.py")
+    assert not imported & {"runner", "slides"}
+    assert "globals" not in called
+    assert "globals()" not in (REPOSITORY / "common.py").read_text()
+
+
+# ----------------------------------------------------------------------------------------- headers
+def header_of(name):
+    """{field: its text on one line} of a script's docstring: Question, Reads, Writes, ..."""
+    fields = re.findall(r"^([A-Z][a-z]+) +(\S.*(?:\n {11}.*)*)", load_script(name).__doc__, re.M)
+    return {field: " ".join(text.split()) for field, text in fields}
+
+
+# What a header may promise to print, and what of it is seen on the screen.
+PRINTED = {
+    "header": r"^protocol +\w",
+    "one row an epoch": r"^ +1\*? +\d\.\d\de-\d\d",
+    "the table": r"^setting +HEG ",
+    "the grid of weights": r"^ *image +position ",
+    "cluster scores": r"silhouette",
+    "of out-of-fold r": r"out of fold, slides",
+    "mean and sd over the folds": r"HEG by fold",
+    "the chosen setting on the test slide": r"the chosen setting.*test slide",
+    "sd over the seeds": r"^mpa +\d\.\d{3}±",
+    "differences": r"HEG minus",
+    "parameters": r" million | total M ",
+    "speed": r" images/s ",
+    "memory": r" peak GB",
+    "minutes": r" minutes ",
+    "gain over BLEEP": r" over BLEEP",
+    "one JSON line": r'^\{"script"',
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_header_promises_is_printed(finished, name):
+    _, stdout = finished(name)
+    promised = header_of(name)["Prints"]
+    for part in promised.split(", "):
+        assert any(words in part for words in PRINTED), f"nothing is known of {part!r}"
+    for words, pattern in PRINTED.items():
+        if words in promised:
+            assert re.search(pattern, stdout, re.M | re.S), words
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_header_says_is_written_is_there_and_nothing_else(finished, name):
+    out, _ = finished(name)
+    promised = set(re.findall(r"\b\w+\.\w+\b", header_of(name)["Writes"]))
+    written = {path.name for path in out.iterdir() if path.is_file()}
+    assert "rows.csv" in promised
+    # run.json is what script 27 makes the report of.
+    assert written - {".lock", "run.json"} == promised - {"report.html"}
+
+
+# ------------------------------------------------------------------------------------------- width
+def too_wide(stdout):
+    """Printed lines, but for the JSON line, that are wider than runner.WIDTH."""
+    return [line for line in stdout.splitlines()[:-1] if len(line) > runner.WIDTH]
+
+
+def test_the_width_is_that_of_a_terminal():
+    assert runner.WIDTH == 120
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_printed_line_is_wider_than_the_screen(finished, simulated, name):
+    out, stdout = finished(name)
+    (script,) = REPOSITORY.glob(f"{name}_*.py")
+    # The paths of a run of --quick in place of the tests' long ones.
+    stdout = stdout.replace(str(out), f"runs/{script.stem}/SIMULATED_data")
+    assert not too_wide(stdout.replace(str(simulated), "SIMULATED_data"))
