@@ -283,7 +283,7 @@ def hold_folder(folder):
 
 
 # ------------------------------------------------------------------------------------------- splits
-@dataclass(frozen=True, eq=False)  # Hashed by identity: script 22 keeps the folds of each.
+@dataclass(frozen=True, eq=False)  # Compared by identity, since arrays have no one answer.
 class Split:
     """One training's share of a data root: which spots do what, and which genes are reported."""
 

@@ -33,7 +33,7 @@ BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights; false = random weights
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all
-START_AT_MEAN = False  # true = output bias starts at each gene's training mean
+HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
@@ -53,7 +53,7 @@ QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "START_AT_MEAN": True,
+    "HEAD_START": "mean",
     "IMAGE_SIZE": 96,
     "EPOCHS": 12,
     "LEARNING_RATE": 1e-3,

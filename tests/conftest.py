@@ -69,7 +69,7 @@ SMALL_RUNS = {
 # ------------------------------------------------------------------------------------------ recipes
 NETWORK = {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 8, "TRAINABLE_STAGES": -1}
 PAPER = {"PROTOCOL": "paper", "TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2}
-AT_MEAN = {"START_AT_MEAN": True}  # what starts a network's output at the training mean
+AT_MEAN = {"HEAD_START": "mean"}  # what starts a network's output at the training mean
 TIMING = ("seconds", "images_per_s", "peak_memory_mb")  # differ between two runs of the same thing
 
 

@@ -254,8 +254,8 @@ def test_published_stnet_loss_and_optimiser():
 # ------------------------------------------------------------------------------ baselines, controls
 @pytest.mark.parametrize("name", ["ridge_on_features", "ridge_on_colour"])
 def test_ridges_never_see_the_test_spots(paper_split, changed_split, name):
-    compute = getattr(load_script("25"), name, None) or getattr(runner, name)
-    recipe = CPU | {"FEATURES": "resnet18"}
+    compute = getattr(runner, name)
+    recipe = CPU | {"BACKBONE": "resnet18"}
     one, told = compute(recipe, paper_split, None)
     other, told_then = compute(recipe, changed_split, None)
     np.testing.assert_array_equal(one, other)
@@ -264,7 +264,7 @@ def test_ridges_never_see_the_test_spots(paper_split, changed_split, name):
 
 
 def test_the_ridge_on_features_learns_from_training_spots(paper_split):
-    compute, recipe = load_script("25").ridge_on_features, CPU | {"FEATURES": "resnet18"}
+    compute, recipe = runner.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
     target = paper_split.data.target.copy()
     target[paper_split.spots("train")] *= -3
     data = dataclasses.replace(paper_split.data, target=target)

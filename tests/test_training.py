@@ -257,9 +257,10 @@ def test_divergence_is_told_in_one_line(little):
     "backbone, name", [("efficientnet_b0", "EfficientNet-B0"), ("resnet18", "resnet18")]
 )
 def test_a_row_is_called_by_the_backbone_that_it_trained(backbone, name):
-    run = SimpleNamespace(compute=lambda setting, recipe, split, compute: [setting])
+    run = SimpleNamespace(compute=lambda setting, recipe, split, compute: [setting], baseline={})
     compute_methods = load_script("20").compute_methods
-    assert compute_methods(run, {"BACKBONE": backbone}, None) == [name, "ridge (colour)"]
+    recipe = {"BACKBONE": backbone, "TARGET": "lognorm", "PRETRAINED": False}
+    assert compute_methods(run, recipe, None) == [name, "ridge (colour)"]
 
 
 KEYS = """setting split slide fold seed target truth protocol gene_lists n_spots heg hvg mg all

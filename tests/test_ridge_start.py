@@ -1,0 +1,225 @@
+"""The ridge on frozen features, and a head that starts as it; restained slides."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import NETWORK, PAPER
+from sklearn.linear_model import Ridge
+
+import common
+import runner
+
+RECIPE = NETWORK | PAPER | runner.RECIPES["best"]
+RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
+RECIPE |= {"BATCH_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu", "PRECISION": "fp32", "RECIPE": "best"}
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def split(simulated):
+    """The Split of the paper's protocol on the simulated slides, by log-normalised counts."""
+    data = common.load_dataset(simulated, "lognorm")
+    (roles,) = common.split_spots(data.spots, PAPER, 42)
+    return runner.make_split(data, roles, "paper", 42, 0)
+
+
+def start(split, **changed):
+    recipe = RECIPE | changed
+    patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], DEVICE)
+    return runner.start_training(recipe, split, patches, DEVICE)
+
+
+# -------------------------------------------------------------------------------------------- ridge
+def ridge_problem(n=60, width=5, n_genes=4):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(n, width))
+    target = features @ rng.normal(size=(width, n_genes)) + rng.normal(size=(n, n_genes))
+    spots = pd.DataFrame({"id": np.arange(n), "tissue_index": np.repeat([1, 2, 3], n // 3)})
+    spots["block"] = [f"{slide}:{i // 4}" for i, slide in enumerate(spots["tissue_index"])]
+    spots["pitch"] = 1.0
+    spots["pxl_col"] = 100 * np.arange(n)
+    spots["pxl_row"] = 0
+    return features + 10 * spots[["tissue_index"]].to_numpy(), target, spots
+
+
+def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
+    features, target, spots = ridge_problem()
+    ridge, _ = common.fit_ridge(features, target, spots, [0, 1])
+    centred = [pd.DataFrame(v).groupby(spots["tissue_index"]) for v in (features, target)]
+    x, y = ((pd.DataFrame(v) - g.transform("mean")).to_numpy() for v, g in
+            zip((features, target), centred, strict=True))  # fmt: skip
+    penalty = ridge.alpha * (x**2).sum(1).mean()
+    expected = Ridge(penalty, fit_intercept=False).fit(x, y).coef_.T
+    np.testing.assert_allclose(ridge.weight, expected, rtol=1e-6)
+    predicted = ridge.predict(features)
+    np.testing.assert_allclose(predicted.mean(0), target.mean(0), rtol=1e-5)
+
+
+def test_alpha_is_inside_the_grid_and_grows_with_noise():
+    features, target, spots = ridge_problem()
+    noise = np.random.default_rng(1).normal(scale=8, size=target.shape)
+    little, explained = common.fit_ridge(features, target, spots, np.arange(4))
+    much, explained_then = common.fit_ridge(features, target + noise, spots, np.arange(4))
+    assert common.ALPHAS[0] < little.alpha < much.alpha < common.ALPHAS[-1]
+    assert (explained_then < explained).all()
+
+
+def test_alpha_and_weights_follow_from_training_spots_alone(split):
+    target = split.data.target.copy()
+    others = split.spots("valid", "test")
+    target[others] = np.random.default_rng(0).normal(size=target[others].shape)
+    data = dataclasses.replace(split.data, target=target, lognorm=target)
+    changed = dataclasses.replace(split, data=data)
+    one, told = runner.ridge_on_features(RECIPE, split, None)
+    other, told_then = runner.ridge_on_features(RECIPE, changed, None)
+    np.testing.assert_array_equal(one, other)
+    assert told == told_then
+
+
+# ------------------------------------------------------------------------------------- ridge start
+@pytest.mark.parametrize("pool_stages", [True, False])
+def test_the_first_prediction_is_the_ridges(split, pool_stages):
+    training = start(split, POOL_STAGES=pool_stages)
+    recipe = RECIPE | {"POOL_STAGES": pool_stages}
+    ridge, told = runner.ridge_on_features(recipe, split, None)
+    predicted = common.predict(
+        training.network, training.patches, split.scored(), dtype=torch.float32, tta=True
+    )
+    np.testing.assert_allclose(predicted, ridge, atol=1e-4)
+    assert training.more == {"alpha": told["alpha"]}
+
+
+def test_pooled_stages_are_the_means_of_every_stages_output(split):
+    training = start(split)
+    backbone = training.model.backbone.eval()
+    images = training.model.normalise(training.patches[torch.arange(2)])
+    by_hand, x = [], images
+    with torch.no_grad():
+        for stage in common.stages_of(backbone):
+            for module in stage:
+                x = module(x)
+            by_hand.append(x.mean((2, 3)) if x.ndim == 4 else x)
+        pooled = common.pool_each_stage(backbone, images)
+    torch.testing.assert_close(torch.cat(pooled, 1), torch.cat(by_hand, 1))
+    assert training.model.widths == [part.shape[1] for part in by_hand]
+
+
+def test_a_hidden_layer_cannot_start_as_a_ridge(split):
+    with pytest.raises(common.InputError, match="--hidden 16"):
+        start(split, HIDDEN=16)
+
+
+def fit(split, training, **changed):
+    return common.fit(
+        training.network,
+        training.patches,
+        split.data.target,
+        split.spots("train"),
+        split.spots("valid"),
+        recipe=RECIPE | changed,
+        seed=42,
+        dtype=torch.float32,
+        gene_weights=training.gene_weights,
+        optimise=common.adam_with_two_rates,
+        valid_heg=lambda predicted: runner.mean_heg(split, predicted),
+    )
+
+
+def test_frozen_batchnorm_keeps_its_buffers_and_learns_its_weights(split):
+    training = start(split)
+    before = common.copy_state(training.model)
+    fit(split, training, LEARNING_RATE=1e-3, BEST_EPOCH="mse", HEAD_START="zero")
+    after = training.model.state_dict()
+    averages = [name for name in before if "running_" in name]
+    assert averages
+    for name in averages:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+    assert not torch.equal(after["backbone.bn1.weight"], before["backbone.bn1.weight"])
+
+
+def test_the_start_is_judged_and_kept_where_training_only_harms(split):
+    training = start(split)
+    before = common.copy_state(training.model)
+    rates = {"LEARNING_RATE": 0.5, "HEAD_LEARNING_RATE": 0.5}
+    history = fit(split, training, BEST_EPOCH="mse", **rates)
+    assert [line["epoch"] for line in history] == [0, 1]
+    assert history[1]["valid_mse"] > history[0]["valid_mse"]
+    for name, value in training.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_backbone_and_head_have_rates_of_their_own(split):
+    training = start(split)
+    optimiser, _ = common.adam_with_two_rates(training.model, RECIPE)
+    rates = [group["lr"] for group in optimiser.param_groups]
+    assert rates == [RECIPE["LEARNING_RATE"], RECIPE["HEAD_LEARNING_RATE"]]
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimiser.param_groups]
+    counted = common.count_parameters(training.model)
+    assert sizes == [counted["backbone"], counted["total"] - counted["backbone"]]
+
+
+def test_gene_weights_weigh_the_squared_error():
+    predicted, target = torch.randn(6, 3), torch.randn(6, 3)
+    weights = np.array([0.0, 1.0, 2.0])
+    loss = common.weigh_genes(common.LOSSES["mse"], weights, DEVICE)
+    expected = ((predicted - target) ** 2 * torch.from_numpy(weights)).mean()
+    assert loss(predicted, target).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- restaining
+@pytest.fixture
+def tissue():
+    """(4, 3, 32, 32) uint8, in the colours of stained tissue."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(60, 256, (4, 3, 32, 32), np.uint8)
+    return torch.from_numpy(pixels)
+
+
+def test_restaining_with_the_identity_is_exact(tissue):
+    same = common.RestainedPatches(tissue, torch.eye(3))
+    assert torch.equal(same[torch.arange(4)], tissue)
+    strengths = torch.ones(4, 3)
+    unchanged = common.restain(tissue, common.change_of_stain(strengths))
+    torch.testing.assert_close(unchanged, tissue.float(), rtol=0, atol=0.05)
+
+
+def test_restaining_is_undone_by_the_inverse_to_a_grey_level(tissue):
+    change = common.OTHER_STAINING.expand(4, 3, 3)
+    there = common.restain(tissue, change)
+    back = common.restain(there, torch.linalg.inv(change))
+    assert (there - tissue).abs().mean() > 5, "another laboratory's colours are others"
+    torch.testing.assert_close(back, tissue.float(), rtol=0, atol=1)
+
+
+def test_pure_dyes_become_the_other_laboratorys():
+    dyes = torch.tensor(common.DYES[:2])
+    pixels = 256 * torch.exp(-dyes / dyes.norm(dim=1, keepdim=True)) - 1
+    there = common.restain(pixels[:, :, None, None], common.OTHER_STAINING.expand(2, 3, 3))
+    density = -torch.log((there[:, :, 0, 0] + 1) / 256)
+    others = torch.tensor(common.OTHER_DYES[:2])
+    expected = others / others.norm(dim=1, keepdim=True)
+    expected = expected * torch.tensor(common.OTHER_STRENGTHS[:2])[:, None]
+    torch.testing.assert_close(density, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_white_stays_white_and_stain_jitter_stays_in_range():
+    white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    draws = common.draw_augmentation(2, "mpa_stain", torch.Generator().manual_seed(0))
+    torch.testing.assert_close(common.augment(white, *draws), white.float(), rtol=0, atol=0.1)
+    noise = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    changed = common.augment(noise, *draws)
+    assert changed.min() >= 0
+    assert changed.max() <= 255
+
+
+def test_mpa_and_mpa_stain_draw_the_same_geometry():
+    draws = [
+        common.draw_augmentation(5, aug, torch.Generator().manual_seed(3))
+        for aug in ("mpa", "mpa_stain")
+    ]
+    for one, other in zip(draws[0], draws[1][:3], strict=True):
+        assert torch.equal(one, other)
+    assert draws[1][3].shape == (5, 3, 3)

@@ -1,0 +1,179 @@
+"""Weights from a file or a folder: what is loaded, what is refused in one line, what a record
+remembers of them.
+"""
+
+import json
+import pickle
+from collections import OrderedDict
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import NETWORK, TINY, run_script, table_of
+
+import common
+
+SMALL = "mobilenetv3_small_050"  # a backbone of half a million parameters
+
+
+def pretend(name, n_classes=10, seed=7):
+    """timm's backbone with a classifier, at random: what somebody trained, for these tests."""
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=n_classes)
+
+
+def build(name, pretrained):
+    recipe = NETWORK | {"BACKBONE": name, "PRETRAINED": str(pretrained)}
+    return common.build_model(recipe, 5, 0).backbone
+
+
+def assert_same_weights(backbone, trained):
+    wanted = trained.state_dict()
+    for name, value in backbone.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+def test_a_checkpoint_of_timm_is_loaded_and_its_classifier_ignored(tmp_path, suffix):
+    trained = pretend(SMALL)
+    path = tmp_path / f"{SMALL}{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(trained.state_dict(), path)
+    else:
+        torch.save({"state_dict": trained.state_dict()}, path)
+    assert_same_weights(build(SMALL, path), trained)
+    assert_same_weights(build(SMALL, tmp_path), trained)
+
+
+def test_a_folder_as_the_hub_has_it_is_read(tmp_path):
+    trained = pretend(SMALL)
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": SMALL}))
+    assert_same_weights(build(SMALL, tmp_path), trained)
+    with pytest.raises(common.InputError, match=r"holds no resnet18\.safetensors"):
+        build("resnet18", tmp_path)
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "densenet121", "efficientnet_b0"])
+def test_other_names_in_the_same_order_are_taken(tmp_path, backbone):
+    """As torchvision's files have them; counters of BatchNorm's steps may be missing."""
+    trained = pretend(backbone, n_classes=1000)
+    state = OrderedDict()
+    for name, value in trained.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            state[f"body.{len(state)}.{name.split('.')[-1]}"] = value
+    torch.save(state, tmp_path / "brought.pth")
+    assert_same_weights(build(backbone, tmp_path / "brought.pth"), trained)
+
+
+@pytest.mark.parametrize("other", ["resnet34", "resnet50", "densenet121"])
+def test_another_architecture_is_told_with_tensor_and_shapes(tmp_path, other):
+    """resnet34 holds every tensor of resnet18, and more."""
+    path = tmp_path / "resnet18.safetensors"
+    safetensors.torch.save_file(pretend(other).state_dict(), path)
+    with pytest.raises(common.InputError, match=r"\(.*\) stands where resnet18 has .* \(.*\)"):
+        build("resnet18", path)
+
+
+class Malice:
+    """A pickle that would run a command when it is opened."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
+    path = tmp_path / f"{SMALL}.pth"
+    torch.save({"state_dict": Malice(tmp_path / "ran")}, path)
+    with pytest.raises(common.InputError, match="not a file of weights"):
+        build(SMALL, path)
+    path.write_bytes(pickle.dumps(Malice(tmp_path / "ran")))
+    with pytest.raises(common.InputError, match="not a file of weights"):
+        build(SMALL, path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_truncated_file_is_refused(tmp_path, suffix):
+    path = tmp_path / f"{SMALL}{suffix}"
+    state = pretend(SMALL).state_dict()
+    if suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:10_000])
+    with pytest.raises(common.InputError, match="not a file of weights"):
+        build(SMALL, path)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(common.InputError, match="no such file or folder"):
+        build(SMALL, tmp_path / "nowhere")
+    with pytest.raises(common.InputError, match=f"holds no {SMALL}"):
+        build(SMALL, tmp_path)
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    recipe = NETWORK | {"BACKBONE": SMALL, "PRETRAINED": True}
+    with pytest.raises(common.InputError, match=f"--pretrained FOLDER with {SMALL}.safetensors"):
+        common.build_model(recipe, 5, 0)
+    assert huggingface_hub.constants.HF_HUB_OFFLINE, "it was not tried again and again"
+
+
+@pytest.mark.parametrize("backbone, size, fits", [
+    ("test_vit", 96, True),  # timm builds it for another size
+    ("levit_128s", 96, True),
+    ("test_vit", 100, False),  # not a whole number of its 16 px
+    ("resnet10t", 96, True),
+])  # fmt: skip
+def test_backbones_for_one_size_take_it_or_say_so(backbone, size, fits):
+    recipe = NETWORK | {"BACKBONE": backbone, "IMAGE_SIZE": size}
+    if fits:
+        images = torch.zeros(2, 3, size, size)
+        assert common.build_model(recipe, 5, 0).eval()(images).shape == (2, 5)
+        return
+    with pytest.raises(common.InputError, match=rf"{backbone}.*--image-size"):
+        common.build_model(recipe, 5, 0)
+
+
+# ------------------------------------------------------------------------------------------ records
+def test_a_record_follows_from_the_files_content_and_26_needs_it_no_more(
+    simulated, tmp_path, capsys
+):
+    weights, other = tmp_path / "weights", tmp_path / "other"
+    weights.mkdir()
+    path = weights / f"{SMALL}.safetensors"
+    safetensors.torch.save_file(pretend(SMALL).state_dict(), path)
+    options = TINY | {"backbone": SMALL, "target": "lognorm", "data_root": simulated, "epochs": 1}
+    options |= {"out": tmp_path / "out"}
+    del options["pretrained"]
+
+    assert run_script("20", pretrained=weights, **options) == 0
+    stdout = capsys.readouterr().out
+    assert f"weights     {path}" in stdout
+    table = table_of(stdout)
+    assert set(table["weights"][table["setting"] == SMALL]) == {path.name}
+
+    weights.rename(other)
+    assert run_script("20", pretrained=other / path.name, **options) == 0
+    assert f"{SMALL}: on disk already" in capsys.readouterr().out
+
+    safetensors.torch.save_file(pretend(SMALL, seed=8).state_dict(), other / path.name)
+    assert run_script("20", pretrained=other, **options) == 0
+    assert len(list((tmp_path / "out").glob(f"{SMALL}-*"))) == 2
+
+    (other / path.name).unlink()
+    (folder, *_) = (tmp_path / "out").glob(f"{SMALL}-*")
+    image = next((simulated / "image").iterdir())
+    predict = {"weights": folder, "image": image, "um_per_px": 0.304, "out": tmp_path / "maps"}
+    assert run_script("26", device="cpu", **predict) == 0
