@@ -9,7 +9,6 @@ Override   python benchmarks/compare_stages.py --only training --repeats 7
 """
 
 import functools
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import conventional  # noqa: E402
 
 import common  # noqa: E402
+import slides  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -51,15 +51,6 @@ RECIPE = {
     "BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 3000, "TRAINABLE_STAGES": -1, "AUG": "mpa",
     "BATCH_SIZE": 32, "LEARNING_RATE": 3e-4, "EPOCHS": 30,
 }  # fmt: skip
-
-
-def load_script(name):
-    """A fresh module of a numbered script."""
-    (path,) = REPOSITORY.glob(f"{name}_*.py")
-    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def describe_machine():
@@ -97,7 +88,7 @@ def line(stage, unit, pairs, amount, target):
 def spot_corners():
     """(n, 2) rows and columns of the patches' upper left corners."""
     if POSITIONS:
-        table = load_script("19").read_positions(Path(POSITIONS))
+        table = slides.read_positions(Path(POSITIONS))
         return table[["pxl_row", "pxl_col"]].to_numpy() - common.PATCH_SIZE // 2
     rows, cols = np.mgrid[0:90, 0:64]
     places = np.stack([1000 + rows * 285, 1500 + cols * 329 + rows % 2 * 164], 2).reshape(-1, 2)
@@ -162,11 +153,11 @@ def _watched(sender, function, *arguments):
 
 
 def cut_here(path, corners, folder):
-    """Script 19's reader, into a memory-mapped patches.npy."""
-    script, shape = load_script("19"), (len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3)
+    """The reader of slides.py, into a memory-mapped patches.npy."""
+    shape = len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, shape)
     spots = pd.DataFrame(corners + common.PATCH_SIZE // 2, columns=["pxl_row", "pxl_col"]).assign(barcode="")
-    script.read_patches(path, spots, patches)
+    slides.read_patches(path, spots, patches)
     patches.flush()
 
 

@@ -43,6 +43,8 @@ def run_script(name, *arguments, **changed):
 
 def write_slide(root, image, positions, counts, genes, slide=1):
     """A data root of one slide: image is written by the caller, positions a table, counts (spots, genes)."""
+    import slides
+
     matrix = root / f"matrix{slide}"
     matrix.mkdir(parents=True, exist_ok=True)
     positions.to_csv(root / f"positions{slide}.csv", header=False, index=False)
@@ -50,7 +52,7 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
     scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
-    table = pd.DataFrame([row], columns=load_script("19").MANIFEST)
+    table = pd.DataFrame([row], columns=slides.MANIFEST)
     if (root / "slides.csv").exists():
         table = pd.concat([pd.read_csv(root / "slides.csv"), table])
     table.to_csv(root / "slides.csv", index=False)

@@ -15,6 +15,7 @@ import tifffile
 from conftest import SHARED, load_script, run_script
 
 import common
+import slides
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
 
@@ -300,10 +301,10 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
             (source / path).write_bytes(content)
     root = tmp_path / "HER2ST_data"
     assert run_script("17", "--dataset", "HER2ST", "--source", source, "--sections", "C2", "--data-root", root) == 0
-    slides = pd.read_csv(root / "slides.csv")
-    assert slides[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [[1, "C2", "C", 0.69]]
-    script = load_script("19")
-    table = script.read_slide(script.read_manifest(root).to_dict("records")[0])
+    manifest = pd.read_csv(root / "slides.csv")
+    assert manifest[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [[1, "C2", "C", 0.69]]
+    (slide,) = slides.read_manifest(root)
+    table = slides.read_spots(slide, slides.read_positions(slide.positions))
     assert table.obs["barcode"].tolist() == ["1x3", "1x4", "2x4"]  # counts and a selected position both
     assert table.obs[["array_row", "array_col", "pxl_row", "pxl_col"]].values.tolist() == [
         [3, 1, 151, 100],

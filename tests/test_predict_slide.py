@@ -17,6 +17,7 @@ from test_bad_input import check_one_line
 from test_patches import picture
 
 import common
+import slides
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,10 @@ def ellipse(height=3200, width=3800):
 
 
 def grid_of(tmp_path, image, um_per_px, **options):
-    script = load_script("19")
     path = tmp_path / f"{um_per_px}.tif"
     tifffile.imwrite(path, image, photometric="rgb", **options)
-    return script.lay_grid({"image": str(path), "um_per_px": um_per_px})
+    slide = slides.Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
+    return slides.place_spots(slide)[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": (240, 176), "compression": "zlib"}, {"rowsperstrip": 37}])
@@ -122,7 +123,7 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
         root.mkdir()
         tifffile.imwrite(root / "slide.tif", image if um == 0.5 else half, photometric="rgb")
         row = [1, "S", "D", "slide.tif", um, "", ""]
-        pd.DataFrame([row], columns=load_script("19").MANIFEST).to_csv(root / "slides.csv", index=False)
+        pd.DataFrame([row], columns=slides.MANIFEST).to_csv(root / "slides.csv", index=False)
         assert run_script("19", "--data-root", root, "--um-per-px", 0.5, "--target", "lognorm") == 0
         table = pd.read_csv(root / "dataset" / "dataset.csv").set_index("barcode")
         made = np.load(root / "dataset" / "patches.npy")
@@ -164,18 +165,17 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
 ])  # fmt: skip
 def test_resolution_from_tags(tmp_path, tags, um):
     tifffile.imwrite(tmp_path / "slide.tif", picture(), photometric="rgb", metadata=None, **tags)
-    script = load_script("26")
     if um:
-        assert script.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
+        assert slides.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
     else:
         with pytest.raises(common.InputError, match="--um-per-px"):
-            script.read_resolution(tmp_path / "slide.tif")
+            slides.read_resolution(tmp_path / "slide.tif")
 
 
 def test_resolution_of_an_ome_tiff(tmp_path):
     with tifffile.TiffWriter(tmp_path / "slide.ome.tif", ome=True) as tiff:
         tiff.write(picture(), photometric="rgb", metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"})
-    assert load_script("26").read_resolution(tmp_path / "slide.ome.tif") == 0.25
+    assert slides.read_resolution(tmp_path / "slide.ome.tif") == 0.25
 
 
 def spoil_weights(weights, path, change):
@@ -236,7 +236,7 @@ def space_ranger(folder, simulated, number, kind):
     positions = pd.read_csv(simulated / row["positions"], header=None, names=common.POSITION_COLUMNS)
     header = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     named = positions.set_axis([*common.POSITION_COLUMNS[:4], *header], axis=1)
-    matrix = load_script("19").read_matrix(simulated / row["matrix"])
+    matrix = slides.read_matrix(simulated / row["matrix"])
     if kind == "old":
         positions.to_csv(outs / "spatial" / "tissue_positions_list.csv", header=False, index=False)
         shutil.copytree(simulated / row["matrix"], outs / "filtered_feature_bc_matrix",
@@ -273,9 +273,9 @@ def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
     found = common.load_dataset(tmp_path / "mine", "lognorm")
     assert found.genes == expected.genes and found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
     assert (found.patches == expected.patches).all() and (found.counts.X != expected.counts.X).nnz == 0
-    slides = pd.read_csv(tmp_path / "mine" / "slides.csv")
-    assert slides["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
-    assert slides["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
+    manifest = pd.read_csv(tmp_path / "mine" / "slides.csv")
+    assert manifest["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
+    assert manifest["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
     assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0, "once more"
     capsys.readouterr()
     assert (
@@ -292,15 +292,47 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     options = ("--data-root", tmp_path, "--from-spaceranger", outs, "--images", own, "--target", "lognorm")
     assert run_script("19", *options) == 0
     assert own.is_file() and not own.is_symlink() and (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
-    notes = tmp_path / "run" / "slide" / "notes.txt"
+    out = tmp_path / "run"
+    notes = out / "slide" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
+    inside = out / "B.tif"
+    shutil.copy(image, inside)
+    pixels = inside.read_bytes()
+    options = ("--weights", weights, "--um-per-px", 0.304, "--out", out, "--device", "cpu")
+    assert run_script("26", *options, "--image", inside) == 0
     capsys.readouterr()
-    for slide, words in ((own, ["slide", "not of this script"]), (tmp_path / "none.tif", ["none.tif", "no such file"])):
-        options = ("--weights", weights, "--image", slide, "--um-per-px", 0.304, "--out", tmp_path / "run")
-        assert run_script("26", *options) == 2
-        check_one_line(capsys, words)
+    assert run_script("26", *options, "--image", tmp_path / "none.tif") == 2
+    check_one_line(capsys, ["none.tif", "no such file"])
     assert notes.read_text() == "mine"
+    assert inside.read_bytes() == pixels
+    made = {"predictions.h5ad", "predictions.csv", "maps.png", "run.json", ".lock"}
+    assert {path.name for path in out.iterdir()} == made | {"slide", "B.tif"}, "patches do not stay"
+
+
+def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_path, capsys):
+    row = pd.read_csv(simulated / "slides.csv").iloc[0]
+    folder = tmp_path / "matrix"
+    shutil.copytree(simulated / row["matrix"], folder)
+    features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
+    features[1] = "mouse-" + features[1]
+    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
+    options = ("--image", simulated / row["image"], "--positions", simulated / row["positions"], "--matrix", folder)
+    options += ("--um-per-px", 0.304, "--device", "cpu", "--out", tmp_path / "out")
+    assert run_script("26", "--weights", weights, *options) == 2
+    check_one_line(capsys, [str(folder), "none of the model's"])
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(simulated, weights, tmp_path, capsys):
+    outs, _ = space_ranger(tmp_path, simulated, 3, "new")
+    options = ("--weights", weights, "--positions", outs, "--device", "cpu", "--out", tmp_path / "out")
+    assert run_script("26", *options) == 0
+    assert "hires image, 1.2" in capsys.readouterr().out
+    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    truth = slides.read_positions(outs / "spatial" / "tissue_positions.csv").loc[table.obs["barcode"]]
+    assert np.abs(table.obs["pxl_row"].to_numpy() - truth["pxl_row"].to_numpy() / 4).max() <= 0.5
+    assert list(table.uns["spatial"]) == ["sample3"] and "measured" in table.layers
 
 
 def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
