@@ -179,17 +179,7 @@ def choose_sample():
             f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, since its spots are 100 um apart"
         )
     image = check_image() if IMAGE else None
-    sample = slides.read_space_ranger(Path(POSITIONS), image)
-    slide = slides.Slide(
-        tissue_index=1,
-        name=sample.name,
-        donor=sample.name,
-        image=sample.image,
-        um_per_px=sample.um_per_px,
-        positions=sample.positions_file,
-        matrix=sample.matrix,
-    )
-    return slide, sample.positions
+    return slides.read_space_ranger(Path(POSITIONS), image)
 
 
 def check_image():

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -153,24 +153,12 @@ def find_named(root, row, column):
 # -------------------------------------------------------------------------------- Space Ranger
 
 
-class Sample(NamedTuple):
-    """A slide as a folder outs/ of Space Ranger holds it."""
-
-    name: str
-    image: Path
-    um_per_px: float
-    positions: pd.DataFrame  # as read_positions gives them, in px of `image`
-    positions_file: Path
-    matrix: Path
-    hires: bool  # image is tissue_hires_image.png, and positions were scaled to it
-
-
 def read_space_ranger(folder, image=None):
-    """The Sample of a folder outs/ of Space Ranger, or of the folder that holds outs/.
+    """(Slide, its positions) of a folder outs/ of Space Ranger, or of the folder that holds outs/.
 
     Its full-resolution image is not among Space Ranger's files. Without `image`,
-    tissue_hires_image.png is taken, which is coarse. Its um per px follow from the spots, which are
-    100 um apart.
+    tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
+    px follow from the spots, which are 100 um apart.
     """
     outs = folder / "outs" if (folder / "outs").is_dir() else folder
     if (outs / "binned_outputs").is_dir():
@@ -182,17 +170,18 @@ def read_space_ranger(folder, image=None):
     matrix = find_first(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
     positions = read_positions(positions_file)
     um_per_px = SPOT_PITCH / measure_pitch(positions)
-    name, hires = name_sample(folder), image is None
-    if hires:
+    name = name_sample(folder)
+    if image is None:
         image = outs / "spatial" / "tissue_hires_image.png"
         scale = read_hires_scale(image)
         positions[PLACE] = np.rint(positions[PLACE] * scale).astype(int)
         um_per_px /= scale
-        width = PATCH_SIZE * um_per_px
-        print(f"{name}: the hires image, {um_per_px:.2f} um/px: 224 px of it are {width:.0f} um")
+        width = f"{PATCH_SIZE} px of it are {PATCH_SIZE * um_per_px:.0f} um"
+        print(f"{name}: the hires image, {um_per_px:.2f} um/px: {width}")
     if not image.exists():
         raise InputError(f"image {image}: no such file")
-    return Sample(name, image, round(um_per_px, 4), positions, positions_file, matrix, hires)
+    um_per_px = round(um_per_px, 4)
+    return Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
 
 
 def name_sample(folder):
@@ -230,58 +219,57 @@ def write_manifest(root, folders, images, use_hires):
             f"{folders[0]} holds no full-resolution image, which Space Ranger got with --image or "
             "--cytaimage: name it with --images, or take --use-hires"
         )
-    pairs = zip(folders, images or [None] * len(folders), strict=True)
-    samples = [read_space_ranger(folder, image) for folder, image in pairs]
-    names = [sample.name for sample in samples]
-    for number, name in enumerate(names, 1):
-        if names.count(name) > 1:
-            samples[number - 1] = samples[number - 1]._replace(name=f"{name}_{number}")
-    table = pd.DataFrame([describe_sample(*pair) for pair in enumerate(samples, 1)])[MANIFEST]
     path = root / "slides.csv"
+    samples = read_samples(folders, images or [None] * len(folders))
+    linked = [name_links(slide, scaled=not images) for slide, _ in samples]
+    table = pd.DataFrame([asdict(slide) for slide in linked])
     if path.exists() and path.read_text() != table.to_csv(index=False):
         raise InputError(
             f"{path} is there already and names other slides: leave out --from-spaceranger, "
             "or remove it"
         )
-    for sample in samples:
-        place_sample(root / "links" / sample.name, sample)
+    for (slide, positions), links in zip(samples, linked, strict=True):
+        place_link(root / links.image, slide.image)
+        place_link(root / links.matrix, slide.matrix)
+        if images:
+            place_link(root / links.positions, slide.positions)
+        else:
+            common.save_csv(root / links.positions, positions.reset_index())
     common.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
 
 
-def describe_sample(tissue_index, sample):
-    """The row of slides.csv of a sample, whose files lie in links/<name>/; a dict by column."""
-    folder = Path("links", sample.name)
-    return {
-        "tissue_index": tissue_index,
-        "name": sample.name,
-        "donor": sample.name,
-        "image": str(folder / sample.image.name),
-        "um_per_px": sample.um_per_px,
-        "positions": str(folder / name_positions(sample)),
-        "matrix": str(folder / sample.matrix.name),
-    }
+def read_samples(folders, images):
+    """[(Slide, its positions)] of Space Ranger's folders; those of one name get their number."""
+    names = [name_sample(folder) for folder in folders]
+    samples = []
+    for number, (folder, image) in enumerate(zip(folders, images, strict=True), 1):
+        slide, positions = read_space_ranger(folder, image)
+        name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
+        slide = replace(slide, tissue_index=number, name=name, donor=name)
+        samples.append((slide, positions))
+    return samples
 
 
-def name_positions(sample):
-    """The file name of a sample's positions: scaled ones are no longer those of Space Ranger."""
-    return "positions_hires.csv" if sample.hires else sample.positions_file.name
+def name_links(slide, scaled):
+    """The slide with the paths that its files get in a data root; `scaled`: positions are made."""
+    folder = Path("links", slide.name)
+    positions = "positions_hires.csv" if scaled else slide.positions.name
+    return replace(
+        slide,
+        image=folder / slide.image.name,
+        positions=folder / positions,
+        matrix=folder / slide.matrix.name,
+    )
 
 
-def place_sample(folder, sample):
-    """Put links to a sample's files into a folder, and positions that were scaled as a file."""
-    linked = [sample.image, sample.matrix]
-    if sample.hires:
-        common.save_csv(folder / name_positions(sample), sample.positions.reset_index())
-    else:
-        linked.append(sample.positions_file)
-    for path in linked:
-        link = folder / path.name
-        if link.exists() and not link.is_symlink():
-            raise InputError(f"{link} is no link: move it away")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
+def place_link(link, path):
+    """Make a link to a path, in place of an older link."""
+    if link.exists() and not link.is_symlink():
+        raise InputError(f"{link} is no link: move it away")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.resolve())
 
 
 # -------------------------------------------------------------------------------- positions
@@ -433,8 +421,10 @@ def align_genes(tables):
     counts.var = pd.DataFrame({"gene_ids": shared, "name": symbols}, index=shared)
     name_genes(counts)
     most = max(table.n_vars for table in tables)
-    some_left_out = f" (of up to {most:,})" if most > len(shared) else ""
-    print(f"{len(shared):,} genes in every slide{some_left_out}")
+    message = f"{len(shared):,} genes in every slide"
+    if most > len(shared):
+        message += f" (of up to {most:,})"
+    print(message)
     return counts
 
 
@@ -524,23 +514,24 @@ def lay_grid(slide, thumbnail):
 
     Spots are SPOT_PITCH um apart and numbered as on Visium: row + column is even.
     """
-    (height, width), step = thumbnail.slide_shape, thumbnail.step
-    pitch = SPOT_PITCH / slide.um_per_px
-    tissue = find_tissue(thumbnail.pixels(), step * slide.um_per_px)
+    height, width = thumbnail.slide_shape
+    pitch = SPOT_PITCH / slide.um_per_px  # px; rows are 0.866 pitches apart
     grid = np.mgrid[0 : int(height / pitch / 0.866) + 1, 0 : int(2 * width / pitch) + 1]
-    table = pd.DataFrame(grid.reshape(2, -1).T, columns=["array_row", "array_col"])
-    table = table[table.sum(axis=1) % 2 == 0]
-    table["pxl_row"] = np.rint((table["array_row"] + 0.5) * pitch * 0.75**0.5).astype(int)
-    table["pxl_col"] = np.rint((table["array_col"] + 1) * pitch / 2).astype(int)
+    even = grid.sum(axis=0) % 2 == 0
+    rows, columns = grid[0][even], grid[1][even]
+    table = pd.DataFrame({"in_tissue": 1, "array_row": rows, "array_col": columns})
+    table["pxl_row"] = np.rint((rows + 0.5) * pitch * 0.75**0.5).astype(int)
+    table["pxl_col"] = np.rint((columns + 1) * pitch / 2).astype(int)
+    table.index = pd.Index([f"{row}x{col}" for row, col in zip(rows, columns, strict=True)])
     table = table[(table["pxl_row"] < height) & (table["pxl_col"] < width)]
+    step = thumbnail.step
+    tissue = find_tissue(thumbnail.pixels(), step * slide.um_per_px)
     table = table[tissue[table["pxl_row"] // step, table["pxl_col"] // step]]
     if table.empty:
         raise InputError(
             f"{slide.image}: no tissue found (saturation); give the positions of its spots"
         )
-    table.insert(0, "in_tissue", 1)
-    places = zip(table["array_row"], table["array_col"], strict=True)
-    return table.set_axis(pd.Index([f"{row}x{column}" for row, column in places], name="barcode"))
+    return table.rename_axis("barcode")
 
 
 def find_tissue(image, um_per_px):
@@ -704,7 +695,7 @@ def decode_tiff(path, needed):
 def decode_cell(page, top, left):
     """(h, w, channels) pixels of the tile or strip at a place of the image."""
     down, across = page.chunks[:2]
-    columns, rows = -(-page.imagewidth // across), -(-page.imagelength // down)
+    rows, columns = math.ceil(page.imagelength / down), math.ceil(page.imagewidth / across)
     number = top // down * columns + left // across
     separate = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     planes = page.samplesperpixel if separate else 1
@@ -761,8 +752,8 @@ class Thumbnail:
 
     def __init__(self, slide_shape, step):
         self.slide_shape, self.step = slide_shape, step
-        height, width = (-(-length // step) for length in slide_shape)
-        self.sums = np.zeros((height, width, 3), np.uint32)
+        height, width = slide_shape
+        self.sums = np.zeros((math.ceil(height / step), math.ceil(width / step), 3), np.uint32)
 
     def add(self, region, top, left):
         """Add the pixels (h, w, 3) that lie at (top, left) of the slide."""
@@ -777,14 +768,14 @@ class Thumbnail:
         """Where squares begin, or go on, within `length` px that begin at px `first`."""
         return np.union1d([0], np.arange(-first % self.step, length, self.step))
 
+    def _square_sides(self, length):
+        """px of the squares along `length` px of the slide; the last one may be cut."""
+        return np.diff(np.arange(0, length, self.step), append=length)
+
     def pixels(self):
         """(h, w, 3) uint8."""
-        starts = (np.arange(0, length, self.step) for length in self.slide_shape)
-        heights, widths = (
-            np.diff(part, append=length)
-            for part, length in zip(starts, self.slide_shape, strict=True)
-        )
-        areas = np.outer(heights, widths)
+        height, width = self.slide_shape
+        areas = np.outer(self._square_sides(height), self._square_sides(width))
         return np.rint(self.sums / areas[:, :, None]).astype(np.uint8)
 
 
