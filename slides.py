@@ -6,6 +6,8 @@ Shapes: n spots, patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8
 slide are rows and columns in px of its image. What cannot be read raises InputError.
 """
 
+import gzip
+import io
 import json
 import math
 import os
@@ -361,7 +363,7 @@ def read_matrix_folder(folder):
     paths = [find_part(folder, name) for name in ("barcodes.tsv", "features.tsv", "matrix.mtx")]
     barcodes = read_part(paths[0], read_table)[0]
     features = read_part(paths[1], read_table)
-    counts = scipy.sparse.csr_matrix(read_part(paths[2], scipy.io.mmread).T)
+    counts = scipy.sparse.csr_matrix(read_part(paths[2], read_market_matrix).T)
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
             f"{paths[2]}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are "
@@ -390,10 +392,23 @@ def read_part(path, read):
     """read(path), of one of the files of a 10x folder."""
     try:
         return read(path)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, OverflowError, OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path}: not a whole file of this kind ({error}); fetch it again"
         ) from None
+
+
+def read_market_matrix(path):
+    """The sparse matrix of a matrix.mtx, plain or .gz.
+
+    scipy's reader ends the process at a zero byte, and at a number with which the file breaks off.
+    """
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as file:
+        content = file.read()
+    if b"\0" in content:
+        raise ValueError("a zero byte in it")
+    return scipy.io.mmread(io.BytesIO(content + b"\n"))
 
 
 def check_counts(table, path):

@@ -202,6 +202,14 @@ CASES = {
         ),
         ["slide.tif", "A0-1", "pxl_row and pxl_col swapped"],
     ),
+    "a zero byte in the matrix": (
+        lambda r: keep_counts(r, lambda lines: [*lines[:-1], lines[-1] + "\0"]),
+        ["matrix.mtx", "zero byte", "fetch it again"],
+    ),
+    "a count beyond all numbers": (
+        lambda r: keep_counts(r, lambda lines: [lines[0] + "0" * 30, *lines[1:]]),
+        ["matrix.mtx", "out of range"],
+    ),
     "NaN counts": (lambda r: spoil_count(r, "nan"), ["matrix1", "no counts"]),
     "fractional counts": (lambda r: spoil_count(r, "1.5"), ["matrix1", "no counts", "raw counts"]),
     "infinite counts": (lambda r: spoil_count(r, "inf"), ["matrix1", "no counts"]),
