@@ -66,11 +66,6 @@ class InputError(Exception):
     """
 
 
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
 # -------------------------------------------------------------------------------------------- files
 @contextmanager
 def whole_file(path):

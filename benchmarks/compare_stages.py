@@ -14,7 +14,6 @@ Override   python benchmarks/compare_stages.py --only training --repeats 7
 """
 
 import functools
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -39,6 +38,7 @@ import conventional  # noqa: E402
 
 import common  # noqa: E402
 import runner  # noqa: E402
+import slides  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -63,15 +63,6 @@ RECIPE = {
     "LOSS": "mse",
     "EPOCHS": 30,
 }
-
-
-def load_script(name):
-    """A fresh module of a numbered script."""
-    (path,) = REPOSITORY.glob(f"{name}_*.py")
-    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def describe_machine():
@@ -117,7 +108,7 @@ def line(stage, unit, pairs, amount, target):
 def spot_corners():
     """(n, 2) rows and columns of the patches' upper left corners."""
     if POSITIONS:
-        table = load_script("19").read_positions(Path(POSITIONS))
+        table = slides.read_positions(Path(POSITIONS))
         return table[["pxl_row", "pxl_col"]].to_numpy() - common.PATCH_SIZE // 2
     rows, columns = (axis.ravel() for axis in np.mgrid[0:90, 0:64])
     places = np.stack([1000 + rows * 285, 1500 + columns * 329 + rows % 2 * 164], axis=1)
@@ -196,12 +187,12 @@ def _watched(sender, function, *arguments):
 
 
 def cut_here(path, corners, folder):
-    """Script 19's reader, into a memory-mapped patches.npy."""
+    """The reader of slides.py, into a memory-mapped patches.npy."""
     shape = (len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3)
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, shape)
     centres = corners + common.PATCH_SIZE // 2
     spots = pd.DataFrame(centres, columns=["pxl_row", "pxl_col"]).assign(barcode="")
-    load_script("19").read_patches(path, spots, patches)
+    slides.read_patches(path, spots, patches)
     patches.flush()
 
 

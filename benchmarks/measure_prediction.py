@@ -5,7 +5,7 @@ Question   Does a slide of real size stay within 1 GB of memory?
 Reads      WEIGHTS, of a run on simulated slides
 Writes     <OUT>/prediction.csv and machine.json; a slide made for it under OUT (2.3 GB, removed at
            the end)
-Prints     spots, seconds and peak memory of 26 and of 19, which it calls, together
+Prints     spots, seconds and peak memory of 26
 Command    python benchmarks/measure_prediction.py --weights weights.safetensors
 
 Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped patches are the file's own.

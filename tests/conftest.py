@@ -22,6 +22,7 @@ SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
 import runner  # noqa: E402
+import slides  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
 # Of the command line, for flags_of and run_script: a network that trains in a second.
@@ -154,7 +155,7 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
     scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
-    table = pd.DataFrame([row], columns=load_script("19").MANIFEST)
+    table = pd.DataFrame([row], columns=slides.MANIFEST)
     if (root / "slides.csv").exists():
         table = pd.concat([pd.read_csv(root / "slides.csv"), table])
     table.to_csv(root / "slides.csv", index=False)

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import TINY, load_script, run_script, write_slide
+from conftest import TINY, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
+import slides
 
 
 def edit_manifest(root, **values):
@@ -63,7 +64,10 @@ def keep_counts(root, change, kind="integer"):
     path = root / "matrix1" / "matrix.mtx"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("%")]
     entries = change(lines[1:])
-    head = [f"%%MatrixMarket matrix coordinate {kind} general", " ".join([*lines[0].split()[:2], str(len(entries))])]
+    head = [
+        f"%%MatrixMarket matrix coordinate {kind} general",
+        " ".join([*lines[0].split()[:2], str(len(entries))]),
+    ]
     path.write_text("\n".join([*head, *entries]) + "\n")
 
 
@@ -78,37 +82,74 @@ CASES = {
     "manifest with one slide twice": (
         lambda r: write_text(
             r / "slides.csv",
-            "".join([(r / "slides.csv").read_text(), (r / "slides.csv").read_text().split("\n")[1], "\n"]),
+            "".join(
+                [
+                    (r / "slides.csv").read_text(),
+                    (r / "slides.csv").read_text().split("\n")[1],
+                    "\n",
+                ]
+            ),
         ),
         ["slides.csv", "tissue_index"],
     ),
-    "missing slide": (lambda r: (r / "slide.tif").unlink(), ["slides.csv", "slide.tif", "does not exist"]),
-    "path out of the data root": (lambda r: edit_manifest(r, image="../slide.tif"), ["../slide.tif", "outside"]),
+    "missing slide": (
+        lambda r: (r / "slide.tif").unlink(),
+        ["slides.csv", "slide.tif", "does not exist"],
+    ),
+    "path out of the data root": (
+        lambda r: edit_manifest(r, image="../slide.tif"),
+        ["../slide.tif", "outside"],
+    ),
+    "matrix without positions": (
+        lambda r: edit_manifest(r, positions=np.nan),
+        ["slides.csv", "slide 1 has a matrix and no positions"],
+    ),
+    "slide without an image": (
+        lambda r: edit_manifest(r, image=np.nan),
+        ["slides.csv", "slide 1 has no image"],
+    ),
     "um_per_px of zero": (lambda r: edit_manifest(r, um_per_px=0), ["um_per_px"]),
-    "truncated contiguous TIFF": (lambda r: truncate(r / "slide.tif"), ["slide.tif", "truncated", "fetch it again"]),
+    "truncated contiguous TIFF": (
+        lambda r: truncate(r / "slide.tif"),
+        ["slide.tif", "truncated", "fetch it again"],
+    ),
     "truncated tiled TIFF": (
         lambda r: (tiles_lzw(r / "slide.tif", picture()), truncate(r / "slide.tif", 0.9)),
         ["slide.tif", "fetch"],
     ),
     "corrupt tile": (
         lambda r: (
-            tifffile.imwrite(r / "slide.tif", picture(), photometric="rgb", tile=(128, 128), compression="zlib"),
+            tifffile.imwrite(
+                r / "slide.tif", picture(), photometric="rgb", tile=(128, 128), compression="zlib"
+            ),
             (r / "slide.tif").write_bytes(
                 b"".join(
-                    [(r / "slide.tif").read_bytes()[:3000], b"\xff" * 60_000, (r / "slide.tif").read_bytes()[63_000:]]
+                    [
+                        (r / "slide.tif").read_bytes()[:3000],
+                        b"\xff" * 60_000,
+                        (r / "slide.tif").read_bytes()[63_000:],
+                    ]
                 )
             ),
         ),
         ["slide.tif"],
     ),
-    "text for an image": (lambda r: write_text(r / "slide.tif", "not an image"), ["slide.tif", "not a readable image"]),
+    "text for an image": (
+        lambda r: write_text(r / "slide.tif", "not an image"),
+        ["slide.tif", "not a readable image"],
+    ),
     "empty image file": (lambda r: write_text(r / "slide.tif", ""), ["slide.tif"]),
     "truncated JPEG": (
-        lambda r: (Image.fromarray(picture()).save(r / "slide.tif", "JPEG"), truncate(r / "slide.tif")),
+        lambda r: (
+            Image.fromarray(picture()).save(r / "slide.tif", "JPEG"),
+            truncate(r / "slide.tif"),
+        ),
         ["slide.tif", "truncated"],
     ),
     "16-bit image": (
-        lambda r: replace_image(r, lambda p: tifffile.imwrite(p, picture().astype(np.uint16), photometric="rgb")),
+        lambda r: replace_image(
+            r, lambda p: tifffile.imwrite(p, picture().astype(np.uint16), photometric="rgb")
+        ),
         ["slide.tif", "uint16", "8-bit"],
     ),
     "palette TIFF": (
@@ -125,7 +166,9 @@ CASES = {
         ["slide.tif", "outside the image", f"{HEIGHT} x {WIDTH}"],
     ),
     "position that is no number": (
-        lambda r: append_positions(r, lambda t: t.assign(pxl_col=["x"] + t["pxl_col"].tolist()[1:])),
+        lambda r: append_positions(
+            r, lambda t: t.assign(pxl_col=["x"] + t["pxl_col"].tolist()[1:])
+        ),
         ["positions1.csv", "A0-1"],
     ),
     "barcode twice": (
@@ -140,7 +183,10 @@ CASES = {
         lambda r: append_positions(r, lambda t: t[1:]),
         ["positions1.csv", "A0-1", "not of one slide"],
     ),
-    "no matrix in the folder": (lambda r: (r / "matrix1/matrix.mtx").unlink(), ["matrix.mtx", "matrix1"]),
+    "no matrix in the folder": (
+        lambda r: (r / "matrix1/matrix.mtx").unlink(),
+        ["matrix.mtx", "matrix1"],
+    ),
     "matrix whose shape disagrees with its barcodes": (
         lambda r: write_text(r / "matrix1/barcodes.tsv", "A0-1\nC1-1\n"),
         ["matrix.mtx", "12 genes x 7 spots", "2 barcodes"],
@@ -148,11 +194,15 @@ CASES = {
     "truncated matrix": (lambda r: truncate(r / "matrix1/matrix.mtx"), ["matrix.mtx", "whole"]),
     "negative counts": (
         lambda r: write_text(
-            r / "matrix1/matrix.mtx", (r / "matrix1/matrix.mtx").read_text().replace("\n1 1 ", "\n1 1 -")
+            r / "matrix1/matrix.mtx",
+            (r / "matrix1/matrix.mtx").read_text().replace("\n1 1 ", "\n1 1 -"),
         ),
         ["matrix1", "no counts"],
     ),
-    "no h5": (lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")), ["m.h5", "10x"]),
+    "no h5": (
+        lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")),
+        ["m.h5", "10x"],
+    ),
     "channels as pages": (
         lambda r: replace_image(
             r, lambda p: tifffile.imwrite(p, picture().transpose(2, 0, 1), photometric="minisblack")
@@ -160,16 +210,24 @@ CASES = {
         ["slide.tif", "pages", "RGB"],
     ),
     "CMYK": (
-        lambda r: replace_image(r, lambda p: Image.fromarray(picture()).convert("CMYK").save(p, "TIFF")),
+        lambda r: replace_image(
+            r, lambda p: Image.fromarray(picture()).convert("CMYK").save(p, "TIFF")
+        ),
         ["slide.tif", "SEPARATED"],
     ),
     "cut within the TIFF header": (
         lambda r: write_bytes(r / "slide.tif", (r / "slide.tif").read_bytes()[:6]),
         ["slide.tif"],
     ),
-    "a folder for an image": (lambda r: edit_manifest(r, image="matrix1"), ["matrix1", "does not exist"]),
+    "a folder for an image": (
+        lambda r: edit_manifest(r, image="matrix1"),
+        ["matrix1", "does not exist"],
+    ),
     "empty barcodes": (lambda r: write_text(r / "matrix1/barcodes.tsv", ""), ["barcodes.tsv"]),
-    "ragged features": (lambda r: write_text(r / "matrix1/features.tsv", "a\nb\tc\td\te\n"), ["features.tsv"]),
+    "ragged features": (
+        lambda r: write_text(r / "matrix1/features.tsv", "a\nb\tc\td\te\n"),
+        ["features.tsv"],
+    ),
     "corrupt gzip": (
         lambda r: (
             (r / "matrix1/matrix.mtx").unlink(),
@@ -187,28 +245,46 @@ CASES = {
         ["slides.csv", "name"],
     ),
     "a position of NaN": (
-        lambda r: append_positions(r, lambda t: t.assign(pxl_col=[np.nan] + t["pxl_col"].tolist()[1:])),
+        lambda r: append_positions(
+            r, lambda t: t.assign(pxl_col=[np.nan] + t["pxl_col"].tolist()[1:])
+        ),
         ["positions1.csv", "A0-1", "not a number"],
     ),
     "row and column swapped, out of the image": (
         lambda r: append_positions(
-            r, lambda t: t.assign(pxl_row=[WIDTH - 9, *t["pxl_col"][1:]], pxl_col=[9, *(t["pxl_row"][1:])])
+            r,
+            lambda t: t.assign(
+                pxl_row=[WIDTH - 9, *t["pxl_col"][1:]], pxl_col=[9, *(t["pxl_row"][1:])]
+            ),
         ),
         ["slide.tif", "A0-1", "pxl_row and pxl_col swapped"],
+    ),
+    "a zero byte in the matrix": (
+        lambda r: keep_counts(r, lambda lines: [*lines[:-1], lines[-1] + "\0"]),
+        ["matrix.mtx", "zero byte", "fetch it again"],
+    ),
+    "a count beyond all numbers": (
+        lambda r: keep_counts(r, lambda lines: [lines[0] + "0" * 30, *lines[1:]]),
+        ["matrix.mtx", "out of range"],
     ),
     "NaN counts": (lambda r: spoil_count(r, "nan"), ["matrix1", "no counts"]),
     "fractional counts": (lambda r: spoil_count(r, "1.5"), ["matrix1", "no counts", "raw counts"]),
     "infinite counts": (lambda r: spoil_count(r, "inf"), ["matrix1", "no counts"]),
-    "all counts zero": (lambda r: keep_counts(r, lambda lines: []), ["matrix1", "no spot has a count"]),
+    "all counts zero": (
+        lambda r: keep_counts(r, lambda lines: []),
+        ["matrix1", "no spot has a count"],
+    ),
     "a barcode twice in the matrix": (
         lambda r: write_text(
-            r / "matrix1/barcodes.tsv", (r / "matrix1/barcodes.tsv").read_text().replace("C1-1", "A0-1")
+            r / "matrix1/barcodes.tsv",
+            (r / "matrix1/barcodes.tsv").read_text().replace("C1-1", "A0-1"),
         ),
         ["matrix1", "A0-1", "twice"],
     ),
     "a gene id twice": (
         lambda r: write_text(
-            r / "matrix1/features.tsv", "".join([(r / "matrix1/features.tsv").read_text().split("\n")[0] + "\n"] * 12)
+            r / "matrix1/features.tsv",
+            "".join([(r / "matrix1/features.tsv").read_text().split("\n")[0] + "\n"] * 12),
         ),
         ["matrix1", "gene id", "twice"],
     ),
@@ -220,22 +296,36 @@ CASES = {
         ["'barcode'", "rename it"],
     ),
     "um_per_px that is no number": (lambda r: edit_manifest(r, um_per_px="half"), ["um_per_px"]),
-    "tissue_index that is no number": (lambda r: edit_manifest(r, tissue_index="first"), ["tissue_index"]),
-    "an absolute path": (lambda r: edit_manifest(r, image="/etc/hostname"), ["/etc/hostname", "outside"]),
+    "tissue_index that is no number": (
+        lambda r: edit_manifest(r, tissue_index="first"),
+        ["tissue_index"],
+    ),
+    "an absolute path": (
+        lambda r: edit_manifest(r, image="/etc/hostname"),
+        ["/etc/hostname", "outside"],
+    ),
     "pixels as floats": (
-        lambda r: replace_image(r, lambda p: tifffile.imwrite(p, picture().astype(np.float32), photometric="rgb")),
+        lambda r: replace_image(
+            r, lambda p: tifffile.imwrite(p, picture().astype(np.float32), photometric="rgb")
+        ),
         ["slide.tif", "float32", "8-bit"],
     ),
     "16-bit PNG": (
-        lambda r: replace_image(r, lambda p: Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(p, "PNG")),
+        lambda r: replace_image(
+            r, lambda p: Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(p, "PNG")
+        ),
         ["slide.tif", "I;16", "8-bit"],
     ),
     "palette PNG": (
-        lambda r: replace_image(r, lambda p: Image.fromarray(picture()).quantize(16).save(p, "PNG")),
+        lambda r: replace_image(
+            r, lambda p: Image.fromarray(picture()).quantize(16).save(p, "PNG")
+        ),
         ["slide.tif", "P image", "8-bit"],
     ),
     "one-bit image": (
-        lambda r: replace_image(r, lambda p: tifffile.imwrite(p, picture()[..., 0] > 99, photometric="minisblack")),
+        lambda r: replace_image(
+            r, lambda p: tifffile.imwrite(p, picture()[..., 0] > 99, photometric="minisblack")
+        ),
         ["slide.tif", "bool", "8-bit"],
     ),
     "one slide for harmony": (lambda r: None, ["harmony", "--target lognorm"]),
@@ -253,7 +343,9 @@ def test_script_19_refuses(tmp_path, case, capsys):
     target = "harmony" if "harmony" in case else "lognorm"
     assert run_script("19", "--data-root", tmp_path, "--target", target) == 2
     check_one_line(capsys, words)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before, "the old one is whole"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before, (
+        "the old one is whole"
+    )
     assert not list(tmp_path.glob(".dataset*")) and not list(tmp_path.glob("dataset/.partial*"))
 
 
@@ -285,7 +377,10 @@ def check_one_line(capsys, words):
         (["--seeds", ""], ["--seeds"]),
         (["--device", "tpu"], ["--device tpu"]),
         (["--protocol", "block"], ["--protocol block", "--target lognorm"]),
-        (["--protocol", "loso", "--target", "lognorm", "--train-slides", "1,2"], ["slide 1", "two are needed"]),
+        (
+            ["--protocol", "loso", "--target", "lognorm", "--train-slides", "1,2"],
+            ["slide 1", "two are needed"],
+        ),
         (["--protocol", "random"], ["--protocol random", "paper, loso, block"]),
         (["--trainable-stages", "10"], ["TRAINABLE_STAGES 10", "9 stages"]),
         (["--trainable-stages", "-2"], ["--trainable-stages -2", "from -1"]),
@@ -294,7 +389,10 @@ def check_one_line(capsys, words):
 )
 def test_script_20_refuses(simulated, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, *arguments) == 2
+    assert (
+        run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, *arguments)
+        == 2
+    )
     check_one_line(capsys, words)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
 
@@ -320,9 +418,17 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("script, arguments, words", OTHERS)
-def test_the_other_scripts_refuse(simulated, tmp_path, monkeypatch, capsys, script, arguments, words):
+def test_the_other_scripts_refuse(
+    simulated, tmp_path, monkeypatch, capsys, script, arguments, words
+):
     monkeypatch.chdir(tmp_path)
-    small = [*TINY, "--data-root", simulated] if script > "20" else ["--data-root", tmp_path] if script > "17" else []
+    small = (
+        [*TINY, "--data-root", simulated]
+        if script > "20"
+        else ["--data-root", tmp_path]
+        if script > "17"
+        else []
+    )
     small = [option for option in small if (script, option) != ("22", "--hidden")]
     small = [option for option in small if (script, option) != ("22", 16)]
     assert run_script(script, *small, *arguments) == 2
@@ -343,7 +449,12 @@ def test_spots_without_counts_are_left_out_and_said(tmp_path, capsys):
 def test_a_panel_without_genes(tmp_path, capsys, content, words):
     make_root(tmp_path)
     write_text(tmp_path / "panel.csv", content)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm", "--panel", tmp_path / "panel.csv") == 2
+    assert (
+        run_script(
+            "19", "--data-root", tmp_path, "--target", "lognorm", "--panel", tmp_path / "panel.csv"
+        )
+        == 2
+    )
     check_one_line(capsys, words)
     assert not (tmp_path / "dataset").exists()
 
@@ -382,7 +493,9 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     capsys.readouterr()
     assert run_script("20", "--data-root", tmp_path, "--target", "harmony", *TINY) == 2
-    check_one_line(capsys, ["lognorm", f"19_make_patches_and_csv.py --data-root {tmp_path} --target harmony"])
+    check_one_line(
+        capsys, ["lognorm", f"19_make_patches_and_csv.py --data-root {tmp_path} --target harmony"]
+    )
 
 
 def test_unknown_group_in_gene_sets(simulated, tmp_path, capsys):
@@ -395,14 +508,21 @@ def test_unknown_group_in_gene_sets(simulated, tmp_path, capsys):
     check_one_line(capsys, ["gene_sets.csv", "HEG, HVG, MG"])
 
 
-def test_pretrained_weights_without_a_network_name_the_way_out(simulated, tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_without_a_network_name_the_way_out(
+    simulated, tmp_path, monkeypatch, capsys
+):
     from huggingface_hub import constants
 
     monkeypatch.setattr(
         constants, "HF_HUB_OFFLINE", True
     )  # as HF_HUB_OFFLINE=1 does: the client would retry for a minute
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, "--pretrained", "true") == 2
+    assert (
+        run_script(
+            "20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, "--pretrained", "true"
+        )
+        == 2
+    )
     check_one_line(capsys, ["efficientnet_b0", "--pretrained false"])
 
 
@@ -419,7 +539,11 @@ def test_geometry_without_positions(tmp_path, capsys):
 def test_help_lists_every_constant_with_its_comment(capsys):
     assert run_script("20", "--help") == 0
     text = capsys.readouterr().out
-    assert "--learning-rate" in text and "[0.0003]" in text and "average predictions over the 8 symmetries" in text
+    assert (
+        "--learning-rate" in text
+        and "[0.0003]" in text
+        and "average predictions over the 8 symmetries" in text
+    )
 
 
 # ---------------------------------------------------------------------------------------------- odd, and legal
@@ -434,7 +558,12 @@ def test_swapped_row_and_column_are_warned_of(tmp_path, capsys):
     """A tissue much wider than high, on a square image, in which every spot stays when swapped."""
     rows, cols = (part.ravel() for part in np.mgrid[0:3, 0:12])
     spots = pd.DataFrame(
-        {"barcode": [f"S{i}" for i in range(36)], "in_tissue": 1, "array_row": rows, "array_col": cols}
+        {
+            "barcode": [f"S{i}" for i in range(36)],
+            "in_tissue": 1,
+            "array_row": rows,
+            "array_col": cols,
+        }
     )
     spots["pxl_row"], spots["pxl_col"] = 300 + 200 * rows, 200 + 230 * cols
     image = np.full((3000, 3000, 3), 235, np.uint8)
@@ -449,7 +578,9 @@ def test_swapped_row_and_column_are_warned_of(tmp_path, capsys):
     make_dataset(tmp_path)
     out = capsys.readouterr().out
     assert "positions1.csv: pxl_row and pxl_col look swapped" in out
-    mirrored = spots.assign(array_col=11 - spots["array_col"])  # an image that was scanned mirrored is no mistake
+    mirrored = spots.assign(
+        array_col=11 - spots["array_col"]
+    )  # an image that was scanned mirrored is no mistake
     mirrored.to_csv(tmp_path / "positions1.csv", header=False, index=False)
     make_dataset(tmp_path)
     assert "warning" not in capsys.readouterr().out
@@ -491,7 +622,9 @@ def two_slides(root, spots=(7, 7), genes=(12, 12)):
 
 
 def network_of(root, *arguments):
-    code = run_script("20", "--data-root", root, "--out", root / "out", *TINY, "--target", "lognorm", *arguments)
+    code = run_script(
+        "20", "--data-root", root, "--out", root / "out", *TINY, "--target", "lognorm", *arguments
+    )
     return code, sorted((root / "out").glob("EfficientNet-B0-*/rows.json"))
 
 
@@ -525,7 +658,9 @@ def test_fewer_than_fifty_genes_are_all_of_them(tmp_path, capsys):
     make_dataset(tmp_path)
     code, (rows,) = network_of(tmp_path, "--test-slide", 2)
     row = json.loads(rows.read_text())[-1]
-    assert code == 0 and row["heg_n"] == row["hvg_n"] == 12 and row["mg_n"] == 0 and row["mg"] is None
+    assert (
+        code == 0 and row["heg_n"] == row["hvg_n"] == 12 and row["mg_n"] == 0 and row["mg"] is None
+    )
 
 
 def test_a_gene_that_one_slide_lacks_is_left_out_and_said(tmp_path, capsys):
@@ -540,15 +675,33 @@ def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
     (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
     code, (rows,) = network_of(tmp_path, "--test-slide", 2)
     row, out = json.loads(rows.read_text())[-1], capsys.readouterr().out
-    assert code == 0 and (row["heg_n"], row["hvg_n"], row["mg_n"]) == (1, 1, 0) and row["mg"] is None
+    assert (
+        code == 0 and (row["heg_n"], row["hvg_n"], row["mg_n"]) == (1, 1, 0) and row["mg"] is None
+    )
     assert "gene groups gene_sets.csv; not in the panel: NOVEL" in out
 
 
 # ---------------------------------------------------------------------------------------------- fuzzed
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 CELL = st.one_of(
     st.sampled_from(
-        ["1", "0", "-1", "1e9", "1e400", "nan", "", "A0-1", "slide.tif", "positions1.csv", "matrix1", "..", '"']
+        [
+            "1",
+            "0",
+            "-1",
+            "1e9",
+            "1e400",
+            "nan",
+            "",
+            "A0-1",
+            "slide.tif",
+            "positions1.csv",
+            "matrix1",
+            "..",
+            '"',
+        ]
     ),
     st.text(max_size=6),
 )
@@ -561,7 +714,9 @@ def spoilt(whole):
         lambda edit: whole[: edit[0]] + edit[2] + whole[edit[0] + edit[1] :]
     )
     cells = st.lists(st.lists(CELL, max_size=8), max_size=6)
-    table = cells.map(lambda rows: "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass"))
+    table = cells.map(
+        lambda rows: "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
+    )
     under_header = table.map(lambda rows: whole.split(b"\n")[0] + b"\n" + rows)
     return st.one_of(replaced, table, under_header, st.binary(max_size=60))
 
@@ -575,25 +730,27 @@ def whole_root(tmp_path_factory):
 
 
 READERS = {
-    "slides.csv": lambda script, root: script.read_manifest(root),
-    "positions1.csv": lambda script, root: script.read_positions(root / "positions1.csv"),
-    "matrix1/matrix.mtx": lambda script, root: read_checked(script, root / "matrix1"),
-    "matrix1/barcodes.tsv": lambda script, root: read_checked(script, root / "matrix1"),
-    "matrix1/features.tsv": lambda script, root: read_checked(script, root / "matrix1"),
-    "gene_sets.csv": lambda script, root: common.choose_gene_groups(
-        SimpleNamespace(root=root, lognorm=np.eye(3, dtype=np.float32), genes=["G1", "G2", "G3"]), [0, 1], True
+    "slides.csv": lambda root: slides.read_manifest(root),
+    "positions1.csv": lambda root: slides.read_positions(root / "positions1.csv"),
+    "matrix1/matrix.mtx": lambda root: read_checked(root / "matrix1"),
+    "matrix1/barcodes.tsv": lambda root: read_checked(root / "matrix1"),
+    "matrix1/features.tsv": lambda root: read_checked(root / "matrix1"),
+    "gene_sets.csv": lambda root: common.choose_gene_groups(
+        SimpleNamespace(root=root, lognorm=np.eye(3, dtype=np.float32), genes=["G1", "G2", "G3"]),
+        [0, 1],
+        True,
     ),
 }
 
 
-def read_checked(script, folder):
-    table = script.read_matrix(folder)
-    script.check_counts(table, folder)
+def read_checked(folder):
+    table = slides.read_matrix(folder)
+    slides.check_counts(table, folder)
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_readers_raise_nothing_but_input_errors(whole_root, name):
-    script, path = load_script("19"), whole_root / name
+    path = whole_root / name
     whole = path.read_bytes()
 
     @FUZZ
@@ -601,10 +758,10 @@ def test_readers_raise_nothing_but_input_errors(whole_root, name):
     def read(content):
         path.write_bytes(content)
         with suppress(common.InputError):
-            READERS[name](script, whole_root)
+            READERS[name](whole_root)
 
     try:
-        READERS[name](script, whole_root)
+        READERS[name](whole_root)
         read()
     finally:
         path.write_bytes(whole)

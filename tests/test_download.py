@@ -15,6 +15,7 @@ import tifffile
 from conftest import SHARED, load_script, run_script
 
 import common
+import slides
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
 
@@ -106,7 +107,9 @@ def mirror():
 
 def tiff_bytes(seed):
     file = io.BytesIO()
-    tifffile.imwrite(file, np.random.default_rng(seed).integers(0, 256, (90, 80, 3), np.uint8), photometric="rgb")
+    tifffile.imwrite(
+        file, np.random.default_rng(seed).integers(0, 256, (90, 80, 3), np.uint8), photometric="rgb"
+    )
     return file.getvalue()
 
 
@@ -117,12 +120,18 @@ def liver(mirror):
     for i, (sample, name) in enumerate(SAMPLES.items(), 1):
         images[name] = tiff_bytes(i)
         path = f"/geo/samples/GSM7697nnn/{sample}/suppl/{sample}_GEX_C73_{name}_Merged.tiff"
-        mirror.files |= {f"{path}.gz": gzip.compress(images[name])} if i % 2 else {path: images[name]}
+        mirror.files |= (
+            {f"{path}.gz": gzip.compress(images[name])} if i % 2 else {path: images[name]}
+        )
         mirror.files[f"/geo/samples/GSM7697nnn/{sample}/suppl/{sample}_barcodes.tsv.gz"] = b"other"
         base = "/repos/bowang-lab/BLEEP/contents/GSE240429_data/data"
-        mirror.files[f"{base}/tissue_pos_matrices/tissue_positions_list_{i}.csv"] = b"A-1,1,0,0,40,40\n"
+        mirror.files[f"{base}/tissue_pos_matrices/tissue_positions_list_{i}.csv"] = (
+            b"A-1,1,0,0,40,40\n"
+        )
         for part in ("barcodes.tsv", "features.tsv", "matrix.mtx"):
-            mirror.files[f"{base}/filtered_expression_matrices/{i}/{part}"] = f"{part} {i}\n".encode() * 50
+            mirror.files[f"{base}/filtered_expression_matrices/{i}/{part}"] = (
+                f"{part} {i}\n".encode() * 50
+            )
         mirror.files[f"{base}/filtered_expression_matrices/hvg_union.npy"] = b"array"
         mirror.files[f"{base}/filtered_expression_matrices/notes.txt"] = b"not asked for"
     return images
@@ -139,7 +148,9 @@ def test_liver_arrives_whole_and_in_the_published_layout(mirror, liver, tmp_path
     slides = pd.read_csv(tmp_path / "slides.csv")
     for column in ("image", "positions", "matrix"):
         assert all((tmp_path / value).exists() for value in slides[column])
-    assert (tmp_path / "data/filtered_expression_matrices/3/matrix.mtx").read_bytes() == b"matrix.mtx 3\n" * 50
+    assert (
+        tmp_path / "data/filtered_expression_matrices/3/matrix.mtx"
+    ).read_bytes() == b"matrix.mtx 3\n" * 50
     left = {p.suffix for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     assert left == {".tiff", ".csv", ".tsv", ".mtx", ".npy"}
     assert "19_make_patches_and_csv.py --data-root" in capsys.readouterr().out
@@ -177,7 +188,11 @@ def test_a_cut_connection_is_taken_up_again(mirror, liver, tmp_path, fault):
     assert mirror.cut == set(paths)
     for name, content in liver.items():
         assert (tmp_path / "image" / f"GEX_C73_{name}_Merged.tiff").read_bytes() == content
-    resumed = [wanted for path, wanted in mirror.seen if path in paths and wanted not in (None, "bytes=0-0")]
+    resumed = [
+        wanted
+        for path, wanted in mirror.seen
+        if path in paths and wanted not in (None, "bytes=0-0")
+    ]
     assert len(resumed) == 4 and "bytes=0-" not in resumed
 
 
@@ -226,12 +241,16 @@ def test_a_tiff_that_was_truncated_at_the_source_is_told(mirror, liver, tmp_path
 def test_a_broken_gzip_is_removed_and_told(mirror, liver, tmp_path, capsys, damage):
     path = next(path for path in mirror.files if path.endswith("A1_Merged.tiff.gz"))
     content = mirror.files[path]
-    mirror.files[path] = content[:-3000] if damage == "cut" else content[:500] + b"\xff" * 3000 + content[3500:]
+    mirror.files[path] = (
+        content[:-3000] if damage == "cut" else content[:500] + b"\xff" * 3000 + content[3500:]
+    )
     expect_refusal(mirror, tmp_path, capsys, "A1_Merged.tiff.gz", "again")
     assert not list(tmp_path.glob("image/*A1*"))
 
 
-@pytest.mark.parametrize("gone", ["suppl", "Merged", "matrix.mtx", "tissue_positions_list_2", "hvg_union"])
+@pytest.mark.parametrize(
+    "gone", ["suppl", "Merged", "matrix.mtx", "tissue_positions_list_2", "hvg_union"]
+)
 def test_what_is_not_there_is_named(mirror, liver, tmp_path, capsys, gone):
     gone_path = next(path for path in mirror.files if gone in path)
     if gone == "suppl":
@@ -272,9 +291,14 @@ def test_only_https_is_fetched(url):
 
 
 def her2st_files():
-    counts = "\tG1\tG2\tG3\n" + "".join(f"{x}x{y}\t{x}\t{y}\t{x + y}\n" for x in (1, 2) for y in (3, 4))
+    counts = "\tG1\tG2\tG3\n" + "".join(
+        f"{x}x{y}\t{x}\t{y}\t{x + y}\n" for x in (1, 2) for y in (3, 4)
+    )
     spots = "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected\n"
-    spots += "".join(f"{x}\t{y}\t{x}\t{y}\t{100 * x}.4\t{50 * y}.6\t1\n" for x, y in ((2, 4), (1, 3), (1, 4), (7, 7)))
+    spots += "".join(
+        f"{x}\t{y}\t{x}\t{y}\t{100 * x}.4\t{50 * y}.6\t1\n"
+        for x, y in ((2, 4), (1, 3), (1, 4), (7, 7))
+    )
     spots += "2\t3\t2\t3\t200\t150\t0\n"
     from PIL import Image
 
@@ -291,7 +315,9 @@ def her2st_files():
 def test_her2st_from_server_and_folder(mirror, tmp_path, where):
     files = her2st_files()
     if where == "server":
-        mirror.files = {f"/repos/almaan/her2st/contents/{path}": content for path, content in files.items()}
+        mirror.files = {
+            f"/repos/almaan/her2st/contents/{path}": content for path, content in files.items()
+        }
         source = mirror.url
     else:
         source = tmp_path / "mirror"
@@ -299,12 +325,23 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes(content)
     root = tmp_path / "HER2ST_data"
-    assert run_script("17", "--dataset", "HER2ST", "--source", source, "--sections", "C2", "--data-root", root) == 0
-    slides = pd.read_csv(root / "slides.csv")
-    assert slides[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [[1, "C2", "C", 0.69]]
-    script = load_script("19")
-    table = script.read_slide(script.read_manifest(root).to_dict("records")[0])
-    assert table.obs["barcode"].tolist() == ["1x3", "1x4", "2x4"]  # counts and a selected position both
+    assert (
+        run_script(
+            "17", "--dataset", "HER2ST", "--source", source, "--sections", "C2", "--data-root", root
+        )
+        == 0
+    )
+    manifest = pd.read_csv(root / "slides.csv")
+    assert manifest[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [
+        [1, "C2", "C", 0.69]
+    ]
+    (slide,) = slides.read_manifest(root)
+    table = slides.read_spots(slide, slides.read_positions(slide.positions))
+    assert table.obs["barcode"].tolist() == [
+        "1x3",
+        "1x4",
+        "2x4",
+    ]  # counts and a selected position both
     assert table.obs[["array_row", "array_col", "pxl_row", "pxl_col"]].values.tolist() == [
         [3, 1, 151, 100],
         [4, 1, 201, 100],
@@ -334,7 +371,12 @@ def test_her2st_refusals(tmp_path, monkeypatch, capsys, arguments, words):
 def test_real_her2st_section(tmp_path):
     root = tmp_path / "HER2ST_data"
     source = SHARED / "her2st"
-    assert run_script("17", "--dataset", "HER2ST", "--source", source, "--sections", "C5", "--data-root", root) == 0
+    assert (
+        run_script(
+            "17", "--dataset", "HER2ST", "--source", source, "--sections", "C5", "--data-root", root
+        )
+        == 0
+    )
     assert run_script("19", "--data-root", root, "--target", "lognorm") == 0
     rows = pd.read_csv(root / "dataset" / "dataset.csv", usecols=range(7))
     assert len(rows) == 181

@@ -1,4 +1,4 @@
-"""Script 19: the same spot in patch, row and count for every image kind; borders; both position formats; panel."""
+"""slides.py and script 19: the same spot in patch, row and count for every image kind; borders; both position formats; panel."""
 
 import gzip
 import json
@@ -15,6 +15,7 @@ from conftest import SHARED, load_script, run_script, write_slide
 from PIL import Image
 
 import common
+import slides
 
 HEIGHT, WIDTH = 700, 900
 
@@ -30,18 +31,26 @@ def spot_table(n=7, seed=0):
 def picture(seed=0):
     """Smooth in every channel, so that JPEG keeps it, and different at every place."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    return np.stack([y * 255 // HEIGHT, x * 255 // WIDTH, (x + y) * 255 // (HEIGHT + WIDTH)], -1).astype(np.uint8)
+    return np.stack(
+        [y * 255 // HEIGHT, x * 255 // WIDTH, (x + y) * 255 // (HEIGHT + WIDTH)], -1
+    ).astype(np.uint8)
 
 
 def save_planes(path, image, **options):
-    tifffile.imwrite(path, np.moveaxis(image, -1, 0), photometric="rgb", planarconfig="separate", **options)
+    tifffile.imwrite(
+        path, np.moveaxis(image, -1, 0), photometric="rgb", planarconfig="separate", **options
+    )
 
 
 WRITERS = {
     "contiguous.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb"),
-    "big-endian.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", byteorder=">", bigtiff=True),
+    "big-endian.tif": lambda p, i: tifffile.imwrite(
+        p, i, photometric="rgb", byteorder=">", bigtiff=True
+    ),
     "strips.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", rowsperstrip=37),
-    "strips-lzw.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", rowsperstrip=37, compression="lzw"),
+    "strips-lzw.tif": lambda p, i: tifffile.imwrite(
+        p, i, photometric="rgb", rowsperstrip=37, compression="lzw"
+    ),
     "one-strip-deflate.tif": lambda p, i: tifffile.imwrite(
         p, i, photometric="rgb", rowsperstrip=HEIGHT, compression="zlib"
     ),
@@ -63,7 +72,11 @@ WRITERS = {
     "planes.tif": save_planes,
     "planes-tiles.tif": lambda p, i: save_planes(p, i, tile=(128, 128), compression="zlib"),
     "alpha.tif": lambda p, i: tifffile.imwrite(
-        p, np.dstack([i, i[..., :1]]), photometric="rgb", extrasamples=["unassalpha"], tile=(128, 128)
+        p,
+        np.dstack([i, i[..., :1]]),
+        photometric="rgb",
+        extrasamples=["unassalpha"],
+        tile=(128, 128),
     ),
     "pyramid.ome.tif": lambda p, i: write_pyramid(p, i),
     "photo.jpg": lambda p, i: Image.fromarray(i).save(p, quality=97, subsampling=0),
@@ -78,9 +91,13 @@ def write_pyramid(path, image):
         tiff.write(image[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
 
 
-def make_root(tmp_path, image="slide.tif", writer=None, pixels=None, spots=None, counts=None, genes=None):
+def make_root(
+    tmp_path, image="slide.tif", writer=None, pixels=None, spots=None, counts=None, genes=None
+):
     spots = spot_table() if spots is None else spots
-    counts = np.random.default_rng(1).poisson(3.0, (len(spots), 12)) + 1 if counts is None else counts
+    counts = (
+        np.random.default_rng(1).poisson(3.0, (len(spots), 12)) + 1 if counts is None else counts
+    )
     genes = [f"G{i}" for i in range(np.shape(counts)[1])] if genes is None else genes
     (writer or WRITERS["contiguous.tif"])(tmp_path / image, picture() if pixels is None else pixels)
     write_slide(tmp_path, image, spots, counts, genes)
@@ -117,7 +134,9 @@ def test_patch_row_and_count_are_of_one_spot(tmp_path, kind, capsys):
         assert np.array_equal(stored.X[i].toarray()[0], counts[k])
         assert stored.obs["n_counts"].iloc[i] == counts[k].sum()
         np.testing.assert_allclose(
-            row[stored.var_names].astype(float), np.log1p(counts[k] * 1e4 / counts[k].sum()), rtol=1e-6
+            row[stored.var_names].astype(float),
+            np.log1p(counts[k] * 1e4 / counts[k].sum()),
+            rtol=1e-6,
         )
     how = {
         "contiguous.tif": "memory-mapped",
@@ -135,13 +154,130 @@ def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
         def __get__(self, page, owner):
             if page is None:
                 return original
-            return lambda data, index, **k: decoded.append(index) or original.__get__(page)(data, index, **k)
+            return lambda data, index, **k: (
+                decoded.append(index) or original.__get__(page)(data, index, **k)
+            )
 
     monkeypatch.setattr(tifffile.TiffPage, "decode", Spy())
     patches = np.zeros((7, 224, 224, 3), np.uint8)
-    load_script("19").read_patches(tmp_path / "s.tif", spots, patches)
+    slides.read_patches(tmp_path / "s.tif", spots, patches)
     assert decoded and len(decoded) == len(set(decoded))
-    assert np.array_equal(patches[0], expected_patch(picture(), spots["pxl_row"][0], spots["pxl_col"][0]))
+    assert np.array_equal(
+        patches[0], expected_patch(picture(), spots["pxl_row"][0], spots["pxl_col"][0])
+    )
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_regions_of_an_image_cover_it_once(tmp_path, kind):
+    WRITERS[kind](tmp_path / kind, picture())
+    image = slides.open_image(tmp_path / kind)
+    assert image.shape == (HEIGHT, WIDTH)
+    times, found = np.zeros((HEIGHT, WIDTH), int), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for pixels, top, left in image.regions(lambda box: True):
+        assert pixels.dtype == np.uint8
+        bottom, right = top + len(pixels), left + pixels.shape[1]
+        times[top:bottom, left:right] += 1
+        found[top:bottom, left:right] = pixels
+    assert (times == 1).all()
+    tolerance = 4 if "jp" in kind or "ycbcr" in kind else 0
+    assert np.median(np.abs(found.astype(int) - picture())) <= tolerance
+    if not tolerance:
+        assert np.array_equal(found, picture())
+
+
+def test_only_regions_that_are_needed_are_read(tmp_path):
+    WRITERS["tiles.tif"](tmp_path / "s.tif", picture())
+    image = slides.open_image(tmp_path / "s.tif")
+    places = {
+        (top, left)
+        for _, top, left in image.regions(lambda box: box[0] <= 300 < box[2] and box[3] == WIDTH)
+    }
+    assert places == {(256, 768)}
+
+
+def test_a_new_format_is_one_function(tmp_path, monkeypatch):
+    """As SlideImage's docstring says, here of NumPy files, in squares of 200 px."""
+
+    def open_numpy(path):
+        pixels = slides.as_rgb(np.load(path, mmap_mode="r"), path)
+
+        def regions(needed):
+            for top in range(0, HEIGHT, 200):
+                for left in range(0, WIDTH, 200):
+                    part = pixels[top : top + 200, left : left + 200]
+                    if needed((top, left, top + part.shape[0], left + part.shape[1])):
+                        yield part, top, left
+
+        return slides.SlideImage("squares", pixels.shape[:2], regions)
+
+    make_root(tmp_path, "slide.npy", np.save)
+    monkeypatch.setattr(slides, "open_image", open_numpy)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    patches = np.load(tmp_path / "dataset" / "patches.npy")
+    made = pd.read_csv(tmp_path / "dataset" / "dataset.csv")
+    for patch, row in zip(patches, made.itertuples(), strict=True):
+        assert np.array_equal(patch, expected_patch(picture(), row.pxl_row, row.pxl_col))
+
+
+def test_a_sparse_tiff_is_white_where_it_has_no_tiles(tmp_path):
+    tile = picture()[:128, :128]
+    tiles = iter([tile, None, None, tile])
+    tifffile.imwrite(
+        tmp_path / "s.tif",
+        tiles,
+        shape=(256, 256, 3),
+        dtype=np.uint8,
+        photometric="rgb",
+        tile=(128, 128),
+        compression="zlib",
+    )
+    spots = pd.DataFrame({"barcode": ["A"], "pxl_row": [128], "pxl_col": [128]})
+    patches = np.zeros((1, 224, 224, 3), np.uint8)
+    slides.read_patches(tmp_path / "s.tif", spots, patches)
+    expected = np.full((224, 224, 3), 255, np.uint8)
+    expected[:112, :112] = tile[16:, 16:]
+    expected[112:, 112:] = tile[:112, :112]
+    assert np.array_equal(patches[0], expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "contiguous.tif",
+        "tiles-lzw-predictor.tif",
+        "strips-lzw.tif",
+        "planes-tiles.tif",
+        "photo.png",
+    ],
+)
+def test_the_thumbnail_averages_squares_and_is_made_in_the_same_pass(tmp_path, monkeypatch, kind):
+    opened, original = [], slides.open_image
+    monkeypatch.setattr(slides, "open_image", lambda path: opened.append(path) or original(path))
+    make_root(tmp_path, kind, WRITERS[kind])
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    assert len(opened) == 1, "the image is read once"
+    meta = json.loads((tmp_path / "dataset" / "meta.json").read_text())
+    assert meta["px_per_thumbnail_px"] == {"S1": 16} and meta["slides"][0]["um_per_px"] == 0.5
+    with Image.open(tmp_path / "dataset" / "thumbnail_1.png") as image:
+        thumbnail = np.asarray(image)
+    assert thumbnail.shape == (
+        44,
+        57,
+        3,
+    )  # of 700 x 900 px, the last row 12 px high, the last column 4 px wide
+    for row, column in ((0, 0), (20, 30), (43, 56), (43, 0)):
+        square = picture()[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        assert np.array_equal(thumbnail[row, column], np.rint(square.mean((0, 1))))
+
+
+def test_without_thumbnails_none_is_written(tmp_path):
+    make_root(tmp_path)
+    assert (
+        run_script("19", "--data-root", tmp_path, "--target", "lognorm", "--thumbnail", "false")
+        == 0
+    )
+    assert not list((tmp_path / "dataset").glob("thumbnail*"))
+    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["px_per_thumbnail_px"] == {}
 
 
 def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
@@ -155,17 +291,22 @@ def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
     white = [(patch == 255).mean() for patch in by_spot]
     assert white == [0.75, 0, 1 - (113 / 224) ** 2, 1 / 224]
     assert (by_spot[0][112:, 112:] == 0).all() and (by_spot[0][:112] == 255).all()
-    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["padded_at_border"] == {"S1": 3}
+    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["padded_at_border"] == {
+        "S1": 3
+    }
 
 
 def test_blocks_are_squares_five_pitches_wide():
     rows, cols = (axis.ravel() for axis in np.mgrid[:12, :11])
     spots = pd.DataFrame({"pxl_row": rows * 80, "pxl_col": cols * 80})
-    pitch, blocks = load_script("19").lay_blocks(spots, 7)
+    pitch = slides.measure_pitch(spots)
+    blocks = slides.lay_blocks(spots, pitch, 7)
     assert pitch == 80 and blocks[0] == "7:0:0" and blocks[-1] == "7:2:2" and len(set(blocks)) == 9
     assert pd.Series(blocks).value_counts().max() == 25
-    assert load_script("19").lay_blocks(spots.iloc[:1], 7) == (1.0, ["7:0:0"]), "a spot alone"
-    assert load_script("19").lay_blocks(spots.iloc[[3, 3, 3]], 7)[0] == 1.0, "three in one place"
+    alone = spots.iloc[:1]
+    assert slides.measure_pitch(alone) == 1.0, "a spot alone"
+    assert slides.lay_blocks(alone, 1.0, 7) == ["7:0:0"]
+    assert slides.measure_pitch(spots.iloc[[3, 3, 3]]) == 1.0, "three in one place"
 
 
 def test_red_stays_red_from_slide_to_network(tmp_path):
@@ -179,17 +320,26 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
     seen = []
     model = common.build_model(
-        {"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False, "TRAINABLE_STAGES": -1}, 2, 0
+        {"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False, "TRAINABLE_STAGES": -1},
+        2,
+        0,
     )
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     import torch
 
     for size in (224, 32):
-        common.predict(model, common.place_patches(data.patches, size, torch.device("cpu")), [0], dtype=torch.float32)
+        common.predict(
+            model,
+            common.place_patches(data.patches, size, torch.device("cpu")),
+            [0],
+            dtype=torch.float32,
+        )
         centre = seen.pop()[0, :, size // 2, size // 2]
         expected = [
             (value - mean) / std
-            for value, mean, std in zip((1, 0, 0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+            for value, mean, std in zip(
+                (1, 0, 0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True
+            )
         ]
         np.testing.assert_allclose(centre, expected, rtol=1e-5)
 
@@ -198,17 +348,23 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
 def test_both_position_formats(tmp_path, header):
     spots, _ = make_root(tmp_path)
     if header:
-        spots.columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+        spots.columns = [
+            "barcode",
+            "in_tissue",
+            "array_row",
+            "array_col",
+            "pxl_row_in_fullres",
+            "pxl_col_in_fullres",
+        ]
         spots.to_csv(tmp_path / "positions1.csv", index=False)
-    table = load_script("19").read_positions(tmp_path / "positions1.csv")
+    table = slides.read_positions(tmp_path / "positions1.csv")
     assert list(table.columns) == common.POSITION_COLUMNS[1:] and len(table) == 7
     assert table.loc["A0-1"].tolist() == spots.iloc[0, 1:].tolist()
 
 
 def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
     make_root(tmp_path)
-    script = load_script("19")
-    plain = script.read_matrix(tmp_path / "matrix1")
+    plain = slides.read_matrix(tmp_path / "matrix1")
     packed = tmp_path / "packed"
     packed.mkdir()
     for path in (tmp_path / "matrix1").iterdir():
@@ -224,33 +380,49 @@ def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
             group[name] = values
         group["shape"], group["barcodes"] = np.array(counts.shape), np.array(plain.obs_names, "S")
         features = group.create_group("features")
-        features["id"], features["name"] = np.array(plain.var_names, "S"), np.array(plain.var["name"], "S")
+        features["id"], features["name"] = (
+            np.array(plain.var_names, "S"),
+            np.array(plain.var["name"], "S"),
+        )
         features["feature_type"] = np.array(["Gene Expression"] * plain.n_vars, "S")
         features["genome"] = np.array(["GRCh38"] * plain.n_vars, "S")
-    for other in (script.read_matrix(packed), script.read_matrix(tmp_path / "filtered_feature_bc_matrix.h5")):
+    for other in (
+        slides.read_matrix(packed),
+        slides.read_matrix(tmp_path / "filtered_feature_bc_matrix.h5"),
+    ):
         assert (
             other.obs_names.tolist() == plain.obs_names.tolist()
             and other.var_names.tolist() == plain.var_names.tolist()
         )
-        assert other.var["name"].tolist() == plain.var["name"].tolist() and (other.X != plain.X).nnz == 0
+        assert (
+            other.var["name"].tolist() == plain.var["name"].tolist()
+            and (other.X != plain.X).nnz == 0
+        )
 
 
 def test_genes_are_aligned_by_id_and_shared_ones_kept(tmp_path, capsys):
     make_root(tmp_path, "one.tif")
     counts = np.random.default_rng(2).poisson(3.0, (7, 11)) + 1
     WRITERS["contiguous.tif"](tmp_path / "two.tif", picture())
-    order = [f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)]  # G10 is missing, the order another one
+    order = [
+        f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)
+    ]  # G10 is missing, the order another one
     write_slide(tmp_path, "two.tif", spot_table(seed=5), counts, order, slide=2)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     assert "11 genes in every slide (of up to 12)" in capsys.readouterr().out
     stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
     assert "G10" not in stored.var_names
     first = stored[stored.obs["tissue_index"] == 1]
-    assert (first.obs["n_counts"] >= np.asarray(first.X.sum(1)).ravel() + 1).all(), "depth counts G10 too"
+    assert (first.obs["n_counts"] >= np.asarray(first.X.sum(1)).ravel() + 1).all(), (
+        "depth counts G10 too"
+    )
     second = stored[stored.obs["tissue_index"] == 2]
     barcode = second.obs["barcode"].iloc[0]
     at = spot_table(seed=5)["barcode"].tolist().index(barcode)
-    assert second[:, "G11"].X.toarray()[0, 0] == counts[at, 0] and second[:, "G3"].X.toarray()[0, 0] == counts[at, 1]
+    assert (
+        second[:, "G11"].X.toarray()[0, 0] == counts[at, 0]
+        and second[:, "G3"].X.toarray()[0, 0] == counts[at, 1]
+    )
 
 
 def test_duplicate_gene_names_are_made_unique_and_said(tmp_path, capsys):
@@ -273,6 +445,7 @@ def test_without_expression_patches_alone_are_made(tmp_path):
         "dataset.csv",
         "meta.json",
         "patches.npy",
+        "thumbnail_1.png",
     ]
     assert pd.read_csv(tmp_path / "dataset" / "dataset.csv").columns.tolist() == common.ID_COLUMNS
 
@@ -295,7 +468,11 @@ def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
 def test_colour_statistics_tell_what_they_say():
     script = load_script("19")
     patches = np.empty((3, 224, 224, 3), np.uint8)
-    patches[0], patches[1], patches[2] = 255, (200, 100, 50), np.random.default_rng(0).integers(0, 256, (224, 224, 3))
+    patches[0], patches[1], patches[2] = (
+        255,
+        (200, 100, 50),
+        np.random.default_rng(0).integers(0, 256, (224, 224, 3)),
+    )
     values = script.colour_statistics(patches)
     assert values.shape == (3, 40) and np.isfinite(values).all()
     np.testing.assert_allclose(values[1, :3], np.array([200, 100, 50]) / 255, rtol=1e-5)
@@ -307,7 +484,10 @@ def test_panel_is_the_union_of_each_slides_variable_genes_and_the_markers(simula
     stored = anndata.read_h5ad(simulated / "dataset" / "counts.h5ad")
     assert {"hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"} <= set(stored.var.columns)
     assert (stored.var[["hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"]].any(axis=1)).all()
-    assert stored.var_names[stored.var["MG"]].isin(common.MARKER_GENES).all() and stored.var["MG"].sum() == 8
+    assert (
+        stored.var_names[stored.var["MG"]].isin(common.MARKER_GENES).all()
+        and stored.var["MG"].sum() == 8
+    )
 
 
 def test_harmony_takes_the_slide_effect_out(simulated):
@@ -321,16 +501,23 @@ def test_outputs_are_the_same_when_made_again(tmp_path):
     make_root(tmp_path)
     for _ in range(2):
         assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-        files = {p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"}
+        files = {
+            p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"
+        }
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert files == {p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"}
+    assert files == {
+        p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"
+    }
     assert not list((tmp_path / "dataset").glob(".partial*"))
 
 
 @pytest.mark.data
 @pytest.mark.skipif(not (SHARED / "gse240429").is_dir(), reason="shared/gse240429 is not there")
 def test_real_positions_and_features_are_read():
-    script = load_script("19")
-    table = script.read_positions(SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv")
-    barcodes = (SHARED / "gse240429/data/filtered_expression_matrices/1/barcodes.tsv").read_text().split()
+    table = slides.read_positions(
+        SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv"
+    )
+    barcodes = (
+        (SHARED / "gse240429/data/filtered_expression_matrices/1/barcodes.tsv").read_text().split()
+    )
     assert len(table) == 4992 and set(barcodes) <= set(table.index) and len(barcodes) == 2378

@@ -17,6 +17,7 @@ from test_bad_input import check_one_line
 from test_patches import picture
 
 import common
+import slides
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,18 @@ def slide_of(simulated, number=3):
 
 
 def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tmp_path, capsys):
-    assert run_script("26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu") == 0
+    assert (
+        run_script(
+            "26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu"
+        )
+        == 0
+    )
     ours = anndata.read_h5ad(tmp_path / "predictions.h5ad")
     theirs = anndata.read_h5ad(weights.parent / "predictions.h5ad")
     theirs = theirs[theirs.obs["role"] == "test"]
-    assert ours.obs["barcode"].tolist() == theirs.obs["barcode"].tolist() and list(ours.var_names) == list(
-        theirs.var_names
-    )
+    assert ours.obs["barcode"].tolist() == theirs.obs["barcode"].tolist() and list(
+        ours.var_names
+    ) == list(theirs.var_names)
     np.testing.assert_allclose(ours.X, theirs.X, rtol=0, atol=1e-5)
     np.testing.assert_allclose(ours.layers["measured"], theirs.layers["lognorm"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(ours.var["valid_r"], theirs.var["valid_lognorm_r"], atol=1e-9)
@@ -61,7 +67,12 @@ def test_the_h5ad_opens_in_scanpy_and_draws(simulated, weights, tmp_path, monkey
     matplotlib.use("agg")
     import scanpy
 
-    assert run_script("26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu") == 0
+    assert (
+        run_script(
+            "26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu"
+        )
+        == 0
+    )
     table = scanpy.read_h5ad(tmp_path / "predictions.h5ad")
     gene = table.var["valid_r"].idxmax()
     with warnings.catch_warnings(action="ignore"):  # scanpy's own: deprecated calls
@@ -70,7 +81,8 @@ def test_the_h5ad_opens_in_scanpy_and_draws(simulated, weights, tmp_path, monkey
     assert axes.images[0].get_array().shape[:2] == slide["images"]["hires"].shape[:2]
     assert len(axes.collections[0].get_paths()) == table.n_obs
     assert (
-        table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"] < axes.images[0].get_size()[::-1]
+        table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"]
+        < axes.images[0].get_size()[::-1]
     ).all()
 
 
@@ -87,13 +99,15 @@ def ellipse(height=3200, width=3800):
 
 
 def grid_of(tmp_path, image, um_per_px, **options):
-    script = load_script("19")
     path = tmp_path / f"{um_per_px}.tif"
     tifffile.imwrite(path, image, photometric="rgb", **options)
-    return script.lay_grid({"image": str(path), "um_per_px": um_per_px})
+    slide = slides.Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
+    return slides.place_spots(slide)[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"tile": (240, 176), "compression": "zlib"}, {"rowsperstrip": 37}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tile": (240, 176), "compression": "zlib"}, {"rowsperstrip": 37}]
+)
 def test_the_grid_covers_tissue_and_skips_background(tmp_path, options):
     image, tissue = ellipse()
     spots = grid_of(tmp_path, image, 0.5, **options)
@@ -101,7 +115,9 @@ def test_the_grid_covers_tissue_and_skips_background(tmp_path, options):
     on = tissue[tuple(at.T)]
     assert on.mean() > 0.97, "no spots on background, nor on the speck"
     cell = 200**2 * 0.75**0.5  # px of a spot at a pitch of 200 px
-    assert len(spots) == pytest.approx(tissue.sum() / cell, rel=0.06), "nor missing in tissue, nor in its small hole"
+    assert len(spots) == pytest.approx(tissue.sum() / cell, rel=0.06), (
+        "nor missing in tissue, nor in its small hole"
+    )
     nearest = np.sqrt(((at[:, None] - at[None]) ** 2).sum(2) + 1e9 * np.eye(len(at))).min(1)
     assert np.median(nearest) == pytest.approx(200, abs=1.5), "100 um apart"
     row, col = spots["array_row"], spots["array_col"]
@@ -122,7 +138,7 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
         root.mkdir()
         tifffile.imwrite(root / "slide.tif", image if um == 0.5 else half, photometric="rgb")
         row = [1, "S", "D", "slide.tif", um, "", ""]
-        pd.DataFrame([row], columns=load_script("19").MANIFEST).to_csv(root / "slides.csv", index=False)
+        pd.DataFrame([row], columns=slides.MANIFEST).to_csv(root / "slides.csv", index=False)
         assert run_script("19", "--data-root", root, "--um-per-px", 0.5, "--target", "lognorm") == 0
         table = pd.read_csv(root / "dataset" / "dataset.csv").set_index("barcode")
         made = np.load(root / "dataset" / "patches.npy")
@@ -131,7 +147,11 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
 
 
 def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
-    image = np.random.default_rng(0).integers((120, 60, 90), (200, 90, 160), (1207, 1411, 3)).astype(np.uint8)
+    image = (
+        np.random.default_rng(0)
+        .integers((120, 60, 90), (200, 90, 160), (1207, 1411, 3))
+        .astype(np.uint8)
+    )
     image[:600, :600] = 240
     spots = grid_of(tmp_path, image, 0.5)
     assert (spots["pxl_row"] < 1207).all() and (spots["pxl_col"] < 1411).all() and len(spots) > 20
@@ -150,7 +170,12 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
     assert run_script("27", "--run", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
-    assert page.tags.count("img") == 1 and page.tags.count("table") == 5 and not page.mute and not page.outside
+    assert (
+        page.tags.count("img") == 1
+        and page.tags.count("table") == 5
+        and not page.mute
+        and not page.outside
+    )
     assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
     check_one_line(capsys, ["NOVEL", "of the model"])
 
@@ -164,18 +189,21 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
 ])  # fmt: skip
 def test_resolution_from_tags(tmp_path, tags, um):
     tifffile.imwrite(tmp_path / "slide.tif", picture(), photometric="rgb", metadata=None, **tags)
-    script = load_script("26")
     if um:
-        assert script.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
+        assert slides.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
     else:
         with pytest.raises(common.InputError, match="--um-per-px"):
-            script.read_resolution(tmp_path / "slide.tif")
+            slides.read_resolution(tmp_path / "slide.tif")
 
 
 def test_resolution_of_an_ome_tiff(tmp_path):
     with tifffile.TiffWriter(tmp_path / "slide.ome.tif", ome=True) as tiff:
-        tiff.write(picture(), photometric="rgb", metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"})
-    assert load_script("26").read_resolution(tmp_path / "slide.ome.tif") == 0.25
+        tiff.write(
+            picture(),
+            photometric="rgb",
+            metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"},
+        )
+    assert slides.read_resolution(tmp_path / "slide.ome.tif") == 0.25
 
 
 def spoil_weights(weights, path, change):
@@ -193,7 +221,10 @@ SPOILT = {
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
     "no recipe": (lambda m, s: m.update(recipe="[]"), ["recipe", "train it again"]),
-    "half a recipe": (lambda m, s: m.update(recipe='{"HIDDEN": 16}'), ["BACKBONE", "train it again"]),
+    "half a recipe": (
+        lambda m, s: m.update(recipe='{"HIDDEN": 16}'),
+        ["BACKBONE", "train it again"],
+    ),
     "no JSON": (lambda m, s: m.update(genes="[A"), ["not a .safetensors file of a run"]),
 }
 
@@ -233,10 +264,12 @@ def space_ranger(folder, simulated, number, kind):
     row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[number]
     outs = folder / f"sample{number}" / "outs"
     (outs / "spatial").mkdir(parents=True)
-    positions = pd.read_csv(simulated / row["positions"], header=None, names=common.POSITION_COLUMNS)
+    positions = pd.read_csv(
+        simulated / row["positions"], header=None, names=common.POSITION_COLUMNS
+    )
     header = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     named = positions.set_axis([*common.POSITION_COLUMNS[:4], *header], axis=1)
-    matrix = load_script("19").read_matrix(simulated / row["matrix"])
+    matrix = slides.read_matrix(simulated / row["matrix"])
     if kind == "old":
         positions.to_csv(outs / "spatial" / "tissue_positions_list.csv", header=False, index=False)
         shutil.copytree(simulated / row["matrix"], outs / "filtered_feature_bc_matrix",
@@ -246,10 +279,20 @@ def space_ranger(folder, simulated, number, kind):
         counts = matrix.X.tocsr().astype(np.int32)
         with h5py.File(outs / "filtered_feature_bc_matrix.h5", "w") as file:
             group = file.create_group("matrix")
-            group["data"], group["indices"], group["indptr"] = counts.data, counts.indices, counts.indptr
-            group["shape"], group["barcodes"] = np.array(counts.shape[::-1]), np.array(matrix.obs_names, "S")
+            group["data"], group["indices"], group["indptr"] = (
+                counts.data,
+                counts.indices,
+                counts.indptr,
+            )
+            group["shape"], group["barcodes"] = (
+                np.array(counts.shape[::-1]),
+                np.array(matrix.obs_names, "S"),
+            )
             features = group.create_group("features")
-            features["id"], features["name"] = np.array(matrix.var_names, "S"), np.array(matrix.var["name"], "S")
+            features["id"], features["name"] = (
+                np.array(matrix.var_names, "S"),
+                np.array(matrix.var["name"], "S"),
+            )
             features["feature_type"] = np.array([b"Gene Expression"] * matrix.n_vars)
             features["genome"] = np.array([b"GRCh38"] * matrix.n_vars)
     image = tifffile.imread(simulated / row["image"])
@@ -257,29 +300,50 @@ def space_ranger(folder, simulated, number, kind):
     from PIL import Image
 
     Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")
-    (outs / "spatial" / "scalefactors_json.json").write_text(json.dumps({"tissue_hires_scalef": 0.25}))
+    (outs / "spatial" / "scalefactors_json.json").write_text(
+        json.dumps({"tissue_hires_scalef": 0.25})
+    )
     if kind == "cytassist":
-        tifffile.imwrite(outs / "spatial" / "cytassist_image.tiff", image[::8, ::8], photometric="rgb")
+        tifffile.imwrite(
+            outs / "spatial" / "cytassist_image.tiff", image[::8, ::8], photometric="rgb"
+        )
     return outs, simulated / row["image"]
 
 
 def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
     kinds = {1: "new", 2: "old", 3: "cytassist", 4: "new"}
     made = [space_ranger(tmp_path, simulated, number, kind) for number, kind in kinds.items()]
-    outs = ",".join(str(outs if number % 2 else outs.parent) for number, (outs, _) in enumerate(made))
+    outs = ",".join(
+        str(outs if number % 2 else outs.parent) for number, (outs, _) in enumerate(made)
+    )
     options = ("--from-spaceranger", outs, "--images", ",".join(str(image) for _, image in made))
     assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0
     expected = common.load_dataset(simulated, "lognorm")
     found = common.load_dataset(tmp_path / "mine", "lognorm")
-    assert found.genes == expected.genes and found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
-    assert (found.patches == expected.patches).all() and (found.counts.X != expected.counts.X).nnz == 0
-    slides = pd.read_csv(tmp_path / "mine" / "slides.csv")
-    assert slides["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
-    assert slides["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
-    assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0, "once more"
+    assert (
+        found.genes == expected.genes
+        and found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
+    )
+    assert (found.patches == expected.patches).all() and (
+        found.counts.X != expected.counts.X
+    ).nnz == 0
+    manifest = pd.read_csv(tmp_path / "mine" / "slides.csv")
+    assert manifest["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
+    assert manifest["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
+    assert (
+        run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0
+    ), "once more"
     capsys.readouterr()
     assert (
-        run_script("19", "--data-root", tmp_path / "mine", "--from-spaceranger", made[0][0], "--images", made[0][1])
+        run_script(
+            "19",
+            "--data-root",
+            tmp_path / "mine",
+            "--from-spaceranger",
+            made[0][0],
+            "--images",
+            made[0][1],
+        )
         == 2
     )
     check_one_line(capsys, ["slides.csv", "already", "other slides"])
@@ -289,18 +353,83 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     outs, image = space_ranger(tmp_path, simulated, 1, "new")
     own = outs.parent / "A.tif"  # in the folder that bears the slide's name, inside the data root
     shutil.copy(image, own)
-    options = ("--data-root", tmp_path, "--from-spaceranger", outs, "--images", own, "--target", "lognorm")
+    options = (
+        "--data-root",
+        tmp_path,
+        "--from-spaceranger",
+        outs,
+        "--images",
+        own,
+        "--target",
+        "lognorm",
+    )
     assert run_script("19", *options) == 0
-    assert own.is_file() and not own.is_symlink() and (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
-    notes = tmp_path / "run" / "slide" / "notes.txt"
+    assert (
+        own.is_file()
+        and not own.is_symlink()
+        and (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
+    )
+    out = tmp_path / "run"
+    notes = out / "slide" / "notes.txt"
     notes.parent.mkdir(parents=True)
     notes.write_text("mine")
+    inside = out / "B.tif"
+    shutil.copy(image, inside)
+    pixels = inside.read_bytes()
+    options = ("--weights", weights, "--um-per-px", 0.304, "--out", out, "--device", "cpu")
+    assert run_script("26", *options, "--image", inside) == 0
     capsys.readouterr()
-    for slide, words in ((own, ["slide", "not of this script"]), (tmp_path / "none.tif", ["none.tif", "no such file"])):
-        options = ("--weights", weights, "--image", slide, "--um-per-px", 0.304, "--out", tmp_path / "run")
-        assert run_script("26", *options) == 2
-        check_one_line(capsys, words)
+    assert run_script("26", *options, "--image", tmp_path / "none.tif") == 2
+    check_one_line(capsys, ["none.tif", "no such file"])
     assert notes.read_text() == "mine"
+    assert inside.read_bytes() == pixels
+    made = {"predictions.h5ad", "predictions.csv", "maps.png", "run.json", ".lock"}
+    assert {path.name for path in out.iterdir()} == made | {"slide", "B.tif"}, "patches do not stay"
+
+
+def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_path, capsys):
+    row = pd.read_csv(simulated / "slides.csv").iloc[0]
+    folder = tmp_path / "matrix"
+    shutil.copytree(simulated / row["matrix"], folder)
+    features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
+    features[1] = "mouse-" + features[1]
+    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
+    options = (
+        "--image",
+        simulated / row["image"],
+        "--positions",
+        simulated / row["positions"],
+        "--matrix",
+        folder,
+    )
+    options += ("--um-per-px", 0.304, "--device", "cpu", "--out", tmp_path / "out")
+    assert run_script("26", "--weights", weights, *options) == 2
+    check_one_line(capsys, [str(folder), "none of the model's"])
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(
+    simulated, weights, tmp_path, capsys
+):
+    outs, _ = space_ranger(tmp_path, simulated, 3, "new")
+    options = (
+        "--weights",
+        weights,
+        "--positions",
+        outs,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+    )
+    assert run_script("26", *options) == 0
+    assert "hires image, 1.2" in capsys.readouterr().out
+    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    truth = slides.read_positions(outs / "spatial" / "tissue_positions.csv").loc[
+        table.obs["barcode"]
+    ]
+    assert np.abs(table.obs["pxl_row"].to_numpy() - truth["pxl_row"].to_numpy() / 4).max() <= 0.5
+    assert list(table.uns["spatial"]) == ["sample3"] and "measured" in table.layers
 
 
 def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
@@ -351,7 +480,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag == "img" and len(attributes.get("alt", "")) < 10:
             self.mute.append(attributes)
-        self.outside += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+        self.outside += [
+            v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")
+        ]
 
 
 def test_the_report_of_a_run_is_one_file_that_needs_nothing(trained):
@@ -363,11 +494,22 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(trained):
     rows = json.loads(next(trained[0].glob("EfficientNet-B0-*/rows.json")).read_text())
     for row in rows:
         assert f"{row['heg']:.3f}" in text
-    assert "SIMULATED" in text and "LEARNING_RATE" in text and "prefers" not in text and "color-scheme" in text
+    assert (
+        "SIMULATED" in text
+        and "LEARNING_RATE" in text
+        and "prefers" not in text
+        and "color-scheme" in text
+    )
 
 
 def test_report_escapes_what_it_shows(tmp_path):
-    facts = {"title": "<b>&", "tables": {"a<script>": [{"<i>": "<script>"}]}, "rows": [], "settings": {}, "machine": {}}
+    facts = {
+        "title": "<b>&",
+        "tables": {"a<script>": [{"<i>": "<script>"}]},
+        "rows": [],
+        "settings": {},
+        "machine": {},
+    }
     load_script("27").write_report(tmp_path, facts)
     page = Page((tmp_path / "report.html").read_text())
     assert "script" not in page.tags and "i" not in page.tags and "b" not in page.tags

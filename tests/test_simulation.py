@@ -10,13 +10,14 @@ import tifffile
 from conftest import REPOSITORY, SHARED, load_script, stdout_of
 
 import common
+from slides import read_matrix, read_positions
 
 
 def test_layout_is_gse240429s(simulated):
     slides = pd.read_csv(simulated / "slides.csv")
     assert slides["tissue_index"].tolist() == [1, 2, 3, 4]
     assert slides["um_per_px"].unique().tolist() == [0.304]
-    table = load_script("19").read_positions(simulated / slides["positions"][0])
+    table = read_positions(simulated / slides["positions"][0])
     inside = table[table["in_tissue"] == 1]
     assert len(inside) == 10
     points = inside[["pxl_row", "pxl_col"]].to_numpy()
@@ -36,7 +37,7 @@ def test_the_published_gene_groups_are_among_the_genes(simulated):
 
 
 def test_counts_are_poisson_around_the_realised_rate(simulated):
-    counts = load_script("19").read_matrix(simulated / "data/filtered_expression_matrices/2")
+    counts = read_matrix(simulated / "data/filtered_expression_matrices/2")
     truth = anndata.read_h5ad(simulated / "truth/2.h5ad")
     assert counts.obs_names.tolist() == truth.obs_names.tolist()
     assert counts.var_names.tolist() == truth.var_names.tolist()
