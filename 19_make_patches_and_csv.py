@@ -156,8 +156,7 @@ def read_harmony(slide, counts):
     The file holds genes of the panel x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
-    table = slides.find_part(slide.matrix, "barcodes.tsv")
-    barcodes = pd.read_csv(table, header=None, dtype=str)[0]
+    barcodes = slides.read_barcodes(slides.find_part(slide.matrix, "barcodes.tsv"))
     expected = counts.n_vars, len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)

@@ -6,12 +6,17 @@ Shapes: n spots, patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8
 slide are rows and columns in px of its image. What cannot be read raises InputError.
 """
 
+import atexit
+import codecs
+import csv
+import functools
 import gzip
 import io
 import json
 import math
 import os
 import re
+import shutil
 import struct
 import tempfile
 import warnings
@@ -49,6 +54,190 @@ THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
+FEATURE_SPELLINGS = {
+    "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
+    "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
+    "kind": ("feature_type", "feature_types", "kind", "type"),
+}
+GZIP = b"\x1f\x8b"  # how a gzipped file begins
+# How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
+POSITION_SPELLINGS = {
+    "barcode": ("barcode", "barcodes", "barcode_id", "cell", "cell_id", "spot", "spot_id"),
+    "in_tissue": ("in_tissue", "intissue", "tissue"),
+    "array_row": ("array_row", "row"),
+    "array_col": ("array_col", "col"),
+    "pxl_row": ("pxl_row_in_fullres", "pxl_row", "row_pxl", "pixel_row", "imagerow", "image_row"),
+    "pxl_col": ("pxl_col_in_fullres", "pxl_col", "col_pxl", "pixel_col", "imagecol", "image_col"),
+}
+
+
+# -------------------------------------------------------------------------------- tables
+
+WARNINGS = []  # of this start of a script, in the order in which warn() printed them
+
+
+def warn(text):
+    """Print one line `warning: file: value: fix`, and keep it for the report."""
+    line = " ".join(text.split())
+    print(f"warning: {line}")
+    WARNINGS.append(line)
+
+
+def read_bytes(path):
+    """The bytes of a file, unpacked where they are gzipped, whatever the file is called."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if content.startswith(GZIP) else content
+
+
+@functools.cache
+def scratch_folder():
+    """A folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def unpack(path):
+    """The path of a file that can be read anywhere: a gzipped one is unpacked, once.
+
+    It is unpacked to the system's folder for temporary files, which TMPDIR names.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(GZIP)) != GZIP:
+            return path
+    found = path.stat()
+    return unpack_to_scratch(path.absolute(), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def unpack_to_scratch(path, size, changed):
+    """The path of the unpacked file, whose `size` and time of change tell it from an older one."""
+    folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
+    plain = folder / path.name.removesuffix(".gz")
+    print(f"unpack {path} to {folder}", flush=True)
+    try:
+        with gzip.open(path) as packed, open(plain, "wb") as file:
+            shutil.copyfileobj(packed, file, 2**24)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole .gz file ({error}); fetch it again") from None
+    return plain
+
+
+def decode_text(content):
+    """Bytes as text: UTF-8, UTF-16 with its mark, or what spreadsheets write in Western Europe."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def find_separator(line):
+    """The character that separates the cells of a table whose first line this is."""
+    outside_quotes = re.sub(r'"[^"]*"', "", line.strip())
+    for separator in ("\t", ";", ",", " "):
+        if separator in outside_quotes:
+            return separator
+    return ","  # one column
+
+
+def split_cells(path):
+    """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
+    try:
+        text = decode_text(read_bytes(path)).lstrip()
+        separator = find_separator(text.partition("\n")[0])
+        lines = csv.reader(
+            io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
+        )
+        rows = [[cell.strip() for cell in line] for line in lines]
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a table of text ({error}); export it as CSV") from None
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        raise InputError(f"{path}: holds no line")
+    return rows, separator
+
+
+def normalise_name(cell):
+    """A column's name in lower case, with underscores for all that is no letter or number."""
+    return re.sub(r"[\W_]+", "_", cell.lower()).strip("_")
+
+
+def counts_up(cells):
+    """Whether these are the names or numbers that R and pandas give by default: 0, 1, 2, or V1."""
+    numbers = [re.sub(r"^(V|X|Unnamed: )(?=\d+$)", "", cell) for cell in cells]
+    first = 1 if numbers[:1] == ["1"] else 0
+    return numbers == [str(first + place) for place in range(len(numbers))]
+
+
+def read_table(path, spellings, row_names=None):
+    """A table of texts, with the columns that `spellings` {column: (spelling, ...)} name.
+
+    Columns are found by their names where the first line holds a known one, whatever their order,
+    the first spelling before the others; else by their places. An unnamed first column, as R and
+    pandas write row names, is `row_names` where the table has no other column of that name, and is
+    left out otherwise. Other columns keep their names, or are called by their numbers. attrs hold
+    "named" and "separator". Commas, semicolons, tabs and blanks separate; quotes, byte order marks
+    and .gz are seen to. Raises InputError.
+    """
+    rows, separator = split_cells(path)
+    known = {spelling for column in spellings for spelling in spellings[column]}
+    named = any(normalise_name(cell) in known for cell in rows[0])
+    if named:
+        names, rows = rows[0], rows[1:]
+        if rows and all(len(row) == len(names) + 1 for row in rows):
+            names = ["", *names]  # R's write.table gives row names no head
+        columns = name_columns(path, names, spellings, row_names)
+    else:
+        if len(rows) > 1 and counts_up(rows[0] if rows[0][0] else rows[0][1:]):
+            rows = rows[1:]  # the head of a table without names
+        width = len(rows[0])
+        numbered = counts_up([row[0] for row in rows])
+        columns = list(spellings)
+        if numbered and width > len(columns):
+            columns = ["", *columns]
+        columns += [str(place + 1) for place in range(len(columns), width)]
+        columns = columns[:width]
+    table = pd.DataFrame([fit_row(path, row, len(columns)) for row in rows], columns=columns)
+    table = table.drop(columns="", errors="ignore").astype(object)
+    table.attrs = {"named": named, "separator": separator}
+    return table
+
+
+def name_columns(path, names, spellings, row_names):
+    """What the columns under these heads are called; "" for row names."""
+    found = [normalise_name(name) for name in names]
+    columns = list(names)
+    for column, allowed in spellings.items():
+        spelling = next((spelling for spelling in allowed if spelling in found), None)
+        if spelling is None:
+            continue
+        if found.count(spelling) > 1:
+            raise InputError(f"{path}: the column {spelling} stands there twice")
+        columns[found.index(spelling)] = column
+    if found[0] in ("", "unnamed_0"):
+        columns[0] = row_names if row_names and row_names not in columns else ""
+    return columns
+
+
+def fit_row(path, row, width):
+    """A row with as many cells as the table has columns; those that it lacks are empty."""
+    if any(row[width:]):
+        raise InputError(
+            f"{path}: the line of {row[0]!r} has {len(row)} cells; expected {width} as in the first"
+        )
+    return row[:width] + [""] * (width - len(row))
+
+
+def parse_numbers(texts, separator):
+    """Texts as float64, with a point or a comma before decimals; NaN for what is no number.
+
+    Where commas separate the cells, 1,234 in quotes may be a thousand and is no number here.
+    """
+    doubtful = texts.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+")
+    numbers = pd.to_numeric(texts.str.replace(",", ".", regex=False), errors="coerce")
+    return numbers.astype(np.float64).mask(doubtful & (separator == ","))
 
 
 # -------------------------------------------------------------------------------- manifest
@@ -67,6 +256,7 @@ class Slide:
     matrix: Path | None  # a 10x folder or .h5; None: there are no counts
 
 
+NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 
 
@@ -82,34 +272,47 @@ def read_manifest(root):
             f"no {path}: make it with 17_download_data.py or 18_simulate_slides.py, "
             "or write it by hand"
         )
-    texts = dict.fromkeys(("name", "donor", "image", "positions", "matrix"), str)
-    try:
-        table = pd.read_csv(path, dtype=texts)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV table ({error})") from None
+    table = read_table(path, {column: (column,) for column in MANIFEST})
     check_manifest(path, table)
+    separator = table.attrs["separator"]
+    table = table[MANIFEST].copy()
+    for column in ("tissue_index", "um_per_px"):
+        table[column] = parse_numbers(table[column], separator)
+    check_manifest_numbers(path, table)
+    table["tissue_index"] = table["tissue_index"].astype(int)
     rows = table.sort_values("tissue_index").to_dict("records")
     return [read_manifest_row(root, row) for row in rows]
 
 
 def check_manifest(path, table):
-    """InputError unless the table has all columns, an index and a name a slide, and resolutions."""
-    missing = [column for column in MANIFEST if column not in table.columns]
-    if missing:
+    """InputError unless the table has all columns and every slide a name of its own and a donor."""
+    missing = [column for column in MANIFEST if column not in table]
+    if missing or not table.attrs["named"]:
         raise InputError(
-            f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}"
+            f"{path}: the column {(missing or MANIFEST)[0]} is missing; "
+            f"expected {', '.join(MANIFEST)}"
         )
-    numbers, names, resolutions = table["tissue_index"], table["name"], table["um_per_px"]
-    whole = pd.api.types.is_integer_dtype(numbers)
-    if table.empty or not whole or numbers.duplicated().any():
+    names, donors = table["name"], table["donor"]
+    if (names == "").any() or names.duplicated().any():
+        raise InputError(f"{path}: every slide needs a name of its own")
+    if (donors == "").any():
+        raise InputError(
+            f"{path}: slide {names[donors == ''].iloc[0]} has no donor: give every person a name, "
+            "since slides of one person are left out together"
+        )
+
+
+def check_manifest_numbers(path, table):
+    """InputError unless the slides have different whole numbers, and resolutions that can be."""
+    numbers, resolutions = table["tissue_index"], table["um_per_px"]
+    whole = (numbers == np.rint(numbers)) & (numbers.abs() < 2**31)
+    if table.empty or not whole.all() or numbers.duplicated().any():
         raise InputError(
             f"{path}: tissue_index must be a different whole number for every slide, "
             "and one at least"
         )
-    if not pd.api.types.is_numeric_dtype(resolutions) or not resolutions.between(0.05, 20).all():
+    if not resolutions.between(0.05, 20).all():
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
-    if names.isna().any() or names.duplicated().any():
-        raise InputError(f"{path}: every slide needs a name of its own")
 
 
 def read_manifest_row(root, row):
@@ -125,7 +328,7 @@ def read_manifest_row(root, row):
     return Slide(
         tissue_index=row["tissue_index"],
         name=row["name"],
-        donor=str(row["donor"]),
+        donor=row["donor"],
         um_per_px=row["um_per_px"],
         **paths,
     )
@@ -134,7 +337,7 @@ def read_manifest_row(root, row):
 def find_named(root, row, column):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
-    if pd.isna(value):
+    if value in NO_FILE:
         return None
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
@@ -280,28 +483,54 @@ def place_link(link, path):
 def read_positions(path):
     """Space Ranger's positions, with or without a header: a table by barcode.
 
-    Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col.
+    Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col. Named columns may stand in
+    any order.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            header = 0 if file.readline().startswith("barcode") else None
-        table = pd.read_csv(path, header=header, encoding="utf-8-sig")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a positions table ({error})") from None
-    if table.shape[1] != len(POSITION_COLUMNS):
-        raise InputError(
-            f"{path}: {table.shape[1]} columns; expected {', '.join(POSITION_COLUMNS)}"
-        )
-    table.columns = POSITION_COLUMNS
-    numbers = table[POSITION_COLUMNS[1:]].apply(pd.to_numeric, errors="coerce")
-    known = np.isfinite(numbers.to_numpy(float)).all(axis=1)
-    if not known.all():
-        barcode = table["barcode"][~known].iloc[0]
-        raise InputError(f"{path}: the position of barcode {barcode} is not a number")
-    table[POSITION_COLUMNS[1:]] = np.rint(numbers).astype(np.int64)
-    table["barcode"] = table["barcode"].astype(str)
+    table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
+    check_position_columns(path, table)
+    separator = table.attrs["separator"]
+    table = table[POSITION_COLUMNS].copy()
+    truths = {"true": "1", "false": "0"}  # of R and pandas
+    table["in_tissue"] = table["in_tissue"].map(lambda text: truths.get(text.lower(), text))
+    for column in POSITION_COLUMNS[1:]:
+        numbers = parse_numbers(table[column], separator)
+        unknown = ~(numbers.abs() < 2**31)
+        if unknown.any():
+            barcode, text = table.loc[unknown, ["barcode", column]].iloc[0]
+            raise InputError(
+                f"{path}: the position of barcode {barcode} is not a number ({column} {text!r})"
+            )
+        table[column] = np.rint(numbers).astype(np.int64)
+    odd = table[~table["in_tissue"].isin([0, 1])]
+    if len(odd):
+        barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
+        raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
+
+
+def check_position_columns(path, table):
+    """InputError unless a table read by read_table has all columns of positions, and no doubt."""
+    expected = ", ".join(POSITION_COLUMNS)
+    if not table.attrs["named"]:
+        if table.empty or not any(map(is_number, table.iloc[0])):
+            heads = ", ".join(table.iloc[0]) if len(table) else ""
+            raise InputError(f"{path}: the columns {heads} are not known; expected {expected}")
+        if table.shape[1] != len(POSITION_COLUMNS):
+            raise InputError(f"{path}: {table.shape[1]} columns; expected {expected}")
+        return
+    missing = [column for column in POSITION_COLUMNS if column not in table]
+    if missing:
+        others = [str(column) for column in table if column not in POSITION_COLUMNS]
+        hint = ""
+        if others:
+            hint = f" among {', '.join(others)} (x and y are not taken: which is the row?)"
+        raise InputError(f"{path}: no column {missing[0]}{hint}; expected {expected}")
+
+
+def is_number(text):
+    """Whether a cell holds a number."""
+    return bool(re.fullmatch(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", text))
 
 
 def check_unique(names, kind, path):
@@ -347,7 +576,9 @@ def read_h5_matrix(path):
     try:
         # Names that several genes share are warned of; align_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            table = scanpy.read_10x_h5(path, gex_only=True)
+            table = scanpy.read_10x_h5(unpack(path), gex_only=True)
+    except InputError:
+        raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
         raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
     check_unique(table.obs_names, "barcode", path)
@@ -358,11 +589,12 @@ def read_h5_matrix(path):
 
 
 def read_matrix_folder(folder):
-    """matrix.mtx, barcodes.tsv and features.tsv, plain or .gz, as read_matrix gives them."""
-    read_table = partial(pd.read_csv, header=None, sep="\t", dtype=str)
-    paths = [find_part(folder, name) for name in ("barcodes.tsv", "features.tsv", "matrix.mtx")]
-    barcodes = read_part(paths[0], read_table)[0]
-    features = read_part(paths[1], read_table)
+    """matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as read_matrix gives them."""
+    paths = find_parts(folder, ("barcodes.tsv",), ("features.tsv", "genes.tsv"), ("matrix.mtx",))
+    barcodes = read_barcodes(paths[0])
+    features = read_table(paths[1], FEATURE_SPELLINGS, row_names="name")
+    if "id" not in features:
+        raise InputError(f"{paths[1]}: no column id among {', '.join(features)}")
     counts = scipy.sparse.csr_matrix(read_part(paths[2], read_market_matrix).T)
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
@@ -370,22 +602,56 @@ def read_matrix_folder(folder):
             f"{len(features)} features and {len(barcodes)} barcodes: the three files are not of "
             "one slide"
         )
-    if features.shape[1] > 2:  # CytAssist's and multi-modal folders hold other kinds too
-        genes = (features[2] == "Gene Expression").to_numpy()
+    if "kind" in features:  # CytAssist's and multi-modal folders hold other kinds too
+        genes = (features["kind"] == "Gene Expression").to_numpy()
         counts, features = counts[:, genes], features[genes]
     check_unique(barcodes, "barcode", folder)
-    check_unique(features[0], "gene id", folder)
-    symbols = features[1] if features.shape[1] > 1 else features[0]
-    var = pd.DataFrame({"name": symbols.to_numpy()}, index=features[0].to_numpy())
+    check_unique(features["id"], "gene id", folder)
+    symbols = features.get("name", features["id"])
+    var = pd.DataFrame({"name": symbols.to_numpy()}, index=features["id"].to_numpy())
     return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
 
 
-def find_part(folder, name):
-    """`name` or `name`.gz in a 10x folder."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise InputError(f"no {name} (plain or .gz) in {folder}: expected a 10x folder")
+def read_barcodes(path):
+    """The barcodes of a 10x folder, in the order of its matrix."""
+    return read_table(path, {"barcode": ("barcode", "barcodes", "x")}, "barcode")["barcode"]
+
+
+def find_part(folder, *names):
+    """The file of one of these names in a folder; it may be gzipped, and its name have a prefix.
+
+    The first name that is there counts, plain before gzipped before prefixed. GEO sets a sample's
+    accession before every name. Raises InputError for none, and for several samples.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                return path
+    for name in names:
+        pattern = re.compile(rf".+[_.-]{re.escape(name)}(\.gz)?")
+        found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        if len(found) > 1:
+            raise InputError(
+                f"{folder}: {found[0].name} and {found[1].name} are of two samples: "
+                "give each a folder of its own"
+            )
+        if found:
+            return found[0]
+    raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}: expected a 10x folder")
+
+
+def find_parts(folder, *kinds):
+    """A path for each of the kinds, which are tuples of names: files of one sample in a folder."""
+    paths = [find_part(folder, *names) for names in kinds]
+    prefixes = {}
+    for path, names in zip(paths, kinds, strict=True):
+        prefixes[re.sub(rf"({'|'.join(map(re.escape, names))})(\.gz)?$", "", path.name)] = path.name
+    if len(prefixes) > 1:
+        raise InputError(
+            f"{folder}: {' and '.join(prefixes.values())} are of two samples: "
+            "give each a folder of its own"
+        )
+    return paths
 
 
 def read_part(path, read):
@@ -403,9 +669,7 @@ def read_market_matrix(path):
 
     scipy's reader ends the process at a zero byte, and at a number with which the file breaks off.
     """
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as file:
-        content = file.read()
+    content = read_bytes(path)
     if b"\0" in content:
         raise ValueError("a zero byte in it")
     return scipy.io.mmread(io.BytesIO(content + b"\n"))
@@ -801,7 +1065,7 @@ def thumbnail_step(slide):
 
 def read_thumbnail(slide):
     """The Thumbnail of a slide, of which all pixels are read."""
-    image = open_image(slide.image)
+    image = open_image(unpack(slide.image))
     thumbnail = Thumbnail(image.shape, thumbnail_step(slide))
     for pixels, top, left in image.regions(lambda box: True):
         thumbnail.add(pixels, top, left)
@@ -815,7 +1079,7 @@ def read_patches(path, spots, patches, step=None):
     made of them as well; without one, only those that patches need are read. Raises InputError
     where a spot's centre lies outside the image.
     """
-    image = open_image(path)
+    image = open_image(unpack(path))
     check_centres(path, spots, image.shape)
     thumbnail = Thumbnail(image.shape, step) if step else None
     side = patches.shape[1]
