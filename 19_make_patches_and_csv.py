@@ -51,6 +51,7 @@ FROM_SPACERANGER = (
 )
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
+GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
@@ -312,12 +313,13 @@ def write_patches(out, manifest, obs, thumbnails):
 
     `thumbnails` holds, by slide name, those that were made to lay a grid, and None for the others,
     which are made in the same pass over the image as the patches. Returns the number of patches
-    over the border, by slide name.
+    over the border, by slide name, and (n,) bool: spots whose centre lies in the image, of which
+    alone patches are kept.
     """
     shape = len(obs), PATCH_SIZE, PATCH_SIZE, 3
     patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, shape)
     common.reserve_disk(out / "patches.npy")
-    over_border = {}
+    over_border, inside = {}, []
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in manifest:
         at = np.flatnonzero(obs["tissue_index"] == slide.tissue_index)
@@ -326,6 +328,7 @@ def write_patches(out, manifest, obs, thumbnails):
         step = slides.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
         image, made, over = slides.read_resampled(slide, spots, own, UM_PER_PX, out, step)
         over_border[slide.name] = over
+        inside.append(slides.find_inside(spots, image.shape))
         size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
         counted = f"{len(spots):6} {size} {over:15}"
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
@@ -335,8 +338,25 @@ def write_patches(out, manifest, obs, thumbnails):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
-    draw_contact_sheet(patches, obs["tissue_index"].to_numpy()).save(out / "contact_sheet.png")
-    return over_border
+    inside = np.concatenate(inside)
+    if not inside.all():
+        patches = keep_rows(out / "patches.npy", np.flatnonzero(inside))
+    tissue_index = obs["tissue_index"].to_numpy()[inside]
+    draw_contact_sheet(patches, tissue_index).save(out / "contact_sheet.png")
+    return over_border, inside
+
+
+def keep_rows(path, kept):
+    """Rewrite a .npy file with these rows alone, by their numbers, and map it."""
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    with common.whole_file(path) as partial:
+        shape = len(kept), *rows.shape[1:]
+        made = np.lib.format.open_memmap(partial, "w+", rows.dtype, shape)
+        common.reserve_disk(partial)
+        for start in range(0, len(kept), 256):
+            made[start : start + 256] = rows[kept[start : start + 256]]
+        made.flush()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def draw_contact_sheet(patches, tissue_index):
@@ -396,6 +416,7 @@ def write_meta(root, out, manifest, target, over_border):
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": digest,
         "slides": [describe_slide(slide) for slide in manifest],
+        "warnings": slides.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -431,6 +452,7 @@ def split_paths(text):
 
 def main():
     root = Path(DATA_ROOT)
+    slides.WARNINGS.clear()
     if FROM_SPACERANGER:
         runner.hold_folder(root)
         folders, images = split_paths(FROM_SPACERANGER), split_paths(IMAGES)
@@ -446,11 +468,13 @@ def main():
     tables, thumbnails = [], {}
     for slide in manifest:
         positions, thumbnails[slide.name] = slides.place_spots(slide)
-        tables.append(slides.read_spots(slide, positions))
+        tables.append(slides.read_spots(slide, positions, GENOME))
     obs = pd.concat([table.obs for table in tables])
     target = TARGET if True in have_counts else None
     with whole_folder(root / "dataset") as out:
-        over_border = write_patches(out, manifest, obs, thumbnails)
+        over_border, inside = write_patches(out, manifest, obs, thumbnails)
+        obs = obs[inside]
+        tables = [table[table.obs_names.isin(obs.index)] for table in tables]
         if target:
             write_expression(root, out, tables, manifest)
         else:

@@ -49,6 +49,11 @@ import common
 from common import PATCH_SIZE, POSITION_COLUMNS, InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
+PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
+VIEW = 64  # px, the side of the views by which two images are compared
+SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
+SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 BLOCK_WIDTH = 5  # pitches
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
@@ -273,25 +278,24 @@ def read_manifest(root):
             "or write it by hand"
         )
     table = read_table(path, {column: (column,) for column in MANIFEST})
-    check_manifest(path, table)
+    missing = [column for column in MANIFEST if column not in table or not table.attrs["named"]]
+    if missing:
+        raise InputError(
+            f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}"
+        )
     separator = table.attrs["separator"]
     table = table[MANIFEST].copy()
     for column in ("tissue_index", "um_per_px"):
         table[column] = parse_numbers(table[column], separator)
     check_manifest_numbers(path, table)
+    check_manifest_names(path, table)
     table["tissue_index"] = table["tissue_index"].astype(int)
     rows = table.sort_values("tissue_index").to_dict("records")
     return [read_manifest_row(root, row) for row in rows]
 
 
-def check_manifest(path, table):
-    """InputError unless the table has all columns and every slide a name of its own and a donor."""
-    missing = [column for column in MANIFEST if column not in table]
-    if missing or not table.attrs["named"]:
-        raise InputError(
-            f"{path}: the column {(missing or MANIFEST)[0]} is missing; "
-            f"expected {', '.join(MANIFEST)}"
-        )
+def check_manifest_names(path, table):
+    """InputError unless every slide has a name of its own, and a donor."""
     names, donors = table["name"], table["donor"]
     if (names == "").any() or names.duplicated().any():
         raise InputError(f"{path}: every slide needs a name of its own")
@@ -358,35 +362,51 @@ def find_named(root, row, column):
 # -------------------------------------------------------------------------------- Space Ranger
 
 
-def read_space_ranger(folder, image=None):
+def read_space_ranger(folder, image=None, check=True):
     """(Slide, its positions) of a folder outs/ of Space Ranger, or of the folder that holds outs/.
 
     Its full-resolution image is not among Space Ranger's files. Without `image`,
     tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
-    px follow from the spots, which are 100 um apart.
+    px follow from the spots, which are 100 um apart. An image is held against the hires image, but
+    where `check` is False.
     """
-    outs = folder / "outs" if (folder / "outs").is_dir() else folder
+    outs = find_outs(folder)
     if (outs / "binned_outputs").is_dir():
         raise InputError(
             f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read"
         )
-    table, older = "spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv"
-    positions_file = find_first(outs, table, older)
-    matrix = find_first(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
+    positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
+    matrix = find_part(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
+    if image is not None and not image.exists():
+        raise InputError(f"image {image}: no such file")
     positions = read_positions(positions_file)
     um_per_px = SPOT_PITCH / measure_pitch(positions)
     name = name_sample(folder)
     if image is None:
-        image = outs / "spatial" / "tissue_hires_image.png"
-        scale = read_hires_scale(image)
+        image = find_spatial(outs, "tissue_hires_image.png")
+        scale = read_hires_scale(outs)
         positions[PLACE] = np.rint(positions[PLACE] * scale).astype(int)
         um_per_px /= scale
         width = f"{PATCH_SIZE} px of it are {PATCH_SIZE * um_per_px:.0f} um"
         print(f"{name}: the hires image, {um_per_px:.2f} um/px: {width}")
-    if not image.exists():
-        raise InputError(f"image {image}: no such file")
+    elif check:
+        check_images("the image", [folder], [image])
     um_per_px = round(um_per_px, 4)
     return Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
+
+
+def find_outs(folder):
+    """The folder outs/ of Space Ranger, which may be `folder` itself."""
+    return folder / "outs" if (folder / "outs").is_dir() else folder
+
+
+def find_spatial(outs, *names):
+    """The first of the names in Space Ranger's folder spatial/, or beside the others."""
+    spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
+    try:
+        return find_part(spatial, *names)
+    except InputError as error:
+        raise InputError(f"{error}: {outs} is to be a folder outs/ of Space Ranger") from None
 
 
 def name_sample(folder):
@@ -395,21 +415,101 @@ def name_sample(folder):
     return (place.parent if place.name == "outs" else place).resolve().name
 
 
-def find_first(outs, *names):
-    """The first of the names that is in Space Ranger's folder."""
-    for name in names:
-        if (outs / name).exists():
-            return outs / name
-    raise InputError(f"{outs}: no {' or '.join(names)}: expected a folder outs/ of Space Ranger")
-
-
-def read_hires_scale(image):
-    """px of the hires image a full-resolution px, as the file beside it says."""
-    path = image.with_name("scalefactors_json.json")
+def read_hires_scale(outs):
+    """px of the hires image a full-resolution px, as Space Ranger's scalefactors_json.json says."""
+    path = find_spatial(outs, "scalefactors_json.json")
     try:
-        return float(json.loads(path.read_text())["tissue_hires_scalef"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return float(json.loads(decode_text(read_bytes(path)))["tissue_hires_scalef"])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no tissue_hires_scalef ({error})") from None
+
+
+@dataclass(frozen=True)
+class View:
+    """An image on a few px, to tell whether two files show the same."""
+
+    path: Path
+    shape: np.ndarray  # height, width in px of the full-resolution image
+    grey: np.ndarray  # (VIEW, VIEW) float64
+    tolerance: float = 0.0  # px by which the shape may be wrong
+
+
+def view_image(path, scale=1.0):
+    """The View of an image that is `scale` times as wide as the full-resolution one."""
+    image = open_image(unpack(path))
+    thumbnail = Thumbnail(image.shape, max(1, min(image.shape) // (2 * VIEW)))
+    for pixels, top, left in image.regions(lambda box: True):
+        thumbnail.add(pixels, top, left)
+    grey = Image.fromarray(thumbnail.pixels()).convert("L").resize((VIEW, VIEW), Image.BOX)
+    # A scaled image's sides are whole px.
+    tolerance = 0.0 if scale == 1 else 1.5 / scale
+    return View(path, np.array(image.shape) / scale, np.asarray(grey, np.float64), tolerance)
+
+
+def view_hires(folder):
+    """The View of Space Ranger's hires image; None, and a warning, where it cannot be had."""
+    outs = find_outs(folder)
+    try:
+        image, scale = find_spatial(outs, "tissue_hires_image.png"), read_hires_scale(outs)
+    except InputError as error:
+        warn(f"{folder}: whether its image fits cannot be told ({error})")
+        return None
+    return view_image(image, scale)
+
+
+def is_same_size(view, hires):
+    """Whether an image is as large as the one of which Space Ranger made the hires image."""
+    return (abs(view.shape - hires.shape) <= hires.tolerance).all()
+
+
+def is_same_image(view, hires):
+    """Whether an image has the size and shows the content of a hires image."""
+    if not is_same_size(view, hires):
+        return False
+    r = common.pearson_per_gene(view.grey.reshape(-1, 1), hires.grey.reshape(-1, 1))[0]
+    return np.isnan(r) or r >= SAME_IMAGE
+
+
+def check_images(name, folders, images):
+    """InputError unless each image is that of its folder of Space Ranger.
+
+    The hires image and its scale factor tell the size and the content. `name` is what the message
+    calls the images; the order that fits is named where there is one.
+    """
+    hires = [view_hires(folder) for folder in folders]
+    views = [view_image(image) for image in images]
+    for folder, view, expected in zip(folders, views, hires, strict=True):
+        if expected is not None and not is_same_image(view, expected):
+            order = order_images(views, hires)
+            raise InputError(describe_misfit(name, folder, view, expected, order))
+
+
+def order_images(views, hires):
+    """The images in the order in which they fit the hires images; None where there is none."""
+    order = []
+    for expected in hires:
+        fitting = [view for view in views if expected is None or is_same_image(view, expected)]
+        if len(fitting) != 1:
+            return None
+        order.append(fitting[0].path)
+    return order if len(set(order)) == len(order) else None
+
+
+def describe_misfit(name, folder, view, expected, order):
+    """Why an image is not that of a folder of Space Ranger, and what to do."""
+    height, width = view.shape
+    if is_same_size(view, expected):
+        cause = f"shows something else than {expected.path}"
+    else:
+        high, wide = expected.shape
+        cause = (
+            f"is {height:.0f} x {width:.0f} px, {height / high:.3g} times what Space Ranger got, "
+            f"about {high:.0f} x {wide:.0f} px by its hires image and tissue_hires_scalef"
+        )
+    fix = f"give the image that Space Ranger got for {folder}"
+    if order:
+        fix = f"the order that fits is {','.join(map(str, order))}"
+    return f"{name} {view.path} {cause}: {fix}"
 
 
 def write_manifest(root, folders, images, use_hires):
@@ -426,6 +526,8 @@ def write_manifest(root, folders, images, use_hires):
         )
     path = root / "slides.csv"
     samples = read_samples(folders, images or [None] * len(folders))
+    if images:
+        check_images("--images", folders, images)
     linked = [name_links(slide, scaled=not images) for slide, _ in samples]
     table = pd.DataFrame([asdict(slide) for slide in linked])
     if path.exists() and path.read_text() != table.to_csv(index=False):
@@ -449,7 +551,7 @@ def read_samples(folders, images):
     names = [name_sample(folder) for folder in folders]
     samples = []
     for number, (folder, image) in enumerate(zip(folders, images, strict=True), 1):
-        slide, positions = read_space_ranger(folder, image)
+        slide, positions = read_space_ranger(folder, image, check=False)
         name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
         slide = replace(slide, tissue_index=number, name=name, donor=name)
         samples.append((slide, positions))
@@ -563,12 +665,43 @@ def lay_blocks(positions, pitch, tissue_index):
 # -------------------------------------------------------------------------------- counts
 
 
-def read_matrix(path):
+def read_matrix(path, genome=""):
     """Counts of one slide from a 10x folder or .h5, as AnnData (spots x genes, CSR).
 
-    var_names are gene ids, var["name"] the symbols.
+    var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
+    chooses one; without it, genes of all are taken, and that is warned of.
     """
-    return read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
+    table = read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
+    return choose_genome(table, path, genome)
+
+
+def choose_genome(table, path, genome):
+    """The genes of one genome, without the prefix that 10x sets before ids and symbols then."""
+    genomes = find_genomes(table)
+    counted = genomes.value_counts()
+    found = " and ".join(f"{name} ({count} genes)" for name, count in counted.items())
+    if not genome:
+        if len(counted) > 1:
+            warn(f"{path}: {found} are read together: choose one with --genome {counted.index[0]}")
+        return table
+    if genome not in counted:
+        raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
+    table = table[:, (genomes == genome).to_numpy()].copy()
+    prefix = rf"^{re.escape(genome)}_+"
+    table.var["name"] = table.var["name"].astype(str).str.replace(prefix, "", regex=True)
+    table.var_names = table.var_names.str.replace(prefix, "", regex=True)
+    return table
+
+
+def find_genomes(table):
+    """The genome of each gene: as the file says, or by a prefix that ids and symbols share."""
+    if "genome" in table.var:
+        return table.var["genome"].astype(str)
+    ids = pd.Series(table.var_names).str.extract(r"^(.+?)_", expand=False)
+    symbols = table.var["name"].reset_index(drop=True).str.extract(r"^(.+?)_", expand=False)
+    if not len(ids) or ids.isna().any() or ids.nunique() > MOST_GENOMES or (ids != symbols).any():
+        return pd.Series(dtype=str)
+    return ids
 
 
 def read_h5_matrix(path):
@@ -735,24 +868,44 @@ def place_spots(slide):
     then, since to make one takes all pixels of the slide.
     """
     if slide.positions is not None:
-        return read_positions(slide.positions), None
+        positions = read_positions(slide.positions)
+        check_pitch(slide, positions)
+        return positions, None
     thumbnail = read_thumbnail(slide)
     return lay_grid(slide, thumbnail), thumbnail
 
 
-def read_spots(slide, positions):
+def check_pitch(slide, positions):
+    """Warn where the spots are neither as far apart as Visium's nor as those of ST."""
+    pitch = measure_pitch(positions)
+    um = pitch * slide.um_per_px
+    if len(positions) < 2 or any(abs(um / known - 1) < 0.05 for known in PITCHES):
+        return
+    warn(
+        f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
+        f"{slide.um_per_px:g} are {um:.3g} um; expected 100 (Visium) or 200 (ST): "
+        f"with um_per_px {SPOT_PITCH / pitch:.4g} they would be 100"
+    )
+
+
+def read_spots(slide, positions, genome=""):
     """The spots of a slide as AnnData, by array_row and array_col; without a matrix X is None.
 
     obs holds positions, tissue_index, donor, barcode, pitch (px), block and, with a matrix,
-    n_counts. Spots without counts are left out; without a matrix, those that are not in_tissue.
+    n_counts. Left out are spots without a position, not in_tissue or without counts; one line a
+    reason says so, and uns["left_out"] counts them by reason. `genome` as for read_matrix.
     """
     if slide.matrix is None:
-        inside = positions[positions["in_tissue"] == 1]
-        if inside.empty:
-            raise InputError(f"{slide.positions}: no spot is in_tissue")
-        table = anndata.AnnData(obs=inside)
+        table = anndata.AnnData(obs=positions)
     else:
-        table = read_counts(slide, positions)
+        table = read_counts(slide, positions, genome)
+    table = leave_out(slide, table, table.obs["in_tissue"] != 1, "not in_tissue")
+    if not table.n_obs:
+        raise InputError(f"{slide.positions}: no spot is in_tissue")
+    if slide.matrix is not None:
+        table = leave_out(slide, table, table.obs["n_counts"] == 0, "without counts")
+        if not table.n_obs:
+            raise InputError(f"{slide.matrix}: no spot has a count")
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide.tissue_index
     table.obs["donor"] = slide.donor
@@ -763,29 +916,99 @@ def read_spots(slide, positions):
     return table
 
 
-def read_counts(slide, positions):
-    """The matrix of a slide, checked, with positions in obs; spots without counts are left out."""
-    table = read_matrix(slide.matrix)
+def leave_out(slide, table, spots, reason, say=True):
+    """The table without these of its spots, (n,) bool, counted in uns and, to say, in a line."""
+    spots = np.asarray(spots)
+    if not spots.any():
+        return table
+    barcode = table.obs_names[spots][0]
+    # Without a matrix, positions list the whole array, of which tissue is a part: that is no news.
+    if say and slide.matrix is not None:
+        n_spots = spots.sum()
+        print(f"slide {slide.tissue_index}: {n_spots} spots {reason} are left out, as {barcode}")
+    kept = table[~spots].copy()
+    kept.uns["left_out"] = {**table.uns.get("left_out", {}), reason: int(spots.sum())}
+    return kept
+
+
+def read_counts(slide, positions, genome):
+    """The matrix of a slide, checked, with positions and n_counts in obs.
+
+    Barcodes without a position are left out where most have one.
+    """
+    table = read_matrix(slide.matrix, genome)
     check_counts(table, slide.matrix)
-    lost = table.obs_names.difference(positions.index)
-    if len(lost):
-        raise InputError(
-            f"{slide.positions}: no position for barcode {lost[0]} of {slide.matrix} "
-            f"({len(lost)} such barcodes): the two files are not of one slide"
+    places = match_barcodes(slide, table.obs_names, positions.index)
+    lost = places < 0
+    if lost.any():
+        barcode, count = table.obs_names[lost][0], f"{lost.sum()} of {len(lost)} barcodes"
+        if lost.mean() >= 0.5:
+            raise InputError(
+                f"{slide.positions}: no position for barcode {barcode} of {slide.matrix} "
+                f"({count}): the two files are not of one slide"
+            )
+        warn(
+            f"{slide.positions}: {count} of {slide.matrix} have no position and are left out, "
+            f"as {barcode}: add them if they are wanted"
         )
-    table.obs = positions.loc[table.obs_names]
+        table = leave_out(slide, table, lost, "without a position", say=False)
+    table.obs = positions.iloc[places[~lost]].set_axis(table.obs_names)
     # Over all genes of the matrix, also those that other slides lack.
     table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()
-    empty = (table.obs["n_counts"] == 0).to_numpy()
-    if empty.all():
-        raise InputError(f"{slide.matrix}: no spot has a count")
-    if empty.any():
-        print(
-            f"slide {slide.tissue_index}: {empty.sum()} spots without counts are left out, "
-            f"as {table.obs_names[empty][0]}"
-        )
-        table = table[~empty].copy()
+    check_tissue(slide, table.obs, positions)
     return table
+
+
+def match_barcodes(slide, barcodes, positioned):
+    """The place of each barcode among those that have a position, -1 for none.
+
+    Where most do not match as they stand, they are compared without what programs set before and
+    after them: -1, -2 of an aggregated matrix, a sample's name.
+    """
+    places = positioned.get_indexer(barcodes)
+    bare, bare_positioned = map(strip_barcodes, (barcodes, positioned))
+    if (places >= 0).mean() > 0.5 or not bare.is_unique or not bare_positioned.is_unique:
+        return places
+    found = bare_positioned.get_indexer(bare)
+    if (found >= 0).mean() <= 0.5:
+        return places
+    number = np.flatnonzero(found >= 0)[0]
+    print(
+        f"slide {slide.tissue_index}: barcodes are matched without prefix and suffix: "
+        f"{barcodes[number]} of the matrix is {positioned[found[number]]} of the positions"
+    )
+    return found
+
+
+def strip_barcodes(barcodes):
+    """Barcodes without prefix and suffix: their 14 letters or more, or what precedes -1."""
+    bare = []
+    for barcode in barcodes:
+        letters = re.search("[ACGT]{14,}", barcode)
+        bare.append(letters[0] if letters else re.sub(r"[-.]\d+$", "", barcode))
+    return pd.Index(bare)
+
+
+def check_tissue(slide, spots, positions):
+    """InputError where the tissue of the positions is not that of the matrix.
+
+    Barcodes prove nothing, since they are the same on every Visium slide. A matrix may hold all
+    spots of the array, or fewer than lie in the tissue. But where it lacks spots of the tissue and
+    has others, which are as deep, it is another slide's.
+    """
+    inside = spots["in_tissue"] == 1
+    n_tissue = (positions["in_tissue"] == 1).sum()
+    smaller = min(len(spots), n_tissue)
+    if inside.sum() >= SAME_TISSUE * smaller:
+        return
+    depth = spots["n_counts"]
+    if inside.any() and depth[~inside].median() < 0.5 * depth[inside].median():
+        return  # Few counts: they came there by diffusion.
+    raise InputError(
+        f"{slide.positions}: {inside.sum()} of the {len(spots)} spots of {slide.matrix} are "
+        f"in_tissue, of {n_tissue} that are: the two files are not of one slide; if both were "
+        "filtered by hand, set in_tissue to 1 where there are counts"
+    )
 
 
 def lay_grid(slide, thumbnail):
@@ -1077,7 +1300,7 @@ def read_patches(path, spots, patches, step=None):
 
     Returns (SlideImage, Thumbnail or None). With a `step`, all pixels are read and the thumbnail is
     made of them as well; without one, only those that patches need are read. Raises InputError
-    where a spot's centre lies outside the image.
+    where the centres of most spots lie outside the image; find_inside tells the others.
     """
     image = open_image(unpack(path))
     check_centres(path, spots, image.shape)
@@ -1097,19 +1320,36 @@ def read_patches(path, spots, patches, step=None):
 
 
 def check_centres(path, spots, shape):
-    """InputError where the centre of a spot lies outside an image of (height, width)."""
-    centres = spots[PLACE].to_numpy()
-    outside = ((centres < 0) | (centres >= shape)).any(axis=1)
+    """InputError where most spots lie outside an image of (height, width); warns of a few.
+
+    Swapping pxl_row and pxl_col is named as the cause only where it would bring all inside.
+    """
+    outside = ~find_inside(spots, shape)
     if not outside.any():
         return
     barcode = spots["barcode"].iloc[np.flatnonzero(outside)[0]]
+    size = f"{shape[0]} x {shape[1]} px"
+    swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})
+    swapped_fits = find_inside(swapped, shape).all()
+    if outside.mean() < 0.5 and not (swapped_fits and lies_mirrored(spots)):
+        warn(
+            f"{path}: {outside.sum()} of {len(spots)} spots lie outside the image ({size}) and are "
+            f"left out, as {barcode}: is it the whole image?"
+        )
+        return
     cause = "these the positions of this full-resolution image"
-    if (centres[:, ::-1] < shape).all():
+    if swapped_fits:
         cause = "pxl_row and pxl_col swapped"
     raise InputError(
-        f"{path}: the centre of spot {barcode} lies outside the image "
-        f"({shape[0]} x {shape[1]} px); are {cause}?"
+        f"{path}: the centre of spot {barcode} lies outside the image ({size}), as of "
+        f"{outside.sum()} of {len(spots)} spots; are {cause}?"
     )
+
+
+def find_inside(spots, shape):
+    """(n,) bool: whether the centres of spots lie in an image of (height, width)."""
+    centres = spots[PLACE].to_numpy()
+    return ((centres >= 0) & (centres < shape)).all(axis=1)
 
 
 def find_overlapping(corners, side, box):
@@ -1133,8 +1373,11 @@ def copy_region(region, top, left, corners, patches):
 
 
 def count_over_border(spots, shape, side):
-    """How many patches of `side` px reach over the border of an image of (height, width)."""
-    corners = spots[PLACE].to_numpy() - side // 2
+    """How many patches of `side` px reach over the border of an image of (height, width).
+
+    Those whose centre lies outside are left out and do not count.
+    """
+    corners = spots[find_inside(spots, shape)][PLACE].to_numpy() - side // 2
     return int(((corners < 0) | (corners + side > shape)).any(axis=1).sum())
 
 
@@ -1150,9 +1393,9 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
         image, thumbnail = read_patches(slide.image, spots, patches, step)
         return image, thumbnail, count_over_border(spots, image.shape, size)
     if finer > 2:
-        print(
-            f"warning: {slide.image} is {finer:.0f} times as coarse as the patches made of it: "
-            "its detail is not there"
+        warn(
+            f"{slide.image}: {finer:.0f} times as coarse as the patches made of it: its detail is "
+            "not there; give the full-resolution image"
         )
     side = max(1, round(size * um_per_px / slide.um_per_px))
     native = map_scratch(scratch, (len(spots), side, side, 3))
@@ -1186,6 +1429,8 @@ def warn_of_swap(slide, spots, patches, shape):
     Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
     colour, better the other way round.
     """
+    inside = find_inside(spots, shape)
+    spots, patches = spots[inside], patches[inside]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
         return
     some = np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
@@ -1194,8 +1439,8 @@ def warn_of_swap(slide, spots, patches, shape):
     read_patches(slide.image, swapped, others)
     here, there = mean_saturation(patches[some]), mean_saturation(others)
     if there > 1.25 * here:
-        print(
-            f"warning: {slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
+        warn(
+            f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
             f"the spots' mean saturation would be {there:.2f} and not {here:.2f}"
         )
 
