@@ -55,6 +55,9 @@ GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
+PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
+LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
+LOST_GENES = 20  # genes of a panel that a warning names at most
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
 
 
@@ -80,14 +83,32 @@ def published_panel(root, counts):
 
 
 def read_panel(path):
-    """The genes of a CSV table with a column gene."""
-    try:
-        genes = pd.read_csv(path, dtype=str)["gene"].dropna().tolist()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: expected a CSV table with a column gene ({error})") from None
+    """The genes of a table with a column gene, or of a list without a header."""
+    table = slides.read_table(path, {"gene": PANEL_SPELLINGS}, row_names="gene")
+    if "gene" not in table or (table.shape[1] > 1 and not table.attrs["named"]):
+        raise InputError(f"{path}: expected a table with a column gene, and not {list(table)}")
+    genes = [gene for gene in table["gene"] if gene]
     if not genes:
         raise InputError(f"{path}: names no gene")
     return genes
+
+
+def warn_of_lost_genes(genes, names):
+    """Warn of the genes of the panel that no gene of the slides is called."""
+    lost = [gene for gene in genes if gene not in names]
+    if not lost:
+        return
+    shown = ", ".join(lost[:LOST_GENES])
+    if len(lost) > LOST_GENES:
+        shown += f" and {len(lost) - LOST_GENES} others"
+    upper = {name.upper(): name for name in names}
+    similar = [f"{gene} ({upper[gene.upper()]})" for gene in lost if gene.upper() in upper]
+    hint = "spell them as the features table does"
+    if similar:
+        hint += f", as {similar[0]}"
+    slides.warn(
+        f"{PANEL}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}"
+    )
 
 
 def find_variable_genes(counts, lognorm):
@@ -122,6 +143,7 @@ def choose_panel(root, counts, lognorm):
             raise InputError(
                 f"{PANEL}: the slides hold none of its {len(genes)} genes, as {genes[0]}"
             )
+        warn_of_lost_genes(genes, set(counts.var_names))
     elif panel is None:
         panel = np.any(list(masks.values()), axis=0)
     return panel | markers, pd.DataFrame({**masks, "MG": markers}, index=counts.var_names)
@@ -143,6 +165,11 @@ def harmonise(root, lognorm, counts, manifest):
     if len(manifest) == 1:
         raise InputError(
             "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
+        )
+    if counts.n_obs < LEAST_SPOTS:
+        raise InputError(
+            f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
+            f"are {counts.n_obs}; use --target lognorm"
         )
     batch = pd.DataFrame({"slide": counts.obs["tissue_index"].astype(str)})
     result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=SEED, verbose=False).Z_corr
@@ -445,9 +472,20 @@ def describe_file(path):
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def split_paths(text):
-    """The paths of a comma-separated list."""
-    return [Path(part) for part in text.split(",") if part]
+def split_paths(flag, text):
+    """The paths of a comma-separated list; what stands between two commas may be part of a name."""
+    paths, parts = [], text.split(",") if text else []
+    while parts:
+        # The shortest name that is there, so that a list without such names is read as it stands.
+        for length in range(1, len(parts) + 1):
+            path = Path(",".join(parts[:length]).strip())
+            if path.name and path.exists():
+                break
+        else:
+            raise InputError(f"{flag}: {parts[0]!r}: no such file or folder")
+        paths.append(path)
+        parts = parts[length:]
+    return paths
 
 
 def main():
@@ -455,7 +493,8 @@ def main():
     slides.WARNINGS.clear()
     if FROM_SPACERANGER:
         runner.hold_folder(root)
-        folders, images = split_paths(FROM_SPACERANGER), split_paths(IMAGES)
+        folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
+        images = split_paths("--images", IMAGES)
         slides.write_manifest(root, folders, images, USE_HIRES)
     manifest = slides.read_manifest(root)
     runner.hold_folder(root)
@@ -465,6 +504,8 @@ def main():
             f"{root / 'slides.csv'}: some slides have a matrix and some have none; "
             "use two data roots"
         )
+    if not UM_PER_PX:
+        slides.warn_of_magnifications(manifest)
     tables, thumbnails = [], {}
     for slide in manifest:
         positions, thumbnails[slide.name] = slides.place_spots(slide)

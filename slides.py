@@ -144,7 +144,7 @@ def find_separator(line):
     for separator in ("\t", ";", ",", " "):
         if separator in outside_quotes:
             return separator
-    return ","  # one column
+    return "\t"  # One column, whose cells may hold commas.
 
 
 def split_cells(path):
@@ -294,6 +294,20 @@ def read_manifest(root):
     return [read_manifest_row(root, row) for row in rows]
 
 
+def warn_of_magnifications(manifest):
+    """Warn where slides of one data root differ in um per px, and so in what a patch shows."""
+    finest = min(manifest, key=lambda slide: slide.um_per_px)
+    coarsest = max(manifest, key=lambda slide: slide.um_per_px)
+    if coarsest.um_per_px < 1.05 * finest.um_per_px:
+        return
+    warn(
+        f"slides.csv: um_per_px is {finest.um_per_px:g} of {finest.name} and "
+        f"{coarsest.um_per_px:g} of {coarsest.name}, so that patches show "
+        f"{PATCH_SIZE * finest.um_per_px:.0f} and {PATCH_SIZE * coarsest.um_per_px:.0f} um: "
+        f"give --um-per-px {coarsest.um_per_px:g}"
+    )
+
+
 def check_manifest_names(path, table):
     """InputError unless every slide has a name of its own, and a donor."""
     names, donors = table["name"], table["donor"]
@@ -440,10 +454,15 @@ def view_image(path, scale=1.0):
     thumbnail = Thumbnail(image.shape, max(1, min(image.shape) // (2 * VIEW)))
     for pixels, top, left in image.regions(lambda box: True):
         thumbnail.add(pixels, top, left)
+    return view_thumbnail(path, thumbnail, scale)
+
+
+def view_thumbnail(path, thumbnail, scale=1.0):
+    """As view_image, of an image whose Thumbnail is there."""
     grey = Image.fromarray(thumbnail.pixels()).convert("L").resize((VIEW, VIEW), Image.BOX)
-    # A scaled image's sides are whole px.
-    tolerance = 0.0 if scale == 1 else 1.5 / scale
-    return View(path, np.array(image.shape) / scale, np.asarray(grey, np.float64), tolerance)
+    tolerance = 0.0 if scale == 1 else 1.5 / scale  # A scaled image's sides are whole px.
+    shape = np.array(thumbnail.slide_shape) / scale
+    return View(path, shape, np.asarray(grey, np.float64), tolerance)
 
 
 def view_hires(folder):
