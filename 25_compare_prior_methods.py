@@ -7,7 +7,7 @@ Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table with parameters, minutes and gain over BLEEP, one JSON line
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
-           python 25_compare_prior_methods.py --quick      (small budget on simulated slides: no evidence)
+           python 25_compare_prior_methods.py --quick      (small budget: no evidence)
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
            cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from sklearn.linear_model import LinearRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -252,7 +253,7 @@ def adapt(training, recipe, split):
         network = build_bleep(training.model, recipe, split)
         return replace(training, network=network, loss=network.loss, optimise=weight_decay)
     if method.startswith("ST-Net"):
-        # With START_AT_MEAN, its first prediction is the training mean.
+        # With HEAD_START mean, its first prediction is the training mean.
         nn.init.zeros_(training.model.head[-1].weight)
     if method == "ST-Net":
         return replace(training, loss=sum_of_squares, optimise=momentum)
@@ -266,6 +267,21 @@ def training_mean(recipe, split, folder):
     """
     mean = split.data.target[split.spots("train")].mean(0)
     return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
+
+
+def ridge_on_colour_by_folds(recipe, split, folder):
+    """The ridge on colour statistics at its best: alpha as for the other ridges, by folds of blocks
+    inside the training spots.
+    """
+    data = split.data
+    train = split.spots("train")
+    colour = StandardScaler().fit(data.counts.obsm["colour"][train])
+    colour = colour.transform(data.counts.obsm["colour"])
+    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
+    ridge, _ = common.fit_ridge(
+        colour[train], data.target[train], data.spots.iloc[train], chosen_by
+    )
+    return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": ridge.alpha}
 
 
 def depth_only(recipe, split, folder):
@@ -344,6 +360,7 @@ def computed_methods(run):
     methods = {
         "training mean": (plain, training_mean),
         "ridge (colour)": (plain, runner.ridge_on_colour),
+        "ridge (colour, best alpha)": (plain, ridge_on_colour_by_folds),
     }
     own = {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
     frozen = plain | own | {"POOL_STAGES": False}
