@@ -239,7 +239,7 @@ def test_loso_shows_every_slide_and_their_mean(disturbed, tmp_path):
     rows = table_of(stdout).query("split == 'test' and setting == 'ridge (colour)'")
     assert rows["slide"].tolist() == ["1", "2", "3", "4"]
     assert set(rows["gene_lists"]) == {"training spots"}
-    assert "test slide 1,2,3,4 (40 spots)" in stdout
+    assert "test slides 1,2,3,4 (40 spots)" in stdout
     _, lines = printed_table(stdout, "mean Pearson r")
     (line,) = [line for line in lines if line.startswith("ridge")]
     assert f" {rows['heg'].mean():.3f}±{rows['heg'].std():.3f} " in line
