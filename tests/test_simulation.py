@@ -55,7 +55,7 @@ def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
         monkeypatch.setattr(script, "TILE", tile)
         rng = np.random.default_rng(common.seed_of(0))
         fields = script.tissue_fields(table, shape, rng)
-        script.paint(tmp_path / f"{tile}.tif", fields, script.scatter_objects(fields, shape, rng), shape, rng)
+        script.paint(tmp_path / f"{tile}.tif", fields, script.scatter_objects(fields, rng), shape, rng)
         slides.append(tifffile.imread(tmp_path / f"{tile}.tif").astype(int))
     assert slides[0].shape == (*shape, 3) and np.abs(slides[0] - slides[1]).max() <= 3
 

@@ -27,7 +27,7 @@ def last_json(stdout):
 def simulated_counts():
     """{depth: (counts, totals, r of knowing each spot's realised rate)} of one slide of 1,500 spots, 258 genes."""
     script, found = load_script("18"), {}
-    names = dict.fromkeys(" ".join([*script.PROGRAMMES.values(), *script.HOUSEKEEPING]).split())
+    names = dict.fromkeys(" ".join([*script.PROGRAMMES.values(), script.HOUSEKEEPING]).split())
     genes = script.gene_table(list(names), np.random.default_rng(1))
     table = script.hexagonal_grid(1500)
     shape = tuple(int(table[axis].max() + 3 * script.PITCH // 2) for axis in ("pxl_row", "pxl_col"))
@@ -35,7 +35,7 @@ def simulated_counts():
     spots = table[table["in_tissue"] == 1].reset_index(drop=True)
     for depth in (1000, 100):
         script.DEPTH = depth
-        counts, rate, _ = script.simulate_counts(fields, spots, genes, shape, np.random.default_rng(depth))
+        counts, rate, _ = script.simulate_counts(fields, spots, genes, np.random.default_rng(depth))
         counts = counts.toarray()
         totals = counts.sum(1)
         kept = totals > 0
