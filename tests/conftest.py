@@ -77,7 +77,7 @@ def simulated(tmp_path_factory):
     """Data root of four simulated slides with 10 spots each, patches made, target harmony."""
     root = tmp_path_factory.mktemp("data") / "SIMULATED_data"
     assert run_script("18", "--data-root", root, "--spots", 10) == 0
-    assert run_script("19", "--data-root", root) == 0
+    assert run_script("19", "--data-root", root, "--thumbnail") == 0
     return root
 
 
