@@ -277,9 +277,8 @@ def ridge_on_colour_by_folds(recipe, split, folder):
     train = split.spots("train")
     colour = StandardScaler().fit(data.counts.obsm["colour"][train])
     colour = colour.transform(data.counts.obsm["colour"])
-    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
     ridge, _ = common.fit_ridge(
-        colour[train], data.target[train], data.spots.iloc[train], chosen_by
+        colour[train], data.target[train], data.spots.iloc[train], split.reported
     )
     return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": ridge.alpha}
 
@@ -326,7 +325,6 @@ def own_slide(recipe, split, folder):
     data = split.data
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
     features = features * common.balance_stages(features[split.spots("train")], widths)
-    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
     slides = data.spots["tissue_index"].to_numpy()
     predicted = np.full(data.target.shape, np.nan, np.float32)
     for slide in split.slides("test"):
@@ -335,7 +333,7 @@ def own_slide(recipe, split, folder):
         for train, held_out in common.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
             ridge, _ = common.fit_ridge(
-                features[learn], data.target[learn], data.spots.iloc[learn], chosen_by
+                features[learn], data.target[learn], data.spots.iloc[learn], split.reported
             )
             predicted[judge] = ridge.predict(features[judge])
     return predicted[split.scored()], {"weights": runner.name_weights(recipe)}
