@@ -1,17 +1,22 @@
-"""Fetch GSE240429 (human liver, Visium) or HER2ST (breast, ST) into a data root that script 19 reads.
+"""Fetch GSE240429 (human liver, Visium) or HER2ST (breast, ST) into a data root for script 19.
 
 Question   none: this script only fetches
-Reads      GSE240429: one TIFF a sample from GEO, matrices and positions from the public repository of BLEEP
+Reads      GSE240429: one TIFF a sample from GEO, tables from the public repository of BLEEP
            HER2ST: images, counts and spot files from the public repository almaan/her2st
-Writes     <DATA_ROOT>/slides.csv, image/, data/ in the layout of README.md, "The data"
-Prints     every file with its size, and the next command
+Writes     <DATA_ROOT>/slides.csv (one row a slide), image/ (H&E), data/ (positions and counts)
+Prints     GSE240429: how many files are to be fetched, and their size
+           HER2ST: each section's number of spots and genes
+           then each file with its size, and the next command
 Command    python 17_download_data.py
-Override   python 17_download_data.py --dataset HER2ST --source DIR     (a local mirror with the same relative paths)
+Override   python 17_download_data.py --dataset HER2ST --source DIR
+           (DIR is a local mirror with the same relative paths)
 
-Disk space is checked first; an interrupted download goes on where it stopped; sizes and, where the listing states
-them, hashes are checked. GEO's bulk tar of the series is reported to truncate one TIFF, so files come by sample.
+Disk space is checked first; an interrupted download goes on where it stopped; sizes and, where the
+listing states them, hashes are checked. GEO's bulk tar of the series is reported to truncate one
+TIFF, so files come by sample.
 """
 
+import functools
 import gzip
 import hashlib
 import http.client
@@ -36,31 +41,49 @@ import common
 import runner
 from common import InputError
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 DATASET = "GSE240429"  # GSE240429 or HER2ST
 DATA_ROOT = ""  # folder to write; empty = <DATASET>_data
 SOURCE = ""  # empty = the public site; else a local mirror's folder or its address
 SECTIONS = ("C2", "C3", "C4", "C5")  # of HER2ST; tissue_index is the place in this list, from 1
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 GEO = "https://ftp.ncbi.nlm.nih.gov"
 GITHUB = "https://api.github.com"
-SAMPLES = {1: "GSM7697868", 2: "GSM7697869", 3: "GSM7697870", 4: "GSM7697871"}  # tissue_index: GEO sample
-UNPACKED_TIFF = 2_600_000_000  # bytes; about what one slide's TIFF takes where GEO holds it as .gz
-ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PUBLISHED = Path(__file__).parent / "GSE240429_data"  # manifest, gene lists and published numbers
+SAMPLES = {  # tissue_index: GEO sample
+    1: "GSM7697868",
+    2: "GSM7697869",
+    3: "GSM7697870",
+    4: "GSM7697871",
+}
+HVG_UNION = Path("data/filtered_expression_matrices/hvg_union.npy")
+UNPACKED_TIFF = 2_600_000_000  # bytes; about what a slide's TIFF takes where GEO holds it as .gz
 HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
-CHUNK = 1 << 20
-DAMAGED_TIFF = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ZeroDivisionError, struct.error, OSError)
+ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
+CHUNK = 1 << 20  # bytes that are read at once
+DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+DAMAGED_TIFF = (
+    tifffile.TiffFileError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ZeroDivisionError,
+    struct.error,
+    OSError,
+)
 
 
-# ---------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
     """Follow a redirect only where the address itself would be allowed."""
 
     def redirect_request(self, request, *rest):
-        check_address(rest[-1])
+        new_url = rest[-1]
+        check_address(new_url)
         return super().redirect_request(request, *rest)
 
 
@@ -68,9 +91,10 @@ OPENER = urllib.request.build_opener(SafeRedirects)
 
 
 def check_address(url):
-    """https only; plain http is for a mirror on this very machine."""
+    """Raise InputError unless `url` is https, or plain http of a mirror on this very machine."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1")):
+    local = parts.scheme == "http" and parts.hostname in LOOPBACK
+    if parts.scheme != "https" and not local:
         raise InputError(f"{url}: only https addresses are fetched")
 
 
@@ -86,91 +110,137 @@ def connect(url, **headers):
         raise InputError(f"{url}: the server says {error.code} {error.reason}") from None
 
 
+@functools.cache  # GitHub answers few requests an hour
 def read_listing(url):
-    """Files of a remote folder, {name: {"url", "size", "sha"}}; size and sha are None where the listing has none.
+    """Files of a remote folder, {name: {"url", "size", "sha"}}.
 
-    Understands GitHub's contents API (JSON) and a web server's index page (GEO: the links in it).
+    Size and sha are None where the listing has none. Raises InputError for an answer that is no
+    listing, and for names that would lead out of the data root.
     """
     try:
         with connect(url) as response:
             text = response.read().decode("utf-8", "replace")
-        if text.lstrip().startswith("["):
-            files = {entry["name"]: describe_entry(entry) for entry in json.loads(text) if entry["type"] == "file"}
-        else:
-            names = map(urllib.parse.unquote, re.findall(r'href="([^"?#/]+)"', text))
-            files = {
-                n: {"url": urllib.parse.urljoin(url, urllib.parse.quote(n)), "size": None, "sha": None} for n in names
-            }
+        files = parse_listing(text, url)
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{url}: cannot be read ({error}); try again later") from None
-    for name in files:  # they become files of the data root
-        if Path(name).name != name and name != ".":
+    files = {name: entry for name, entry in files.items() if name not in ("", ".", "..")}
+    for name in files:
+        if Path(name).name != name:
             raise InputError(f"{url}: lists {name!r}, which is no plain file name")
-    return {name: entry for name, entry in files.items() if name not in ("", ".", "..")}
+    return files
+
+
+def parse_listing(text, url):
+    """Entries of GitHub's contents API (JSON) or of a web server's index page (GEO: its links)."""
+    if text.lstrip().startswith("["):
+        entries = [entry for entry in json.loads(text) if entry["type"] == "file"]
+        return {entry["name"]: describe_entry(entry) for entry in entries}
+    files = {}
+    for link in re.findall(r'href="([^"?#/]+)"', text):
+        name = urllib.parse.unquote(link)
+        address = urllib.parse.urljoin(url, urllib.parse.quote(name))
+        files[name] = {"url": address, "size": None, "sha": None}
+    return files
 
 
 def describe_entry(entry):
-    """Of an entry of GitHub's listing; of a file in Git LFS, which is served from elsewhere, they are its pointer's."""
-    stored = "media.githubusercontent" not in entry["download_url"]
-    size, sha = (entry["size"], entry["sha"]) if stored else (None, None)
-    return {"url": entry["download_url"], "size": size, "sha": sha}
+    """{"url", "size", "sha"} of an entry of GitHub's listing.
+
+    A file in Git LFS is served from elsewhere, and the size and hash listed are its pointer's.
+    """
+    if "media.githubusercontent" in entry["download_url"]:
+        return {"url": entry["download_url"], "size": None, "sha": None}
+    return {"url": entry["download_url"], "size": entry["size"], "sha": entry["sha"]}
 
 
 def remote_size(entry):
-    """Size in bytes of a listed file, from the listing or the server; None where neither tells."""
+    """Size in bytes of a listed file; None where neither the listing nor the server tells."""
     if entry["size"] is None:
-        try:
-            with connect(entry["url"], Range="bytes=0-0") as response:
-                total = response.headers.get("Content-Range", "").rpartition("/")[2]
-                total = total or (response.headers.get("Content-Length") if response.status == 200 else None)
-                entry["size"] = int(total) if total and total.isdigit() else None
-        except OSError as error:
-            raise InputError(f"{entry['url']}: cannot be reached ({error}); try again later") from None
+        entry["size"] = ask_size(entry["url"])
     return entry["size"]
 
 
+def ask_size(url):
+    """Size in bytes as the server states it when asked for the first byte; None if it does not."""
+    try:
+        with connect(url, Range="bytes=0-0") as response:
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if not total and response.status == 200:  # this server does not serve ranges
+                total = response.headers.get("Content-Length", "")
+    except OSError as error:
+        raise InputError(f"{url}: cannot be reached ({error}); try again later") from None
+    return int(total) if total.isdigit() else None
+
+
 def fetch(entry, path):
-    """Download one listed file to `path`, going on from `<path>.part`, then check its size and hash."""
-    part, mark = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
+    """Download one listed file to `path`, going on from `<path>.part`; check its size and hash."""
+    part = path.with_name(path.name + ".part")
+    tag = path.with_name(path.name + ".part.tag")
     path.parent.mkdir(parents=True, exist_ok=True)
     size = remote_size(entry)
-    failures = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
-        while not part.exists() or part.stat().st_size != size:
-            have = part.stat().st_size if part.exists() else 0
-            try:
-                receive(entry["url"], part, mark, have, bar)
-                if size is None:
-                    break
-            except (OSError, http.client.HTTPException) as error:
-                failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
-                if failures == ATTEMPTS:
-                    raise InputError(f"{entry['url']}: {error}; the same command goes on from {have:,} bytes") from None
-                time.sleep(min(2**failures, 30) / 10)
-                continue
-            got = part.stat().st_size
-            if got != size:
-                failures = 0 if got > have and got < size else failures + 1
-                if got > size or failures == ATTEMPTS:
-                    part.unlink()
-                    raise InputError(f"{entry['url']}: {got:,} bytes instead of {size:,}; run the same command again")
-    mark.unlink(missing_ok=True)
+    with tqdm(
+        total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None
+    ) as bar:
+        download(entry["url"], part, tag, size, bar)
+    tag.unlink(missing_ok=True)
     if entry["sha"] and git_hash(part) != entry["sha"]:
         part.unlink()
         raise InputError(
-            f"{entry['url']}: the content does not have the listed hash {entry['sha']}; run the command again"
+            f"{entry['url']}: the content does not have the listed hash {entry['sha']}; "
+            "run the command again"
         )
     part.replace(path)
     print(f"  {path}  {path.stat().st_size:,} bytes")
 
 
-def receive(url, part, mark, have, bar):
-    """Append the bytes from `have` on to `part`; start afresh where the file changed or ranges are not served."""
-    tag = mark.read_text() if have and mark.exists() else ""
-    headers = {"Range": f"bytes={have}-", "If-Range": tag} if tag else {}
+def download(url, part, tag, size, bar):
+    """Receive `url` into `part` until it has `size` bytes, or all that come where that is None.
+
+    Connects anew after an error. Raises InputError after ATTEMPTS connections without progress,
+    and where more than `size` bytes come.
+    """
+    failures = 0
+    while not part.exists() or part.stat().st_size != size:
+        before = size_of(part)
+        try:
+            receive(url, part, tag, before, bar)
+        except (OSError, http.client.HTTPException) as error:
+            failures = 0 if size_of(part) > before else failures + 1
+            if failures == ATTEMPTS:
+                raise InputError(
+                    f"{url}: {error}; the same command goes on from {before:,} bytes"
+                ) from None
+            time.sleep(min(2**failures, 30) / 10)
+            continue
+        if size is None:
+            return
+        after = size_of(part)
+        if after == size:
+            return
+        failures = 0 if before < after < size else failures + 1
+        if after > size or failures == ATTEMPTS:
+            part.unlink()
+            raise InputError(
+                f"{url}: {after:,} bytes instead of {size:,}; run the same command again"
+            )
+
+
+def size_of(path):
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def receive(url, part, tag, have, bar):
+    """Append the bytes from `have` on to `part`.
+
+    Starts afresh where the server's file is not the one that `tag` names, or ranges are not served.
+    """
+    known = tag.read_text() if have and tag.exists() else ""
+    headers = {"Range": f"bytes={have}-", "If-Range": known} if known else {}
     with connect(url, **headers) as response:
         going_on = response.status == 206
-        mark.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
+        current = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        tag.write_text(current)
         bar.n = have if going_on else 0
         with open(part, "ab" if going_on else "wb") as file:
             while chunk := response.read(CHUNK):
@@ -180,7 +250,8 @@ def receive(url, part, mark, have, bar):
 
 def git_hash(path):
     """SHA-1 of a file as git stores it, which GitHub's listing states."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    header = f"blob {path.stat().st_size}\0".encode()
+    digest = hashlib.sha1(header, usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -193,110 +264,9 @@ def check_space(root, needed):
     free = shutil.disk_usage(root).free
     if free < needed:
         raise InputError(
-            f"{root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: use --data-root elsewhere"
+            f"{root}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free: "
+            "use --data-root elsewhere"
         )
-
-
-# ---------------------------------------------------------------------------------------------- GSE240429
-
-
-def find_tiff(listing, name, where):
-    """The one file of a sample's listing that is its merged H&E TIFF, possibly gzipped."""
-    found = [key for key in listing if re.fullmatch(rf".*{name}.*\.tiff?(\.gz)?", key, re.IGNORECASE)]
-    if len(found) != 1:
-        raise InputError(
-            f"{where}: {len(found)} files look like the TIFF of {name}: {', '.join(listing) or 'empty listing'}"
-        )
-    return found[0]
-
-
-def plan_gse240429(slides, source):
-    """[(listing entry, path in the data root)] of everything that the slides need, from two public places."""
-    geo, github = (source, source) if source else (GEO, GITHUB)
-    plan = []
-    for slide in slides.itertuples():
-        sample = SAMPLES[slide.tissue_index]
-        url = f"{geo}/geo/samples/{sample[:-3]}nnn/{sample}/suppl/"
-        listing = read_listing(url)
-        name = find_tiff(listing, slide.name, url)
-        plan.append((listing[name], Path(slide.image + (".gz" if name.lower().endswith(".gz") else ""))))
-    base = f"{github}/repos/bowang-lab/BLEEP/contents/GSE240429_data/data"
-    wanted = [(Path(slide.positions).parent, {Path(slide.positions).name}) for slide in slides.itertuples()]
-    wanted += [(Path(slide.matrix), None) for slide in slides.itertuples()]
-    wanted += [(Path("data/filtered_expression_matrices"), {"hvg_union.npy"})]
-    listings = {}
-    for folder, names in wanted:
-        url = f"{base}/{folder.relative_to('data').as_posix()}"
-        listing = listings[url] = listings.get(url) or read_listing(url)
-        for name in names or listing:
-            if name not in listing:
-                raise InputError(f"{url}: holds no {name}")
-            plan.append((listing[name], folder / name))
-    return plan
-
-
-def unpack(path):
-    """Unpack x.tiff.gz to x.tiff, whole or not at all, and drop the packed file."""
-    try:
-        with gzip.open(path) as packed, common.whole_file(path.with_suffix("")) as partial, open(partial, "wb") as file:
-            shutil.copyfileobj(packed, file, CHUNK)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        path.unlink()
-        raise InputError(f"{path}: {error}; it was removed: run the same command again") from None
-    path.unlink()
-
-
-def check_tiff(path):
-    """Raise InputError where a TIFF's own index points beyond its end."""
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page, held = tiff.pages[0], tiff.filehandle.size
-            needed = max(o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True))
-    except DAMAGED_TIFF as error:
-        raise InputError(f"{path}: not a TIFF ({error}); remove it and run the same command again") from None
-    if needed > held:
-        raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")
-
-
-def download_gse240429(root, slides, source):
-    """Fetch what is missing; a file that is there with the right size is left alone."""
-    todo = []
-    for entry, path in plan_gse240429(slides, source):
-        done = root / (
-            path.with_suffix("") if path.suffix == ".gz" and path.name.endswith(("tiff.gz", "tif.gz")) else path
-        )
-        if not done.exists() or (
-            done.name == path.name and done.stat().st_size != (remote_size(entry) or done.stat().st_size)
-        ):
-            todo.append((entry, root / path))
-    parts = [path.with_name(path.name + ".part") for _, path in todo]
-    needed = sum((remote_size(entry) or 0) + UNPACKED_TIFF * path.name.endswith("tiff.gz") for entry, path in todo)
-    needed -= sum(part.stat().st_size for part in parts if part.exists())
-    check_space(root, needed)
-    print(f"{len(todo)} files to fetch, {needed / 1e9:.1f} GB")
-    for entry, path in todo:
-        if not path.exists() or path.stat().st_size != remote_size(entry):
-            fetch(entry, path)
-        if path.name.endswith("tiff.gz"):
-            unpack(path)
-    for image in slides["image"]:
-        check_tiff(root / image)
-
-
-def copy_mirror(root, slides, source):
-    """GSE240429 from a local folder in the published layout."""
-    names = [name for column in ("image", "positions", "matrix") for name in slides[column]]
-    names += ["data/filtered_expression_matrices/hvg_union.npy"]
-    if missing := [name for name in names if not (source / name).exists()]:
-        raise InputError(f"{source / missing[0]} does not exist: --source needs GSE240429 in the published layout")
-    files = [
-        file for name in names for file in ([source / name] if (source / name).is_file() else (source / name).iterdir())
-    ]
-    check_space(root, sum(file.stat().st_size for file in files))
-    for file in files:
-        copy_whole(file, root / file.relative_to(source))
-    for image in slides["image"]:
-        check_tiff(root / image)
 
 
 def copy_whole(source, path):
@@ -306,28 +276,244 @@ def copy_whole(source, path):
     print(f"  {path}  {path.stat().st_size:,} bytes")
 
 
-# ---------------------------------------------------------------------------------------------- HER2ST
+# ---------------------------------------------------------------------------------------- GSE240429
 
 
-def mirror_her2st(root, sections, source):
-    """Fetch the sections' files into <root>/download under their public paths; returns that folder."""
-    base = f"{source or GITHUB}/repos/almaan/her2st/contents/data"
-    todo = []
-    for folder, pattern in (("ST-cnts", r"{}\.tsv(\.gz)?"), ("ST-spotfiles", r"{}_selection\.tsv")):
+def prepare_gse240429(root):
+    """Images, tables and manifest of the four sections, from the public sites or a mirror."""
+    slides = pd.read_csv(PUBLISHED / "slides.csv")
+    if source_is_remote():
+        download_gse240429(root, slides)
+    else:
+        copy_gse240429(root, slides, Path(SOURCE))
+    for image in slides["image"]:
+        check_tiff(root / image)
+    if root.resolve() != PUBLISHED.resolve():
+        for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):
+            copy_whole(PUBLISHED / name, root / name)
+
+
+def download_gse240429(root, slides):
+    """Fetch what is missing; a file that is there with the right size is left alone."""
+    plan = plan_images(slides) + plan_tables(slides)
+    missing = [(entry, root / path) for entry, path in plan if not is_done(entry, root / path)]
+    needed = sum(bytes_needed(entry, path) for entry, path in missing)
+    check_space(root, needed)
+    print(f"{len(missing)} files to fetch, {needed / 1e9:.1f} GB")
+    for entry, path in missing:
+        if not path.exists() or path.stat().st_size != remote_size(entry):
+            fetch(entry, path)
+        if is_packed(path):
+            unpack(path)
+
+
+def plan_images(slides):
+    """[(listing entry, path in the data root)] of the slides' TIFFs, from GEO."""
+    plan = []
+    for slide in slides.itertuples():
+        sample = SAMPLES[slide.tissue_index]
+        url = f"{source_or(GEO)}/geo/samples/{sample[:-3]}nnn/{sample}/suppl/"
+        listing = read_listing(url)
+        name = find_tiff(listing, slide.name, url)
+        packed = name.lower().endswith(".gz")
+        plan.append((listing[name], Path(f"{slide.image}.gz" if packed else slide.image)))
+    return plan
+
+
+def find_tiff(listing, name, url):
+    """The one file of a sample's listing that is its merged H&E TIFF, possibly gzipped."""
+    pattern = re.compile(rf".*{name}.*\.tiff?(\.gz)?", re.IGNORECASE)
+    found = [file for file in listing if pattern.fullmatch(file)]
+    if len(found) != 1:
+        listed = ", ".join(listing) or "empty listing"
+        raise InputError(f"{url}: {len(found)} files look like the TIFF of {name}: {listed}")
+    return found[0]
+
+
+def plan_tables(slides):
+    """[(listing entry, path in the data root)] of positions and counts, from BLEEP's repository."""
+    base = f"{source_or(GITHUB)}/repos/bowang-lab/BLEEP/contents/GSE240429_data"
+    plan = [find_file(base, Path(positions)) for positions in slides["positions"]]
+    for folder in slides["matrix"]:
         listing = read_listing(f"{base}/{folder}")
-        for section in sections:
-            names = [name for name in listing if re.fullmatch(pattern.format(section), name)]
-            if not names:
-                raise InputError(f"{base}/{folder}: no file of section {section}; HER2ST's sections are A1 to H3")
-            todo.append((listing[names[0]], Path("data", folder, names[0])))
-    for section in sections:
-        folder = f"ST-imgs/{section[0]}/{section}"
-        todo += [(entry, Path("data", folder, name)) for name, entry in read_listing(f"{base}/{folder}").items()]
-    check_space(root, 2 * sum(remote_size(entry) or 0 for entry, _ in todo))
-    for entry, path in todo:
+        plan += [(entry, Path(folder, name)) for name, entry in listing.items()]
+    plan.append(find_file(base, HVG_UNION))
+    return plan
+
+
+def find_file(base, path):
+    """(listing entry, path) of a file below the address `base`."""
+    url = f"{base}/{path.parent.as_posix()}"
+    listing = read_listing(url)
+    if path.name not in listing:
+        raise InputError(f"{url}: holds no {path.name}")
+    return listing[path.name], path
+
+
+def is_packed(path):
+    """Whether a file of the plan is a TIFF that is to be unpacked."""
+    return path.name.endswith(".tiff.gz")
+
+
+def is_done(entry, path):
+    """Whether a file of the plan is there already, unpacked if it comes packed."""
+    if is_packed(path):
+        return path.with_suffix("").exists()
+    return path.exists() and remote_size(entry) in (None, path.stat().st_size)
+
+
+def bytes_needed(entry, path):
+    """Bytes of disk that a file of the plan will take beyond what is there of it."""
+    part = path.with_name(path.name + ".part")
+    unpacked = UNPACKED_TIFF if is_packed(path) else 0
+    return (remote_size(entry) or 0) + unpacked - size_of(part)
+
+
+def unpack(path):
+    """Unpack x.tiff.gz to x.tiff, whole or not at all, and drop the packed file."""
+    try:
+        with (
+            gzip.open(path) as packed,
+            common.whole_file(path.with_suffix("")) as partial,
+            open(partial, "wb") as file,
+        ):
+            shutil.copyfileobj(packed, file, CHUNK)
+    except DAMAGED_GZIP as error:
+        path.unlink()
+        raise InputError(f"{path}: {error}; it was removed: run the same command again") from None
+    path.unlink()
+
+
+def check_tiff(path):
+    """Raise InputError where a TIFF's own index points beyond its end."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages[0]
+            held = tiff.filehandle.size
+            strips = zip(page.dataoffsets, page.databytecounts, strict=True)
+            needed = max(offset + count for offset, count in strips)
+    except DAMAGED_TIFF as error:
+        raise InputError(
+            f"{path}: not a TIFF ({error}); remove it and run the same command again"
+        ) from None
+    if needed > held:
+        raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")
+
+
+def copy_gse240429(root, slides, source):
+    """Copy the sections' files from a local folder in the published layout."""
+    paths = [source / name for name in (*slides["image"], *slides["positions"], *slides["matrix"])]
+    paths.append(source / HVG_UNION)
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(
+                f"{path} does not exist: --source needs GSE240429 in the published layout"
+            )
+        files += [path] if path.is_file() else path.iterdir()
+    check_space(root, sum(file.stat().st_size for file in files))
+    for file in files:
+        copy_whole(file, root / file.relative_to(source))
+
+
+# ------------------------------------------------------------------------------------------- HER2ST
+
+
+def prepare_her2st(root):
+    """Images, tables and manifest of SECTIONS, from the public repository or a mirror."""
+    if not SECTIONS or len(set(SECTIONS)) < len(SECTIONS):
+        raise InputError(
+            f"--sections {','.join(SECTIONS)}: expected different sections, one at least"
+        )
+    source = download_her2st(root) if source_is_remote() else Path(SOURCE)
+    slides = []
+    for number, section in enumerate(SECTIONS, 1):
+        slide = {"tissue_index": number, "name": section, "donor": section[0]}
+        slide["um_per_px"] = HER2ST_UM_PER_PX
+        slides.append(slide | convert_section(root, section, source))
+    common.save_csv(root / "slides.csv", pd.DataFrame(slides))
+
+
+def download_her2st(root):
+    """Fetch the sections' files into <root>/download, under their public paths; that folder."""
+    base = f"{source_or(GITHUB)}/repos/almaan/her2st/contents/data"
+    plan = plan_her2st_tables(base) + plan_her2st_images(base)
+    sizes = [remote_size(entry) or 0 for entry, _ in plan]
+    check_space(root, 2 * sum(sizes))  # what is fetched is converted into files of the same size
+    for entry, path in plan:
         if not (root / "download" / path).exists():
             fetch(entry, root / "download" / path)
     return root / "download"
+
+
+def plan_her2st_tables(base):
+    """[(listing entry, path below the folder of downloads)] of counts and spot files."""
+    plan = []
+    for folder, pattern in (("ST-cnts", r"{}\.tsv(\.gz)?"), ("ST-spotfiles", r"{}_selection\.tsv")):
+        listing = read_listing(f"{base}/{folder}")
+        for section in SECTIONS:
+            names = [name for name in listing if re.fullmatch(pattern.format(section), name)]
+            if not names:
+                raise InputError(
+                    f"{base}/{folder}: no file of section {section}; HER2ST's sections are A1 to H3"
+                )
+            plan.append((listing[names[0]], Path("data", folder, names[0])))
+    return plan
+
+
+def plan_her2st_images(base):
+    """[(listing entry, path below the folder of downloads)] of the sections' images."""
+    plan = []
+    for section in SECTIONS:
+        folder = f"ST-imgs/{section[0]}/{section}"
+        listing = read_listing(f"{base}/{folder}")
+        plan += [(entry, Path("data", folder, name)) for name, entry in listing.items()]
+    return plan
+
+
+def convert_section(root, section, source):
+    """Copy a section's image, and write its tables as Space Ranger does.
+
+    Returns the columns image, positions and matrix of its row of slides.csv.
+    """
+    image = one_file(source / "data" / "ST-imgs" / section[0] / section, "*.jpg")
+    counts, spots = read_section(source, section)
+    selected = spots.index[spots["selected"] == 1]
+    both = counts.index.intersection(selected)
+    print(
+        f"  {section}: {len(both)} spots with counts and a position "
+        f"(of {len(counts)} and {len(spots)}), {counts.shape[1]:,} genes"
+    )
+    slide = {
+        "image": f"image/{section}{image.suffix}",
+        "positions": f"data/positions/{section}.csv",
+        "matrix": f"data/matrices/{section}",
+    }
+    copy_whole(image, root / slide["image"])
+    with common.whole_file(root / slide["positions"]) as path:
+        spots.reset_index().to_csv(path, header=False, index=False)
+    write_matrix(root / slide["matrix"], counts.loc[both])
+    return slide
+
+
+def read_section(source, section):
+    """(counts, spots) of a section, both indexed by spots named as 18x9.
+
+    Counts have a column a gene. The columns of spots are, in the order of Space Ranger's positions:
+    selected, y, x, pixel_y, pixel_x, all whole numbers.
+    """
+    counts_path = one_file(source / "data" / "ST-cnts", f"{section}.tsv*")
+    spots_path = one_file(source / "data" / "ST-spotfiles", f"{section}_selection.tsv")
+    try:
+        counts = pd.read_csv(counts_path, sep="\t", index_col=0)
+        spots = pd.read_csv(spots_path, sep="\t").astype({"x": int, "y": int})
+        spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
+        spots = spots[["selected", "y", "x", "pixel_y", "pixel_x"]].round().astype(int)
+    except (ValueError, KeyError, *DAMAGED_GZIP) as error:
+        raise InputError(
+            f"{counts_path} or {spots_path}: not HER2ST tables ({error}); fetch them again"
+        ) from None
+    return counts, spots
 
 
 def one_file(folder, pattern):
@@ -338,64 +524,38 @@ def one_file(folder, pattern):
     return found[0]
 
 
-def convert_her2st(root, section, source):
-    """One section into the layout of section 2 of the data contract; returns image, positions and matrix paths."""
-    image = one_file(source / "data" / "ST-imgs" / section[0] / section, "*.jpg")
-    counts_path = one_file(source / "data" / "ST-cnts", f"{section}.tsv*")
-    spots_path = one_file(source / "data" / "ST-spotfiles", f"{section}_selection.tsv")
-    try:
-        counts = pd.read_csv(counts_path, sep="\t", index_col=0)
-        spots = pd.read_csv(spots_path, sep="\t").astype({"x": int, "y": int})
-        spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
-        spots = spots[["selected", "y", "x", "pixel_y", "pixel_x"]].round().astype(int)
-    except (ValueError, KeyError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{counts_path} or {spots_path}: not HER2ST tables ({error}); fetch them again") from None
-    both = counts.index.intersection(spots.index[spots["selected"] == 1])
-    print(
-        f"  {section}: {len(both)} spots with counts and a position (of {len(counts)} and {len(spots)}),"
-        f" {counts.shape[1]:,} genes"
-    )
-    target = root / "image" / f"{section}{image.suffix}"
-    positions, matrix = Path("data/positions", f"{section}.csv"), Path("data/matrices", section)
-    copy_whole(image, target)
-    (root / matrix).mkdir(parents=True, exist_ok=True)
-    with common.whole_file(root / positions) as path:
-        spots.reset_index().to_csv(path, header=False, index=False)
-    with common.whole_file(root / matrix / "barcodes.tsv") as path:
-        path.write_text("\n".join(both) + "\n")
-    with common.whole_file(root / matrix / "features.tsv") as path:
+def write_matrix(folder, counts):
+    """Write a table of counts, spots x genes, as a 10x folder, each file whole or not at all."""
+    with common.whole_file(folder / "barcodes.tsv") as path:
+        path.write_text("".join(f"{spot}\n" for spot in counts.index))
+    with common.whole_file(folder / "features.tsv") as path:
         path.write_text("".join(f"{gene}\t{gene}\tGene Expression\n" for gene in counts.columns))
-    with common.whole_file(root / matrix / "matrix.mtx") as path:
-        scipy.io.mmwrite(path, scipy.sparse.coo_matrix(counts.loc[both].to_numpy().T))
-    return {"image": f"image/{target.name}", "positions": positions.as_posix(), "matrix": matrix.as_posix()}
+    with common.whole_file(folder / "matrix.mtx") as path:
+        scipy.io.mmwrite(path, scipy.sparse.coo_matrix(counts.to_numpy().T))
+
+
+# ------------------------------------------------------------------------------------------- script
+
+
+def source_is_remote():
+    """Whether SOURCE is an address; the empty one stands for the public sites."""
+    return SOURCE == "" or "://" in SOURCE
+
+
+def source_or(public_site):
+    """The address to fetch from: SOURCE, or the public site where it is empty."""
+    return SOURCE.rstrip("/") or public_site
 
 
 def main():
     root = Path(DATA_ROOT or f"{DATASET}_data")
-    published = Path(__file__).parent / "GSE240429_data"  # manifest, gene lists and results are in the repository
-    remote = SOURCE == "" or "://" in SOURCE
-    if not remote and not Path(SOURCE).is_dir():
+    if not source_is_remote() and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
     runner.hold_folder(root)
     if DATASET == "GSE240429":
-        slides = pd.read_csv(published / "slides.csv")
-        (download_gse240429 if remote else copy_mirror)(root, slides, SOURCE.rstrip("/") if remote else Path(SOURCE))
+        prepare_gse240429(root)
     else:
-        if not SECTIONS or len(set(SECTIONS)) < len(SECTIONS):
-            raise InputError(f"--sections {','.join(SECTIONS)}: expected different sections, one at least")
-        source = mirror_her2st(root, SECTIONS, SOURCE.rstrip("/")) if remote else Path(SOURCE)
-        rows = [
-            {"tissue_index": i, "name": section, "donor": section[0], "um_per_px": HER2ST_UM_PER_PX}
-            | convert_her2st(root, section, source)
-            for i, section in enumerate(SECTIONS, 1)
-        ]
-        slides = pd.DataFrame(rows)
-    if DATASET == "HER2ST":
-        with common.whole_file(root / "slides.csv") as path:
-            slides.to_csv(path, index=False)
-    elif root.resolve() != published.resolve():
-        for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):
-            copy_whole(published / name, root / name)
+        prepare_her2st(root)
     print(f"next: python 19_make_patches_and_csv.py --data-root {root}")
 
 

@@ -46,9 +46,7 @@ HVG_PER_SLIDE = 1000  # highly variable genes of each slide; their union is the 
 SEED = 42  # of Harmony's clustering
 PANEL = ""  # CSV with a column gene: the panel, in place of variable genes
 UM_PER_PX = 0.0  # of the patches; another slide is resampled to it; 0 = each slide's own
-FROM_SPACERANGER = (
-    ""  # folders outs/, or those that hold one, comma-separated: write slides.csv first
-)
+FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write slides.csv first
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38

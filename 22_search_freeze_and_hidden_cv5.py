@@ -9,7 +9,7 @@ Prints     header, the table of out-of-fold r with mean and sd over the folds, t
            the test slide, one JSON line
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
-           python 22_search_freeze_and_hidden_cv5.py --quick      (four settings, two folds: no evidence)
+           python 22_search_freeze_and_hidden_cv5.py --quick      (small grid: no evidence)
 Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network

@@ -220,6 +220,8 @@ def predict_anew(run, records, aug, split):
 
 
 def main():
+    for aug in AUGS:  # a wrong name is told now, not when its training begins
+        common.draw_augmentation(0, setting_of(aug)["AUG"], torch.Generator())
     run = runner.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})

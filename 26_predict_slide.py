@@ -35,12 +35,8 @@ from common import PATCH_SIZE, InputError
 
 # -------------------------------------------------------------------------------- constants
 WEIGHTS = ""  # weights.safetensors of a run, or its folder
-IMAGE = (
-    ""  # the slide: TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
-)
-POSITIONS = (
-    ""  # a folder outs/, a positions CSV, or empty: a hexagonal grid of 100 um over the tissue
-)
+IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
+POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>

@@ -1,161 +1,527 @@
-"""One page that shows a run: its scores, settings, maps, genes and loss curves. Every script from 20 on ends with it.
+"""One page that shows a run: its scores, settings, maps, genes and loss curves.
 
 Question   What came out, on what, and which genes can be believed?
-Reads      <RUN>/run.json and the folders of its rows (scripts 20 to 26)
-Writes     <RUN>/report.html, one file without network or script; maps.png and scores.png in a test slide's folders
+Reads      <RUN>/run.json and the folders of its rows (scripts 20 to 26); the slides' thumbnails in
+           the data root that it names (script 19)
+Writes     <RUN>/report.html, one file without network or script; in a test slide's folders maps.png
+           and scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
-Time       4 s for the two rows of script 20 (two cores of an AMD EPYC, 2026-11-24)
+Time       7 s of processor time for the two rows of script 20 (AMD EPYC, 2026-11-25)
+
+Every script from 20 on ends with this one.
 """
 
 import base64
+import hashlib
 import html
+import io
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import anndata
 import numpy as np
 import pandas as pd
+from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import common
 import runner
+from common import InputError
 
-# ---------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# Columns of the table of scores: name in the rows, name on the page.
-SCORES = {name: name for name in ("setting", "split", "truth")} | {group.lower(): group for group in common.GROUPS}
-SCORES |= {
+NEEDED = {"title", "label", "tables", "rows", "settings", "machine", "data_root"}  # of run.json
+SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
+PALE = 0.6  # opacity of the H&E beneath the spots
+ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
+NO_THUMBNAIL = """no H&E: the data root holds no
+thumbnail of this slide, or was made anew"""
+
+# Columns of the tables of scores: key in a row of run.json, and heading.
+SCORES = {
+    "setting": "setting",
+    "split": "split",
+    "slide": "slide",
+    "seed": "seed",
+    "fold": "fold",
+    "n_spots": "spots",
+    "heg": "HEG",
+    "heg_ci": "[95 %]",
+    "of_ceiling": "of ceiling",
+    "hvg": "HVG",
+    "mg": "MG",
     "all": "all",
-    "HEG 95 %": "HEG 95 %",
-    "heg_ceiling": "HEG ceiling",
-    "share": "share",
-    "n_genes_r30": "genes with r >= 0.30",
+    "n_genes_r30": f"genes r >= {common.R_THRESHOLD:.2f}",
+    "per_gene": "each gene",
 }
-SCORES |= {name: name for name in ("slide", "seed", "fold")} | {"n_spots": "spots"}
+FURTHER = {
+    "setting": "setting",
+    "split": "split",
+    "truth": "truth",
+    "slide": "slide",
+    "seed": "seed",
+    "fold": "fold",
+    "heg": "HEG",
+    "hvg": "HVG",
+    "mg": "MG",
+    "all": "all",
+    "heg_n": "HEG genes",
+    "hvg_n": "HVG genes",
+    "mg_n": "MG genes",
+    "all_n": "all genes",
+    "heg_ceiling": "HEG ceiling",
+    "heg_image_ceiling": "HEG image ceiling",
+    "heg_pooled": "HEG pooled r",
+    "heg_spearman": "HEG Spearman's r",
+    "spot_r": "spot-wise r",
+    "variance_ratio": "variance ratio",
+    "r_against_moran": "r ~ Moran's I",
+    "r_against_mean": "r ~ mean",
+    "mse": "MSE",
+    "weights": "weights",
+    "best_epoch": "best epoch",
+    "seconds": "seconds",
+    "images_per_s": "images/s",
+    "peak_memory_mb": "memory, MB",
+    "parameters_backbone": "parameters, backbone",
+    "parameters_trainable": "parameters, trainable",
+    "parameters_total": "parameters, total",
+    "per_gene": "each gene",
+}
+# A metric that is added to common.METRICS has its column, too.
+FURTHER |= {
+    f"heg_{name}": f"HEG {name}" for name in common.METRICS if name not in ("r", "spearman")
+}
+ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
+genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
+as a share of its ceiling, the r that a prediction free of error would reach against counts with
+their noise."""
+ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with split and truth
+(test_lognorm_: the test slide, against log-normalised counts), in which r and spearman are
+Pearson's and Spearman's correlation over the spots of a slide, r_pooled is Pearson's over all
+spots, variance and variance_predicted are those of measured and predicted expression, mse is the
+mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
+prediction free of error, image_ceiling the r of what a simulated slide's image shows, and moran
+Moran's I of the measured expression."""
+ABOUT_FURTHER = """Image ceiling: r of what a simulated slide's image shows. Pooled r: over all
+spots of several slides at once. Spot-wise r: over the genes of a spot, mean over spots, after the
+training mean of each gene is taken away. Variance ratio: of predicted to measured expression. r ~
+Moran's I and r ~ mean: rank correlation, over genes, of r with how smooth and how high a gene's
+measured expression is."""
 
-STYLE = """:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;
-padding:1rem}h1,h2{overflow-wrap:anywhere;line-height:1.2}small{font-weight:normal;opacity:.7;font-size:.7em}
-figure{margin:1rem 0;break-inside:avoid}img{max-width:100%;height:auto;background:#fff}div{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;margin:1rem 0}
-caption{text-align:left;font-weight:bold}td,th{padding:.2rem .6rem;border-bottom:1px solid #8886;text-align:right}
-td:first-child,th:first-child{text-align:left;white-space:nowrap}@media print{body{max-width:none;font-size:9pt}}"""
+STYLE = """:root{color-scheme:light dark}
+body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
+h1,h2{overflow-wrap:anywhere;line-height:1.2}h2{margin-top:2.5rem}
+small{font-weight:normal;opacity:.7;font-size:.7em}p{max-width:50rem;font-size:.9rem}
+aside{border-left:.3rem solid #d80;padding:.1rem 1rem;overflow-wrap:anywhere}
+aside h2{font-size:1.1rem;margin:.5rem 0}
+figure{margin:1rem 0;break-inside:avoid}img{max-width:100%;height:auto;background:#fff}
+div{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;margin:1rem 0}
+caption{text-align:left;font-weight:bold;padding-bottom:.3rem}
+td,th{padding:.2rem .6rem;border-bottom:1px solid #8886;text-align:right}
+td{font-variant-numeric:tabular-nums;white-space:nowrap}th{vertical-align:bottom}
+.text{text-align:left;white-space:normal}
+td:first-child,th:first-child{position:sticky;left:0;background:Canvas;white-space:nowrap}
+@media print{body{max-width:none;font-size:9pt}}"""
 
 
-# ---------------------------------------------------------------------------------------------- figures
-def draw_maps(path, table, groups, title):
-    """Measured above predicted expression on the test slide: the best gene, a median one and the best marker."""
-    ranked = table.var["test_lognorm_r"].dropna().sort_values(ascending=False)
-    markers = ranked.index[ranked.index.isin(groups["gene"][groups["group"] == "MG"])]
-    chosen = {"best": ranked.index[:1], "median": ranked.index[len(ranked) // 2 :][:1], "best marker": markers[:1]}
-    x, y = table.obsm["spatial"].T
-    pitch = table.obs["pitch"].iloc[0]
-    size = (0.8 * pitch / (max(np.ptp(x), np.ptp(y)) + pitch) * 2.5 * 72) ** 2  # pt^2 on axes of about 2.5 inches
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    for pair, (label, genes) in zip(figure.subplots(2, 3).T, chosen.items(), strict=True):
-        for ax in pair:
-            ax.set(aspect="equal")
-            ax.set_axis_off()
-        for gene in genes:  # one, or none where no r is defined
-            at = table.var_names.get_loc(gene)
-            pair[0].set_title(f"{gene} ({label}), measured", size=9)
-            pair[1].set_title(f"{gene}, predicted, r = {ranked[gene]:.2f}", size=9)
-            for ax, values in zip(pair, (table.layers["target"], table.X), strict=True):
-                shown = ax.scatter(x, -y, c=values[:, at], s=size, linewidths=0)
-                figure.colorbar(shown, ax=ax, shrink=0.7, format="{x:.3g}")
-    names = ", ".join(gene for genes in chosen.values() for gene in genes)
-    figure.suptitle(f"{title}: measured and predicted expression (as trained on) of {names}", size=10)
-    common.save_figure(path, figure, figure.get_suptitle())
+# --------------------------------------------------------------------------------------------- maps
+def read_thumbnail(data_root, slide, fingerprint):
+    """(RGB image, px of the slide a px of it) of slide number `slide`, as script 19 made it.
+
+    None where there is none, or where the data root is not what it was when the run with this
+    fingerprint of its meta.json was made: its slides may be others now.
+    """
+    folder = Path(data_root, "dataset")
+    try:
+        content = (folder / "meta.json").read_bytes()
+        if fingerprint_of(content) != fingerprint:
+            return None
+        meta = json.loads(content)
+        names = {entry["tissue_index"]: entry["name"] for entry in meta["slides"]}
+        step = meta["px_per_thumbnail_px"][names[slide]]
+        with Image.open(folder / f"thumbnail_{slide}.png") as image:
+            return np.asarray(image.convert("RGB")), step
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
+def fingerprint_of(content):
+    """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def choose_genes(r, groups):
+    """{gene: what it stands for} of the genes to draw: the best, a median one and the best marker.
+
+    `r` is a Series over genes. Where none is defined, as of a constant prediction, the gene of the
+    highest expression is drawn.
+    """
+    ranked = r.dropna().sort_values(ascending=False).index
+    if ranked.empty:
+        highest = groups["gene"][(groups["group"] == "HEG") & groups["gene"].isin(r.index)]
+        return dict.fromkeys(highest[:1], "highest expression")
+    chosen = {ranked[0]: "best"}
+    chosen.setdefault(ranked[len(ranked) // 2], "median")
+    markers = ranked[ranked.isin(groups["gene"][groups["group"] == "MG"])]
+    for gene in markers[:1]:
+        chosen.setdefault(gene, "best marker")
+    return chosen
+
+
+def draw_maps(path, table, groups, thumbnail, title):
+    """The slide's H&E, and on it measured beside predicted expression of a few genes.
+
+    `table` holds the test slide's spots; `thumbnail` is what read_thumbnail gives.
+    """
+    genes = choose_genes(table.var["test_lognorm_r"], groups)
+    (left, right), (top, bottom) = view_of(table)
+    map_height = 2.6 * min(1.2, max(0.4, (bottom - top) / (right - left)))  # inches
+    lines = max(1, len(genes))
+    figure = Figure(figsize=(9.5, 0.8 + lines * (map_height + 0.3)), layout="constrained")
+    grid = figure.add_gridspec(lines, 3)
+    for line, (gene, label) in enumerate(genes.items()):
+        axes = figure.add_subplot(grid[line, 1]), figure.add_subplot(grid[line, 2])
+        draw_gene(axes, table, thumbnail, gene, label)
+    column = grid[:, 0].subgridspec(min(2, lines), 1)
+    tissue = figure.add_subplot(column[0])
+    draw_tissue(tissue, table, thumbnail)
+    tissue.set_title("H&E" if thumbnail else NO_THUMBNAIL, size=9)
+    if lines > 1:
+        draw_agreement(figure.add_subplot(column[1]), table, genes)
+    shown = f"measured and predicted expression of {', '.join(genes)}"
+    figure.suptitle(f"{title}\n{shown}\n{ABOUT_MAPS}", size=10)
+    ground = "the H&E" if thumbnail else "white"
+    save_picture(path, figure, f"{title}: {shown}, on {ground}")
+
+
+def draw_gene(axes, table, thumbnail, gene, label):
+    """Maps of a gene's measured and predicted expression on two axes."""
+    r = table.var["test_lognorm_r"][gene]
+    known = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
+    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {known}"
+    for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
+        draw_map(ax, table, thumbnail, values)
+        ax.set_title(title, size=9)
+
+
+def values_of(table, gene):
+    """(measured, predicted) expression of a gene as it was trained on, (n,) each."""
+    column = table.var_names.get_loc(gene)
+    return table.layers["target"][:, column], table.X[:, column]
+
+
+def draw_agreement(ax, table, genes):
+    """Predicted against measured expression of the genes, a dot a spot: one scale for all."""
+    for gene in genes:
+        measured, predicted = values_of(table, gene)
+        ax.plot(measured, predicted, ".", markersize=3, alpha=0.5, label=gene)
+    ax.set(xlabel="measured", ylabel="predicted")
+    lay_legend(ax, columns=1)
+
+
+def save_picture(path, figure, description):
+    """Write a figure that holds photographs in 192 colours, which take a quarter of the bytes."""
+    information = PngInfo()
+    information.add_text("Description", description)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    with common.whole_file(path) as partial, Image.open(buffer) as picture:
+        # The other methods dull the colours that are rare, as yellow, or the shades of grey.
+        method = Image.Quantize.MAXCOVERAGE
+        reduced = picture.convert("RGB").quantize(192, method, kmeans=1)
+        reduced.save(partial, pnginfo=information, optimize=True)
+
+
+def view_of(table):
+    """((left, right), (top, bottom)) of the part of the slide that holds the spots, in px."""
+    margin = table.obs["pitch"].iloc[0]
+    low = table.obsm["spatial"].min(0) - margin
+    high = table.obsm["spatial"].max(0) + margin
+    return tuple(zip(low, high, strict=True))
+
+
+def draw_tissue(ax, table, thumbnail, pale=False):
+    """The H&E around the spots, in px of the slide; white where there is no thumbnail.
+
+    Pale is grey, too, so that in a map all colour is the spots'.
+    """
+    (left, right), (top, bottom) = view_of(table)
+    ax.set_axis_off()
+    ax.set_anchor("N")
+    if thumbnail is not None:
+        image, step = thumbnail
+        height, width = image.shape[:2]
+        extent = (0, width * step, height * step, 0)
+        if pale:
+            ax.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255, extent=extent, alpha=PALE)
+        else:
+            ax.imshow(image, extent=extent)
+    ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
+
+
+def draw_map(ax, table, thumbnail, values):
+    """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar."""
+    draw_tissue(ax, table, thumbnail, pale=True)
+    diameter = SPOT * table.obs["pitch"].iloc[0]
+    spots = EllipseCollection(
+        [diameter],
+        [diameter],
+        [0],
+        units="x",
+        offsets=table.obsm["spatial"],
+        offset_transform=ax.transData,
+        array=values,
+        linewidths=0,
+    )
+    ax.add_collection(spots)
+    ax.figure.colorbar(spots, ax=ax, shrink=0.8, format="{x:.4g}", ticks=MaxNLocator(4))
+
+
+# ------------------------------------------------------------------------------------------- scores
 def draw_scores(path, genes, groups, history, title):
-    """r of the genes, best first, with their counting-noise ceilings; r against Moran's I and against mean expression,
-    with rank correlations; loss curves. `genes` holds the test_lognorm_ columns of per_gene.csv without that prefix;
-    `history` is None where no network was trained.
+    """r of the genes beside their ceilings, against Moran's I and mean expression; loss curves.
+
+    `genes` holds the test_lognorm_ columns of per_gene.csv without that prefix; `history` is None
+    where no network was trained.
     """
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    ((first, losses), others) = figure.subplots(2, 2)
-    genes = genes.dropna(subset="r").sort_values("r", ascending=False)
-    number = np.arange(1, len(genes) + 1)
-    first.plot(number, genes["ceiling"], ".", color="0.85", markersize=3, zorder=0, label="ceiling")
-    first.plot(number, genes["r"], color="0.4", linewidth=1)
+    ((ranks, losses), (smooth, high)) = figure.subplots(2, 2)
+    genes = genes.sort_values("r", ascending=False)
+    draw_ranks(ranks, genes, groups)
+    draw_dependence(smooth, genes, "moran", "Moran's I of the measured slide")
+    draw_dependence(high, genes, "mean", "mean expression on the measured slide")
+    shown = "r of the genes with their ceilings, against Moran's I and mean expression"
+    if history is None:
+        losses.set_axis_off()
+    else:
+        draw_losses(losses, history)
+        shown += "; losses"
+    figure.suptitle(f"{title}\n{shown}", size=10)
+    common.save_figure(path, figure, f"{title}: {shown}")
+
+
+def draw_ranks(ax, genes, groups):
+    """r of every gene, best first, those of a group in its colour, over their ceilings."""
+    rank = np.arange(1, len(genes) + 1)
+    ax.plot(rank, genes["ceiling"], ".", color="0.85", markersize=3, label="ceiling")
+    ax.plot(rank, genes["r"], color="0.4", linewidth=1, label="r")
     for group, names in groups.groupby("group", sort=False)["gene"]:
         inside = genes.index.isin(names)
-        first.plot(number[inside], genes["r"][inside], ".", label=group)
-    first.axhline(common.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
-    first.set(xlabel="gene, best first", ylabel="Pearson r")
-    first.legend(frameon=False)
-    for ax, fact, label in zip(others, ("moran", "mean"), ("Moran's I", "mean expression"), strict=True):
-        ax.plot(genes[fact], genes["r"], ".", markersize=3, alpha=0.5)
-        order = genes[["r", fact]].corr("spearman").iloc[0, 1]
-        ax.set(xlabel=f"{label} on the measured slide", ylabel="Pearson r")
-        ax.set_title(f"rank correlation {order:.2f}", size=9)
-    losses.set_axis_off()
-    if history is not None:
-        losses.set_axis_on()
-        losses.plot(history["epoch"], history["train_mse"], label="training (augmented, dropout)")
-        losses.set(xlabel="epoch", ylabel="MSE over the panel")
-        if history["valid_mse"].notna().any():
-            losses.plot(history["epoch"], history["valid_mse"], label="validation")
-            losses.axvline(history["epoch"][history["valid_mse"].idxmin()], color="grey", linewidth=0.8, label="kept")
-        losses.legend(frameon=False)
-    shown = "r of the genes with their ceilings, against Moran's I and mean expression"
-    figure.suptitle(f"{title}: {shown}" + "; losses" * (history is not None), size=10)
-    common.save_figure(path, figure, figure.get_suptitle())
+        ax.plot(rank[inside], genes["r"][inside], ".", label=group)
+    ax.axhline(common.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
+    ax.set(xlabel="gene, best first", ylabel="Pearson r")
+    lay_legend(ax)
 
 
-def draw_row(folder, title):
+def draw_dependence(ax, genes, fact, label):
+    """r of every gene against a fact of it, with their rank correlation."""
+    if genes["r"].isna().all():  # as of a constant prediction
+        ax.set_axis_off()
+        return
+    ax.plot(genes[fact], genes["r"], ".", markersize=3, alpha=0.5)
+    correlation = genes["r"].corr(genes[fact], "spearman")
+    ax.set(xlabel=label, ylabel="Pearson r")
+    ax.set_title(f"rank correlation {correlation:.2f}", size=9)
+
+
+def draw_losses(ax, history):
+    """MSE of training and, if there was any, of validation, with the epoch that was kept."""
+    ax.plot(history["epoch"], history["train_mse"], label="training (augmented, dropout)")
+    if history["valid_mse"].notna().any():
+        kept = history["epoch"][history["valid_mse"].idxmin()]
+        ax.plot(history["epoch"], history["valid_mse"], label="validation")
+        ax.axvline(kept, color="grey", linewidth=0.8, label="kept")
+    ax.set(xlabel="epoch", ylabel="MSE over the panel")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lay_legend(ax)
+
+
+def lay_legend(ax, columns=5):
+    """A legend above the axes, where it hides nothing."""
+    ax.legend(
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 0.98),
+        ncols=columns,
+        fontsize=8,
+        markerscale=1.5,
+        columnspacing=0.9,
+        handletextpad=0.3,
+    )
+
+
+def draw_row(folder, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
     table = anndata.read_h5ad(folder / "predictions.h5ad")
-    table, groups = table[table.obs["role"] == "test"], pd.read_csv(folder / "genes.csv")
-    genes = table.var.filter(like="test_lognorm_").rename(columns=lambda name: name.removeprefix("test_lognorm_"))
-    history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").is_file() else None
+    table = table[table.obs["role"] == "test"]
+    groups = pd.read_csv(folder / "genes.csv")
+    prefix = "test_lognorm_"
+    genes = table.var.filter(like=prefix)
+    genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
+    history = None
+    if (folder / "history.csv").is_file():
+        history = pd.read_csv(folder / "history.csv")
     draw_scores(folder / "scores.png", genes, groups, history, title)
-    draw_maps(folder / "maps.png", table, groups, title)
+    made_with = json.loads((folder / "recipe.json").read_text())
+    slide = int(table.obs["tissue_index"].iloc[0])
+    thumbnail = read_thumbnail(data_root, slide, made_with["data"])
+    draw_maps(folder / "maps.png", table, groups, thumbnail, title)
 
 
-# ---------------------------------------------------------------------------------------------- page
-def as_html(caption, table):
-    """A table with its caption; it scrolls by itself where the page is narrow."""
-    text = table.mask(table.isna()).to_html(
-        index=False, border=0, na_rep="-", float_format="{:.3f}".format, justify="right"
+# --------------------------------------------------------------------------------------------- page
+def as_text(value):
+    """A value as a table shows it; "-" where there is none."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    if isinstance(value, int) and value >= 10_000:
+        return f"{value:,}"
+    return str(value)
+
+
+def as_cell(value):
+    """What stands in a table's cell; a Path becomes a link to its file."""
+    if isinstance(value, Path):
+        return f'<a href="{quote(value.as_posix())}">{html.escape(value.name)}</a>'
+    return html.escape(as_text(value))
+
+
+def as_table(caption, records):
+    """A table of dicts, a line each, with its caption; it scrolls where the page is narrow."""
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    kinds = {name: alignment([record.get(name) for record in records]) for name in columns}
+    head = "".join(f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns)
+    lines = []
+    for record in records:
+        cells = (f"<td{kinds[name]}>{as_cell(record.get(name))}</td>" for name in columns)
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f"<div><table><caption>{html.escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
-    return "<div>" + text.replace(">", f"><caption>{html.escape(caption)}</caption>", 1) + "</div>"
+
+
+def alignment(values):
+    """The class of a column that holds words, which are set on its left; numbers on its right."""
+    words = any(isinstance(value, str) and value[:1].isalpha() for value in values)
+    return ' class="text"' if words else ""
+
+
+def as_paragraph(text):
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
 
 
 def as_image(path):
     """A PNG inside the page, with the text that it carries."""
     with Image.open(path) as image:
-        alt = html.escape(image.info.get("Description", path.stem), quote=True)
+        text = html.escape(image.info.get("Description", path.stem), quote=True)
     content = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{content}" alt="{alt}"></figure>'
+    return f'<figure><img src="data:image/png;base64,{content}" alt="{text}"></figure>'
+
+
+def score_table(caption, rows, columns):
+    """A table of the rows' values under the headings {key: heading}, without the empty columns."""
+    rows = [row | derive(row) for row in rows]
+    filled = {
+        key: heading
+        for key, heading in columns.items()
+        if any(row.get(key) is not None for row in rows)
+    }
+    records = [{heading: row.get(key) for key, heading in filled.items()} for row in rows]
+    return as_table(caption, records)
+
+
+def derive(row):
+    """What the tables show of a row beside its own values."""
+    derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
+    if row["heg_ci"] is not None:
+        derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
+    if row["heg"] is not None and row["heg_ceiling"]:
+        derived["of_ceiling"] = f"{100 * row['heg'] / row['heg_ceiling']:.0f} %"
+    return derived
+
+
+def show_warnings(warnings):
+    """What the run warned of, a list of strings, as the parts of a page; none for an empty list."""
+    if not warnings:
+        return []
+    lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
+
+
+def show_scores(rows):
+    """The table that a reader wants first, as the parts of a page."""
+    scored = [row for row in rows if row["split"] != "valid" and row["truth"] == "lognorm"]
+    caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
+    return [
+        score_table(caption, scored, SCORES),
+        as_paragraph(ABOUT_SCORES),
+        as_paragraph(ABOUT_GENES),
+    ]
+
+
+def show_further(run, rows):
+    """Paired differences and the metrics of every row, as the parts of a page."""
+    parts = []
+    path = run / "paired_differences.csv"
+    if path.is_file():
+        differences = pd.read_csv(path).query("group == 'HEG'").to_dict("records")
+        if differences:
+            caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
+            parts.append(as_table(caption, differences))
+    parts.append(score_table("Further metrics, all rows", rows, FURTHER))
+    parts.append(as_paragraph(ABOUT_FURTHER))
+    return parts
+
+
+def show_tested(run, facts, rows):
+    """Maps and scores of each setting on its test slide, as the parts of a page."""
+    tested = {row["folder"]: row for row in rows if row["split"] == "test"}
+    several_folds = len({row["fold"] for row in tested.values()}) > 1
+    parts = []
+    for folder, row in tested.items():
+        name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
+        if several_folds:
+            name += f", fold {row['fold']}"
+        draw_row(run / folder, facts["data_root"], f"{facts['label']}{name}")
+        link = as_cell(Path(folder, "per_gene.csv"))
+        parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder)}, {link}</small></h2>")
+        parts += [as_image(run / folder / figure) for figure in ("maps.png", "scores.png")]
+    return parts
 
 
 def write_report(run, facts):
     """report.html of a run's folder from its run.json."""
-    rows, title = pd.DataFrame(facts["rows"]), html.escape(facts["title"])
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">']
-    parts += [f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
-    if "setting" in rows:
-        rows["HEG 95 %"] = ["[{:.2f}, {:.2f}]".format(*ci) if isinstance(ci, list) else "-" for ci in rows["heg_ci"]]
-        rows["share"] = rows["heg"].astype(float) / rows["heg_ceiling"].astype(float)
-        parts.append(as_html("Mean Pearson r", rows[[*SCORES]].rename(columns=SCORES)))
+    title = html.escape(facts["title"])
+    rows = [row for row in facts["rows"] if "setting" in row]  # 26's are of gene groups alone
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
+    ]
+    parts += show_warnings(facts.get("warnings", []))
+    if rows:
+        parts += show_scores(rows)
     parts += [as_image(path) for path in sorted(run.glob("[!.]*.png"))]
-    parts += [as_html(caption, pd.DataFrame(table)) for caption, table in facts["tables"].items()]
-    tested = rows[rows["split"] == "test"].drop_duplicates("folder") if "setting" in rows else rows[:0]
-    for row in tested.to_dict("records"):
-        name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
-        draw_row(run / row["folder"], f"{facts['label']}{name}")
-        parts.append(f"<h2>{html.escape(name)} <small>{html.escape(row['folder'])}</small></h2>")
-        parts += [as_image(run / row["folder"] / figure) for figure in ("maps.png", "scores.png")]
+    parts += [as_table(caption, records) for caption, records in facts["tables"].items()]
+    if rows:
+        parts += show_further(run, rows)
+    parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):
-        table = pd.Series(facts[caption], dtype=str).rename_axis("name").reset_index(name="value")
-        parts.append(as_html(caption.capitalize(), table))
+        records = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
+        parts.append(as_table(caption.capitalize(), records))
     with common.whole_file(run / "report.html") as path:
         path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
 
@@ -164,10 +530,13 @@ def main():
     path = Path(RUN, "run.json")
     try:
         facts = json.loads(path.read_text())
-        lacking = {"title", "label", "tables", "rows", "settings", "machine"} - facts.keys()
+        lacking = NEEDED - facts.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise common.InputError(f"{path}: cannot be read ({error}): run a script from 20 on first") from None
-    common.require(not lacking, f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
+        raise InputError(
+            f"{path}: cannot be read ({error}): run a script from 20 on first"
+        ) from None
+    if lacking:
+        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
     runner.hold_folder(path.parent)
     write_report(path.parent, facts)
     print(f"report: {path.parent / 'report.html'}")

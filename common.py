@@ -1243,11 +1243,13 @@ def validate(model, patches, target, valid_spots, valid_heg, dtype):
 
 
 def choose_epoch(history, recipe):
-    """Number of the best epoch by validation: the first of the lowest MSE or the highest HEG r."""
-    if recipe.get("BEST_EPOCH", "mse") == "heg":
-        judged_by = [-line["valid_heg"] for line in history]
-    else:
-        judged_by = [line["valid_mse"] for line in history]
+    """Number of the best epoch by validation: the first of the lowest MSE or, if BEST_EPOCH asks
+    for it and it is defined, of the highest r of HEG.
+    """
+    judged_by = [line["valid_mse"] for line in history]
+    r = np.array([line["valid_heg"] for line in history], np.float64)
+    if recipe.get("BEST_EPOCH", "mse") == "heg" and np.isfinite(r).any():
+        judged_by = -r
     return history[int(np.nanargmin(judged_by))]["epoch"]
 
 

@@ -42,8 +42,8 @@ from tqdm import tqdm
 import common
 from common import GROUPS, RANK, RANKS, SCORED, InputError
 
-# Recipes of training, RECIPE names one. A script may have some of these constants itself; all take
-# part in what a record was made with. "best" was chosen on validation slides of HER2ST.
+# Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
+# part in what a record was made with. What "best" does was chosen on validation slides of HER2ST.
 RECIPES = {
     "paper": {
         "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
@@ -300,8 +300,9 @@ class Split:
 
     @property
     def reported(self):
-        """Names of the genes of HEG and HVG that are in the panel."""
-        return {*self.members["heg"], *self.members["hvg"]}
+        """Numbers of the genes of HEG and HVG in the panel; of all genes where there are none."""
+        names = {*self.members["heg"], *self.members["hvg"]} or self.data.genes
+        return np.flatnonzero(pd.Index(self.data.genes).isin(names))
 
     def spots(self, *roles):
         """Numbers of the spots with these roles, in the order of the roles."""
@@ -453,7 +454,7 @@ def start_training(recipe, split, patches, device):
     _, scale, ridge, explained = fit_frozen_ridge(recipe, split)
     common.start_as_ridge(model, ridge, scale)
     training = replace(training, more={"alpha": ridge.alpha})
-    if recipe["GENE_WEIGHTS"] == "predictable":
+    if recipe["GENE_WEIGHTS"] == "predictable" and explained.any():
         return replace(training, gene_weights=explained / explained.mean())
     return training
 
@@ -468,7 +469,7 @@ def fit_frozen_ridge(recipe, split):
     train = split.spots("train")
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
     scale = common.balance_stages(features[train], widths)
-    chosen_by = np.flatnonzero(pd.Index(data.genes).isin(split.reported))
+    chosen_by = split.reported
     ridge, explained = common.fit_ridge(
         features[train] * scale, data.target[train], data.spots.iloc[train], chosen_by
     )

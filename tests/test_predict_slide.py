@@ -1,9 +1,8 @@
-"""Script 26, Space Ranger's folders, the grid over the tissue, resampling, and the report."""
+"""Script 26, Space Ranger's folders, the grid over the tissue, and resampling."""
 
 import json
 import shutil
 import warnings
-from html.parser import HTMLParser
 
 import anndata
 import h5py
@@ -12,9 +11,10 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import tifffile
-from conftest import load_script, run_script
+from conftest import run_script
 from test_bad_input import check_one_line
 from test_patches import picture
+from test_report import Page
 
 import common
 import slides
@@ -462,65 +462,3 @@ def test_a_space_ranger_folder_is_predicted_and_compared(simulated, weights, tmp
     assert run_script("26", *options, "--out", tmp_path / "out") == 0
     table = pd.read_csv(tmp_path / "out" / "correlations.csv").set_index("gene")
     assert {"r", "valid_r", "ceiling"} <= set(table.columns) and table["r"].notna().mean() > 0.9
-
-
-# ---------------------------------------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Tags, and images without alternative text, of a page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.mute, self.outside = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append(tag)
-        if tag == "img" and len(attributes.get("alt", "")) < 10:
-            self.mute.append(attributes)
-        self.outside += [
-            v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")
-        ]
-
-
-def test_the_report_of_a_run_is_one_file_that_needs_nothing(trained):
-    assert run_script("27", "--run", trained[0]) == 0
-    text = (trained[0] / "report.html").read_text()
-    page = Page(text)
-    assert page.tags.count("img") == 4  # maps and scores of two rows
-    assert not page.mute and not page.outside and "script" not in page.tags
-    rows = json.loads(next(trained[0].glob("EfficientNet-B0-*/rows.json")).read_text())
-    for row in rows:
-        assert f"{row['heg']:.3f}" in text
-    assert (
-        "SIMULATED" in text
-        and "LEARNING_RATE" in text
-        and "prefers" not in text
-        and "color-scheme" in text
-    )
-
-
-def test_report_escapes_what_it_shows(tmp_path):
-    facts = {
-        "title": "<b>&",
-        "tables": {"a<script>": [{"<i>": "<script>"}]},
-        "rows": [],
-        "settings": {},
-        "machine": {},
-    }
-    load_script("27").write_report(tmp_path, facts)
-    page = Page((tmp_path / "report.html").read_text())
-    assert "script" not in page.tags and "i" not in page.tags and "b" not in page.tags
-
-
-@pytest.mark.parametrize("content, word", [
-    (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "lacks label"),
-])  # fmt: skip
-def test_a_folder_without_a_finished_run_has_no_report(tmp_path, capsys, content, word):
-    if content:
-        (tmp_path / "run.json").write_text(content)
-    assert run_script("27", "--run", tmp_path) == 2
-    check_one_line(capsys, ["run.json", word])
-    assert not (tmp_path / "report.html").exists()

@@ -59,7 +59,7 @@ def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
         rng = np.random.default_rng(common.seed_of(0))
         path = tmp_path / f"{tile}.tif"
         fields = script.tissue_fields(table, shape, rng)
-        script.paint(path, fields, script.scatter_objects(fields, shape, rng), shape, rng)
+        script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
         slides.append(tifffile.imread(path).astype(int))
     assert slides[0].shape == (*shape, 3)
     assert np.abs(slides[0] - slides[1]).max() <= 3

@@ -53,7 +53,7 @@ PRINTED = {
     "the chosen setting on the test slide": r"the chosen setting.*test slide",
     "sd over the seeds": r"^mpa +\d\.\d{3}±",
     "differences": r"HEG minus",
-    "parameters": r" million | total M ",
+    "parameters": r" M ",
     "speed": r" images/s ",
     "memory": r" peak GB",
     "minutes": r" minutes ",

@@ -37,7 +37,7 @@ def simulated_counts():
     spots, 258 genes.
     """
     script, found = load_script("18"), {}
-    names = " ".join([*script.PROGRAMMES.values(), *script.HOUSEKEEPING]).split()
+    names = " ".join([*script.PROGRAMMES.values(), script.HOUSEKEEPING]).split()
     genes = script.gene_table(list(dict.fromkeys(names)), np.random.default_rng(1))
     table = script.hexagonal_grid(1500)
     border = 3 * script.PITCH // 2
@@ -47,7 +47,7 @@ def simulated_counts():
     for depth in (1000, 100):
         script.DEPTH = depth
         random = np.random.default_rng(depth)
-        counts, rate, _ = script.simulate_counts(fields, spots, genes, shape, random)
+        counts, rate, _ = script.simulate_counts(fields, spots, genes, random)
         counts = counts.toarray()
         totals = counts.sum(1)
         kept = totals > 0
@@ -239,7 +239,7 @@ def test_loso_shows_every_slide_and_their_mean(disturbed, tmp_path):
     rows = table_of(stdout).query("split == 'test' and setting == 'ridge (colour)'")
     assert rows["slide"].tolist() == ["1", "2", "3", "4"]
     assert set(rows["gene_lists"]) == {"training spots"}
-    assert "test slide 1,2,3,4 (40 spots)" in stdout
+    assert "test slides 1,2,3,4 (40 spots)" in stdout
     _, lines = printed_table(stdout, "mean Pearson r")
     (line,) = [line for line in lines if line.startswith("ridge")]
     assert f" {rows['heg'].mean():.3f}±{rows['heg'].std():.3f} " in line

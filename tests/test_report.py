@@ -1,0 +1,281 @@
+"""Script 27: the page of a run, its links and tables, and maps on the H&E."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import load_script, run_script
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from test_bad_input import check_one_line
+
+
+class Page(HTMLParser):
+    """Tags of a page, images without alternative text, relative links, and addresses elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.mute, self.links, self.outside = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        if tag == "img" and len(attributes.get("alt", "")) < 10:
+            self.mute.append(attributes)
+        for name in {"src", "href"} & attributes.keys():
+            address = attributes[name]
+            if tag == "a" and ":" not in address and not address.startswith("/"):
+                self.links.append(unquote(address))
+            elif not address.startswith("data:"):
+                self.outside.append(address)
+
+
+@pytest.fixture(scope="module")
+def report(trained):
+    """(folder, text of report.html) of the run of script 20."""
+    assert run_script("27", "--run", trained[0]) == 0
+    return trained[0], (trained[0] / "report.html").read_text()
+
+
+FACTS = {"title": "run", "label": "", "tables": {}, "rows": [], "settings": {}, "machine": {}}
+
+
+def written(folder, **facts):
+    """The text of the page that is written from these facts."""
+    load_script("27").write_report(folder, FACTS | facts)
+    return (folder / "report.html").read_text()
+
+
+# -------------------------------------------------------------------------------------- page
+
+
+def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
+    _, text = report
+    page = Page(text)
+    assert page.tags.count("img") == 4  # maps and scores of two rows
+    assert not page.mute
+    assert not page.outside
+    assert "script" not in page.tags
+    assert "SIMULATED" in text
+    assert "LEARNING_RATE" in text
+    assert "prefers" not in text
+    assert "color-scheme" in text
+
+
+def test_every_row_of_a_run_is_in_its_report(report):
+    run, text = report
+    rows = json.loads((run / "run.json").read_text())["rows"]
+    assert {row["split"] for row in rows} == {"valid", "test"}
+    assert {row["truth"] for row in rows} == {"harmony", "lognorm"}
+    for row in rows:
+        for metric in ("heg", "heg_pooled", "heg_spearman", "spot_r", "variance_ratio", "mse"):
+            assert f"<td>{row[metric]:.3f}</td>" in text
+    network = next(row for row in rows if "parameters_total" in row)
+    assert f"<td>{network['parameters_total']:,}</td>" in text
+    for heading in ("image ceiling", "Moran's I", "seconds", "images/s", "memory", "trainable"):
+        assert heading in text.replace("&#x27;", "'")
+
+
+def test_every_row_links_its_genes_and_their_columns_are_explained(report):
+    run, text = report
+    page = Page(text)
+    rows = json.loads((run / "run.json").read_text())["rows"]
+    assert set(page.links) == {f"{row['folder']}/per_gene.csv" for row in rows}
+    assert len(page.links) > len(rows)  # each row of the table of further metrics, and more
+    (explanation,) = [part for part in text.split("<p>") if part.startswith("Each per_gene.csv")]
+    columns = pd.read_csv(run / page.links[0], nrows=1).columns[1:]
+    prefixes = ("valid_lognorm_", "test_lognorm_", "valid_harmony_", "test_harmony_")
+    for column in columns:
+        (prefix,) = [prefix for prefix in prefixes if column.startswith(prefix)]
+        assert column.removeprefix(prefix) in explanation.replace(",", " ").split()
+    assert explanation.count(". ") == 0, "one sentence"
+
+
+def test_a_report_escapes_what_it_shows(tmp_path):
+    text = written(
+        tmp_path,
+        title="<b>&",
+        tables={"a<script>": [{"<i>": "<script>"}]},
+        settings={"<u>": "<u>"},
+        warnings=["<em>"],
+    )
+    assert not {"script", "i", "b", "u", "em"} & set(Page(text).tags)
+
+
+def test_warnings_stand_at_the_top(tmp_path):
+    text = written(tmp_path, warnings=["a.csv: 3 of 9", "b.csv: 4 of 9"], tables={"T": [{"x": 1}]})
+    assert text.index("<h1>") < text.index("a.csv: 3 of 9") < text.index("b.csv: 4 of 9")
+    assert text.index("b.csv: 4 of 9") < text.index("<table>")
+    assert "Warnings" not in written(tmp_path, warnings=[])
+    assert "Warnings" not in written(tmp_path)
+
+
+@pytest.mark.parametrize("value, shown", [
+    (None, "-"), (float("nan"), "-"), (0.12345, "0.123"), (1234.5, "1,234"), (7, "7"),
+    (4007548, "4,007,548"), (2024, "2024"), ("C1 & D1", "C1 &amp; D1"), (False, "False"),
+])  # fmt: skip
+def test_cells(value, shown):
+    assert load_script("27").as_cell(value) == shown
+
+
+def test_other_tables_of_a_run_are_shown(tmp_path):
+    published = [{"method": "BLEEP", "HEG": 0.175}, {"method": "EfficientNet-B0", "HVG": None}]
+    text = written(tmp_path, tables={"published": published})
+    assert "<caption>published</caption>" in text
+    assert '<td class="text">BLEEP</td><td>0.175</td><td>-</td>' in text
+
+
+@pytest.mark.parametrize("content, word", [
+    (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "lacks data_root"),
+])  # fmt: skip
+def test_a_folder_without_a_finished_run_has_no_report(tmp_path, capsys, content, word):
+    if content:
+        (tmp_path / "run.json").write_text(content)
+    assert run_script("27", "--run", tmp_path) == 2
+    check_one_line(capsys, ["run.json", word])
+    assert not (tmp_path / "report.html").exists()
+
+
+# -------------------------------------------------------------------------------------- maps
+
+
+PINK = np.array([235, 120, 190], np.uint8)  # in no map of colours that is used here
+
+
+def count_pink(path):
+    """Number of pixels of a PNG that are nearly PINK."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return int((np.abs(pixels - PINK).max(2) < 16).sum())
+
+
+@pytest.fixture
+def slide():
+    """AnnData of 30 spots, 100 px apart, as a row's predictions.h5ad holds them."""
+    places = np.stack(np.meshgrid(np.arange(6), np.arange(5)), -1).reshape(-1, 2)
+    random = np.random.default_rng(0)
+    table = anndata.AnnData(random.random((30, 3), np.float32))
+    table.var_names = ["A", "B", "HAL"]
+    table.var["test_lognorm_r"] = [0.2, 0.6, 0.1]
+    table.layers["target"] = random.random((30, 3), np.float32)
+    table.obsm["spatial"] = 300.0 + 100 * places
+    table.obs["pitch"] = 100.0
+    return table
+
+
+GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "MG", "MG"], "gene": ["absent", "A", "HAL", "B"]})
+
+
+def draw(folder, table, thumbnail):
+    path = folder / "maps.png"
+    load_script("27").draw_maps(path, table, GROUPS, thumbnail, "a title")
+    return path
+
+
+def test_maps_lie_on_the_slide_and_say_what_they_show(slide, tmp_path):
+    path = draw(tmp_path, slide, (np.tile(PINK, (60, 70, 1)), 20))
+    assert count_pink(path) > 10_000
+    with Image.open(path) as image:
+        assert image.info["Description"].startswith("a title: measured and predicted")
+    assert path.stat().st_size < 300_000
+    assert count_pink(draw(tmp_path, slide, None)) == 0, "white where there is no thumbnail"
+
+
+def test_a_spot_lies_on_its_own_pixel_of_the_thumbnail(slide):
+    thumbnail = np.zeros((60, 70, 3), np.uint8)  # 20 px of the slide a pixel
+    at = slide.obsm["spatial"][7]
+    thumbnail[int(at[1] // 20), int(at[0] // 20)] = 255
+    ax = Figure().add_subplot()
+    load_script("27").draw_map(ax, slide, (thumbnail, 20), slide.X[:, 0])
+    shown, (left, right, bottom, top) = ax.images[0].get_array(), ax.images[0].get_extent()
+    row, column = np.argwhere(shown > 0)[0]
+    assert left + column * (right - left) / 70 <= at[0] < left + (column + 1) * (right - left) / 70
+    assert top + row * (bottom - top) / 60 <= at[1] < top + (row + 1) * (bottom - top) / 60
+    np.testing.assert_array_equal(ax.collections[0].get_offsets(), slide.obsm["spatial"])
+
+
+def pixels_of(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())
+
+
+def test_circles_have_the_size_of_the_spots(slide):
+    figure = Figure(figsize=(8, 8), dpi=100)
+    ax = figure.add_axes((0, 0, 1, 1))
+    script = load_script("27")
+    script.draw_tissue(ax, slide, None)
+    before = pixels_of(figure)
+    script.draw_map(ax, slide, None, np.zeros(30))
+    ax.set_position((0, 0, 1, 1))  # the colour bar took some of it
+    figure.axes[1].remove()
+    changed = (pixels_of(figure) != before).any(2).sum()
+    px_per_px = 800 / 700  # five pitches and a margin of one on either side
+    assert changed == pytest.approx(30 * np.pi * (0.275 * 100 * px_per_px) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("r, chosen", [
+    ([0.2, 0.6, 0.1], {"B": "best", "A": "median", "HAL": "best marker"}),
+    ([0.7, np.nan, 0.1], {"A": "best", "HAL": "median"}),
+    ([np.nan] * 3, {"A": "highest expression"}),
+])  # fmt: skip
+def test_genes_of_the_maps(r, chosen):
+    groups = GROUPS[GROUPS["gene"] != "B"]
+    assert load_script("27").choose_genes(pd.Series(r, ["A", "B", "HAL"]), groups) == chosen
+
+
+def test_a_constant_prediction_is_drawn(slide, tmp_path):
+    slide.X = np.ones_like(slide.X)
+    slide.var["test_lognorm_r"] = np.nan
+    assert draw(tmp_path, slide, None).is_file()
+    genes = slide.var.rename(columns={"test_lognorm_r": "r"}).assign(ceiling=0.5, moran=0.1, mean=1)
+    load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, "a title")
+    assert (tmp_path / "scores.png").is_file()
+
+
+def test_a_run_is_drawn_on_the_slide_it_was_made_on(report, simulated):
+    run, _ = report
+    for path in run.glob("*/maps.png"):
+        assert path.stat().st_size < 300_000
+    folder = next(run.glob("EfficientNet-B0-*"))
+    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
+    image, step = load_script("27").read_thumbnail(simulated, 3, fingerprint)
+    slides = pd.read_csv(simulated / "slides.csv").set_index("tissue_index")
+    with Image.open(simulated / slides["image"][3]) as whole:
+        assert np.abs(np.array(whole.size) / step - image.shape[1::-1]).max() <= 1
+    with Image.open(folder / "maps.png") as maps:
+        pixels = np.asarray(maps.convert("RGB")).astype(int)
+    tissue = (pixels[:, :, 0] > 150) & (pixels[:, :, 2] > 150) & (pixels[:, :, 1] < 190)
+    assert tissue.sum() > 3000, "H&E is pink and violet, which no map is"
+
+
+@pytest.mark.parametrize("damage", ["no folder", "other data", "no thumbnail", "older", "broken"])
+def test_no_thumbnail_is_taken_for_another(simulated, tmp_path, damage):
+    script = load_script("27")
+    shutil.copytree(
+        simulated / "dataset", tmp_path / "dataset", ignore=shutil.ignore_patterns("*.npy", "*.csv")
+    )
+    path = tmp_path / "dataset" / "meta.json"
+    fingerprint = script.fingerprint_of(path.read_bytes())
+    assert script.read_thumbnail(tmp_path, 3, fingerprint) is not None
+    if damage == "no folder":
+        shutil.rmtree(tmp_path / "dataset")
+    elif damage == "other data":
+        fingerprint = "0" * 16
+    elif damage == "no thumbnail":
+        (tmp_path / "dataset" / "thumbnail_3.png").unlink()
+    elif damage == "older":
+        meta = json.loads(path.read_text())
+        del meta["px_per_thumbnail_px"]
+        path.write_text(json.dumps(meta))
+        fingerprint = script.fingerprint_of(path.read_bytes())
+    else:
+        (tmp_path / "dataset" / "thumbnail_3.png").write_bytes(b"not a PNG")
+    assert script.read_thumbnail(tmp_path, 3, fingerprint) is None
