@@ -11,6 +11,7 @@ Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
            python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs
            --images A.tif,B.tif
+           python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. How slides are read is in
@@ -50,6 +51,7 @@ FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write sl
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
+CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
@@ -57,6 +59,7 @@ PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name"
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
 LOST_GENES = 20  # genes of a panel that a warning names at most
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
+FEW_GENES = 20  # as well, where the slides share fewer of their genes
 
 
 # -------------------------------------------------------------------------------- panel
@@ -201,22 +204,37 @@ def read_harmony(slide, counts):
 # -------------------------------------------------------------------------------- trust
 
 
-def check_leaks(patches, counts):
-    """InputError where two spots have the same pixels or the same counts of all genes.
+def check_leaks(patches, counts, tables=()):
+    """InputError where two spots have the same pixels or the same counts.
 
     A split could learn from one and be scored on the other. Blank patches, and spots of few counts,
-    may be the same by chance.
+    may be the same by chance. `counts` are of the genes that all slides share; `tables` are the
+    slides as they were read, of which two of the same genes are compared by all of them.
     """
-    counts.X.sort_indices()
     seen = {}
-    for number, (spot, total) in enumerate(counts.obs["n_counts"].items()):
-        patch = patches[number]
+    for spot, patch in zip(counts.obs_names, patches, strict=True):
         if (patch != patch[0, 0]).any():
             refuse_twin(seen, spot, "pixels", patch.tobytes())
-        if total >= FEW_COUNTS:
-            row = slice(*counts.X.indptr[number : number + 2])
-            content = counts.X.indices[row].tobytes() + counts.X.data[row].tobytes()
-            refuse_twin(seen, spot, "counts", content)
+    for table in (counts, *tables):
+        genes = "\n".join(table.var_names).encode()
+        for spot, content in tell_counts(table):
+            refuse_twin(seen, spot, "counts", genes + content)
+
+
+def tell_counts(table):
+    """(spot, its counts as bytes) of the spots whose counts are the same in no other by chance.
+
+    Those are FEW_COUNTS in all, and either all that the spot has or of FEW_GENES genes: of a few
+    genes that slides share, two spots may well have the same counts.
+    """
+    matrix = table.X
+    matrix.sort_indices()
+    for number, (spot, total) in enumerate(table.obs["n_counts"].items()):
+        row = slice(*matrix.indptr[number : number + 2])
+        genes, values = matrix.indices[row], matrix.data[row]
+        counted = values.sum()
+        if counted >= FEW_COUNTS and (counted == total or len(genes) >= FEW_GENES):
+            yield spot, genes.tobytes() + values.tobytes()
 
 
 def refuse_twin(seen, spot, kind, content):
@@ -401,7 +419,7 @@ def write_expression(root, out, tables, manifest):
     """counts.h5ad and dataset.csv, from the spots of every slide as AnnData."""
     counts = slides.align_genes(tables)
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
-    check_leaks(patches, counts)
+    check_leaks(patches, counts, tables)
     scale = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy())
     lognorm = (scale @ scipy.sparse.csr_matrix(counts.X, dtype=np.float32)).log1p()
     panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(lognorm, dtype=np.float32))
@@ -470,6 +488,73 @@ def describe_file(path):
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+# -------------------------------------------------------------------------------- check
+
+
+def check_slides(root, manifest):
+    """Print what each slide holds and whether it fits together; InputError where one does not."""
+    tables, errors = [], []
+    for slide in manifest:
+        print(f"\nslide {slide.tissue_index}: {slide.name}, donor {slide.donor}")
+        try:
+            tables.append(check_slide(slide))
+        except InputError as error:
+            print("  error      ", *str(error).split())
+            errors.append(error)
+    if not errors and tables[0].X is not None:
+        print()
+        check_genes(slides.align_genes(tables))
+    if errors:
+        raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
+    print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
+
+
+def check_slide(slide):
+    """Print what one slide holds; returns its spots as AnnData."""
+    image = slides.open_image(slides.unpack(slide.image))
+    height, width = image.shape
+    print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
+    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
+    positions, _ = slides.place_spots(slide)
+    pitch = slides.measure_pitch(positions)
+    print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
+    slides.check_hires(slide, image.shape)
+    table = slides.read_spots(slide, positions, GENOME)
+    slides.check_centres(slide.image, table.obs, image.shape)
+    inside = slides.find_inside(table.obs, image.shape)
+    left_out = dict(table.uns.get("left_out", {}))
+    if not inside.all():
+        left_out["outside the image"] = int((~inside).sum())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    print(
+        f"  spots       {inside.sum()} kept; {sum(left_out.values())} left out ({reasons or '-'})"
+    )
+    if slide.matrix is not None:
+        symbols = ", ".join(table.var["name"][:3])
+        depth = np.median(table.obs["n_counts"])
+        print(f"  counts      {table.n_vars:,} genes, as {symbols}; median of {depth:,.0f} a spot")
+    return table[inside].copy()
+
+
+def describe_tags(path):
+    """What the tags of an image say about its resolution."""
+    try:
+        return f"its tags say {slides.read_resolution(slides.unpack(path)):g}"
+    except InputError:
+        return "its tags say nothing"
+
+
+def check_genes(counts):
+    """Print how many markers the slides have, and warn of genes of PANEL that they lack."""
+    markers = counts.var_names.isin(common.MARKER_GENES).sum()
+    print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
+    if PANEL:
+        warn_of_lost_genes(read_panel(Path(PANEL)), set(counts.var_names))
+
+
+# -------------------------------------------------------------------------------- start
+
+
 def split_paths(flag, text):
     """The paths of a comma-separated list; what stands between two commas may be part of a name."""
     paths, parts = [], text.split(",") if text else []
@@ -504,6 +589,9 @@ def main():
         )
     if not UM_PER_PX:
         slides.warn_of_magnifications(manifest)
+    if CHECK:
+        check_slides(root, manifest)
+        return
     tables, thumbnails = [], {}
     for slide in manifest:
         positions, thumbnails[slide.name] = slides.place_spots(slide)
@@ -512,8 +600,9 @@ def main():
     target = TARGET if True in have_counts else None
     with whole_folder(root / "dataset") as out:
         over_border, inside = write_patches(out, manifest, obs, thumbnails)
-        obs = obs[inside]
-        tables = [table[table.obs_names.isin(obs.index)] for table in tables]
+        if not inside.all():
+            obs = obs[inside]
+            tables = [table[table.obs_names.isin(obs.index)].copy() for table in tables]
         if target:
             write_expression(root, out, tables, manifest)
         else:

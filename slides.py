@@ -476,6 +476,25 @@ def view_hires(folder):
     return view_image(image, scale)
 
 
+def check_hires(slide, shape, thumbnail=None):
+    """InputError where an image is not the one of the hires image that lies beside the positions.
+
+    `shape` is its (height, width); its content is compared where its Thumbnail is there.
+    """
+    if slide.positions is None:
+        return
+    spatial = slide.positions.resolve().parent
+    names = "tissue_hires_image.png", "scalefactors_json.json"
+    if not all((spatial / name).exists() for name in names):
+        return
+    hires = view_image(spatial / names[0], read_hires_scale(spatial))
+    view = View(slide.image, np.array(shape), hires.grey)
+    if thumbnail is not None:
+        view = view_thumbnail(slide.image, thumbnail)
+    if not is_same_image(view, hires):
+        raise InputError(describe_misfit("image", slide.positions, view, hires, None))
+
+
 def is_same_size(view, hires):
     """Whether an image is as large as the one of which Space Ranger made the hires image."""
     return (abs(view.shape - hires.shape) <= hires.tolerance).all()
@@ -1410,6 +1429,7 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     size = patches.shape[1]
     if 0.99 < finer < 1.01:
         image, thumbnail = read_patches(slide.image, spots, patches, step)
+        check_hires(slide, image.shape, thumbnail)
         return image, thumbnail, count_over_border(spots, image.shape, size)
     if finer > 2:
         warn(
@@ -1419,6 +1439,7 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     side = max(1, round(size * um_per_px / slide.um_per_px))
     native = map_scratch(scratch, (len(spots), side, side, 3))
     image, thumbnail = read_patches(slide.image, spots, native, step)
+    check_hires(slide, image.shape, thumbnail)
     for part in np.array_split(np.arange(len(spots)), math.ceil(len(spots) / 64)):
         patches[part] = resize(native[part], size)
     how = f"{image.how}; resampled from {slide.um_per_px:g} to {um_per_px:g} um/px"
