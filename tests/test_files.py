@@ -1,0 +1,604 @@
+"""Files as people have them: tables of R, pandas and spreadsheets, GEO's names, files that do not
+belong together, spots that do not count, odd names. Each is read rightly, or refused in one line.
+"""
+
+import csv
+import gzip
+import json
+import shutil
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import tifffile
+from conftest import run_script, stdout_of, write_slide
+from PIL import Image
+from test_bad_input import check_one_line
+
+import common
+import slides
+
+FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
+GENES = [*common.MARKER_GENES, *(f"GENE{number}" for number in range(40))]
+
+
+# --------------------------------------------------------------------------------- invented slides
+def spot_array(rows=6, columns=6, pitch=200):
+    """Positions of a Visium-like array: 200 px are 100 um at 0.5 um/px."""
+    row, column = (axis.ravel() for axis in np.mgrid[:rows, :columns])
+    letters = np.random.default_rng(7).choice(list("ACGT"), (len(row), 16))
+    table = pd.DataFrame({"barcode": ["".join(word) + "-1" for word in letters], "in_tissue": 1})
+    table["array_row"], table["array_col"] = row, 2 * column + row % 2
+    table["pxl_row"] = np.rint(200 + row * pitch * 0.75**0.5).astype(int)
+    table["pxl_col"] = np.rint(200 + (column + row % 2 / 2) * pitch).astype(int)
+    return table
+
+
+def paint(seed, height=1400, width=1600):
+    """An image of which no two patches are alike."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin((seed + 1) * x / 300), np.cos(y / 250 + seed), np.sin((x - seed * y) / 400)]
+    noise = np.random.default_rng(seed).integers(-20, 20, (height, width, 3))
+    return np.clip(140 + 70 * np.stack(waves, -1) + noise, 0, 255).astype(np.uint8)
+
+
+def draw_counts(n, seed, genes=48):
+    return np.random.default_rng(seed).poisson(8, (n, genes)) + 1
+
+
+def make_slides(root, n=2, genes=GENES):
+    """A data root of n slides that is read without a warning."""
+    root.mkdir(exist_ok=True, parents=True)
+    for slide in range(1, n + 1):
+        tifffile.imwrite(root / f"image{slide}.tif", paint(slide), photometric="rgb")
+        counts = draw_counts(36, slide, len(genes))
+        write_slide(root, f"image{slide}.tif", spot_array(), counts, genes, slide)
+    return root
+
+
+def edit_manifest(root, **columns):
+    table = pd.read_csv(root / "slides.csv", dtype=str, keep_default_na=False)
+    table.assign(**columns).to_csv(root / "slides.csv", index=False)
+
+
+def make_dataset(root, **options):
+    """(what script 19 printed, counts.h5ad, patches) of a data root."""
+    printed = stdout_of("19", data_root=root, target="lognorm", **options)
+    folder = root / "dataset"
+    patches = np.load(folder / "patches.npy")
+    return printed, anndata.read_h5ad(folder / "counts.h5ad"), patches
+
+
+def check_spots(table, patches, slide, image, n_spots):
+    """Each spot of a slide has the pixels of its place and the depth of its barcode."""
+    at = np.flatnonzero(table.obs["tissue_index"] == slide)
+    assert len(at) == n_spots
+    truth = spot_array().set_index("barcode")
+    depth = pd.Series(draw_counts(36, slide).sum(1), truth.index)
+    padded = np.pad(image, ((112, 112), (112, 112), (0, 0)), constant_values=255)
+    for number in at:
+        barcode = table.obs["barcode"].iloc[number]
+        row, column = truth.loc[barcode, ["pxl_row", "pxl_col"]]
+        assert np.array_equal(patches[number], padded[row : row + 224, column : column + 224])
+        assert table.obs["n_counts"].iloc[number] == depth[barcode]
+
+
+def refuse(capsys, root, *words, **options):
+    """Script 19 refuses in one line with these words, and leaves no dataset."""
+    assert run_script("19", data_root=root, **({"target": "lognorm"} | options)) == 2
+    check_one_line(capsys, words)
+    assert not (root / "dataset").exists()
+    assert not list(root.glob(".dataset*"))
+
+
+def pack(path):
+    """Replace a file by its .gz."""
+    packed = path.with_name(path.name + ".gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+# ------------------------------------------------------------------------------------------- tables
+def write_as_r(path, table, **options):
+    """As R's write.csv does, with row names from 1 on."""
+    table = table.set_axis(range(1, len(table) + 1))
+    table.to_csv(path, index_label="", quoting=csv.QUOTE_NONNUMERIC, **options)
+
+
+def write_as_write_table(path, table):
+    """As R's write.table does: row names have no head."""
+    lines = [" ".join(f'"{name}"' for name in table)]
+    for number, row in enumerate(table.itertuples(index=False), 1):
+        lines.append(" ".join([f'"{number}"', f'"{row[0]}"', *map(str, row[1:])]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_as_seurat(path, table):
+    names = ["barcode", "tissue", "row", "col", "imagerow", "imagecol"]
+    table.set_axis(names, axis=1).set_index("barcode").to_csv(path, index_label="")
+
+
+def write_gzipped(path, table):
+    path.write_bytes(gzip.compress(table.to_csv(index=False, header=False).encode()))
+
+
+HEADED = spot_array().rename(columns=FULLRES)
+TABLES = {
+    "columns in another order": lambda p: HEADED[HEADED.columns[[0, 1, 2, 3, 5, 4]]].to_csv(p, index=False),
+    "columns by the alphabet": lambda p: HEADED[sorted(HEADED)].to_csv(p, index=False),
+    "short names, the barcode last": lambda p: spot_array()[spot_array().columns[::-1]].to_csv(p, index=False),
+    "further columns": lambda p: HEADED.assign(cluster="a, b", row=7).to_csv(p, index=False),
+    "barcodes as the index of pandas": lambda p: HEADED.set_index("barcode").to_csv(p, index_label=""),
+    "a number as the index of pandas": lambda p: HEADED.to_csv(p),
+    "the same without a header": lambda p: spot_array().to_csv(p, header=False),
+    "numbers for names": lambda p: spot_array().set_axis(range(6), axis=1).to_csv(p, index=False),
+    "R's default names": lambda p: spot_array().set_axis([f"V{i}" for i in range(1, 7)], axis=1).to_csv(p, index=False),
+    "write.csv": lambda p: write_as_r(p, HEADED),
+    "write.csv2": lambda p: write_as_r(p, HEADED.assign(pxl_row_in_fullres=HEADED["pxl_row_in_fullres"] + 0.25), sep=";", decimal=","),
+    "write.table": lambda p: write_as_write_table(p, HEADED),
+    "Seurat": lambda p: write_as_seurat(p, spot_array()),
+    "logical in_tissue": lambda p: HEADED.assign(in_tissue="TRUE").to_csv(p, index=False),
+    "tabs": lambda p: spot_array().to_csv(p, sep="\t", index=False, header=False),
+    "blanks": lambda p: spot_array().to_csv(p, sep=" ", index=False, header=False),
+    "a byte order mark and CRLF": lambda p: HEADED.to_csv(p, index=False, encoding="utf-8-sig", lineterminator="\r\n"),
+    "UTF-16 with tabs": lambda p: HEADED.to_csv(p, index=False, sep="\t", encoding="utf-16"),
+    "empty lines at the end": lambda p: p.write_text(HEADED.to_csv(index=False) + ",,,,,\n\n"),
+    "gzipped under a plain name": lambda p: write_gzipped(p, spot_array()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_positions_are_read_as_they_were_meant(tmp_path, kind):
+    TABLES[kind](tmp_path / "positions.csv")
+    found = slides.read_positions(tmp_path / "positions.csv")
+    pd.testing.assert_frame_equal(found, spot_array().set_index("barcode"), check_index_type=False)
+
+
+REFUSED = {
+    "x and y": ({"pxl_row": "y", "pxl_col": "x"}, {}, ["no column pxl_row", "y, x", "which is the row"]),
+    "unknown names": (dict.fromkeys(common.POSITION_COLUMNS, "what"), {}, ["what", "not known", "pxl_row"]),
+    "one name twice": ({"pxl_col": "pxl_row"}, {}, ["pxl_row", "twice"]),
+    "thousands": ({}, {"pxl_row": '1,234'}, ["pxl_row", "'1,234'", "not a number"]),
+    "a tissue of two": ({}, {"in_tissue": "2"}, ["in_tissue", "2", "0 or 1"]),
+    "a missing number": ({}, {"pxl_col": "NA"}, ["pxl_col", "'NA'", "not a number"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_positions_in_doubt_are_refused(tmp_path, kind):
+    names, cells, words = REFUSED[kind]
+    table = spot_array().astype(str)
+    table.loc[3, list(cells)] = list(cells.values())
+    table.rename(columns=names).to_csv(tmp_path / "positions.csv", index=False)
+    with pytest.raises(common.InputError) as error:
+        slides.read_positions(tmp_path / "positions.csv")
+    for word in ["positions.csv", *words]:
+        assert word in str(error.value)
+
+
+def test_named_columns_in_another_order_give_the_right_patches(tmp_path):
+    make_slides(tmp_path)
+    for slide in (1, 2):
+        HEADED[sorted(HEADED)[::-1]].to_csv(tmp_path / f"positions{slide}.csv", index=False)
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+def test_names_are_text_and_never_missing(tmp_path):
+    genes = ["NA", "nan", "1E5", "007", "True", *GENES[:43]]
+    make_slides(tmp_path, genes=genes)
+    codes = [f"{number:04d}" for number in range(36)]
+    for slide in (1, 2):
+        table = spot_array().assign(barcode=codes)
+        table.to_csv(tmp_path / f"positions{slide}.csv", header=False, index=False)
+        (tmp_path / f"matrix{slide}" / "barcodes.tsv").write_text("\n".join(codes) + "\n")
+    edit_manifest(tmp_path, name=["NA", "007"], donor=["nan", "1"])
+    _, table, _ = make_dataset(tmp_path)
+    assert table.obs["barcode"].tolist() == codes * 2
+    assert table.var_names.tolist() == genes
+    assert set(table.obs["donor"]) == {"nan", "1"}
+    assert [slide.name for slide in slides.read_manifest(tmp_path)] == ["NA", "007"]
+
+
+MANIFESTS = {
+    "a spreadsheet's": {"sep": ";", "decimal": ",", "encoding": "utf-8-sig", "lineterminator": "\r\n"},
+    "tabs": {"sep": "\t"},
+    "UTF-16": {"sep": "\t", "encoding": "utf-16"},
+    "Western Europe's": {"sep": ";", "encoding": "cp1252"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_manifests_of_spreadsheets(tmp_path, kind):
+    make_slides(tmp_path)
+    expected = slides.read_manifest(tmp_path)
+    table = pd.read_csv(tmp_path / "slides.csv").iloc[:, ::-1].rename(columns={"name": "Name"})
+    table["donor"] = "Größe"
+    table.to_csv(tmp_path / "slides.csv", index=False, **MANIFESTS[kind])
+    found = slides.read_manifest(tmp_path)
+    assert {slide.donor for slide in found} == {"Größe"}
+    for one, other in zip(found, expected, strict=True):
+        assert (one.image, one.um_per_px) == (other.image, other.um_per_px)
+
+
+def test_a_slide_without_a_donor_is_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, donor=["P1", ""])
+    refuse(capsys, tmp_path, "slides.csv", "S2", "no donor")
+
+
+# ------------------------------------------------------------------------------ GEO's and 10x's names
+def change_parts(root, change):
+    """Call change(path) with every file of the matrix folders."""
+    for folder in (root / "matrix1", root / "matrix2"):
+        for path in list(folder.iterdir()):
+            change(path)
+
+
+def add_prefix(path):
+    pack(path.rename(path.with_name(f"GSM{path.parent.name}_{path.name}")))
+
+
+def write_old_genes(path):
+    """genes.tsv of two columns, as Cell Ranger 2 had it."""
+    if path.name == "features.tsv":
+        lines = [line.split("\t")[:2] for line in path.read_text().splitlines()]
+        path.with_name("genes.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+        path.unlink()
+
+
+PARTS = {"packed": pack, "with GEO's prefix": add_prefix, "genes.tsv": write_old_genes}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_matrix_folders_of_geo_and_of_old_versions(tmp_path, kind):
+    make_slides(tmp_path)
+    change_parts(tmp_path, PARTS[kind])
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+def test_two_samples_in_one_folder_are_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    for path in list((tmp_path / "matrix1").iterdir()):
+        shutil.copy(path, path.with_name(f"GSM2_{path.name}"))
+        path.rename(path.with_name(f"GSM1_{path.name}"))
+    refuse(capsys, tmp_path, "matrix1", "GSM1_barcodes.tsv", "GSM2_barcodes.tsv", "two samples")
+    for name in ("GSM2_barcodes.tsv", "GSM1_features.tsv", "GSM1_matrix.mtx"):
+        (tmp_path / "matrix1" / name).unlink()
+    refuse(capsys, tmp_path, "matrix1", "GSM1_barcodes.tsv", "GSM2_features.tsv", "two samples")
+
+
+def test_packed_images_and_positions(tmp_path):
+    make_slides(tmp_path)
+    for slide in (1, 2):
+        pack(tmp_path / f"image{slide}.tif")
+        pack(tmp_path / f"positions{slide}.csv")
+    table = pd.read_csv(tmp_path / "slides.csv")
+    edit_manifest(tmp_path, image=table["image"] + ".gz", positions=table["positions"] + ".gz")
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+def test_a_packed_image_that_is_cut_is_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    packed = pack(tmp_path / "image1.tif")
+    packed.write_bytes(packed.read_bytes()[:-999])
+    edit_manifest(tmp_path, image=["image1.tif.gz", "image2.tif"])
+    refuse(capsys, tmp_path, "image1.tif.gz", "fetch it again")
+
+
+def change_barcodes(root, change):
+    table = spot_array()
+    table["barcode"] = table["barcode"].map(change)
+    for slide in (1, 2):
+        table.to_csv(root / f"positions{slide}.csv", header=False, index=False)
+
+
+AFFIXES = {
+    "no -1": lambda barcode: barcode[:-2],
+    "-2 of an aggregation": lambda barcode: barcode[:-1] + "2",
+    "R's point": lambda barcode: barcode.replace("-", "."),
+    "a sample's name": lambda barcode: f"S1_{barcode}",
+}
+
+
+@pytest.mark.parametrize("kind", AFFIXES)
+def test_barcodes_are_matched_without_what_surrounds_them(tmp_path, kind):
+    make_slides(tmp_path)
+    change_barcodes(tmp_path, AFFIXES[kind])
+    printed, table, patches = make_dataset(tmp_path)
+    assert "matched without prefix and suffix" in printed
+    check_spots(table, patches, 1, paint(1), 36)
+
+
+# ------------------------------------------------------------------------------ which spots count
+def test_what_is_not_in_tissue_is_left_out_with_and_without_a_matrix(tmp_path):
+    make_slides(tmp_path)
+    table = spot_array()
+    table.loc[table["array_row"] >= 4, "in_tissue"] = 0
+    for slide in (1, 2):
+        table.to_csv(tmp_path / f"positions{slide}.csv", header=False, index=False)
+    printed, made, patches = make_dataset(tmp_path)
+    assert "slide 2: 12 spots not in_tissue are left out" in printed
+    check_spots(made, patches, 1, paint(1), 24)
+    edit_manifest(tmp_path, matrix="")
+    stdout_of("19", data_root=tmp_path)
+    assert len(np.load(tmp_path / "dataset" / "patches.npy")) == 48
+
+
+def test_a_few_barcodes_without_a_position_are_left_out(tmp_path):
+    make_slides(tmp_path)
+    spot_array()[5:].to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    printed, table, patches = make_dataset(tmp_path)
+    check_spots(table, patches, 1, paint(1), 31)
+    check_spots(table, patches, 2, paint(2), 36)
+    (warning,) = json.loads((tmp_path / "dataset" / "meta.json").read_text())["warnings"]
+    assert f"warning: {warning}" in printed
+    assert "positions1.csv: 5 of 36 barcodes" in warning
+
+
+def test_positions_of_few_barcodes_are_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    spot_array()[20:].to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    refuse(capsys, tmp_path, "positions1.csv", "20 of 36 barcodes", "not of one slide")
+
+
+def test_a_few_spots_outside_the_image_are_left_out(tmp_path):
+    make_slides(tmp_path)
+    cropped = paint(1)[:, :1250]  # the last spot of every other row lies beyond it
+    tifffile.imwrite(tmp_path / "image1.tif", cropped, photometric="rgb")
+    printed, table, patches = make_dataset(tmp_path)
+    assert "image1.tif: 3 of 36 spots lie outside the image (1400 x 1250 px)" in printed
+    check_spots(table, patches, 1, cropped, 33)
+    check_spots(table, patches, 2, paint(2), 36)
+    meta = json.loads((tmp_path / "dataset" / "meta.json").read_text())
+    assert meta["spots"] == len(patches) == 69
+
+
+@pytest.mark.parametrize("width, cause", [(900, "the positions of this"), (1350, "swapped")])
+def test_swapped_is_named_only_where_it_would_help(tmp_path, capsys, width, cause):
+    make_slides(tmp_path)
+    tifffile.imwrite(tmp_path / "image1.tif", paint(1)[:1150, :width], photometric="rgb")
+    swapped = spot_array()
+    swapped[["pxl_row", "pxl_col"]] = spot_array()[["pxl_col", "pxl_row"]].to_numpy()
+    if cause != "swapped":
+        swapped["pxl_row"] += 900
+    swapped.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    refuse(capsys, tmp_path, "image1.tif", "outside the image", cause)
+
+
+def test_positions_of_another_slide_are_refused_by_their_tissue(tmp_path, capsys):
+    """The barcodes are the same on both; the upper half of one and the left half of the other."""
+    make_slides(tmp_path)
+    table = spot_array()
+    upper = table["array_row"] < 3
+    write_slide(tmp_path / "other", "no.tif", table[upper], draw_counts(18, 1), GENES)
+    shutil.rmtree(tmp_path / "matrix1")
+    (tmp_path / "other" / "matrix1").rename(tmp_path / "matrix1")
+    table["in_tissue"] = (table["array_col"] < 6).astype(int)
+    table.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    refuse(capsys, tmp_path, "positions1.csv", "matrix1", "9 of the 18", "not of one slide")
+
+
+# ------------------------------------------------------------------------- do these belong together
+def make_outs(folder, seed, height=1400, scale=0.25):
+    """A folder outs/ of Space Ranger with its hires image; returns it and the full image."""
+    outs, image = folder / "outs", paint(seed, height)
+    (outs / "spatial").mkdir(parents=True)
+    HEADED.to_csv(outs / "spatial" / "tissue_positions.csv", index=False)
+    counts = draw_counts(36, seed)
+    write_slide(folder / "made", "no.tif", spot_array(), counts, GENES)
+    (folder / "made" / "matrix1").rename(outs / "filtered_feature_bc_matrix")
+    size = round(image.shape[1] * scale), round(height * scale)
+    small = Image.fromarray(image).resize(size, Image.Resampling.BOX)
+    small.save(outs / "spatial" / "tissue_hires_image.png")
+    scales = json.dumps({"tissue_hires_scalef": scale})
+    (outs / "spatial" / "scalefactors_json.json").write_text(scales)
+    path = folder / f"scan{seed}.tif"
+    tifffile.imwrite(path, image, photometric="rgb")
+    return outs, path
+
+
+def list_of(paths):
+    return ",".join(map(str, paths))
+
+
+@pytest.mark.parametrize("heights", [(1400, 1400), (1400, 1440)])
+def test_images_in_another_order_are_refused_with_the_order_that_fits(tmp_path, capsys, heights):
+    made = [make_outs(tmp_path / f"s{i}", i, height) for i, height in enumerate(heights, 1)]
+    outs, images = zip(*made, strict=True)
+    root, options = tmp_path / "mine", {"from_spaceranger": list_of(outs)}
+    words = "scan2.tif", f"the order that fits is {list_of(images)}"
+    refuse(capsys, root, *words, images=list_of(images[::-1]), **options)
+    assert not (root / "slides.csv").exists()
+    _, table, patches = make_dataset(root, images=list_of(images), **options)
+    check_spots(table, patches, 1, paint(1, heights[0]), 36)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda image: image.repeat(2, 0).repeat(2, 1), ["2800 x 3200", "1400 x 1600", "2 times"]),
+    (lambda image: image[::4, ::4], ["350 x 400", "1400 x 1600", "0.25 times"]),
+    (lambda image: image[:, :-30], ["1400 x 1570", "1400 x 1600"]),
+    (lambda image: image[::-1, ::-1], ["shows something else", "tissue_hires_image.png"]),
+])  # fmt: skip
+def test_another_image_than_space_rangers_is_refused(tmp_path, capsys, change, words):
+    outs, path = make_outs(tmp_path / "s1", 1)
+    tifffile.imwrite(path, change(paint(1)), photometric="rgb")
+    options = {"from_spaceranger": outs, "images": path}
+    refuse(capsys, tmp_path / "mine", "scan1.tif", *words, **options)
+
+
+def test_an_image_is_held_against_the_hires_image_beside_its_positions(tmp_path, capsys):
+    _, path = make_outs(tmp_path, 1)
+    tifffile.imwrite(path, paint(1)[:, ::-1], photometric="rgb")
+    row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
+    row.append("outs/filtered_feature_bc_matrix")
+    pd.DataFrame([row], columns=slides.MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
+    refuse(capsys, tmp_path, "scan1.tif", "shows something else", "tissue_hires_image.png")
+
+
+def test_a_folder_without_a_hires_image_is_taken_with_a_warning(tmp_path):
+    outs, path = make_outs(tmp_path / "s1", 1)
+    (outs / "spatial" / "tissue_hires_image.png").unlink()
+    printed, _, _ = make_dataset(tmp_path / "mine", from_spaceranger=outs, images=path)
+    assert "warning: " in printed and "cannot be told" in printed
+
+
+@pytest.mark.parametrize("um, words", [
+    (0.25, ["199.8 px", "50 um", "um_per_px 0.5005"]), (0.5, []), (1.0, []), (0.4, ["80 um"]), (2.0, ["400 um"]),
+])  # fmt: skip
+def test_the_pitch_is_held_against_um_per_px(tmp_path, um, words):
+    make_slides(tmp_path, 1)
+    edit_manifest(tmp_path, um_per_px=um)
+    printed, _, _ = make_dataset(tmp_path)
+    assert ("warning" in printed) == bool(words)
+    for word in words:
+        assert word in printed
+
+
+@pytest.mark.parametrize("resolutions", [(0.25, 0.5), (0.5, 0.25), (0.5, 1.0)])
+def test_two_magnifications_are_warned_of(tmp_path, resolutions):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, um_per_px=resolutions)
+    printed, _, _ = make_dataset(tmp_path)
+    assert f"warning: slides.csv: um_per_px is {min(resolutions)}" in printed
+    assert f"give --um-per-px {max(resolutions):g}" in printed
+    printed, _, _ = make_dataset(tmp_path, um_per_px=max(resolutions))
+    assert "slides.csv: um_per_px" not in printed
+
+
+# -------------------------------------------------------------------------------- genes and panels
+PANELS = {
+    "a spreadsheet's": "gene\r\n4-Sep\r\n GENE5 \r\nGene6\r\nGENE7\r\n",
+    "write.csv": '"","gene"\n"1","4-Sep"\n"2","GENE5"\n"3","Gene6"\n"4","GENE7"\n',
+    "a list without a header": "4-Sep\nGENE5\nGene6\nGENE7\n",
+    "semicolons": "group;Symbol\na;4-Sep\na;GENE5\nb;Gene6\nb;GENE7\n",
+}
+
+
+@pytest.mark.parametrize("kind", PANELS)
+def test_genes_that_a_panel_loses_are_named(tmp_path, kind):
+    make_slides(tmp_path / "root")
+    (tmp_path / "panel.csv").write_bytes(PANELS[kind].encode())
+    printed, table, _ = make_dataset(tmp_path / "root", panel=tmp_path / "panel.csv")
+    assert set(table.var_names) == {"GENE5", "GENE7"}
+    assert "2 of 4 genes are not in the slides: 4-Sep, Gene6" in printed
+    assert "Gene6 (GENE6)" in printed
+
+
+def write_h5(path, counts, genes, genomes):
+    """A filtered_feature_bc_matrix.h5."""
+    matrix = scipy.sparse.csc_matrix(counts.T)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
+        group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape)
+        group["barcodes"] = np.array(spot_array()["barcode"].tolist(), "S")
+        features = group.create_group("features")
+        features["id"] = np.array([f"ID{gene}" for gene in genes], "S")
+        features["name"] = np.array(genes, "S")
+        features["feature_type"] = np.array([b"Gene Expression"] * len(genes))
+        features["genome"] = np.array(genomes, "S")
+
+
+def make_two_species(root, kind):
+    """Two slides with GRCh38_... and mm10___... in one matrix, as an .h5 or a folder."""
+    make_slides(root)
+    human, mouse = [f"GRCh38_{gene}" for gene in GENES], [f"mm10___{gene}" for gene in GENES]
+    for slide in (1, 2):
+        counts = np.hstack([draw_counts(36, slide), draw_counts(36, slide + 9)])
+        if kind == "h5":
+            genomes = ["GRCh38"] * len(GENES) + ["mm10"] * len(GENES)
+            write_h5(root / f"m{slide}.h5", counts, human + mouse, genomes)
+        else:
+            write_slide(root / "made", "no.tif", spot_array(), counts, human + mouse, slide)
+            (root / "made" / f"matrix{slide}").rename(root / f"m{slide}.h5")
+            path = root / f"m{slide}.h5" / "features.tsv"
+            path.write_text(path.read_text().replace("IDGRCh38_", "GRCh38_").replace("IDmm", "mm"))
+    edit_manifest(root, matrix=["m1.h5", "m2.h5"])
+
+
+@pytest.mark.parametrize("kind", ["h5", "folder"])
+def test_of_two_species_one_is_chosen(tmp_path, capsys, kind):
+    make_two_species(tmp_path, kind)
+    printed, table, _ = make_dataset(tmp_path)
+    assert table.n_vars == 2 * len(GENES)
+    assert "m1.h5: GRCh38 (48 genes) and mm10 (48 genes)" in printed and "--genome" in printed
+    printed, table, patches = make_dataset(tmp_path, genome="GRCh38")
+    assert table.var_names.tolist() == GENES and "warning" not in printed
+    check_spots(table, patches, 1, paint(1), 36)
+    shutil.rmtree(tmp_path / "dataset")
+    refuse(capsys, tmp_path, "--genome hg19", "GRCh38", "mm10", genome="hg19")
+
+
+# ------------------------------------------------------------------------------------ odd and small
+def test_few_spots_for_harmony_are_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    for slide in (1, 2):
+        table = spot_array().assign(in_tissue=[1] * 6 + [0] * 30)
+        table.to_csv(tmp_path / f"positions{slide}.csv", header=False, index=False)
+    refuse(capsys, tmp_path, "--target harmony", "12", "--target lognorm", target="harmony")
+
+
+@pytest.mark.parametrize("name", ["Pat. 7, Größe #2", "a,b", "肝 ; ' 1"])
+def test_paths_of_any_characters(tmp_path, name):
+    made = [make_outs(tmp_path / name / f"sample {i}, 0", i) for i in (1, 2)]
+    outs, images = zip(*made, strict=True)
+    options = {"from_spaceranger": list_of(outs), "images": list_of(images)}
+    _, table, patches = make_dataset(tmp_path / name / "mine", **options)
+    check_spots(table, patches, 2, paint(2), 36)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path, capsys):
+    outs, _ = make_outs(tmp_path / "s1", 1)
+    options = {"from_spaceranger": f"{outs},{tmp_path / 'none'}", "images": "a.tif,b.tif"}
+    refuse(capsys, tmp_path / "mine", "--from-spaceranger", "none", "no such", **options)
+
+
+# -------------------------------------------------------------------------------------------- leaks
+def test_few_shared_genes_are_no_leak(tmp_path):
+    """Of 48 genes the slides share two, in which many spots have the same counts."""
+    make_slides(tmp_path)
+    path = tmp_path / "matrix2" / "features.tsv"
+    own = [line if n < 2 else f"OTHER{line}" for n, line in enumerate(path.read_text().split("\n"))]
+    path.write_text("\n".join(own[:-1]) + "\n")
+    _, table, _ = make_dataset(tmp_path)
+    assert table.n_vars == 2 and len(np.unique(table.X.toarray(), axis=0)) < 72
+
+
+def test_a_slide_that_is_there_twice_is_found_beside_one_of_other_genes(tmp_path, capsys):
+    make_slides(tmp_path, 3)
+    path = tmp_path / "matrix2" / "features.tsv"
+    path.write_text(path.read_text().replace("ID", "OTHER").replace("OTHERGENE7\t", "IDGENE7\t"))
+    edit_manifest(tmp_path, matrix=["matrix1", "matrix2", "matrix1"])
+    refuse(capsys, tmp_path, "a leak", "1_", "3_", "the same counts")
+
+
+# -------------------------------------------------------------------------------------------- check
+def test_check_says_what_is_found_and_writes_nothing(tmp_path):
+    make_slides(tmp_path)
+    spot_array()[2:].to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    printed = stdout_of("19", data_root=tmp_path, check=True)
+    for line in ["1400 x 1600 px", "0.5 um/px in slides.csv", "its tags say nothing",
+                 "34 kept; 2 left out (2 without a position)", "48 genes, as HAL, CYP3A4",
+                 "8 of the 8 markers", "2 slides can be used, with 1 warnings"]:  # fmt: skip
+        assert line in printed
+    assert not list(tmp_path.glob("*dataset*"))
+
+
+def test_check_goes_on_after_a_slide_that_is_refused(tmp_path, capsys):
+    make_slides(tmp_path)
+    (tmp_path / "positions1.csv").write_text("what,is,this\n")
+    assert run_script("19", data_root=tmp_path, check=True) == 2
+    printed = capsys.readouterr()
+    assert "1 of 2 slides cannot be used" in printed.err and printed.err.count("\n") == 1
+    assert "36 kept; 0 left out" in printed.out
+    assert not list(tmp_path.glob("*dataset*"))
