@@ -38,6 +38,7 @@ WEIGHTS = ""  # weights.safetensors of a run, or its folder
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
+GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>
 GENES = ""  # to be drawn, comma-separated; empty = the six of HEG and HVG best in validation
@@ -159,7 +160,7 @@ def choose_slide():
         name=image.stem,
         donor=image.stem,
         image=image,
-        um_per_px=UM_PER_PX or slides.read_resolution(image),
+        um_per_px=UM_PER_PX or slides.read_resolution(slides.unpack(image)),
         positions=Path(POSITIONS) if POSITIONS else None,
         matrix=Path(MATRIX) if MATRIX else None,
     )
@@ -193,10 +194,13 @@ def read_slide(slide, positions, um_per_px, scratch):
     thumbnail = None
     if positions is None:
         positions, thumbnail = slides.place_spots(slide)
-    spots = slides.read_spots(slide, positions)
+    spots = slides.read_spots(slide, positions, GENOME)
     patches = slides.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
     step = slides.thumbnail_step(slide) if thumbnail is None else None
     image, made, over = slides.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
+    inside = slides.find_inside(spots.obs, image.shape)
+    if not inside.all():
+        spots, patches = spots[inside].copy(), patches[inside]
     if slide.positions is not None:
         slides.warn_of_swap(slide, spots.obs, patches, image.shape)
     size = f"{image.shape[0]} x {image.shape[1]} px, {image.how}"
@@ -338,7 +342,7 @@ def report(slide, table, genes, trained, out):
         runner.print_table(title, content.round(3).fillna("-"))
     heg = groups["r in validation"][0]
     if np.isnan(heg) or heg < LEAST_R:
-        print(f"\nwarning: HEG r in validation is {heg:.2f}: these maps may be noise")
+        slides.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
     files = "predictions.h5ad and .csv, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
@@ -354,6 +358,7 @@ def report(slide, table, genes, trained, out):
         rows=records[caption],
         tables=records,
         recipe=runner.recipe_of(globals()),
+        warnings=slides.WARNINGS,
     )
 
 
@@ -362,6 +367,7 @@ def main():
         raise InputError(
             "--weights: give the weights.safetensors, or its folder, of a run of scripts 20 to 23"
         )
+    slides.WARNINGS.clear()
     model, trained = read_weights(Path(WEIGHTS))
     genes = choose_genes(trained)
     slide, positions = choose_slide()

@@ -390,7 +390,7 @@ def read_space_ranger(folder, image=None, check=True):
             f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read"
         )
     positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
-    matrix = find_part(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
+    matrix = find_output(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
     if image is not None and not image.exists():
         raise InputError(f"image {image}: no such file")
     positions = read_positions(positions_file)
@@ -416,11 +416,15 @@ def find_outs(folder):
 
 def find_spatial(outs, *names):
     """The first of the names in Space Ranger's folder spatial/, or beside the others."""
-    spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
+    return find_output(outs / "spatial" if (outs / "spatial").is_dir() else outs, *names)
+
+
+def find_output(folder, *names):
+    """The first of the names in one of Space Ranger's folders, as find_part finds it."""
     try:
-        return find_part(spatial, *names)
+        return find_part(folder, *names)
     except InputError as error:
-        raise InputError(f"{error}: {outs} is to be a folder outs/ of Space Ranger") from None
+        raise InputError(f"{error}; {folder} is to lie in a folder outs/ of Space Ranger") from None
 
 
 def name_sample(folder):
@@ -486,6 +490,8 @@ def check_hires(slide, shape, thumbnail=None):
     spatial = slide.positions.resolve().parent
     names = "tissue_hires_image.png", "scalefactors_json.json"
     if not all((spatial / name).exists() for name in names):
+        return
+    if slide.image.samefile(spatial / names[0]):
         return
     hires = view_image(spatial / names[0], read_hires_scale(spatial))
     view = View(slide.image, np.array(shape), hires.grey)
@@ -808,7 +814,7 @@ def find_part(folder, *names):
             )
         if found:
             return found[0]
-    raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}: expected a 10x folder")
+    raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}")
 
 
 def find_parts(folder, *kinds):

@@ -179,9 +179,33 @@ CASES = {
         lambda r: append_positions(r, lambda t: t.drop(columns="in_tissue")),
         ["positions1.csv", "5 columns"],
     ),
-    "barcode without a position": (
-        lambda r: append_positions(r, lambda t: t[1:]),
-        ["positions1.csv", "A0-1", "not of one slide"],
+    "most barcodes without a position": (
+        lambda r: append_positions(r, lambda t: t[4:]),
+        ["positions1.csv", "A0-1", "4 of 7", "not of one slide"],
+    ),
+    "positions whose columns are unknown": (
+        lambda r: write_text(r / "positions1.csv", "spot_x,spot_y,other\nA0-1,3,4\n"),
+        ["positions1.csv", "spot_x, spot_y, other", "not known"],
+    ),
+    "positions with x and y": (
+        lambda r: (
+            spot_table()
+            .rename(columns={"pxl_row": "y", "pxl_col": "x"})
+            .to_csv(r / "positions1.csv", index=False)
+        ),
+        ["positions1.csv", "pxl_row", "y, x"],
+    ),
+    "in_tissue of two": (
+        lambda r: append_positions(r, lambda t: t.assign(in_tissue=2)),
+        ["positions1.csv", "A0-1", "in_tissue", "0 or 1"],
+    ),
+    "a slide without a donor": (
+        lambda r: edit_manifest(r, donor=np.nan),
+        ["slides.csv", "S1", "no donor"],
+    ),
+    "no slide in the manifest": (
+        lambda r: write_text(r / "slides.csv", ",".join(slides.MANIFEST) + "\n"),
+        ["slides.csv", "tissue_index"],
     ),
     "no matrix in the folder": (
         lambda r: (r / "matrix1/matrix.mtx").unlink(),

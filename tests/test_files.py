@@ -453,7 +453,7 @@ def test_a_folder_without_a_hires_image_is_taken_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("um, words", [
-    (0.25, ["199.8 px", "50 um", "um_per_px 0.5005"]), (0.5, []), (1.0, []), (0.4, ["80 um"]), (2.0, ["400 um"]),
+    (0.25, ["199.8 px", "50 um", "um_per_px 0.50"]), (0.5, []), (1.0, []), (0.4, ["80 um"]), (2.0, ["400 um"]),
 ])  # fmt: skip
 def test_the_pitch_is_held_against_um_per_px(tmp_path, um, words):
     make_slides(tmp_path, 1)
