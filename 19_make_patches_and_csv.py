@@ -11,6 +11,7 @@ Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
            python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs
            --images A.tif,B.tif
+           python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. How slides are read is in
@@ -49,10 +50,16 @@ UM_PER_PX = 0.0  # of the patches; another slide is resampled to it; 0 = each sl
 FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write slides.csv first
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
+GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
+CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
+PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
+LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
+LOST_GENES = 20  # genes of a panel that a warning names at most
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
+FEW_GENES = 20  # as well, where the slides share fewer of their genes
 
 
 # -------------------------------------------------------------------------------- panel
@@ -77,14 +84,32 @@ def published_panel(root, counts):
 
 
 def read_panel(path):
-    """The genes of a CSV table with a column gene."""
-    try:
-        genes = pd.read_csv(path, dtype=str)["gene"].dropna().tolist()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: expected a CSV table with a column gene ({error})") from None
+    """The genes of a table with a column gene, or of a list without a header."""
+    table = slides.read_table(path, {"gene": PANEL_SPELLINGS}, row_names="gene")
+    if "gene" not in table or (table.shape[1] > 1 and not table.attrs["named"]):
+        raise InputError(f"{path}: expected a table with a column gene, and not {list(table)}")
+    genes = [gene for gene in table["gene"] if gene]
     if not genes:
         raise InputError(f"{path}: names no gene")
     return genes
+
+
+def warn_of_lost_genes(genes, names):
+    """Warn of the genes of the panel that no gene of the slides is called."""
+    lost = [gene for gene in genes if gene not in names]
+    if not lost:
+        return
+    shown = ", ".join(lost[:LOST_GENES])
+    if len(lost) > LOST_GENES:
+        shown += f" and {len(lost) - LOST_GENES} others"
+    upper = {name.upper(): name for name in names}
+    similar = [f"{gene} ({upper[gene.upper()]})" for gene in lost if gene.upper() in upper]
+    hint = "spell them as the features table does"
+    if similar:
+        hint += f", as {similar[0]}"
+    slides.warn(
+        f"{PANEL}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}"
+    )
 
 
 def find_variable_genes(counts, lognorm):
@@ -119,6 +144,7 @@ def choose_panel(root, counts, lognorm):
             raise InputError(
                 f"{PANEL}: the slides hold none of its {len(genes)} genes, as {genes[0]}"
             )
+        warn_of_lost_genes(genes, set(counts.var_names))
     elif panel is None:
         panel = np.any(list(masks.values()), axis=0)
     return panel | markers, pd.DataFrame({**masks, "MG": markers}, index=counts.var_names)
@@ -141,6 +167,11 @@ def harmonise(root, lognorm, counts, manifest):
         raise InputError(
             "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
         )
+    if counts.n_obs < LEAST_SPOTS:
+        raise InputError(
+            f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
+            f"are {counts.n_obs}; use --target lognorm"
+        )
     batch = pd.DataFrame({"slide": counts.obs["tissue_index"].astype(str)})
     result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=SEED, verbose=False).Z_corr
     if result.shape != lognorm.shape:  # versions of harmonypy differ
@@ -154,8 +185,7 @@ def read_harmony(slide, counts):
     The file holds genes of the panel x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
-    table = slides.find_part(slide.matrix, "barcodes.tsv")
-    barcodes = pd.read_csv(table, header=None, dtype=str)[0]
+    barcodes = slides.read_barcodes(slides.find_part(slide.matrix, "barcodes.tsv"))
     expected = counts.n_vars, len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
@@ -174,22 +204,37 @@ def read_harmony(slide, counts):
 # -------------------------------------------------------------------------------- trust
 
 
-def check_leaks(patches, counts):
-    """InputError where two spots have the same pixels or the same counts of all genes.
+def check_leaks(patches, counts, tables=()):
+    """InputError where two spots have the same pixels or the same counts.
 
     A split could learn from one and be scored on the other. Blank patches, and spots of few counts,
-    may be the same by chance.
+    may be the same by chance. `counts` are of the genes that all slides share; `tables` are the
+    slides as they were read, of which two of the same genes are compared by all of them.
     """
-    counts.X.sort_indices()
     seen = {}
-    for number, (spot, total) in enumerate(counts.obs["n_counts"].items()):
-        patch = patches[number]
+    for spot, patch in zip(counts.obs_names, patches, strict=True):
         if (patch != patch[0, 0]).any():
             refuse_twin(seen, spot, "pixels", patch.tobytes())
-        if total >= FEW_COUNTS:
-            row = slice(*counts.X.indptr[number : number + 2])
-            content = counts.X.indices[row].tobytes() + counts.X.data[row].tobytes()
-            refuse_twin(seen, spot, "counts", content)
+    for table in (counts, *tables):
+        genes = "\n".join(table.var_names).encode()
+        for spot, content in tell_counts(table):
+            refuse_twin(seen, spot, "counts", genes + content)
+
+
+def tell_counts(table):
+    """(spot, its counts as bytes) of the spots whose counts are the same in no other by chance.
+
+    Those are FEW_COUNTS in all, and either all that the spot has or of FEW_GENES genes: of a few
+    genes that slides share, two spots may well have the same counts.
+    """
+    matrix = table.X
+    matrix.sort_indices()
+    for number, (spot, total) in enumerate(table.obs["n_counts"].items()):
+        row = slice(*matrix.indptr[number : number + 2])
+        genes, values = matrix.indices[row], matrix.data[row]
+        counted = values.sum()
+        if counted >= FEW_COUNTS and (counted == total or len(genes) >= FEW_GENES):
+            yield spot, genes.tobytes() + values.tobytes()
 
 
 def refuse_twin(seen, spot, kind, content):
@@ -311,12 +356,13 @@ def write_patches(out, manifest, obs, thumbnails):
 
     `thumbnails` holds, by slide name, those that were made to lay a grid, and None for the others,
     which are made in the same pass over the image as the patches. Returns the number of patches
-    over the border, by slide name.
+    over the border, by slide name, and (n,) bool: spots whose centre lies in the image, of which
+    alone patches are kept.
     """
     shape = len(obs), PATCH_SIZE, PATCH_SIZE, 3
     patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, shape)
     common.reserve_disk(out / "patches.npy")
-    over_border = {}
+    over_border, inside = {}, []
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in manifest:
         at = np.flatnonzero(obs["tissue_index"] == slide.tissue_index)
@@ -325,6 +371,7 @@ def write_patches(out, manifest, obs, thumbnails):
         step = slides.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
         image, made, over = slides.read_resampled(slide, spots, own, UM_PER_PX, out, step)
         over_border[slide.name] = over
+        inside.append(slides.find_inside(spots, image.shape))
         size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
         counted = f"{len(spots):6} {size} {over:15}"
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
@@ -334,8 +381,25 @@ def write_patches(out, manifest, obs, thumbnails):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
-    draw_contact_sheet(patches, obs["tissue_index"].to_numpy()).save(out / "contact_sheet.png")
-    return over_border
+    inside = np.concatenate(inside)
+    if not inside.all():
+        patches = keep_rows(out / "patches.npy", np.flatnonzero(inside))
+    tissue_index = obs["tissue_index"].to_numpy()[inside]
+    draw_contact_sheet(patches, tissue_index).save(out / "contact_sheet.png")
+    return over_border, inside
+
+
+def keep_rows(path, kept):
+    """Rewrite a .npy file with these rows alone, by their numbers, and map it."""
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    with common.whole_file(path) as partial:
+        shape = len(kept), *rows.shape[1:]
+        made = np.lib.format.open_memmap(partial, "w+", rows.dtype, shape)
+        common.reserve_disk(partial)
+        for start in range(0, len(kept), 256):
+            made[start : start + 256] = rows[kept[start : start + 256]]
+        made.flush()
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def draw_contact_sheet(patches, tissue_index):
@@ -355,7 +419,7 @@ def write_expression(root, out, tables, manifest):
     """counts.h5ad and dataset.csv, from the spots of every slide as AnnData."""
     counts = slides.align_genes(tables)
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
-    check_leaks(patches, counts)
+    check_leaks(patches, counts, tables)
     scale = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy())
     lognorm = (scale @ scipy.sparse.csr_matrix(counts.X, dtype=np.float32)).log1p()
     panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(lognorm, dtype=np.float32))
@@ -395,6 +459,7 @@ def write_meta(root, out, manifest, target, over_border):
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": digest,
         "slides": [describe_slide(slide) for slide in manifest],
+        "warnings": slides.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -423,16 +488,96 @@ def describe_file(path):
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def split_paths(text):
-    """The paths of a comma-separated list."""
-    return [Path(part) for part in text.split(",") if part]
+# -------------------------------------------------------------------------------- check
+
+
+def check_slides(root, manifest):
+    """Print what each slide holds and whether it fits together; InputError where one does not."""
+    tables, errors = [], []
+    for slide in manifest:
+        print(f"\nslide {slide.tissue_index}: {slide.name}, donor {slide.donor}")
+        try:
+            tables.append(check_slide(slide))
+        except InputError as error:
+            print("  error      ", *str(error).split())
+            errors.append(error)
+    if not errors and tables[0].X is not None:
+        print()
+        check_genes(slides.align_genes(tables))
+    if errors:
+        raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
+    print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
+
+
+def check_slide(slide):
+    """Print what one slide holds; returns its spots as AnnData."""
+    image = slides.open_image(slides.unpack(slide.image))
+    height, width = image.shape
+    print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
+    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
+    positions, _ = slides.place_spots(slide)
+    pitch = slides.measure_pitch(positions)
+    print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
+    slides.check_hires(slide, image.shape)
+    table = slides.read_spots(slide, positions, GENOME)
+    slides.check_centres(slide.image, table.obs, image.shape)
+    inside = slides.find_inside(table.obs, image.shape)
+    left_out = dict(table.uns.get("left_out", {}))
+    if not inside.all():
+        left_out["outside the image"] = int((~inside).sum())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    print(
+        f"  spots       {inside.sum()} kept; {sum(left_out.values())} left out ({reasons or '-'})"
+    )
+    if slide.matrix is not None:
+        symbols = ", ".join(table.var["name"][:3])
+        depth = np.median(table.obs["n_counts"])
+        print(f"  counts      {table.n_vars:,} genes, as {symbols}; median of {depth:,.0f} a spot")
+    return table[inside].copy()
+
+
+def describe_tags(path):
+    """What the tags of an image say about its resolution."""
+    try:
+        return f"its tags say {slides.read_resolution(slides.unpack(path)):g}"
+    except InputError:
+        return "its tags say nothing"
+
+
+def check_genes(counts):
+    """Print how many markers the slides have, and warn of genes of PANEL that they lack."""
+    markers = counts.var_names.isin(common.MARKER_GENES).sum()
+    print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
+    if PANEL:
+        warn_of_lost_genes(read_panel(Path(PANEL)), set(counts.var_names))
+
+
+# -------------------------------------------------------------------------------- start
+
+
+def split_paths(flag, text):
+    """The paths of a comma-separated list; what stands between two commas may be part of a name."""
+    paths, parts = [], text.split(",") if text else []
+    while parts:
+        # The shortest name that is there, so that a list without such names is read as it stands.
+        for length in range(1, len(parts) + 1):
+            path = Path(",".join(parts[:length]).strip())
+            if path.name and path.exists():
+                break
+        else:
+            raise InputError(f"{flag}: {parts[0]!r}: no such file or folder")
+        paths.append(path)
+        parts = parts[length:]
+    return paths
 
 
 def main():
     root = Path(DATA_ROOT)
+    slides.WARNINGS.clear()
     if FROM_SPACERANGER:
         runner.hold_folder(root)
-        folders, images = split_paths(FROM_SPACERANGER), split_paths(IMAGES)
+        folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
+        images = split_paths("--images", IMAGES)
         slides.write_manifest(root, folders, images, USE_HIRES)
     manifest = slides.read_manifest(root)
     runner.hold_folder(root)
@@ -442,14 +587,22 @@ def main():
             f"{root / 'slides.csv'}: some slides have a matrix and some have none; "
             "use two data roots"
         )
+    if not UM_PER_PX:
+        slides.warn_of_magnifications(manifest)
+    if CHECK:
+        check_slides(root, manifest)
+        return
     tables, thumbnails = [], {}
     for slide in manifest:
         positions, thumbnails[slide.name] = slides.place_spots(slide)
-        tables.append(slides.read_spots(slide, positions))
+        tables.append(slides.read_spots(slide, positions, GENOME))
     obs = pd.concat([table.obs for table in tables])
     target = TARGET if True in have_counts else None
     with whole_folder(root / "dataset") as out:
-        over_border = write_patches(out, manifest, obs, thumbnails)
+        over_border, inside = write_patches(out, manifest, obs, thumbnails)
+        if not inside.all():
+            obs = obs[inside]
+            tables = [table[table.obs_names.isin(obs.index)].copy() for table in tables]
         if target:
             write_expression(root, out, tables, manifest)
         else:

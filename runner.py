@@ -536,7 +536,8 @@ def save_weights(path, model, split, made_with, predicted):
         "format": common.FORMAT,
         "recipe": made_with,
         "genes": data.genes,
-        "um_per_px": float(np.median([*data.meta["um_per_px"].values()])),
+        # Of two magnifications the coarser: no slide has what lies between them.
+        "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
         "title": data.label,
         "patch_size": common.PATCH_SIZE,
         "mean": model.mean.tolist(),

@@ -6,12 +6,17 @@ Shapes: n spots, patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8
 slide are rows and columns in px of its image. What cannot be read raises InputError.
 """
 
+import atexit
+import codecs
+import csv
+import functools
 import gzip
 import io
 import json
 import math
 import os
 import re
+import shutil
 import struct
 import tempfile
 import warnings
@@ -44,11 +49,200 @@ import common
 from common import PATCH_SIZE, POSITION_COLUMNS, InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
+PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
+VIEW = 64  # px, the side of the views by which two images are compared
+SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
+SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 BLOCK_WIDTH = 5  # pitches
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
+FEATURE_SPELLINGS = {
+    "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
+    "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
+    "kind": ("feature_type", "feature_types", "kind", "type"),
+}
+GZIP = b"\x1f\x8b"  # how a gzipped file begins
+# How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
+POSITION_SPELLINGS = {
+    "barcode": ("barcode", "barcodes", "barcode_id", "cell", "cell_id", "spot", "spot_id"),
+    "in_tissue": ("in_tissue", "intissue", "tissue"),
+    "array_row": ("array_row", "row"),
+    "array_col": ("array_col", "col"),
+    "pxl_row": ("pxl_row_in_fullres", "pxl_row", "row_pxl", "pixel_row", "imagerow", "image_row"),
+    "pxl_col": ("pxl_col_in_fullres", "pxl_col", "col_pxl", "pixel_col", "imagecol", "image_col"),
+}
+
+
+# -------------------------------------------------------------------------------- tables
+
+WARNINGS = []  # of this start of a script, in the order in which warn() printed them
+
+
+def warn(text):
+    """Print one line `warning: file: value: fix`, and keep it for the report."""
+    line = " ".join(text.split())
+    print(f"warning: {line}")
+    WARNINGS.append(line)
+
+
+def read_bytes(path):
+    """The bytes of a file, unpacked where they are gzipped, whatever the file is called."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if content.startswith(GZIP) else content
+
+
+@functools.cache
+def scratch_folder():
+    """A folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def unpack(path):
+    """The path of a file that can be read anywhere: a gzipped one is unpacked, once.
+
+    It is unpacked to the system's folder for temporary files, which TMPDIR names.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(GZIP)) != GZIP:
+            return path
+    found = path.stat()
+    return unpack_to_scratch(path.absolute(), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def unpack_to_scratch(path, size, changed):
+    """The path of the unpacked file, whose `size` and time of change tell it from an older one."""
+    folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
+    plain = folder / path.name.removesuffix(".gz")
+    print(f"unpack {path} to {folder}", flush=True)
+    try:
+        with gzip.open(path) as packed, open(plain, "wb") as file:
+            shutil.copyfileobj(packed, file, 2**24)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole .gz file ({error}); fetch it again") from None
+    return plain
+
+
+def decode_text(content):
+    """Bytes as text: UTF-8, UTF-16 with its mark, or what spreadsheets write in Western Europe."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def find_separator(line):
+    """The character that separates the cells of a table whose first line this is."""
+    outside_quotes = re.sub(r'"[^"]*"', "", line.strip())
+    for separator in ("\t", ";", ",", " "):
+        if separator in outside_quotes:
+            return separator
+    return "\t"  # One column, whose cells may hold commas.
+
+
+def split_cells(path):
+    """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
+    try:
+        text = decode_text(read_bytes(path)).lstrip()
+        separator = find_separator(text.partition("\n")[0])
+        lines = csv.reader(
+            io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
+        )
+        rows = [[cell.strip() for cell in line] for line in lines]
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a table of text ({error}); export it as CSV") from None
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        raise InputError(f"{path}: holds no line")
+    return rows, separator
+
+
+def normalise_name(cell):
+    """A column's name in lower case, with underscores for all that is no letter or number."""
+    return re.sub(r"[\W_]+", "_", cell.lower()).strip("_")
+
+
+def counts_up(cells):
+    """Whether these are the names or numbers that R and pandas give by default: 0, 1, 2, or V1."""
+    numbers = [re.sub(r"^(V|X|Unnamed: )(?=\d+$)", "", cell) for cell in cells]
+    first = 1 if numbers[:1] == ["1"] else 0
+    return numbers == [str(first + place) for place in range(len(numbers))]
+
+
+def read_table(path, spellings, row_names=None):
+    """A table of texts, with the columns that `spellings` {column: (spelling, ...)} name.
+
+    Columns are found by their names where the first line holds a known one, whatever their order,
+    the first spelling before the others; else by their places. An unnamed first column, as R and
+    pandas write row names, is `row_names` where the table has no other column of that name, and is
+    left out otherwise. Other columns keep their names, or are called by their numbers. attrs hold
+    "named" and "separator". Commas, semicolons, tabs and blanks separate; quotes, byte order marks
+    and .gz are seen to. Raises InputError.
+    """
+    rows, separator = split_cells(path)
+    known = {spelling for column in spellings for spelling in spellings[column]}
+    named = any(normalise_name(cell) in known for cell in rows[0])
+    if named:
+        names, rows = rows[0], rows[1:]
+        if rows and all(len(row) == len(names) + 1 for row in rows):
+            names = ["", *names]  # R's write.table gives row names no head
+        columns = name_columns(path, names, spellings, row_names)
+    else:
+        if len(rows) > 1 and counts_up(rows[0] if rows[0][0] else rows[0][1:]):
+            rows = rows[1:]  # the head of a table without names
+        width = len(rows[0])
+        numbered = counts_up([row[0] for row in rows])
+        columns = list(spellings)
+        if numbered and width > len(columns):
+            columns = ["", *columns]
+        columns += [str(place + 1) for place in range(len(columns), width)]
+        columns = columns[:width]
+    table = pd.DataFrame([fit_row(path, row, len(columns)) for row in rows], columns=columns)
+    table = table.drop(columns="", errors="ignore").astype(object)
+    table.attrs = {"named": named, "separator": separator}
+    return table
+
+
+def name_columns(path, names, spellings, row_names):
+    """What the columns under these heads are called; "" for row names."""
+    found = [normalise_name(name) for name in names]
+    columns = list(names)
+    for column, allowed in spellings.items():
+        spelling = next((spelling for spelling in allowed if spelling in found), None)
+        if spelling is None:
+            continue
+        if found.count(spelling) > 1:
+            raise InputError(f"{path}: the column {spelling} stands there twice")
+        columns[found.index(spelling)] = column
+    if found[0] in ("", "unnamed_0"):
+        columns[0] = row_names if row_names and row_names not in columns else ""
+    return columns
+
+
+def fit_row(path, row, width):
+    """A row with as many cells as the table has columns; those that it lacks are empty."""
+    if any(row[width:]):
+        raise InputError(
+            f"{path}: the line of {row[0]!r} has {len(row)} cells; expected {width} as in the first"
+        )
+    return row[:width] + [""] * (width - len(row))
+
+
+def parse_numbers(texts, separator):
+    """Texts as float64, with a point or a comma before decimals; NaN for what is no number.
+
+    Where commas separate the cells, 1,234 in quotes may be a thousand and is no number here.
+    """
+    doubtful = texts.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+")
+    numbers = pd.to_numeric(texts.str.replace(",", ".", regex=False), errors="coerce")
+    return numbers.astype(np.float64).mask(doubtful & (separator == ","))
 
 
 # -------------------------------------------------------------------------------- manifest
@@ -67,6 +261,7 @@ class Slide:
     matrix: Path | None  # a 10x folder or .h5; None: there are no counts
 
 
+NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 
 
@@ -82,34 +277,60 @@ def read_manifest(root):
             f"no {path}: make it with 17_download_data.py or 18_simulate_slides.py, "
             "or write it by hand"
         )
-    texts = dict.fromkeys(("name", "donor", "image", "positions", "matrix"), str)
-    try:
-        table = pd.read_csv(path, dtype=texts)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV table ({error})") from None
-    check_manifest(path, table)
-    rows = table.sort_values("tissue_index").to_dict("records")
-    return [read_manifest_row(root, row) for row in rows]
-
-
-def check_manifest(path, table):
-    """InputError unless the table has all columns, an index and a name a slide, and resolutions."""
-    missing = [column for column in MANIFEST if column not in table.columns]
+    table = read_table(path, {column: (column,) for column in MANIFEST})
+    missing = [column for column in MANIFEST if column not in table or not table.attrs["named"]]
     if missing:
         raise InputError(
             f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}"
         )
-    numbers, names, resolutions = table["tissue_index"], table["name"], table["um_per_px"]
-    whole = pd.api.types.is_integer_dtype(numbers)
-    if table.empty or not whole or numbers.duplicated().any():
+    separator = table.attrs["separator"]
+    table = table[MANIFEST].copy()
+    for column in ("tissue_index", "um_per_px"):
+        table[column] = parse_numbers(table[column], separator)
+    check_manifest_numbers(path, table)
+    check_manifest_names(path, table)
+    table["tissue_index"] = table["tissue_index"].astype(int)
+    rows = table.sort_values("tissue_index").to_dict("records")
+    return [read_manifest_row(root, row) for row in rows]
+
+
+def warn_of_magnifications(manifest):
+    """Warn where slides of one data root differ in um per px, and so in what a patch shows."""
+    finest = min(manifest, key=lambda slide: slide.um_per_px)
+    coarsest = max(manifest, key=lambda slide: slide.um_per_px)
+    if coarsest.um_per_px < 1.05 * finest.um_per_px:
+        return
+    warn(
+        f"slides.csv: um_per_px is {finest.um_per_px:g} of {finest.name} and "
+        f"{coarsest.um_per_px:g} of {coarsest.name}, so that patches show "
+        f"{PATCH_SIZE * finest.um_per_px:.0f} and {PATCH_SIZE * coarsest.um_per_px:.0f} um: "
+        f"give --um-per-px {coarsest.um_per_px:g}"
+    )
+
+
+def check_manifest_names(path, table):
+    """InputError unless every slide has a name of its own, and a donor."""
+    names, donors = table["name"], table["donor"]
+    if (names == "").any() or names.duplicated().any():
+        raise InputError(f"{path}: every slide needs a name of its own")
+    if (donors == "").any():
+        raise InputError(
+            f"{path}: slide {names[donors == ''].iloc[0]} has no donor: give every person a name, "
+            "since slides of one person are left out together"
+        )
+
+
+def check_manifest_numbers(path, table):
+    """InputError unless the slides have different whole numbers, and resolutions that can be."""
+    numbers, resolutions = table["tissue_index"], table["um_per_px"]
+    whole = (numbers == np.rint(numbers)) & (numbers.abs() < 2**31)
+    if table.empty or not whole.all() or numbers.duplicated().any():
         raise InputError(
             f"{path}: tissue_index must be a different whole number for every slide, "
             "and one at least"
         )
-    if not pd.api.types.is_numeric_dtype(resolutions) or not resolutions.between(0.05, 20).all():
+    if not resolutions.between(0.05, 20).all():
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
-    if names.isna().any() or names.duplicated().any():
-        raise InputError(f"{path}: every slide needs a name of its own")
 
 
 def read_manifest_row(root, row):
@@ -125,7 +346,7 @@ def read_manifest_row(root, row):
     return Slide(
         tissue_index=row["tissue_index"],
         name=row["name"],
-        donor=str(row["donor"]),
+        donor=row["donor"],
         um_per_px=row["um_per_px"],
         **paths,
     )
@@ -134,7 +355,7 @@ def read_manifest_row(root, row):
 def find_named(root, row, column):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
-    if pd.isna(value):
+    if value in NO_FILE:
         return None
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
@@ -155,35 +376,51 @@ def find_named(root, row, column):
 # -------------------------------------------------------------------------------- Space Ranger
 
 
-def read_space_ranger(folder, image=None):
+def read_space_ranger(folder, image=None, check=True):
     """(Slide, its positions) of a folder outs/ of Space Ranger, or of the folder that holds outs/.
 
     Its full-resolution image is not among Space Ranger's files. Without `image`,
     tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
-    px follow from the spots, which are 100 um apart.
+    px follow from the spots, which are 100 um apart. An image is held against the hires image, but
+    where `check` is False.
     """
-    outs = folder / "outs" if (folder / "outs").is_dir() else folder
+    outs = find_outs(folder)
     if (outs / "binned_outputs").is_dir():
         raise InputError(
             f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read"
         )
-    table, older = "spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv"
-    positions_file = find_first(outs, table, older)
-    matrix = find_first(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
+    positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
+    matrix = find_part(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
+    if image is not None and not image.exists():
+        raise InputError(f"image {image}: no such file")
     positions = read_positions(positions_file)
     um_per_px = SPOT_PITCH / measure_pitch(positions)
     name = name_sample(folder)
     if image is None:
-        image = outs / "spatial" / "tissue_hires_image.png"
-        scale = read_hires_scale(image)
+        image = find_spatial(outs, "tissue_hires_image.png")
+        scale = read_hires_scale(outs)
         positions[PLACE] = np.rint(positions[PLACE] * scale).astype(int)
         um_per_px /= scale
         width = f"{PATCH_SIZE} px of it are {PATCH_SIZE * um_per_px:.0f} um"
         print(f"{name}: the hires image, {um_per_px:.2f} um/px: {width}")
-    if not image.exists():
-        raise InputError(f"image {image}: no such file")
+    elif check:
+        check_images("the image", [folder], [image])
     um_per_px = round(um_per_px, 4)
     return Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
+
+
+def find_outs(folder):
+    """The folder outs/ of Space Ranger, which may be `folder` itself."""
+    return folder / "outs" if (folder / "outs").is_dir() else folder
+
+
+def find_spatial(outs, *names):
+    """The first of the names in Space Ranger's folder spatial/, or beside the others."""
+    spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
+    try:
+        return find_part(spatial, *names)
+    except InputError as error:
+        raise InputError(f"{error}: {outs} is to be a folder outs/ of Space Ranger") from None
 
 
 def name_sample(folder):
@@ -192,21 +429,125 @@ def name_sample(folder):
     return (place.parent if place.name == "outs" else place).resolve().name
 
 
-def find_first(outs, *names):
-    """The first of the names that is in Space Ranger's folder."""
-    for name in names:
-        if (outs / name).exists():
-            return outs / name
-    raise InputError(f"{outs}: no {' or '.join(names)}: expected a folder outs/ of Space Ranger")
-
-
-def read_hires_scale(image):
-    """px of the hires image a full-resolution px, as the file beside it says."""
-    path = image.with_name("scalefactors_json.json")
+def read_hires_scale(outs):
+    """px of the hires image a full-resolution px, as Space Ranger's scalefactors_json.json says."""
+    path = find_spatial(outs, "scalefactors_json.json")
     try:
-        return float(json.loads(path.read_text())["tissue_hires_scalef"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return float(json.loads(decode_text(read_bytes(path)))["tissue_hires_scalef"])
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no tissue_hires_scalef ({error})") from None
+
+
+@dataclass(frozen=True)
+class View:
+    """An image on a few px, to tell whether two files show the same."""
+
+    path: Path
+    shape: np.ndarray  # height, width in px of the full-resolution image
+    grey: np.ndarray  # (VIEW, VIEW) float64
+    tolerance: float = 0.0  # px by which the shape may be wrong
+
+
+def view_image(path, scale=1.0):
+    """The View of an image that is `scale` times as wide as the full-resolution one."""
+    image = open_image(unpack(path))
+    thumbnail = Thumbnail(image.shape, max(1, min(image.shape) // (2 * VIEW)))
+    for pixels, top, left in image.regions(lambda box: True):
+        thumbnail.add(pixels, top, left)
+    return view_thumbnail(path, thumbnail, scale)
+
+
+def view_thumbnail(path, thumbnail, scale=1.0):
+    """As view_image, of an image whose Thumbnail is there."""
+    grey = Image.fromarray(thumbnail.pixels()).convert("L").resize((VIEW, VIEW), Image.BOX)
+    tolerance = 0.0 if scale == 1 else 1.5 / scale  # A scaled image's sides are whole px.
+    shape = np.array(thumbnail.slide_shape) / scale
+    return View(path, shape, np.asarray(grey, np.float64), tolerance)
+
+
+def view_hires(folder):
+    """The View of Space Ranger's hires image; None, and a warning, where it cannot be had."""
+    outs = find_outs(folder)
+    try:
+        image, scale = find_spatial(outs, "tissue_hires_image.png"), read_hires_scale(outs)
+    except InputError as error:
+        warn(f"{folder}: whether its image fits cannot be told ({error})")
+        return None
+    return view_image(image, scale)
+
+
+def check_hires(slide, shape, thumbnail=None):
+    """InputError where an image is not the one of the hires image that lies beside the positions.
+
+    `shape` is its (height, width); its content is compared where its Thumbnail is there.
+    """
+    if slide.positions is None:
+        return
+    spatial = slide.positions.resolve().parent
+    names = "tissue_hires_image.png", "scalefactors_json.json"
+    if not all((spatial / name).exists() for name in names):
+        return
+    hires = view_image(spatial / names[0], read_hires_scale(spatial))
+    view = View(slide.image, np.array(shape), hires.grey)
+    if thumbnail is not None:
+        view = view_thumbnail(slide.image, thumbnail)
+    if not is_same_image(view, hires):
+        raise InputError(describe_misfit("image", slide.positions, view, hires, None))
+
+
+def is_same_size(view, hires):
+    """Whether an image is as large as the one of which Space Ranger made the hires image."""
+    return (abs(view.shape - hires.shape) <= hires.tolerance).all()
+
+
+def is_same_image(view, hires):
+    """Whether an image has the size and shows the content of a hires image."""
+    if not is_same_size(view, hires):
+        return False
+    r = common.pearson_per_gene(view.grey.reshape(-1, 1), hires.grey.reshape(-1, 1))[0]
+    return np.isnan(r) or r >= SAME_IMAGE
+
+
+def check_images(name, folders, images):
+    """InputError unless each image is that of its folder of Space Ranger.
+
+    The hires image and its scale factor tell the size and the content. `name` is what the message
+    calls the images; the order that fits is named where there is one.
+    """
+    hires = [view_hires(folder) for folder in folders]
+    views = [view_image(image) for image in images]
+    for folder, view, expected in zip(folders, views, hires, strict=True):
+        if expected is not None and not is_same_image(view, expected):
+            order = order_images(views, hires)
+            raise InputError(describe_misfit(name, folder, view, expected, order))
+
+
+def order_images(views, hires):
+    """The images in the order in which they fit the hires images; None where there is none."""
+    order = []
+    for expected in hires:
+        fitting = [view for view in views if expected is None or is_same_image(view, expected)]
+        if len(fitting) != 1:
+            return None
+        order.append(fitting[0].path)
+    return order if len(set(order)) == len(order) else None
+
+
+def describe_misfit(name, folder, view, expected, order):
+    """Why an image is not that of a folder of Space Ranger, and what to do."""
+    height, width = view.shape
+    if is_same_size(view, expected):
+        cause = f"shows something else than {expected.path}"
+    else:
+        high, wide = expected.shape
+        cause = (
+            f"is {height:.0f} x {width:.0f} px, {height / high:.3g} times what Space Ranger got, "
+            f"about {high:.0f} x {wide:.0f} px by its hires image and tissue_hires_scalef"
+        )
+    fix = f"give the image that Space Ranger got for {folder}"
+    if order:
+        fix = f"the order that fits is {','.join(map(str, order))}"
+    return f"{name} {view.path} {cause}: {fix}"
 
 
 def write_manifest(root, folders, images, use_hires):
@@ -223,6 +564,8 @@ def write_manifest(root, folders, images, use_hires):
         )
     path = root / "slides.csv"
     samples = read_samples(folders, images or [None] * len(folders))
+    if images:
+        check_images("--images", folders, images)
     linked = [name_links(slide, scaled=not images) for slide, _ in samples]
     table = pd.DataFrame([asdict(slide) for slide in linked])
     if path.exists() and path.read_text() != table.to_csv(index=False):
@@ -246,7 +589,7 @@ def read_samples(folders, images):
     names = [name_sample(folder) for folder in folders]
     samples = []
     for number, (folder, image) in enumerate(zip(folders, images, strict=True), 1):
-        slide, positions = read_space_ranger(folder, image)
+        slide, positions = read_space_ranger(folder, image, check=False)
         name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
         slide = replace(slide, tissue_index=number, name=name, donor=name)
         samples.append((slide, positions))
@@ -280,28 +623,54 @@ def place_link(link, path):
 def read_positions(path):
     """Space Ranger's positions, with or without a header: a table by barcode.
 
-    Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col.
+    Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col. Named columns may stand in
+    any order.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            header = 0 if file.readline().startswith("barcode") else None
-        table = pd.read_csv(path, header=header, encoding="utf-8-sig")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a positions table ({error})") from None
-    if table.shape[1] != len(POSITION_COLUMNS):
-        raise InputError(
-            f"{path}: {table.shape[1]} columns; expected {', '.join(POSITION_COLUMNS)}"
-        )
-    table.columns = POSITION_COLUMNS
-    numbers = table[POSITION_COLUMNS[1:]].apply(pd.to_numeric, errors="coerce")
-    known = np.isfinite(numbers.to_numpy(float)).all(axis=1)
-    if not known.all():
-        barcode = table["barcode"][~known].iloc[0]
-        raise InputError(f"{path}: the position of barcode {barcode} is not a number")
-    table[POSITION_COLUMNS[1:]] = np.rint(numbers).astype(np.int64)
-    table["barcode"] = table["barcode"].astype(str)
+    table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
+    check_position_columns(path, table)
+    separator = table.attrs["separator"]
+    table = table[POSITION_COLUMNS].copy()
+    truths = {"true": "1", "false": "0"}  # of R and pandas
+    table["in_tissue"] = table["in_tissue"].map(lambda text: truths.get(text.lower(), text))
+    for column in POSITION_COLUMNS[1:]:
+        numbers = parse_numbers(table[column], separator)
+        unknown = ~(numbers.abs() < 2**31)
+        if unknown.any():
+            barcode, text = table.loc[unknown, ["barcode", column]].iloc[0]
+            raise InputError(
+                f"{path}: the position of barcode {barcode} is not a number ({column} {text!r})"
+            )
+        table[column] = np.rint(numbers).astype(np.int64)
+    odd = table[~table["in_tissue"].isin([0, 1])]
+    if len(odd):
+        barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
+        raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
+
+
+def check_position_columns(path, table):
+    """InputError unless a table read by read_table has all columns of positions, and no doubt."""
+    expected = ", ".join(POSITION_COLUMNS)
+    if not table.attrs["named"]:
+        if table.empty or not any(map(is_number, table.iloc[0])):
+            heads = ", ".join(table.iloc[0]) if len(table) else ""
+            raise InputError(f"{path}: the columns {heads} are not known; expected {expected}")
+        if table.shape[1] != len(POSITION_COLUMNS):
+            raise InputError(f"{path}: {table.shape[1]} columns; expected {expected}")
+        return
+    missing = [column for column in POSITION_COLUMNS if column not in table]
+    if missing:
+        others = [str(column) for column in table if column not in POSITION_COLUMNS]
+        hint = ""
+        if others:
+            hint = f" among {', '.join(others)} (x and y are not taken: which is the row?)"
+        raise InputError(f"{path}: no column {missing[0]}{hint}; expected {expected}")
+
+
+def is_number(text):
+    """Whether a cell holds a number."""
+    return bool(re.fullmatch(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", text))
 
 
 def check_unique(names, kind, path):
@@ -334,12 +703,43 @@ def lay_blocks(positions, pitch, tissue_index):
 # -------------------------------------------------------------------------------- counts
 
 
-def read_matrix(path):
+def read_matrix(path, genome=""):
     """Counts of one slide from a 10x folder or .h5, as AnnData (spots x genes, CSR).
 
-    var_names are gene ids, var["name"] the symbols.
+    var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
+    chooses one; without it, genes of all are taken, and that is warned of.
     """
-    return read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
+    table = read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
+    return choose_genome(table, path, genome)
+
+
+def choose_genome(table, path, genome):
+    """The genes of one genome, without the prefix that 10x sets before ids and symbols then."""
+    genomes = find_genomes(table)
+    counted = genomes.value_counts()
+    found = " and ".join(f"{name} ({count} genes)" for name, count in counted.items())
+    if not genome:
+        if len(counted) > 1:
+            warn(f"{path}: {found} are read together: choose one with --genome {counted.index[0]}")
+        return table
+    if genome not in counted:
+        raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
+    table = table[:, (genomes == genome).to_numpy()].copy()
+    prefix = rf"^{re.escape(genome)}_+"
+    table.var["name"] = table.var["name"].astype(str).str.replace(prefix, "", regex=True)
+    table.var_names = table.var_names.str.replace(prefix, "", regex=True)
+    return table
+
+
+def find_genomes(table):
+    """The genome of each gene: as the file says, or by a prefix that ids and symbols share."""
+    if "genome" in table.var:
+        return table.var["genome"].astype(str)
+    ids = pd.Series(table.var_names).str.extract(r"^(.+?)_", expand=False)
+    symbols = table.var["name"].reset_index(drop=True).str.extract(r"^(.+?)_", expand=False)
+    if not len(ids) or ids.isna().any() or ids.nunique() > MOST_GENOMES or (ids != symbols).any():
+        return pd.Series(dtype=str)
+    return ids
 
 
 def read_h5_matrix(path):
@@ -347,7 +747,9 @@ def read_h5_matrix(path):
     try:
         # Names that several genes share are warned of; align_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            table = scanpy.read_10x_h5(path, gex_only=True)
+            table = scanpy.read_10x_h5(unpack(path), gex_only=True)
+    except InputError:
+        raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
         raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
     check_unique(table.obs_names, "barcode", path)
@@ -358,11 +760,12 @@ def read_h5_matrix(path):
 
 
 def read_matrix_folder(folder):
-    """matrix.mtx, barcodes.tsv and features.tsv, plain or .gz, as read_matrix gives them."""
-    read_table = partial(pd.read_csv, header=None, sep="\t", dtype=str)
-    paths = [find_part(folder, name) for name in ("barcodes.tsv", "features.tsv", "matrix.mtx")]
-    barcodes = read_part(paths[0], read_table)[0]
-    features = read_part(paths[1], read_table)
+    """matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as read_matrix gives them."""
+    paths = find_parts(folder, ("barcodes.tsv",), ("features.tsv", "genes.tsv"), ("matrix.mtx",))
+    barcodes = read_barcodes(paths[0])
+    features = read_table(paths[1], FEATURE_SPELLINGS, row_names="name")
+    if "id" not in features:
+        raise InputError(f"{paths[1]}: no column id among {', '.join(features)}")
     counts = scipy.sparse.csr_matrix(read_part(paths[2], read_market_matrix).T)
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
@@ -370,22 +773,56 @@ def read_matrix_folder(folder):
             f"{len(features)} features and {len(barcodes)} barcodes: the three files are not of "
             "one slide"
         )
-    if features.shape[1] > 2:  # CytAssist's and multi-modal folders hold other kinds too
-        genes = (features[2] == "Gene Expression").to_numpy()
+    if "kind" in features:  # CytAssist's and multi-modal folders hold other kinds too
+        genes = (features["kind"] == "Gene Expression").to_numpy()
         counts, features = counts[:, genes], features[genes]
     check_unique(barcodes, "barcode", folder)
-    check_unique(features[0], "gene id", folder)
-    symbols = features[1] if features.shape[1] > 1 else features[0]
-    var = pd.DataFrame({"name": symbols.to_numpy()}, index=features[0].to_numpy())
+    check_unique(features["id"], "gene id", folder)
+    symbols = features.get("name", features["id"])
+    var = pd.DataFrame({"name": symbols.to_numpy()}, index=features["id"].to_numpy())
     return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
 
 
-def find_part(folder, name):
-    """`name` or `name`.gz in a 10x folder."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    raise InputError(f"no {name} (plain or .gz) in {folder}: expected a 10x folder")
+def read_barcodes(path):
+    """The barcodes of a 10x folder, in the order of its matrix."""
+    return read_table(path, {"barcode": ("barcode", "barcodes", "x")}, "barcode")["barcode"]
+
+
+def find_part(folder, *names):
+    """The file of one of these names in a folder; it may be gzipped, and its name have a prefix.
+
+    The first name that is there counts, plain before gzipped before prefixed. GEO sets a sample's
+    accession before every name. Raises InputError for none, and for several samples.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                return path
+    for name in names:
+        pattern = re.compile(rf".+[_.-]{re.escape(name)}(\.gz)?")
+        found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        if len(found) > 1:
+            raise InputError(
+                f"{folder}: {found[0].name} and {found[1].name} are of two samples: "
+                "give each a folder of its own"
+            )
+        if found:
+            return found[0]
+    raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}: expected a 10x folder")
+
+
+def find_parts(folder, *kinds):
+    """A path for each of the kinds, which are tuples of names: files of one sample in a folder."""
+    paths = [find_part(folder, *names) for names in kinds]
+    prefixes = {}
+    for path, names in zip(paths, kinds, strict=True):
+        prefixes[re.sub(rf"({'|'.join(map(re.escape, names))})(\.gz)?$", "", path.name)] = path.name
+    if len(prefixes) > 1:
+        raise InputError(
+            f"{folder}: {' and '.join(prefixes.values())} are of two samples: "
+            "give each a folder of its own"
+        )
+    return paths
 
 
 def read_part(path, read):
@@ -403,9 +840,7 @@ def read_market_matrix(path):
 
     scipy's reader ends the process at a zero byte, and at a number with which the file breaks off.
     """
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as file:
-        content = file.read()
+    content = read_bytes(path)
     if b"\0" in content:
         raise ValueError("a zero byte in it")
     return scipy.io.mmread(io.BytesIO(content + b"\n"))
@@ -471,24 +906,44 @@ def place_spots(slide):
     then, since to make one takes all pixels of the slide.
     """
     if slide.positions is not None:
-        return read_positions(slide.positions), None
+        positions = read_positions(slide.positions)
+        check_pitch(slide, positions)
+        return positions, None
     thumbnail = read_thumbnail(slide)
     return lay_grid(slide, thumbnail), thumbnail
 
 
-def read_spots(slide, positions):
+def check_pitch(slide, positions):
+    """Warn where the spots are neither as far apart as Visium's nor as those of ST."""
+    pitch = measure_pitch(positions)
+    um = pitch * slide.um_per_px
+    if len(positions) < 2 or any(abs(um / known - 1) < 0.05 for known in PITCHES):
+        return
+    warn(
+        f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
+        f"{slide.um_per_px:g} are {um:.3g} um; expected 100 (Visium) or 200 (ST): "
+        f"with um_per_px {SPOT_PITCH / pitch:.4g} they would be 100"
+    )
+
+
+def read_spots(slide, positions, genome=""):
     """The spots of a slide as AnnData, by array_row and array_col; without a matrix X is None.
 
     obs holds positions, tissue_index, donor, barcode, pitch (px), block and, with a matrix,
-    n_counts. Spots without counts are left out; without a matrix, those that are not in_tissue.
+    n_counts. Left out are spots without a position, not in_tissue or without counts; one line a
+    reason says so, and uns["left_out"] counts them by reason. `genome` as for read_matrix.
     """
     if slide.matrix is None:
-        inside = positions[positions["in_tissue"] == 1]
-        if inside.empty:
-            raise InputError(f"{slide.positions}: no spot is in_tissue")
-        table = anndata.AnnData(obs=inside)
+        table = anndata.AnnData(obs=positions)
     else:
-        table = read_counts(slide, positions)
+        table = read_counts(slide, positions, genome)
+    table = leave_out(slide, table, table.obs["in_tissue"] != 1, "not in_tissue")
+    if not table.n_obs:
+        raise InputError(f"{slide.positions}: no spot is in_tissue")
+    if slide.matrix is not None:
+        table = leave_out(slide, table, table.obs["n_counts"] == 0, "without counts")
+        if not table.n_obs:
+            raise InputError(f"{slide.matrix}: no spot has a count")
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide.tissue_index
     table.obs["donor"] = slide.donor
@@ -499,29 +954,99 @@ def read_spots(slide, positions):
     return table
 
 
-def read_counts(slide, positions):
-    """The matrix of a slide, checked, with positions in obs; spots without counts are left out."""
-    table = read_matrix(slide.matrix)
+def leave_out(slide, table, spots, reason, say=True):
+    """The table without these of its spots, (n,) bool, counted in uns and, to say, in a line."""
+    spots = np.asarray(spots)
+    if not spots.any():
+        return table
+    barcode = table.obs_names[spots][0]
+    # Without a matrix, positions list the whole array, of which tissue is a part: that is no news.
+    if say and slide.matrix is not None:
+        n_spots = spots.sum()
+        print(f"slide {slide.tissue_index}: {n_spots} spots {reason} are left out, as {barcode}")
+    kept = table[~spots].copy()
+    kept.uns["left_out"] = {**table.uns.get("left_out", {}), reason: int(spots.sum())}
+    return kept
+
+
+def read_counts(slide, positions, genome):
+    """The matrix of a slide, checked, with positions and n_counts in obs.
+
+    Barcodes without a position are left out where most have one.
+    """
+    table = read_matrix(slide.matrix, genome)
     check_counts(table, slide.matrix)
-    lost = table.obs_names.difference(positions.index)
-    if len(lost):
-        raise InputError(
-            f"{slide.positions}: no position for barcode {lost[0]} of {slide.matrix} "
-            f"({len(lost)} such barcodes): the two files are not of one slide"
+    places = match_barcodes(slide, table.obs_names, positions.index)
+    lost = places < 0
+    if lost.any():
+        barcode, count = table.obs_names[lost][0], f"{lost.sum()} of {len(lost)} barcodes"
+        if lost.mean() >= 0.5:
+            raise InputError(
+                f"{slide.positions}: no position for barcode {barcode} of {slide.matrix} "
+                f"({count}): the two files are not of one slide"
+            )
+        warn(
+            f"{slide.positions}: {count} of {slide.matrix} have no position and are left out, "
+            f"as {barcode}: add them if they are wanted"
         )
-    table.obs = positions.loc[table.obs_names]
+        table = leave_out(slide, table, lost, "without a position", say=False)
+    table.obs = positions.iloc[places[~lost]].set_axis(table.obs_names)
     # Over all genes of the matrix, also those that other slides lack.
     table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()
-    empty = (table.obs["n_counts"] == 0).to_numpy()
-    if empty.all():
-        raise InputError(f"{slide.matrix}: no spot has a count")
-    if empty.any():
-        print(
-            f"slide {slide.tissue_index}: {empty.sum()} spots without counts are left out, "
-            f"as {table.obs_names[empty][0]}"
-        )
-        table = table[~empty].copy()
+    check_tissue(slide, table.obs, positions)
     return table
+
+
+def match_barcodes(slide, barcodes, positioned):
+    """The place of each barcode among those that have a position, -1 for none.
+
+    Where most do not match as they stand, they are compared without what programs set before and
+    after them: -1, -2 of an aggregated matrix, a sample's name.
+    """
+    places = positioned.get_indexer(barcodes)
+    bare, bare_positioned = map(strip_barcodes, (barcodes, positioned))
+    if (places >= 0).mean() > 0.5 or not bare.is_unique or not bare_positioned.is_unique:
+        return places
+    found = bare_positioned.get_indexer(bare)
+    if (found >= 0).mean() <= 0.5:
+        return places
+    number = np.flatnonzero(found >= 0)[0]
+    print(
+        f"slide {slide.tissue_index}: barcodes are matched without prefix and suffix: "
+        f"{barcodes[number]} of the matrix is {positioned[found[number]]} of the positions"
+    )
+    return found
+
+
+def strip_barcodes(barcodes):
+    """Barcodes without prefix and suffix: their 14 letters or more, or what precedes -1."""
+    bare = []
+    for barcode in barcodes:
+        letters = re.search("[ACGT]{14,}", barcode)
+        bare.append(letters[0] if letters else re.sub(r"[-.]\d+$", "", barcode))
+    return pd.Index(bare)
+
+
+def check_tissue(slide, spots, positions):
+    """InputError where the tissue of the positions is not that of the matrix.
+
+    Barcodes prove nothing, since they are the same on every Visium slide. A matrix may hold all
+    spots of the array, or fewer than lie in the tissue. But where it lacks spots of the tissue and
+    has others, which are as deep, it is another slide's.
+    """
+    inside = spots["in_tissue"] == 1
+    n_tissue = (positions["in_tissue"] == 1).sum()
+    smaller = min(len(spots), n_tissue)
+    if inside.sum() >= SAME_TISSUE * smaller:
+        return
+    depth = spots["n_counts"]
+    if inside.any() and depth[~inside].median() < 0.5 * depth[inside].median():
+        return  # Few counts: they came there by diffusion.
+    raise InputError(
+        f"{slide.positions}: {inside.sum()} of the {len(spots)} spots of {slide.matrix} are "
+        f"in_tissue, of {n_tissue} that are: the two files are not of one slide; if both were "
+        "filtered by hand, set in_tissue to 1 where there are counts"
+    )
 
 
 def lay_grid(slide, thumbnail):
@@ -801,7 +1326,7 @@ def thumbnail_step(slide):
 
 def read_thumbnail(slide):
     """The Thumbnail of a slide, of which all pixels are read."""
-    image = open_image(slide.image)
+    image = open_image(unpack(slide.image))
     thumbnail = Thumbnail(image.shape, thumbnail_step(slide))
     for pixels, top, left in image.regions(lambda box: True):
         thumbnail.add(pixels, top, left)
@@ -813,9 +1338,9 @@ def read_patches(path, spots, patches, step=None):
 
     Returns (SlideImage, Thumbnail or None). With a `step`, all pixels are read and the thumbnail is
     made of them as well; without one, only those that patches need are read. Raises InputError
-    where a spot's centre lies outside the image.
+    where the centres of most spots lie outside the image; find_inside tells the others.
     """
-    image = open_image(path)
+    image = open_image(unpack(path))
     check_centres(path, spots, image.shape)
     thumbnail = Thumbnail(image.shape, step) if step else None
     side = patches.shape[1]
@@ -833,19 +1358,36 @@ def read_patches(path, spots, patches, step=None):
 
 
 def check_centres(path, spots, shape):
-    """InputError where the centre of a spot lies outside an image of (height, width)."""
-    centres = spots[PLACE].to_numpy()
-    outside = ((centres < 0) | (centres >= shape)).any(axis=1)
+    """InputError where most spots lie outside an image of (height, width); warns of a few.
+
+    Swapping pxl_row and pxl_col is named as the cause only where it would bring all inside.
+    """
+    outside = ~find_inside(spots, shape)
     if not outside.any():
         return
     barcode = spots["barcode"].iloc[np.flatnonzero(outside)[0]]
+    size = f"{shape[0]} x {shape[1]} px"
+    swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})
+    swapped_fits = find_inside(swapped, shape).all()
+    if outside.mean() < 0.5 and not (swapped_fits and lies_mirrored(spots)):
+        warn(
+            f"{path}: {outside.sum()} of {len(spots)} spots lie outside the image ({size}) and are "
+            f"left out, as {barcode}: is it the whole image?"
+        )
+        return
     cause = "these the positions of this full-resolution image"
-    if (centres[:, ::-1] < shape).all():
+    if swapped_fits:
         cause = "pxl_row and pxl_col swapped"
     raise InputError(
-        f"{path}: the centre of spot {barcode} lies outside the image "
-        f"({shape[0]} x {shape[1]} px); are {cause}?"
+        f"{path}: the centre of spot {barcode} lies outside the image ({size}), as of "
+        f"{outside.sum()} of {len(spots)} spots; are {cause}?"
     )
+
+
+def find_inside(spots, shape):
+    """(n,) bool: whether the centres of spots lie in an image of (height, width)."""
+    centres = spots[PLACE].to_numpy()
+    return ((centres >= 0) & (centres < shape)).all(axis=1)
 
 
 def find_overlapping(corners, side, box):
@@ -869,8 +1411,11 @@ def copy_region(region, top, left, corners, patches):
 
 
 def count_over_border(spots, shape, side):
-    """How many patches of `side` px reach over the border of an image of (height, width)."""
-    corners = spots[PLACE].to_numpy() - side // 2
+    """How many patches of `side` px reach over the border of an image of (height, width).
+
+    Those whose centre lies outside are left out and do not count.
+    """
+    corners = spots[find_inside(spots, shape)][PLACE].to_numpy() - side // 2
     return int(((corners < 0) | (corners + side > shape)).any(axis=1).sum())
 
 
@@ -884,15 +1429,17 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     size = patches.shape[1]
     if 0.99 < finer < 1.01:
         image, thumbnail = read_patches(slide.image, spots, patches, step)
+        check_hires(slide, image.shape, thumbnail)
         return image, thumbnail, count_over_border(spots, image.shape, size)
     if finer > 2:
-        print(
-            f"warning: {slide.image} is {finer:.0f} times as coarse as the patches made of it: "
-            "its detail is not there"
+        warn(
+            f"{slide.image}: {finer:.0f} times as coarse as the patches made of it: its detail is "
+            "not there; give the full-resolution image"
         )
     side = max(1, round(size * um_per_px / slide.um_per_px))
     native = map_scratch(scratch, (len(spots), side, side, 3))
     image, thumbnail = read_patches(slide.image, spots, native, step)
+    check_hires(slide, image.shape, thumbnail)
     for part in np.array_split(np.arange(len(spots)), math.ceil(len(spots) / 64)):
         patches[part] = resize(native[part], size)
     how = f"{image.how}; resampled from {slide.um_per_px:g} to {um_per_px:g} um/px"
@@ -922,6 +1469,8 @@ def warn_of_swap(slide, spots, patches, shape):
     Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
     colour, better the other way round.
     """
+    inside = find_inside(spots, shape)
+    spots, patches = spots[inside], patches[inside]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
         return
     some = np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
@@ -930,8 +1479,8 @@ def warn_of_swap(slide, spots, patches, shape):
     read_patches(slide.image, swapped, others)
     here, there = mean_saturation(patches[some]), mean_saturation(others)
     if there > 1.25 * here:
-        print(
-            f"warning: {slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
+        warn(
+            f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
             f"the spots' mean saturation would be {there:.2f} and not {here:.2f}"
         )
 
