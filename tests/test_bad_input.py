@@ -203,11 +203,11 @@ CASES = {
         lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")),
         ["m.h5", "10x"],
     ),
-    "channels as pages": (
+    "two grey pages of one size": (
         lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture().transpose(2, 0, 1), photometric="minisblack")
+            r, lambda p: tifffile.imwrite(p, picture()[..., :2].transpose(2, 0, 1))
         ),
-        ["slide.tif", "pages", "RGB"],
+        ["slide.tif", "2 images of one size", "export"],
     ),
     "CMYK": (
         lambda r: replace_image(
