@@ -48,6 +48,7 @@ SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide
 BLOCK_WIDTH = 5  # pitches
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
+DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
 
@@ -553,10 +554,12 @@ def lay_grid(slide, thumbnail):
 def find_tissue(image, um_per_px):
     """(h, w) bool: saturation above Otsu's threshold, of an image (h, w, 3) uint8.
 
-    Holes and specks of less than four spots' area are undone.
+    Holes and specks of less than four spots' area are undone. What is nearly black was not scanned.
     """
     high, low = image.max(2).astype(np.float64), image.min(2)
-    saturation = scipy.ndimage.median_filter((high - low) / np.maximum(high, 1), 5)
+    # Of nearly black, saturation is the noise of the camera: tissue is never so dark.
+    saturation = np.where(high < DARK, 0, (high - low) / np.maximum(high, 1))
+    saturation = scipy.ndimage.median_filter(saturation, 5)
     if np.ptp(saturation) == 0:
         return np.zeros(saturation.shape, bool)
     tissue = saturation > threshold_otsu(saturation)
@@ -904,13 +907,13 @@ def decode_segment(page, number):
 
 
 def read_resolution(path):
-    """um per px from a TIFF's tags (Aperio's MPP, OME's PhysicalSizeX, or its resolution)."""
+    """um per px that a TIFF states; InputError where it states none that a slide can have."""
     found = 0.0
     try:
         with tifffile.TiffFile(path) as tiff:
             found = find_resolution(tiff)
     except (tifffile.TiffFileError, ValueError, TypeError, ZeroDivisionError, OSError):
-        pass  # a JPEG or PNG, or tags that say nothing: asked for below
+        pass  # A JPEG or PNG, or tags that say nothing: it is asked for below.
     if not 0.05 < found < 20:
         raise InputError(
             f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px"
@@ -918,19 +921,47 @@ def read_resolution(path):
     return found
 
 
+UM_PER_UNIT = {
+    "nm": 1e-3,
+    "µm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "inch": 25_400.0,
+    "in": 25_400.0,
+}
+RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # of TIFF's own tags; 1 is none
+
+
 def find_resolution(tiff):
-    """um per px that the first page of an open TIFF states; 0 where it states none."""
-    page = tiff.pages[0]
-    text = f"{tiff.ome_metadata or ''} {page.description}"
-    stated = re.search(r'MPP ?= ?([\d.]+)|PhysicalSizeX="([\d.eE+-]+)"', text)
+    """um per px that an open TIFF states of its slide; 0 where it states none.
+
+    Read of the image's own metadata: of OME, then of Aperio's description, then of ImageJ, and of
+    TIFF's tags last, where programs leave the resolution of the screen.
+    """
+    page = choose_series(tiff).keyframe
+    pixels = find_ome_pixels(tiff, page)
+    if pixels is not None and pixels.get("PhysicalSizeX"):
+        return float(pixels.get("PhysicalSizeX")) * um_of(pixels.get("PhysicalSizeXUnit", "µm"))
+    stated = re.search(r"MPP ?= ?(\d+[.,]?\d*)", page.description)
     if stated:
-        return float(stated[1] or stated[2])
-    um_per_unit = {2: 25_400, 3: 10_000}  # inch and centimetre
-    unit = page.tags["ResolutionUnit"].value if "ResolutionUnit" in page.tags else 1
-    if "XResolution" not in page.tags or unit not in um_per_unit:
+        return float(stated[1].replace(",", "."))
+    if "XResolution" not in page.tags:
         return 0.0
+    unit = RESOLUTION_UNITS.get(page.tags.valueof("ResolutionUnit", default=2), "")
+    if tiff.is_imagej:
+        unit = tiff.imagej_metadata.get("unit", unit)
     pixels, units = page.tags["XResolution"].value
-    return um_per_unit[unit] * units / pixels
+    return um_of(unit) * units / pixels
+
+
+def um_of(unit):
+    """um of a unit of length, as metadata spell it; 0 for another one, as "pixel"."""
+    spelt = unit.replace("\\u00B5", "µ").replace("μ", "µ").strip().lower()
+    return UM_PER_UNIT.get(spelt, 0.0)
 
 
 # -------------------------------------------------------------------------------- patches
