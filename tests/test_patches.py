@@ -71,9 +71,9 @@ WRITERS = {
     ),
     "planes.tif": save_planes,
     "planes-tiles.tif": lambda p, i: save_planes(p, i, tile=(128, 128), compression="zlib"),
-    "alpha.tif": lambda p, i: tifffile.imwrite(
+    "opaque.tif": lambda p, i: tifffile.imwrite(
         p,
-        np.dstack([i, i[..., :1]]),
+        np.dstack([i, np.full_like(i[..., :1], 255)]),
         photometric="rgb",
         extrasamples=["unassalpha"],
         tile=(128, 128),
@@ -81,7 +81,7 @@ WRITERS = {
     "pyramid.ome.tif": lambda p, i: write_pyramid(p, i),
     "photo.jpg": lambda p, i: Image.fromarray(i).save(p, quality=97, subsampling=0),
     "photo.png": lambda p, i: Image.fromarray(i).save(p),
-    "alpha.png": lambda p, i: Image.fromarray(np.dstack([i, i[..., :1]])).save(p),
+    "opaque.png": lambda p, i: Image.fromarray(i).convert("RGBA").save(p),
 }
 
 
