@@ -955,10 +955,10 @@ def build_backbone(recipe):
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
     path = find_weights(pretrained, name)
     from_hub = pretrained is True
-    options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
     if from_hub:
         check_hub()
     try:
+        options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
         backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
     except TypeError:
         size = timm.get_pretrained_cfg(name).input_size[1]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import TINY, flags_of, run_script, write_slide
+from conftest import TINY, TINY_SEARCH, flags_of, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -366,7 +366,8 @@ def check_one_line(capsys, words):
         (["--epochs"], ["--epochs"]),
         (["--batch-size", "1"], ["--batch-size 1", "from 2"]),
         (["--target", "raw"], ["--target raw", "harmony, lognorm"]),
-        (["--pretrained", "no"], ["--pretrained", "invalid bool value: 'no'"]),
+        (["--tta", "no"], ["--tta", "invalid bool value: 'no'"]),
+        (["--pretrained", "no"], ["--pretrained no", "no such file or folder", "true, false"]),
         (["--train-slides", "1,x"], ["--train-slides", "invalid tuple value: '1,x'"]),
         (["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
         (["--test-slide", "9"], ["slide 9", "[1 2 3 4]"]),
@@ -424,16 +425,14 @@ def test_the_other_scripts_refuse(
     simulated, tmp_path, monkeypatch, capsys, script, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
-    small = (
-        [*flags_of(TINY), "--data-root", simulated]
-        if script > "20"
-        else ["--data-root", tmp_path]
-        if script > "17"
-        else []
-    )
-    small = [option for option in small if (script, option) != ("22", "--hidden")]
-    small = [option for option in small if (script, option) != ("22", 16)]
-    assert run_script(script, *small, *arguments) == 2
+    options = {}
+    if script > "17":
+        options = {"data_root": tmp_path}
+    if script > "20":
+        options = TINY | {"data_root": simulated}
+    if script == "22":  # which has no HIDDEN
+        options = TINY_SEARCH | {"data_root": simulated}
+    assert run_script(script, *flags_of(options), *arguments) == 2
     check_one_line(capsys, words)
     assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
 
