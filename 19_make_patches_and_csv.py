@@ -55,6 +55,8 @@ CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
+ALLOWED = {"HVG_PER_SLIDE": (1, 10**6)}
+
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
 LOST_GENES = 20  # genes of a panel that a warning names at most

@@ -17,6 +17,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
            of an AMD EPYC, 2026-11-24)
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -40,7 +41,7 @@ POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um ov
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
-OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>
+OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>-<hash of paths>
 GENES = ""  # to be drawn, comma-separated; empty = the six of HEG and HVG best in validation
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -184,6 +185,16 @@ def check_image():
     if not Path(IMAGE).is_file():
         raise InputError(f"--image {IMAGE}: no such file")
     return Path(IMAGE)
+
+
+def choose_folder(slide, name):
+    """OUT, or a folder of this image, its positions and these weights alone.
+
+    Images of several samples may have one name, as pipelines write them.
+    """
+    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, WEIGHTS) if path]
+    digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
+    return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
 
 def read_slide(slide, positions, um_per_px, scratch):
@@ -372,7 +383,7 @@ def main():
     genes = choose_genes(trained)
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
-    out = Path(OUT or Path("runs", Path(__file__).stem, name))
+    out = choose_folder(slide, name)
     runner.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import polars
@@ -56,8 +57,14 @@ MARGIN = 2  # pitches; under block, training spots this near to a validation spo
 DRAWS = 1000  # of the bootstrap
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
 READ_AHEAD = 2  # batches that are read while one is used
-RANK = int(os.environ.get("RANK", 0))  # number of this process among those that torchrun started
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # how many it started
+# Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
+RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
+
+# HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
+# it: files get their name when they are whole, and hold_folder keeps other runs out.
+h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
 
 
 class InputError(Exception):
@@ -948,10 +955,10 @@ def build_backbone(recipe):
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
     path = find_weights(pretrained, name)
     from_hub = pretrained is True
-    options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
     if from_hub:
         check_hub()
     try:
+        options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
         backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
     except TypeError:
         size = timm.get_pretrained_cfg(name).input_size[1]

@@ -280,6 +280,17 @@ def hold_folder(folder):
             f"{folder}: another process is writing there: wait until it ends, or choose another "
             "folder"
         ) from None
+    except OSError as error:  # of a file system without locks, as NFS and Lustre may be mounted
+        warn_of_no_locks(folder, error.strerror)
+
+
+@functools.cache  # so that it is said once
+def warn_of_no_locks(folder, reason):
+    """Print that two runs on a folder would not notice each other."""
+    print(
+        f"warning: {folder}: its file system has no locks ({reason}): two runs at once are not "
+        "kept apart, so start one at a time"
+    )
 
 
 # ------------------------------------------------------------------------------------------- splits

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import anndata
 import numpy as np
@@ -39,7 +40,7 @@ import scipy.sparse
 import tifffile
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy.spatial import cKDTree
 from skimage.filters import threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
@@ -57,6 +58,7 @@ SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up t
 BLOCK_WIDTH = 5  # pitches
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
+DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
 FEATURE_SPELLINGS = {
@@ -1088,10 +1090,12 @@ def lay_grid(slide, thumbnail):
 def find_tissue(image, um_per_px):
     """(h, w) bool: saturation above Otsu's threshold, of an image (h, w, 3) uint8.
 
-    Holes and specks of less than four spots' area are undone.
+    Holes and specks of less than four spots' area are undone. What is nearly black was not scanned.
     """
     high, low = image.max(2).astype(np.float64), image.min(2)
-    saturation = scipy.ndimage.median_filter((high - low) / np.maximum(high, 1), 5)
+    # Of nearly black, saturation is the noise of the camera: tissue is never so dark.
+    saturation = np.where(high < DARK, 0, (high - low) / np.maximum(high, 1))
+    saturation = scipy.ndimage.median_filter(saturation, 5)
     if np.ptp(saturation) == 0:
         return np.zeros(saturation.shape, bool)
     tissue = saturation > threshold_otsu(saturation)
@@ -1107,7 +1111,7 @@ class SlideImage(NamedTuple):
 
     open_<format>(path) gets the path and is called in open_image, which tells the formats apart. It
     raises InputError, which names the path and the fix, for a damaged file and for all but 8-bit
-    RGB, RGBA or grey; as_rgb checks and converts pixels. It returns
+    RGB, RGBA or grey; as_rgb checks pixels and composes what is transparent on white. It returns
 
     how      how the image is read, for the printed table
     shape    (height, width) in px
@@ -1122,13 +1126,43 @@ class SlideImage(NamedTuple):
     regions: Callable
 
 
+# Slides that are not read here. MRXS and VSI would open, as the small picture that they begin with.
+OTHER_FORMATS = {
+    ".bif": "Ventana BIF",
+    ".czi": "Zeiss CZI",
+    ".dcm": "DICOM",
+    ".isyntax": "Philips iSyntax",
+    ".mrxs": "MIRAX",
+    ".vsi": "Olympus VSI",
+}
+
+
 def open_image(path):
     """The SlideImage of a TIFF, JPEG or PNG."""
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        start = file.read(132)
+    is_dicom = start[128:] == b"DICM"
+    name = "DICOM" if is_dicom else OTHER_FORMATS.get(path.suffix.lower())
+    if name:
+        raise InputError(
+            f"{path}: a {name} slide, which is not read here: export it as an 8-bit RGB TIFF, "
+            "with QuPath, or with bioformats2raw and raw2ometiff --rgb"
+        )
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return open_tiff(path)
     return open_picture(path)
+
+
+def check_orientation(path, orientation):
+    """InputError for a tag that has viewers turn or mirror the image.
+
+    Nobody knows whether positions were read off the image as it lies in the file or as it is shown.
+    """
+    if orientation not in (None, 0, 1):
+        raise InputError(
+            f"{path}: its Orientation tag {orientation} turns or mirrors it: save it as it is to "
+            "be seen, without the tag, and have the positions fit its pixels"
+        )
 
 
 Image.MAX_IMAGE_PIXELS = 4_000_000_000  # a whole slide is no decompression bomb
@@ -1138,30 +1172,37 @@ def open_picture(path):
     """A JPEG or PNG, which gives no access to its parts and is decoded whole."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("RGB", "RGBA", "L"):
+            check_orientation(path, image.getexif().get(ExifTags.Base.Orientation))
+            if "transparency" in image.info:  # of one colour, or of colours of a palette
+                image = image.convert("RGBA")
+            if image.mode not in ("RGB", "RGBA", "L", "LA"):
                 raise InputError(
                     f"{path}: a {image.mode} image; expected 8-bit RGB, RGBA or grey: convert it"
                 )
-            pixels = as_rgb(np.asarray(image), path)
+            pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable image ({error}); fetch or export it again"
         ) from None
-    return SlideImage("decoded whole", pixels.shape[:2], partial(cut_bands, pixels))
+    regions = partial(cut_bands, [pixels], partial(as_rgb, path=path))
+    return SlideImage("decoded whole", pixels.shape[:2], regions)
 
 
 def open_tiff(path):
-    """The first page of a TIFF: memory-mapped if it is contiguous, else by tiles or strips."""
+    """The slide of a TIFF: memory-mapped if it is contiguous, else by tiles or strips."""
     with tiff_errors(path), tifffile.TiffFile(path) as tiff:
-        page = tiff.series[0].keyframe
-        check_tiff(path, tiff, page)
+        pages = find_slide(path, tiff)
+        page = pages[0]
         shape = page.imagelength, page.imagewidth
-        if page.is_memmappable and page.planarconfig == tifffile.PLANARCONFIG.CONTIG:
-            pixels = page.asarray(out="memmap").reshape(*shape, page.samplesperpixel)
-            return SlideImage("memory-mapped", shape, partial(cut_bands, as_rgb(pixels, path)))
+        if all(page.is_memmappable for page in pages):
+            planes = [plane for page in pages for plane in map_planes(page)]
+            regions = partial(cut_bands, planes, choose_conversion(path, page))
+            return SlideImage("memory-mapped", shape, regions)
         kind = "tiles" if page.is_tiled else "strips"
         down, across = page.chunks[:2]
         how = f"{kind} of {across} x {down} px, {page.compression.name.lower()}"
+        if len(pages) > 1:
+            how += ", three pages for red, green and blue"
         return SlideImage(how, shape, partial(decode_tiff, path))
 
 
@@ -1177,26 +1218,141 @@ def tiff_errors(path):
         ) from None
 
 
+def find_slide(path, tiff):
+    """The pages of an open TIFF that are its slide: one, or one each for red, green and blue.
+
+    Raises InputError where they are cut short, or no 8-bit RGB or grey image.
+    """
+    series = choose_series(tiff)
+    check_tiff(path, tiff, series.keyframe)
+    if len(series.pages) == 1:
+        return [series.keyframe]
+    return order_colours(path, tiff, series)
+
+
+def choose_series(tiff):
+    """The largest image of an open TIFF, in colour where one is: labels may stand before it.
+
+    A grey image is taken where those in colour are so much smaller that they are its thumbnails.
+    """
+    largest = max(tiff.series, key=count_pixels)
+    coloured = [
+        series
+        for series in tiff.series
+        if is_coloured(series) and 4 * count_pixels(series) >= count_pixels(largest)
+    ]
+    return max(coloured, key=count_pixels, default=largest)
+
+
+def count_pixels(series):
+    """px of an image of a TIFF at its full resolution."""
+    return series.keyframe.imagelength * series.keyframe.imagewidth
+
+
+def is_coloured(series):
+    """Whether an image of a TIFF has colours, which may be three grey pages."""
+    return len(series.pages) == 3 or series.keyframe.photometric.name not in GREY
+
+
+GREY = ("MINISBLACK", "MINISWHITE")
+
+
 def check_tiff(path, tiff, page):
-    """InputError for a TIFF that is cut short, and for one whose page is no RGB or grey image."""
+    """InputError for a TIFF that is cut short, and for a page that does not come out as RGB."""
     needed, held = max(np.add(page.dataoffsets, page.databytecounts)), tiff.filehandle.size
     if needed > held:
         raise InputError(
             f"{path}: truncated: {held:,} of at least {needed:,} bytes; "
             "remove it and fetch it again"
         )
+    check_orientation(path, page.tags.valueof("Orientation"))
     kind = page.photometric.name
     comes_out_as_rgb = kind == "YCBCR" and page.compression.name == "JPEG"
-    if kind not in ("RGB", "MINISBLACK") and not comes_out_as_rgb:
+    if kind not in ("RGB", "MINISBLACK") and not comes_out_as_rgb and not holds_ycbcr(page):
         raise InputError(f"{path}: a {kind} image; expected RGB or grey: convert it to 8-bit RGB")
-    if len(tiff.series[0].pages) > 1 or page.imagedepth != 1 or page.tiledepth != 1:
+    if tiff.is_bif or page.imagedepth != 1 or page.tiledepth != 1:
+        raise InputError(f"{path}: its tiles overlap or lie in depth: convert it to 8-bit RGB")
+    is_alpha = page.extrasamples and page.extrasamples[-1] != tifffile.EXTRASAMPLE.UNSPECIFIED
+    if kind == "MINISBLACK" and page.samplesperpixel in (2, 4) and not is_alpha:
         raise InputError(
-            f"{path}: its channels or planes are pages of their own: convert it to 8-bit RGB in one"
+            f"{path}: {page.samplesperpixel} grey channels; expected RGB, RGBA or grey: "
+            "convert it to 8-bit RGB"
         )
 
 
-def as_rgb(pixels, path):
-    """(h, w) or (h, w, 1 | 3 | 4) uint8 -> (h, w, 3): grey is repeated, alpha dropped."""
+def holds_ycbcr(page):
+    """Whether a page's JPEG 2000 is of YCbCr, as Aperio's older scanners wrote it.
+
+    Its photometric tag may say RGB, and other programs write the same compression of true RGB.
+    """
+    return page.is_svs and page.compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC
+
+
+def order_colours(path, tiff, series):
+    """The three pages of an image that are its red, green and blue, in this order."""
+    page = series.keyframe
+    axes = series.axes.strip("YXS")
+    plain = page.photometric.name == "MINISBLACK" and page.samplesperpixel == 1
+    if len(series.pages) != 3 or axes not in ("C", "Q", "I") or not plain:
+        raise InputError(
+            f"{path}: {len(series.pages)} images of one size, which may be planes of focus, times "
+            "or stains: export the one that is the slide as 8-bit RGB"
+        )
+    pages = [frame.aspage() for frame in series.pages]
+    names = read_channel_names(tiff, page)
+    colours = [name[:1] for name in names if name in ("red", "green", "blue", "r", "g", "b")]
+    if sorted(colours) == ["b", "g", "r"]:
+        return [pages[colours.index(colour)] for colour in "rgb"]
+    if all(re.fullmatch(r"[\W_]*(channel|ch|c)?[\W_\d]*", name) for name in names):
+        return pages  # Numbers, or nothing, for names: as most programs order them.
+    raise InputError(
+        f"{path}: its channels are {', '.join(names)}; expected red, green and blue: "
+        "export the H&E image as 8-bit RGB"
+    )
+
+
+def read_channel_names(tiff, page):
+    """Names, in lower case, of the channels of the page's image in OME's metadata."""
+    pixels = find_ome_pixels(tiff, page)
+    if pixels is None:
+        return []
+    return [channel.get("Name", "").lower() for channel in pixels.iterfind("{*}Channel")]
+
+
+def find_ome_pixels(tiff, page):
+    """The element Pixels of the image of this page in OME's metadata; None where there is none."""
+    try:
+        tree = ElementTree.fromstring(tiff.ome_metadata or "")
+    except ElementTree.ParseError:
+        return None
+    size = str(page.imagewidth), str(page.imagelength)
+    for pixels in tree.iterfind("{*}Image/{*}Pixels"):
+        if (pixels.get("SizeX"), pixels.get("SizeY")) == size:
+            return pixels
+    return None
+
+
+def map_planes(page):
+    """The arrays (h, w, channels) in which a contiguous page lies open: one, or one a channel."""
+    pixels = page.asarray(out="memmap")
+    size = page.imagelength, page.imagewidth
+    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+        return [*pixels.reshape(page.samplesperpixel, *size, 1)]
+    return [pixels.reshape(*size, page.samplesperpixel)]
+
+
+def choose_conversion(path, page):
+    """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it."""
+    return partial(
+        as_rgb, path=path, premultiplied=tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples
+    )
+
+
+def as_rgb(pixels, path, premultiplied=False):
+    """(h, w) or (h, w, 1 to 4) uint8 -> (h, w, 3): grey is repeated, alpha composed on white.
+
+    `premultiplied`: the colours have been multiplied by alpha already.
+    """
     if pixels.dtype != np.uint8:
         raise InputError(
             f"{path}: {pixels.dtype} pixels; expected 8 bits a channel: "
@@ -1205,19 +1361,37 @@ def as_rgb(pixels, path):
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     height, width, channels = pixels.shape
-    if channels not in (1, 3, 4):
+    if channels > 4:
         raise InputError(f"{path}: {channels} channels; expected RGB, RGBA or grey")
-    if channels == 1:
-        return np.broadcast_to(pixels, (height, width, 3))
-    return pixels[:, :, :3]
+    colours = pixels[:, :, :1] if channels < 3 else pixels[:, :, :3]
+    if channels in (2, 4):
+        colours = compose_on_white(colours, pixels[:, :, -1:], premultiplied)
+    return np.broadcast_to(colours, (height, width, 3))
 
 
-def cut_bands(pixels, needed):
-    """Regions of an image that lies open as one array (h, w, 3), from top to bottom."""
-    height, width = pixels.shape[:2]
+def compose_on_white(colours, alpha, premultiplied):
+    """Colours (h, w, 1 or 3) uint8 as they look on white through alpha (h, w, 1) uint8."""
+    if alpha.min() == 255:
+        return colours
+    alpha = alpha.astype(np.uint16)
+    covered = 255 * colours.astype(np.uint16) if premultiplied else alpha * colours
+    composed = (covered + 255 * (255 - alpha).astype(np.uint32) + 127) // 255
+    return np.minimum(composed, 255).astype(np.uint8)
+
+
+def convert_ycbcr(pixels):
+    """(h, w, 3) uint8 RGB of YCbCr as in JPEG."""
+    size = pixels.shape[1::-1]
+    return np.asarray(Image.frombytes("YCbCr", size, pixels.tobytes()).convert("RGB"))
+
+
+def cut_bands(planes, convert, needed):
+    """Regions of an image that lies open as arrays (h, w, ...), of whose channels it is made."""
+    height, width = planes[0].shape[:2]
     for top in range(0, height, BAND):
         if needed((top, 0, min(top + BAND, height), width)):
-            yield pixels[top : top + BAND], top, 0
+            bands = [plane[top : top + BAND] for plane in planes]
+            yield convert(bands[0] if len(bands) == 1 else np.concatenate(bands, axis=2)), top, 0
 
 
 def decode_tiff(path, needed):
@@ -1227,9 +1401,10 @@ def decode_tiff(path, needed):
         tifffile.TiffFile(path) as tiff,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        page = tiff.series[0].keyframe
-        height, width = page.imagelength, page.imagewidth
-        down, across = page.chunks[:2]
+        pages = find_slide(path, tiff)
+        convert = choose_conversion(path, pages[0])
+        height, width = pages[0].imagelength, pages[0].imagewidth
+        down, across = pages[0].chunks[:2]
         for top in tqdm(range(0, height, down), f"decode {path.name}", leave=False, disable=None):
             bottom = min(top + down, height)
             lefts = [
@@ -1237,21 +1412,23 @@ def decode_tiff(path, needed):
                 for left in range(0, width, across)
                 if needed((top, left, bottom, min(left + across, width)))
             ]
-            cells = pool.map(partial(decode_cell, page, top), lefts)
+            cells = pool.map(partial(decode_cell, pages, convert, top), lefts)
             for left, pixels in zip(lefts, cells, strict=True):
                 # The last tiles reach beyond the image.
-                yield as_rgb(pixels[: height - top, : width - left], path), top, left
+                yield pixels[: height - top, : width - left], top, left
 
 
-def decode_cell(page, top, left):
-    """(h, w, channels) pixels of the tile or strip at a place of the image."""
+def decode_cell(pages, convert, top, left):
+    """(h, w, 3) RGB of the tile or strip at a place of the image that these pages are."""
+    page = pages[0]
     down, across = page.chunks[:2]
     rows, columns = math.ceil(page.imagelength / down), math.ceil(page.imagewidth / across)
     number = top // down * columns + left // across
     separate = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
     planes = page.samplesperpixel if separate else 1
-    parts = [decode_segment(page, number + plane * rows * columns) for plane in range(planes)]
-    return np.concatenate(parts, axis=2)
+    numbers = range(number, number + planes * rows * columns, rows * columns)
+    parts = [decode_segment(page, number) for page in pages for number in numbers]
+    return convert(np.concatenate(parts, axis=2))
 
 
 def decode_segment(page, number):
@@ -1262,17 +1439,17 @@ def decode_segment(page, number):
     pixels, _, shape = page.decode(data or None, number, **tables)
     if pixels is None:  # a sparse file holds no background
         return np.full(shape[1:], 255, page.dtype)
-    return pixels[0]
+    return convert_ycbcr(pixels[0]) if holds_ycbcr(page) else pixels[0]
 
 
 def read_resolution(path):
-    """um per px from a TIFF's tags (Aperio's MPP, OME's PhysicalSizeX, or its resolution)."""
+    """um per px that a TIFF states; InputError where it states none that a slide can have."""
     found = 0.0
     try:
         with tifffile.TiffFile(path) as tiff:
             found = find_resolution(tiff)
     except (tifffile.TiffFileError, ValueError, TypeError, ZeroDivisionError, OSError):
-        pass  # a JPEG or PNG, or tags that say nothing: asked for below
+        pass  # A JPEG or PNG, or tags that say nothing: it is asked for below.
     if not 0.05 < found < 20:
         raise InputError(
             f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px"
@@ -1280,19 +1457,47 @@ def read_resolution(path):
     return found
 
 
+UM_PER_UNIT = {
+    "nm": 1e-3,
+    "µm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "inch": 25_400.0,
+    "in": 25_400.0,
+}
+RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # of TIFF's own tags; 1 is none
+
+
 def find_resolution(tiff):
-    """um per px that the first page of an open TIFF states; 0 where it states none."""
-    page = tiff.pages[0]
-    text = f"{tiff.ome_metadata or ''} {page.description}"
-    stated = re.search(r'MPP ?= ?([\d.]+)|PhysicalSizeX="([\d.eE+-]+)"', text)
+    """um per px that an open TIFF states of its slide; 0 where it states none.
+
+    Read of the image's own metadata: of OME, then of Aperio's description, then of ImageJ, and of
+    TIFF's tags last, where programs leave the resolution of the screen.
+    """
+    page = choose_series(tiff).keyframe
+    pixels = find_ome_pixels(tiff, page)
+    if pixels is not None and pixels.get("PhysicalSizeX"):
+        return float(pixels.get("PhysicalSizeX")) * um_of(pixels.get("PhysicalSizeXUnit", "µm"))
+    stated = re.search(r"MPP ?= ?(\d+[.,]?\d*)", page.description)
     if stated:
-        return float(stated[1] or stated[2])
-    um_per_unit = {2: 25_400, 3: 10_000}  # inch and centimetre
-    unit = page.tags["ResolutionUnit"].value if "ResolutionUnit" in page.tags else 1
-    if "XResolution" not in page.tags or unit not in um_per_unit:
+        return float(stated[1].replace(",", "."))
+    if "XResolution" not in page.tags:
         return 0.0
+    unit = RESOLUTION_UNITS.get(page.tags.valueof("ResolutionUnit", default=2), "")
+    if tiff.is_imagej:
+        unit = tiff.imagej_metadata.get("unit", unit)
     pixels, units = page.tags["XResolution"].value
-    return um_per_unit[unit] * units / pixels
+    return um_of(unit) * units / pixels
+
+
+def um_of(unit):
+    """um of a unit of length, as metadata spell it; 0 for another one, as "pixel"."""
+    spelt = unit.replace("\\u00B5", "µ").replace("μ", "µ").strip().lower()
+    return UM_PER_UNIT.get(spelt, 0.0)
 
 
 # -------------------------------------------------------------------------------- patches

@@ -52,7 +52,7 @@ PRECISION = "auto"  # of this project's side
 
 HEIGHT, WIDTH = 26_000, 25_400  # px, as a slide of GSE240429
 GENES, SPOTS = 3_467, 9_269  # of GSE240429
-RECIPE = {
+TRAINED_BY = {
     "BACKBONE": "efficientnet_b0",
     "PRETRAINED": False,
     "HIDDEN": 3000,
@@ -245,13 +245,13 @@ def place(patches):
 
 def build_fast(device):
     """EfficientNet-B0 with the paper's head, as scripts 20 to 25 train it."""
-    model = common.build_model(RECIPE, GENES, 42)
+    model = common.build_model(TRAINED_BY, GENES, 42)
     return model.to(device, memory_format=torch.channels_last)
 
 
 def build_conventional(device):
     """The same network, whose images are normalised by their loader."""
-    model = common.build_model(RECIPE, GENES, 42)
+    model = common.build_model(TRAINED_BY, GENES, 42)
     return nn.Sequential(model.backbone, model.head).to(device)
 
 
@@ -286,10 +286,10 @@ def compare_training(folder):
     images, device, dtype = place(patches)
     fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=True, workers=os.cpu_count())
-    plain = torch.optim.Adam(slow.parameters(), RECIPE["LEARNING_RATE"])
-    optimiser, _ = common.adam_with_cosine(fast, RECIPE)
+    plain = torch.optim.Adam(slow.parameters(), TRAINED_BY["LEARNING_RATE"])
+    optimiser, _ = common.adam_with_cosine(fast, TRAINED_BY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    loss = common.LOSSES[RECIPE["LOSS"]]
+    loss = common.LOSSES[TRAINED_BY["LOSS"]]
     step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)
     truth = torch.from_numpy(target).to(device)
 
@@ -297,7 +297,7 @@ def compare_training(folder):
         conventional.train_epoch(slow, loader, plain, device)
 
     def here():
-        common.train_epoch(fast, step, images, truth, np.arange(count), RECIPE, 42, 0)
+        common.train_epoch(fast, step, images, truth, np.arange(count), TRAINED_BY, 42, 0)
 
     pairs = alternate(REPEATS, conventionally, here)
     name = f"training, EfficientNet-B0, {str(dtype).removeprefix('torch.')}"

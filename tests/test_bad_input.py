@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import TINY, run_script, write_slide
+from conftest import TINY, TINY_SEARCH, flags_of, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -227,11 +227,11 @@ CASES = {
         lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")),
         ["m.h5", "10x"],
     ),
-    "channels as pages": (
+    "two grey pages of one size": (
         lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture().transpose(2, 0, 1), photometric="minisblack")
+            r, lambda p: tifffile.imwrite(p, picture()[..., :2].transpose(2, 0, 1))
         ),
-        ["slide.tif", "pages", "RGB"],
+        ["slide.tif", "2 images of one size", "export"],
     ),
     "CMYK": (
         lambda r: replace_image(
@@ -390,7 +390,8 @@ def check_one_line(capsys, words):
         (["--epochs"], ["--epochs"]),
         (["--batch-size", "1"], ["--batch-size 1", "from 2"]),
         (["--target", "raw"], ["--target raw", "harmony, lognorm"]),
-        (["--pretrained", "no"], ["--pretrained", "invalid bool value: 'no'"]),
+        (["--tta", "no"], ["--tta", "invalid bool value: 'no'"]),
+        (["--pretrained", "no"], ["--pretrained no", "no such file or folder", "true, false"]),
         (["--train-slides", "1,x"], ["--train-slides", "invalid tuple value: '1,x'"]),
         (["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
         (["--test-slide", "9"], ["slide 9", "[1 2 3 4]"]),
@@ -414,7 +415,9 @@ def check_one_line(capsys, words):
 def test_script_20_refuses(simulated, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert (
-        run_script("20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, *arguments)
+        run_script(
+            "20", "--data-root", simulated, "--out", tmp_path / "out", *flags_of(TINY), *arguments
+        )
         == 2
     )
     check_one_line(capsys, words)
@@ -446,16 +449,14 @@ def test_the_other_scripts_refuse(
     simulated, tmp_path, monkeypatch, capsys, script, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
-    small = (
-        [*TINY, "--data-root", simulated]
-        if script > "20"
-        else ["--data-root", tmp_path]
-        if script > "17"
-        else []
-    )
-    small = [option for option in small if (script, option) != ("22", "--hidden")]
-    small = [option for option in small if (script, option) != ("22", 16)]
-    assert run_script(script, *small, *arguments) == 2
+    options = {}
+    if script > "17":
+        options = {"data_root": tmp_path}
+    if script > "20":
+        options = TINY | {"data_root": simulated}
+    if script == "22":  # which has no HIDDEN
+        options = TINY_SEARCH | {"data_root": simulated}
+    assert run_script(script, *flags_of(options), *arguments) == 2
     check_one_line(capsys, words)
     assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
 
@@ -507,7 +508,7 @@ def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
 @pytest.mark.parametrize("out", ["file", "file/below"])
 def test_results_cannot_go_into_a_file(simulated, tmp_path, capsys, out):
     write_text(tmp_path / "file", "mine")
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / out, *TINY) == 2
+    assert run_script("20", "--data-root", simulated, "--out", tmp_path / out, *flags_of(TINY)) == 2
     check_one_line(capsys, [out, "no folder to write to"])
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -516,7 +517,7 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
     make_root(tmp_path)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     capsys.readouterr()
-    assert run_script("20", "--data-root", tmp_path, "--target", "harmony", *TINY) == 2
+    assert run_script("20", "--data-root", tmp_path, "--target", "harmony", *flags_of(TINY)) == 2
     check_one_line(
         capsys, ["lognorm", f"19_make_patches_and_csv.py --data-root {tmp_path} --target harmony"]
     )
@@ -528,7 +529,7 @@ def test_unknown_group_in_gene_sets(simulated, tmp_path, capsys):
     root = tmp_path / "copy"
     shutil.copytree(simulated / "dataset", root / "dataset")
     (root / "gene_sets.csv").write_text("group,gene\nTOP,ALB\n")
-    assert run_script("20", "--data-root", root, "--out", tmp_path / "out", *TINY) == 2
+    assert run_script("20", "--data-root", root, "--out", tmp_path / "out", *flags_of(TINY)) == 2
     check_one_line(capsys, ["gene_sets.csv", "HEG, HVG, MG"])
 
 
@@ -543,7 +544,14 @@ def test_pretrained_weights_without_a_network_name_the_way_out(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert (
         run_script(
-            "20", "--data-root", simulated, "--out", tmp_path / "out", *TINY, "--pretrained", "true"
+            "20",
+            "--data-root",
+            simulated,
+            "--out",
+            tmp_path / "out",
+            *flags_of(TINY),
+            "--pretrained",
+            "true",
         )
         == 2
     )
@@ -647,7 +655,15 @@ def two_slides(root, spots=(7, 7), genes=(12, 12)):
 
 def network_of(root, *arguments):
     code = run_script(
-        "20", "--data-root", root, "--out", root / "out", *TINY, "--target", "lognorm", *arguments
+        "20",
+        "--data-root",
+        root,
+        "--out",
+        root / "out",
+        *flags_of(TINY),
+        "--target",
+        "lognorm",
+        *arguments,
     )
     return code, sorted((root / "out").glob("EfficientNet-B0-*/rows.json"))
 

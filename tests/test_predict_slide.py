@@ -13,7 +13,7 @@ import safetensors.torch
 import tifffile
 from conftest import run_script
 from test_bad_input import check_one_line
-from test_patches import picture
+from test_patches import picture, spot_table
 from test_report import Page
 
 import common
@@ -59,6 +59,31 @@ def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tm
     assert rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3) and result["simulated"] is True
     table = pd.read_csv(tmp_path / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
+
+
+def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypatch):
+    """Images of one name in two samples, the same again by another path, and without an image."""
+    monkeypatch.chdir(tmp_path)
+    options = {"weights": weights, "um_per_px": 0.5, "device": "cpu"}
+    for seed, sample in enumerate(("A", "B")):
+        (tmp_path / sample).mkdir()
+        image = np.random.default_rng(seed).integers((90, 40, 80), (220, 90, 190), (700, 900, 3))
+        tifffile.imwrite(tmp_path / sample / "image.tif", image.astype(np.uint8), photometric="rgb")
+    positions = tmp_path / "positions.csv"
+    spot_table().to_csv(positions, header=False, index=False)
+    folders = tmp_path / "runs" / "26_predict_slide"
+
+    def predict(image):
+        assert run_script("26", image=image, positions=positions, **options) == 0
+        return {path.parent: path.read_bytes() for path in folders.glob("*/predictions.csv")}
+
+    first = predict("A/image.tif")
+    both = predict("B/image.tif")
+    assert len(first) == 1
+    assert len(both) == 2
+    assert first.items() < both.items()
+    assert predict(tmp_path / "A" / "image.tif") == both, "the same slide is the same folder"
+    assert all(folder.name.startswith("image-") for folder in both)
 
 
 def test_the_h5ad_opens_in_scanpy_and_draws(simulated, weights, tmp_path, monkeypatch):
