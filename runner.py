@@ -35,7 +35,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sklearn.linear_model import Ridge
+from sklearn import linear_model
 from torch import nn
 from tqdm import tqdm
 
@@ -172,6 +172,11 @@ def override_constants(script, argv):
         values = script["QUICK_BUDGET"] | values
     recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
     if recipe != "paper":
+        if values.get("QUICK") or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
+            raise InputError(
+                f"--recipe {recipe}: starts from pretrained weights, which --quick and "
+                "--pretrained false leave out"
+            )
         own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
         values = own | values
     for name, value in values.items():
@@ -329,7 +334,9 @@ class Split:
 
     def made_with(self, recipe):
         """{name: value} of all that a record of this split follows from."""
-        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")
+        # Where it lies, and what the hash of the roles below stands for, takes no part.
+        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY", "COMPARE_TARGETS")
+        elsewhere += ("TRAIN_SLIDES", "TEST_SLIDE", "VALID_FRACTION")
         made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
         if isinstance(recipe["PRETRAINED"], str):
             # The files' content counts, not where they lie.
@@ -338,6 +345,8 @@ class Split:
                 for name in ("BACKBONE", "FEATURES")
                 if recipe.get(name)
             }
+        if "AUG" in recipe:
+            made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
         device, dtype, _ = common.choose_device(recipe)
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")
@@ -384,6 +393,7 @@ class Training:
     network: nn.Module  # what is trained: the model, or a module around it
     patches: object  # the network's input: patches[spots]
     loss: Callable | None = None  # (predicted, target) -> scalar; None = LOSS
+    aug: str | None = None  # of the network's input; None = AUG
     gene_weights: np.ndarray | None = None  # (G,) in the loss; None = equal
     optimise: Callable = common.adam_with_cosine  # (network, recipe) -> (optimiser, schedule)
     more: dict = field(default_factory=dict)  # {name: value} for the records
@@ -407,7 +417,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
         split.data.target,
         split.spots("train"),
         split.spots("valid"),
-        recipe=recipe,
+        recipe=recipe | {"AUG": training.aug or recipe["AUG"]},
         seed=split.seed,
         dtype=dtype,
         loss=training.loss,
@@ -453,21 +463,33 @@ def start_training(recipe, split, patches, device):
     model = model.to(device, memory_format=torch.channels_last)
     optimise = common.adam_with_cosine
     if recipe["HEAD_LEARNING_RATE"]:
-        optimise = common.adam_with_two_rates
+        optimise = common.adamw_with_two_rates
     training = Training(model, model, patches, optimise=optimise)
     if recipe["HEAD_START"] == "mean":
         mean = torch.from_numpy(target[train].mean(0))
         model.head[-1].bias.data.copy_(mean)
+    if recipe["GENE_WEIGHTS"] == "predictable" and not starts_as_ridge(recipe):
+        raise InputError(
+            "--gene-weights predictable: needs --head-start ridge, which says what can be "
+            "predicted, and --loss mse"
+        )
     if recipe["HEAD_START"] != "ridge":
         return training
     if recipe["HIDDEN"]:
-        raise InputError(f"--hidden {recipe['HIDDEN']}: a head that starts as a ridge has none: 0")
+        raise InputError(
+            f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
+        )
     _, scale, ridge, explained = fit_frozen_ridge(recipe, split)
     common.start_as_ridge(model, ridge, scale)
     training = replace(training, more={"alpha": ridge.alpha})
     if recipe["GENE_WEIGHTS"] == "predictable" and explained.any():
         return replace(training, gene_weights=explained / explained.mean())
     return training
+
+
+def starts_as_ridge(recipe):
+    """Whether there is a ridge start, and a loss that can be weighed by it."""
+    return recipe["HEAD_START"] == "ridge" and recipe["LOSS"] == "mse"
 
 
 def fit_frozen_ridge(recipe, split):
@@ -629,7 +651,7 @@ def predict_by_colour(split, colour, alpha):
     known = split.data.counts.obsm["colour"][train]
     mean = known.mean(0)
     sd = np.maximum(known.std(0), 1e-12)
-    ridge = Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
+    ridge = linear_model.Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
     return ridge.predict((colour - mean) / sd).astype(np.float32)
 
 
@@ -718,6 +740,7 @@ def score_split(setting, recipe, split, predicted, more):
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
         record |= {"fold": split.fold, "seed": split.seed}
         record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        record["recipe"] = recipe.get("RECIPE")
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, values[usual_spots].mean(0))
@@ -787,10 +810,10 @@ def record_of(records, setting, split):
     raise LookupError(f"no record of {setting}")
 
 
-def select_records(records, split="test", truth="lognorm"):
+def select_records(records, role="test", truth="lognorm"):
     """Table of the records of this role and truth, in the order of the trainings."""
     table = pd.DataFrame(records)
-    chosen = (table["split"] == split) & (table["truth"] == truth)
+    chosen = (table["split"] == role) & (table["truth"] == truth)
     table = table[chosen].copy()
     empty = table.columns[table.isna().all()]
     table[empty] = np.nan  # in place of None
@@ -1090,7 +1113,7 @@ class Run:
         return list(itertools.chain(*(records[number] for number in sorted(records))))
 
     def print_scores(
-        self, title, records, *, minus=None, add=None, leave_out=(), split="test", truth="lognorm"
+        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth="lognorm"
     ):
         """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
 
@@ -1099,9 +1122,9 @@ class Run:
         """
         minus = minus or {}
         differences = pair_differences(records, self.out, minus)
-        if split == "test":
+        if minus:
             common.save_csv(self.out / "paired_differences.csv", differences)
-        chosen = select_records(records, split, truth)
+        chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
         lines = []
         for _, of in chosen.groupby("setting", sort=False):
