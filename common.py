@@ -13,6 +13,7 @@ dict of a script's constants.
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -320,7 +321,10 @@ def read_gene_sets(path):
     """Table group, gene of a CSV. InputError for other columns or groups."""
     expected = f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}"
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
+        text = path.read_text(encoding="utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True}
+        table = pd.read_csv(io.StringIO(text), sep=separator, **options)
         table = table[["group", "gene"]].apply(lambda column: column.str.strip())
     except (ValueError, KeyError) as error:
         raise InputError(expected) from error

@@ -140,20 +140,26 @@ def decode_text(content):
         return content.decode("cp1252")
 
 
-def find_separator(line):
-    """The character that separates the cells of a table whose first line this is."""
-    outside_quotes = re.sub(r'"[^"]*"', "", line.strip())
-    for separator in ("\t", ";", ",", " "):
-        if separator in outside_quotes:
-            return separator
-    return "\t"  # One column, whose cells may hold commas.
+def find_separator(text):
+    """The character that separates the cells of a table; a tab for a table of one column.
+
+    It is that of the first line, or of the second where R quotes row names that have no head.
+    """
+    first, second, *_ = [*text.split("\n", 2), ""]
+    lines = [first, second] if second.startswith('"') else [first]
+    for line in lines:
+        outside_quotes = re.sub(r'"[^"]*"', "", line.strip())
+        for separator in ("\t", ";", ",", " "):
+            if separator in outside_quotes:
+                return separator
+    return "\t"  # The cells of one column may hold commas.
 
 
 def split_cells(path):
     """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
     try:
         text = decode_text(read_bytes(path)).lstrip()
-        separator = find_separator(text.partition("\n")[0])
+        separator = find_separator(text)
         lines = csv.reader(
             io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
         )
@@ -197,19 +203,19 @@ def read_table(path, spellings, row_names=None):
             names = ["", *names]  # R's write.table gives row names no head
         columns = name_columns(path, names, spellings, row_names)
     else:
-        if len(rows) > 1 and counts_up(rows[0] if rows[0][0] else rows[0][1:]):
-            rows = rows[1:]  # the head of a table without names
-        width = len(rows[0])
-        numbered = counts_up([row[0] for row in rows])
-        columns = list(spellings)
-        if numbered and width > len(columns):
-            columns = ["", *columns]
-        columns += [str(place + 1) for place in range(len(columns), width)]
-        columns = columns[:width]
+        if holds_no_names(rows[0]) and len(rows) > 1:
+            rows = rows[1:]
+        columns = number_columns(rows, list(spellings))
     table = pd.DataFrame([fit_row(path, row, len(columns)) for row in rows], columns=columns)
     table = table.drop(columns="", errors="ignore").astype(object)
     table.attrs = {"named": named, "separator": separator}
     return table
+
+
+def holds_no_names(heads):
+    """Whether a first line is the head that R or pandas give a table without names."""
+    heads = heads if heads[0] else heads[1:]
+    return len(heads) > 1 and counts_up(heads)
 
 
 def name_columns(path, names, spellings, row_names):
@@ -226,6 +232,18 @@ def name_columns(path, names, spellings, row_names):
     if found[0] in ("", "unnamed_0"):
         columns[0] = row_names if row_names and row_names not in columns else ""
     return columns
+
+
+def number_columns(rows, columns):
+    """What the columns of a table without a head are called: by their places, "" for row numbers.
+
+    Those beyond the known `columns` are called by their numbers.
+    """
+    width = len(rows[0])
+    if width > len(columns) and counts_up([row[0] for row in rows]):
+        columns = ["", *columns]
+    further = [str(place + 1) for place in range(len(columns), width)]
+    return [*columns, *further][:width]
 
 
 def fit_row(path, row, width):
@@ -359,6 +377,8 @@ def find_named(root, row, column):
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
         return None
+    if not (root / value).exists():
+        value = value.replace("\\", "/")  # as Windows writes paths
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
     if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
@@ -576,7 +596,7 @@ def write_manifest(root, folders, images, use_hires):
         check_images("--images", folders, images)
     linked = [name_links(slide, scaled=not images) for slide, _ in samples]
     table = pd.DataFrame([asdict(slide) for slide in linked])
-    if path.exists() and path.read_text() != table.to_csv(index=False):
+    if path.exists() and decode_text(read_bytes(path)) != table.to_csv(index=False):
         raise InputError(
             f"{path} is there already and names other slides: leave out --from-spaceranger, "
             "or remove it"

@@ -203,6 +203,32 @@ def test_names_are_text_and_never_missing(tmp_path):
     assert table.var_names.tolist() == genes
     assert set(table.obs["donor"]) == {"nan", "1"}
     assert [slide.name for slide in slides.read_manifest(tmp_path)] == ["NA", "007"]
+    data = common.load_dataset(tmp_path, "lognorm")
+    assert data.spots["barcode"].tolist() == codes * 2
+    assert data.genes == genes
+
+
+def test_numbers_may_be_barcodes(tmp_path):
+    (tmp_path / "barcodes.tsv").write_text("0\n1\n2\n")
+    assert slides.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["0", "1", "2"]
+    (tmp_path / "barcodes.tsv").write_text('"x"\n"1" "AC-1"\n"2" "AG-1"\n')
+    assert slides.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["AC-1", "AG-1"]
+
+
+def test_paths_of_windows(tmp_path):
+    make_slides(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "image1.tif").rename(tmp_path / "images" / "image1.tif")
+    edit_manifest(tmp_path, image=["images\\image1.tif", "image2.tif"])
+    assert slides.read_manifest(tmp_path)[0].image == tmp_path / "images" / "image1.tif"
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_gene_sets_of_spreadsheets(tmp_path, separator):
+    text = "\ufeffgroup,gene\r\nHEG,NA\r\nMG, ALB \r\n".replace(",", separator)
+    (tmp_path / "gene_sets.csv").write_bytes(text.encode())
+    table = common.read_gene_sets(tmp_path / "gene_sets.csv")
+    assert table.to_numpy().tolist() == [["HEG", "NA"], ["MG", "ALB"]]
 
 
 MANIFESTS = {
