@@ -24,7 +24,6 @@ import common
 import runner
 import slides
 
-
 NOBODY = 65534
 
 
