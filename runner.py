@@ -8,6 +8,7 @@ were made with>/.
 """
 
 import argparse
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -20,12 +21,15 @@ import platform
 import re
 import resource
 import runpy
+import shutil
 import signal
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -209,11 +213,10 @@ def run_script(script):
     Ends the process with 2 on an InputError, a full disk or the loss of another process of
     torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
     """
-    # torchrun and batch systems end a process so; it is to be the same as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    provide_caches()
     screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
     try:
-        with redirect_stdout(screen):
+        with ending_at_signals(), redirect_stdout(screen):
             override_constants(script, sys.argv[1:])
             script["main"]()
     except InputError as error:
@@ -222,7 +225,7 @@ def run_script(script):
         )  # one line, whatever a library's message held
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         reason = explain(error)
@@ -230,6 +233,63 @@ def run_script(script):
             raise
         print(f"error: {reason} run the same command again", file=sys.stderr)
         sys.exit(2)
+
+
+INTERRUPTED = "interrupted: run the same command again"
+GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
+
+
+@contextmanager
+def ending_at_signals():
+    """Have SIGTERM, by which torchrun and batch systems end a process, be the same as Ctrl-C, and
+    either end it soon.
+
+    KeyboardInterrupt is not raised as long as the process waits inside a library, as for another
+    rank; a thread hears of the signal all the same.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard, noted = os.pipe()
+    os.set_blocking(noted, False)
+    before = signal.set_wakeup_fd(noted)
+    is_over = threading.Event()
+    threading.Thread(target=end_late, args=(heard, is_over), daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        os.close(noted)
+
+
+def end_late(heard, is_over):
+    """End the process if it has not ended by itself GRACE seconds after a signal."""
+    with open(heard, "rb", buffering=0) as file:
+        number = file.read(1)  # Nothing, once the other end is closed.
+    if number and not is_over.wait(GRACE):
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def provide_caches():
+    """Have libraries keep their files in a temporary folder where there is no home to write to, as
+    in containers: numba would refuse to be imported.
+    """
+    if can_write_at_home():
+        return
+    folder = tempfile.mkdtemp(prefix="caches-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
+        os.environ.setdefault(name, str(Path(folder, name.lower())))
+
+
+def can_write_at_home():
+    """Whether there is a folder for caches where libraries look for it."""
+    try:
+        usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        Path(usual).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is no folder, or nobody's
+        return False
+    return os.access(usual, os.W_OK)
 
 
 def explain(error):
