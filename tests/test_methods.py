@@ -316,7 +316,8 @@ def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
 
 # -------------------------------------------------------------------------- script 25, end to end
 METHODS = ["EfficientNet-B0", "ST-Net", "ST-Net, our optimiser", "BLEEP", "training mean"]
-METHODS += ["ridge (colour)", "ridge (resnet18)", "depth only (control)", "nearest spot (control)"]
+METHODS += ["ridge (colour)", "ridge (colour, best alpha)", "ridge (resnet18)"]
+METHODS += ["depth only (control)", "nearest spot (control)"]
 
 
 @pytest.fixture(scope="module")
