@@ -1281,6 +1281,20 @@ def describe_split(split, n_trainings):
     return "; ".join(parts)
 
 
+def choose_out(script, root):
+    """runs/<script>/<data root's name>. InputError where another data root of that name has its
+    results there.
+    """
+    out = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
+    try:
+        other = Path(json.loads((out / "run.json").read_text())["data_root"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return out
+    if other.exists() and other.resolve() != root.resolve():
+        raise InputError(f"{out} holds the results of {other}: give another folder with --out")
+    return out
+
+
 def open_run(script, split=common.split_spots):
     """The Run of a script's constants; `--quick` has its slides made where they are missing.
 
@@ -1302,6 +1316,6 @@ def open_run(script, split=common.split_spots):
     for seed in recipe["SEEDS"]:
         for fold, roles in enumerate(split(data.spots, recipe, seed)):
             splits.append(make_split(data, roles, recipe["PROTOCOL"], seed, fold))
-    out = Path(recipe["OUT"] or Path("runs", Path(script["__file__"]).stem, root.resolve().name))
+    out = Path(recipe["OUT"] or choose_out(script, root))
     hold_folder(out)
     return Run(script, recipe, splits, out)

@@ -18,6 +18,7 @@ from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
+import runner
 import slides
 
 
@@ -805,3 +806,17 @@ def test_readers_raise_nothing_but_input_errors(whole_root, name):
         read()
     finally:
         path.write_bytes(whole)
+
+
+def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = tmp_path / "a" / "slides", tmp_path / "b" / "slides"
+    one.mkdir(parents=True)
+    other.mkdir(parents=True)
+    script = {"__file__": "20_train.py"}
+    out = runner.choose_out(script, one)
+    out.mkdir(parents=True)
+    (out / "run.json").write_text(json.dumps({"data_root": str(one)}))
+    assert runner.choose_out(script, one) == out
+    with pytest.raises(common.InputError, match="--out"):
+        runner.choose_out(script, other)
