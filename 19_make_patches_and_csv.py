@@ -29,7 +29,6 @@ import anndata
 import harmonypy
 import numpy as np
 import pandas as pd
-import scanpy
 import scipy.sparse
 import torch
 from PIL import Image
@@ -116,6 +115,8 @@ def warn_of_lost_genes(genes, names):
 
 def find_variable_genes(counts, lognorm):
     """{"hvg_<slide>": mask over genes}: each slide's highly variable genes (scanpy, seurat)."""
+    import scanpy  # Here, because numba takes seconds to load.
+
     threads = torch.get_num_threads()
     masks = {}
     for slide, spots in counts.obs.groupby("tissue_index").indices.items():

@@ -76,14 +76,14 @@ def print_epoch(line, best_epoch):
     """One line an epoch, with the mean r of HEG over the validation spots."""
     if line["epoch"] == 0 or (line["epoch"] == 1 and HEAD_START != "ridge"):
         print(
-            "epoch   learning rate   train MSE   valid MSE   valid HEG r   images/s   seconds"
+            "epoch   learning rate  train loss   valid MSE   valid HEG r   images/s   seconds"
             "   (* best so far)"
         )
     mark = "*" if line["epoch"] == best_epoch else " "
-    train_mse = "-" if line["train_mse"] is None else f"{line['train_mse']:.5f}"
+    train_loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.5f}"
     rate = "-" if line["images_per_s"] is None else f"{line['images_per_s']:.1f}"
     print(
-        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_mse:>11} "
+        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_loss:>11} "
         f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {rate:>10} {line['seconds']:9.1f}",
         flush=True,
     )

@@ -86,15 +86,13 @@ COSTS = ("parameters_backbone", "images_per_s", "peak_memory_mb")
 def check_backbone(recipe):
     """InputError now for a backbone that could not be trained later, hours from now."""
     name = recipe["BACKBONE"]
+    common.find_weights(recipe["PRETRAINED"], name)
     needs = build_on_meta(recipe, 1).backbone.pretrained_cfg
     has_weights = any(needs.get(source) for source in ("url", "hf_hub_id", "file"))
-    if recipe["PRETRAINED"] and not has_weights:
+    if recipe["PRETRAINED"] is True and not has_weights:
         raise common.InputError(
             f"{name} has no pretrained weights: choose a variant with, or leave it out"
         )
-    size = needs["input_size"][1]
-    if needs.get("fixed_input_size") and size != recipe["IMAGE_SIZE"]:
-        raise common.InputError(f"{name} takes --image-size {size} alone")
 
 
 def build_on_meta(recipe, n_genes):

@@ -4,7 +4,7 @@ Question   Which number of trainable stages and hidden units predicts spots best
            of training?
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions
-           (as script 20), paired_differences.csv, search.png
+           (as script 20), search.png
 Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
            the test slide, one JSON line
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
@@ -24,6 +24,7 @@ draws in each epoch.
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import anndata
@@ -96,12 +97,13 @@ def hold_out(spots, recipe, seed):
     return [np.where(roles == "valid", "train", roles) for roles in trainings]
 
 
-def split_folds(whole):
-    """The Splits of `whole`'s training spots: FOLDS of them or, under loso, one a slide."""
+def fold_whole(whole, first):
+    """The Splits of `whole`'s training spots, numbered from `first`: FOLDS of them or, under loso,
+    one a slide.
+    """
     pool = whole.spots("train")
     count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
     folds = common.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
-    first = whole.fold * count
     return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
 
 
@@ -169,7 +171,7 @@ def use_features(training, recipe, split):
         features = features * training.model.feature_scale
     network = nn.Sequential(FrozenFeatures(features), training.model.head)
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
-    return replace(training, network=network, patches=spots)
+    return replace(training, network=network, patches=spots, aug="none")
 
 
 # -------------------------------------------------------------------------------------- out of fold
@@ -280,7 +282,10 @@ def main():
     with torch.device("meta"):  # too few stages are told now, not hours from now
         most = {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}
         common.build_model(run.recipe | most, 1, 0)
-    folds = [split_folds(whole) for whole in run.splits]
+    folds, n_folds = [], Counter()  # No two folds of a seed have one number.
+    for whole in run.splits:
+        folds.append(fold_whole(whole, n_folds[whole.seed]))
+        n_folds[whole.seed] += len(folds[-1])
     every_fold = list(itertools.chain(*folds))
     trained = replace(run, splits=every_fold).train(settings, adapt=use_features)
     oof = []
@@ -295,7 +300,7 @@ def main():
     title = f"{len(folds[0])} folds, best setting first"
     add = functools.partial(add_folds, trained)
     leave_out = ("[95 %]", "MG", "r>=.30")
-    run.print_scores(title, oof, add=add, leave_out=leave_out, split="oof", truth=TARGET)
+    run.print_scores(title, oof, add=add, leave_out=leave_out, role="oof", truth=TARGET)
     final = []
     if not ONLY:
         draw_figure(run.out / "search.png", run.title(""), oof)

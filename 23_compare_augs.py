@@ -221,7 +221,8 @@ def predict_anew(run, records, aug, split):
 
 def main():
     for aug in AUGS:  # a wrong name is told now, not when its training begins
-        common.draw_augmentation(0, setting_of(aug)["AUG"], torch.Generator())
+        if setting_of(aug)["AUG"] not in common.AUGMENTATIONS:
+            raise common.InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
     run = runner.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})

@@ -47,7 +47,6 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
@@ -107,14 +106,15 @@ def trained_methods():
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
     network = runner.name_network(BACKBONE)
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    stnet = {
+    paper = runner.RECIPES["paper"] | {"RECIPE": "paper"}
+    stnet = paper | {
         "BACKBONE": STNET_BACKBONE,
         "HIDDEN": 0,
         "HEAD_START": "mean",
         "AUG": "stnet",
         "TTA": True,
     }
-    bleep = {
+    bleep = paper | {
         "BACKBONE": BLEEP_BACKBONE,
         "HIDDEN": 0,
         "HEAD_START": "zero",
@@ -143,7 +143,7 @@ def sum_of_squares(predicted, target):
     return F.mse_loss(predicted, target, reduction="sum") / target.shape[1]
 
 
-def momentum(network, recipe):
+def sgd_with_momentum(network, recipe):
     """(optimiser, schedule) of ST-Net as published, at a constant rate."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return at_constant_rate(torch.optim.SGD(trainable, recipe["LEARNING_RATE"], momentum=0.9))
@@ -228,7 +228,7 @@ class Bleep(nn.Module):
         return contrast(embedded, self.model.spots(target))
 
 
-def weight_decay(network, recipe):
+def adamw_at_constant_rate(network, recipe):
     """(optimiser, schedule) of BLEEP as published."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return at_constant_rate(
@@ -251,12 +251,14 @@ def adapt(training, recipe, split):
     method = recipe["METHOD"]
     if method == "BLEEP":
         network = build_bleep(training.model, recipe, split)
-        return replace(training, network=network, loss=network.loss, optimise=weight_decay)
+        return replace(
+            training, network=network, loss=network.loss, optimise=adamw_at_constant_rate
+        )
     if method.startswith("ST-Net"):
         # With HEAD_START mean, its first prediction is the training mean.
         nn.init.zeros_(training.model.head[-1].weight)
     if method == "ST-Net":
-        return replace(training, loss=sum_of_squares, optimise=momentum)
+        return replace(training, loss=sum_of_squares, optimise=sgd_with_momentum)
     return training
 
 
@@ -402,7 +404,7 @@ def add_costs_and_gain(bleep, records):
     }
 
 
-def mean_heg(records, setting):
+def heg_of(records, setting):
     """Mean HEG r of a setting on the test slides, log-normalised truth; NaN without records."""
     table = runner.select_records(records)
     return table["heg"][table["setting"] == setting].astype(float).mean()
@@ -424,7 +426,7 @@ def main():
     bleep = name_bleep()
     others = dict.fromkeys(record["setting"] for record in records if record["setting"] != bleep)
     minus = {} if ONLY else dict.fromkeys(others, bleep)
-    add = functools.partial(add_costs_and_gain, mean_heg(records, bleep))
+    add = functools.partial(add_costs_and_gain, heg_of(records, bleep))
     title = "methods; a control uses what no image model may"
     leave_out = ("MG", "all", "r>=.30")
     run.print_scores(title, records, minus=minus, add=add, leave_out=leave_out)

@@ -50,6 +50,7 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA"}  # of the recipe
 SPOT = 55.0  # um, the diameter that is drawn
+UNITS = {"lognorm": "log1p of counts per 10,000", "harmony": "Harmony's values"}
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 
@@ -220,7 +221,7 @@ def read_slide(slide, positions, um_per_px, scratch):
 
 
 def predict_patches(model, trained, patches):
-    """(n, G) float32 log-normalised expression of patches (n, 224, 224, 3) uint8."""
+    """(n, G) float32 expression, as trained on, of patches (n, 224, 224, 3) uint8."""
     device, dtype, reason = common.choose_device(trained.recipe)
     print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
     placed = common.place_patches(torch.from_numpy(patches), trained.recipe["IMAGE_SIZE"], device)
@@ -292,7 +293,7 @@ def draw_maps(path, table, genes, title):
         for ax, gene in zip(axes[1:], three, strict=False):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
-    figure.suptitle(f"{title} (log1p of counts per 10,000)")
+    figure.suptitle(title)
     common.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
 
 
@@ -390,7 +391,8 @@ def main():
     predicted = predict_patches(model, trained, patches)
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
-    draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted")
+    unit = UNITS[trained.recipe["TARGET"]]
+    draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
     with common.whole_file(out / "predictions.h5ad") as path:
         table.write_h5ad(path)
     spots = table.obs.reset_index()

@@ -286,7 +286,7 @@ def draw_map(ax, table, thumbnail, values):
 
 
 # ------------------------------------------------------------------------------------------- scores
-def draw_scores(path, genes, groups, history, title):
+def draw_scores(path, genes, groups, history, kept, title):
     """r of the genes beside their ceilings, against Moran's I and mean expression; loss curves.
 
     `genes` holds the test_lognorm_ columns of per_gene.csv without that prefix; `history` is None
@@ -302,7 +302,7 @@ def draw_scores(path, genes, groups, history, title):
     if history is None:
         losses.set_axis_off()
     else:
-        draw_losses(losses, history)
+        draw_losses(losses, history, kept)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
     common.save_figure(path, figure, f"{title}: {shown}")
@@ -332,14 +332,13 @@ def draw_dependence(ax, genes, fact, label):
     ax.set_title(f"rank correlation {correlation:.2f}", size=9)
 
 
-def draw_losses(ax, history):
-    """MSE of training and, if there was any, of validation, with the epoch that was kept."""
-    ax.plot(history["epoch"], history["train_mse"], label="training (augmented, dropout)")
+def draw_losses(ax, history, kept):
+    """Loss of training and, if there was any, MSE of validation, with the epoch that was kept."""
+    ax.plot(history["epoch"], history["train_loss"], label="training (augmented, dropout)")
     if history["valid_mse"].notna().any():
-        kept = history["epoch"][history["valid_mse"].idxmin()]
         ax.plot(history["epoch"], history["valid_mse"], label="validation")
         ax.axvline(kept, color="grey", linewidth=0.8, label="kept")
-    ax.set(xlabel="epoch", ylabel="MSE over the panel")
+    ax.set(xlabel="epoch", ylabel="loss, MSE over the panel")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     lay_legend(ax)
 
@@ -371,7 +370,9 @@ def draw_row(folder, data_root, title):
     history = None
     if (folder / "history.csv").is_file():
         history = pd.read_csv(folder / "history.csv")
-    draw_scores(folder / "scores.png", genes, groups, history, title)
+    record = json.loads((folder / "rows.json").read_text())[0]
+    kept = record.get("best_epoch")
+    draw_scores(folder / "scores.png", genes, groups, history, kept, title)
     made_with = json.loads((folder / "recipe.json").read_text())
     slide = int(table.obs["tissue_index"].iloc[0])
     thumbnail = read_thumbnail(data_root, slide, made_with["data"])

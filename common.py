@@ -1,6 +1,6 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: files -> device -> spot
-data -> gene groups -> splits -> patches -> augmentation -> model -> training -> prediction ->
-correlation -> intervals
+data -> gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction
+-> ridge -> correlation -> intervals
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script (its command
 line, settings, result folders, tables) is in runner.py; how slides become patches and counts is in
@@ -23,7 +23,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import anndata
@@ -594,6 +594,11 @@ def draw_augmentation(n, aug, generator):
     return *draws, change_of_stain(strengths)
 
 
+def describe_augmentation(aug):
+    """[all that the draws of an augmentation follow from], for what a record was made with."""
+    return [*asdict(AUGMENTATIONS[aug]).values(), SHIFT, *SCALE, ROTATION, STRENGTH]
+
+
 def sample_affine(uniform):
     """(n, 2, 3) affine maps from (n, 4) numbers in 0..1: shift across and down, scale, rotation."""
     shift = 2 * (uniform[:, :2] * 2 - 1) * SHIFT  # The side is 2 in affine_grid's units.
@@ -1061,22 +1066,34 @@ def load_weights(backbone, name, path):
         for key, value in backbone.state_dict().items()
         if not is_counter(key)
     }
-    classifiers = backbone.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    others = [key for key in state if key not in wanted and not key.startswith(classifiers)]
-    if others or wanted.keys() - state.keys():
-        state = dict(zip(wanted, state.values(), strict=False))
-        shapes = dict(zip(wanted, shapes.items(), strict=False))
-    else:
-        shapes = {key: (key, shapes[key]) for key in wanted}
+    check_extra(backbone, name, path, state, wanted)
+    names = dict.fromkeys(wanted)
+    if wanted.keys() <= state.keys():
+        names = {key: key for key in wanted}
+    else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
+        names |= dict(zip(wanted, state, strict=False))
     for key, shape in wanted.items():
-        found, its_shape = shapes.get(key, ("nothing", ()))
-        if its_shape != shape:
+        found = names[key]
+        if found is None or shapes[found] != shape:
+            its_shape = shapes.get(found, ())
             raise InputError(
-                f"{path}: {found} {its_shape} stands where {name} has {key} {shape}: "
+                f"{path}: {found or 'nothing'} {its_shape} stands where {name} has {key} {shape}: "
                 "these are weights of another backbone"
             )
-    backbone.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    state = {key: state[names[key]] for key in wanted}
+    backbone.load_state_dict(state, strict=False)
+
+
+def check_extra(backbone, name, path, state, wanted):
+    """InputError where a file holds all that a backbone has, and more than a classifier beside."""
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    for key in state if wanted.keys() <= state.keys() else ():
+        if key not in wanted and not key.startswith(classifiers):
+            raise InputError(
+                f"{path}: holds {key}, which {name} does not have: these are weights of another "
+                "backbone"
+            )
 
 
 def is_counter(key):
@@ -1135,7 +1152,7 @@ def adam_with_cosine(model, recipe):
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
-def adam_with_two_rates(network, recipe):
+def adamw_with_two_rates(network, recipe):
     """(optimiser, schedule): AdamW with HEAD_LEARNING_RATE for all but the backbone; as in
     adam_with_cosine, the rates go to zero over the epochs.
     """
@@ -1195,6 +1212,8 @@ def fit(
     else:
         done = 0
         best = {"epoch": 0, "weights": copy_state(model)}
+        if keep == 0:
+            history.append(begin_line(0, schedule))
         if keep is None and recipe.get("HEAD_START") == "ridge":
             history.append(begin_line(0, schedule) | judge())
             if report is not None:
@@ -1204,7 +1223,7 @@ def fit(
     for epoch in range(done, recipe["EPOCHS"] if keep is None else keep):
         began = time.perf_counter()
         line = begin_line(epoch + 1, schedule)
-        line["train_mse"] = train_epoch(
+        line["train_loss"] = train_epoch(
             network, step, patches, truth, train_spots, recipe, seed, epoch
         )
         schedule.step()
@@ -1229,7 +1248,7 @@ def begin_line(epoch, schedule):
     return {
         "epoch": epoch,
         "learning_rate": schedule.get_last_lr()[0],
-        "train_mse": None,
+        "train_loss": None,
         "valid_mse": None,
         "valid_heg": None,
         "images_per_s": None,
@@ -1238,10 +1257,12 @@ def begin_line(epoch, schedule):
 
 
 def weigh_genes(loss, gene_weights, device):
-    """The loss in which each gene counts as gene_weights (G,) say; the loss itself without them."""
+    """The squared error in which each gene counts as gene_weights (G,) say; the loss itself
+    without them.
+    """
     if gene_weights is None:
         return loss
-    # A squared difference is weighed by the square of what both of its sides are multiplied by.
+    # Squaring gives back the weight.
     factors = torch.from_numpy(np.sqrt(gene_weights)).float().to(device)
     return lambda predicted, wanted: loss(predicted * factors, wanted * factors)
 
@@ -1266,10 +1287,12 @@ def choose_epoch(history, recipe):
 
 def check_finite(line):
     """InputError where training has diverged."""
-    mse = line["train_mse"] if line["valid_mse"] is None else line["valid_mse"]
-    if not np.isfinite(mse):
+    loss = line["train_loss"] if line["valid_mse"] is None else line["valid_mse"]
+    if not np.isfinite(loss):
         rate = line["learning_rate"]
-        raise InputError(f"epoch {line['epoch']}: the MSE is {mse}: lower LEARNING_RATE ({rate:g})")
+        raise InputError(
+            f"epoch {line['epoch']}: the loss is {loss}: lower LEARNING_RATE ({rate:g})"
+        )
 
 
 def train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch):
@@ -1406,7 +1429,7 @@ def predict(model, patches, spots, *, dtype, tta=False):
 def encode_patches(patches, recipe, seed, *, tta=False):
     """((N, F) float32 features of the patches by BACKBONE as it comes, [features of each stage]).
 
-    With `tta` they are the mean over the 8 symmetries. What was computed last is remembered.
+    With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
     """
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "DEVICE", "PRECISION")
     constants = tuple((name, recipe[name]) for name in names if name in recipe)
@@ -1415,8 +1438,9 @@ def encode_patches(patches, recipe, seed, *, tta=False):
     return _encode_patches(patches, constants, seed, tta)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _encode_patches(patches, constants, seed, tta):
+    """encode_patches, by what can be remembered."""
     recipe = dict(constants)
     device, dtype, _ = choose_device(recipe)
     model = build_model(recipe | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
@@ -1464,7 +1488,8 @@ def fit_ridge(features, target, spots, chosen_by):
             predicted = seen @ shrink(sizes, moments, penalty)
             squares[i] += ((predicted - y[held_out]) ** 2).sum(0)
     best = int(squares[:, chosen_by].sum(1).argmin())
-    explained = 1 - squares[best] / np.maximum((y**2).sum(0), 1e-12)
+    total = (y**2).sum(0)
+    explained = np.where(total > 1e-12, 1 - squares[best] / np.maximum(total, 1e-12), 0)
     sizes, axes, moments = decompose(x, y)
     weight = axes.T @ shrink(sizes, moments, penalties[best])
     bias = target.mean(0, np.float64) - features.mean(0, np.float64) @ weight
@@ -1486,9 +1511,11 @@ def choose_folds(spots):
     """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks with a margin; of
     spots where the slides are too small for that.
     """
-    unit = "block" if spots["block"].nunique() >= 2 * FOLDS else "paper"
     numbers = np.arange(len(spots))
-    folds = split_folds(spots, numbers, unit, min(FOLDS, len(spots)), 0)
+    try:
+        folds = split_folds(spots, numbers, "block", FOLDS, 0)
+    except InputError:  # A fold would be empty, or its margin would take all others.
+        folds = split_folds(spots, numbers, "paper", min(FOLDS, len(spots)), 0)
     return [(roles == "train", roles == "valid") for roles in folds]
 
 

@@ -8,6 +8,7 @@ were made with>/.
 """
 
 import argparse
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -20,12 +21,15 @@ import platform
 import re
 import resource
 import runpy
+import shutil
 import signal
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,7 +39,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sklearn.linear_model import Ridge
+from sklearn import linear_model
 from torch import nn
 from tqdm import tqdm
 
@@ -172,6 +176,11 @@ def override_constants(script, argv):
         values = script["QUICK_BUDGET"] | values
     recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
     if recipe != "paper":
+        if values.get("QUICK") or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
+            raise InputError(
+                f"--recipe {recipe}: starts from pretrained weights, which --quick and "
+                "--pretrained false leave out"
+            )
         own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
         values = own | values
     for name, value in values.items():
@@ -204,11 +213,10 @@ def run_script(script):
     Ends the process with 2 on an InputError, a full disk or the loss of another process of
     torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
     """
-    # torchrun and batch systems end a process so; it is to be the same as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    provide_caches()
     screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
     try:
-        with redirect_stdout(screen):
+        with ending_at_signals(), redirect_stdout(screen):
             override_constants(script, sys.argv[1:])
             script["main"]()
     except InputError as error:
@@ -217,7 +225,7 @@ def run_script(script):
         )  # one line, whatever a library's message held
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         reason = explain(error)
@@ -225,6 +233,63 @@ def run_script(script):
             raise
         print(f"error: {reason} run the same command again", file=sys.stderr)
         sys.exit(2)
+
+
+INTERRUPTED = "interrupted: run the same command again"
+GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
+
+
+@contextmanager
+def ending_at_signals():
+    """Have SIGTERM, by which torchrun and batch systems end a process, be the same as Ctrl-C, and
+    either end it soon.
+
+    KeyboardInterrupt is not raised as long as the process waits inside a library, as for another
+    rank; a thread hears of the signal all the same.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard, noted = os.pipe()
+    os.set_blocking(noted, False)
+    before = signal.set_wakeup_fd(noted)
+    is_over = threading.Event()
+    threading.Thread(target=end_late, args=(heard, is_over), daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        os.close(noted)
+
+
+def end_late(heard, is_over):
+    """End the process if it has not ended by itself GRACE seconds after a signal."""
+    with open(heard, "rb", buffering=0) as file:
+        number = file.read(1)  # Nothing, once the other end is closed.
+    if number and not is_over.wait(GRACE):
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def provide_caches():
+    """Have libraries keep their files in a temporary folder where there is no home to write to, as
+    in containers: numba would refuse to be imported.
+    """
+    if can_write_at_home():
+        return
+    folder = tempfile.mkdtemp(prefix="caches-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
+        os.environ.setdefault(name, str(Path(folder, name.lower())))
+
+
+def can_write_at_home():
+    """Whether there is a folder for caches where libraries look for it."""
+    try:
+        usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        Path(usual).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is no folder, or nobody's
+        return False
+    return os.access(usual, os.W_OK)
 
 
 def explain(error):
@@ -329,7 +394,9 @@ class Split:
 
     def made_with(self, recipe):
         """{name: value} of all that a record of this split follows from."""
-        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY")
+        # Where it lies, and what the hash of the roles below stands for, takes no part.
+        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY", "COMPARE_TARGETS")
+        elsewhere += ("TRAIN_SLIDES", "TEST_SLIDE", "VALID_FRACTION")
         made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
         if isinstance(recipe["PRETRAINED"], str):
             # The files' content counts, not where they lie.
@@ -338,6 +405,8 @@ class Split:
                 for name in ("BACKBONE", "FEATURES")
                 if recipe.get(name)
             }
+        if "AUG" in recipe:
+            made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
         device, dtype, _ = common.choose_device(recipe)
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")
@@ -384,6 +453,7 @@ class Training:
     network: nn.Module  # what is trained: the model, or a module around it
     patches: object  # the network's input: patches[spots]
     loss: Callable | None = None  # (predicted, target) -> scalar; None = LOSS
+    aug: str | None = None  # of the network's input; None = AUG
     gene_weights: np.ndarray | None = None  # (G,) in the loss; None = equal
     optimise: Callable = common.adam_with_cosine  # (network, recipe) -> (optimiser, schedule)
     more: dict = field(default_factory=dict)  # {name: value} for the records
@@ -407,7 +477,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
         split.data.target,
         split.spots("train"),
         split.spots("valid"),
-        recipe=recipe,
+        recipe=recipe | {"AUG": training.aug or recipe["AUG"]},
         seed=split.seed,
         dtype=dtype,
         loss=training.loss,
@@ -453,21 +523,33 @@ def start_training(recipe, split, patches, device):
     model = model.to(device, memory_format=torch.channels_last)
     optimise = common.adam_with_cosine
     if recipe["HEAD_LEARNING_RATE"]:
-        optimise = common.adam_with_two_rates
+        optimise = common.adamw_with_two_rates
     training = Training(model, model, patches, optimise=optimise)
     if recipe["HEAD_START"] == "mean":
         mean = torch.from_numpy(target[train].mean(0))
         model.head[-1].bias.data.copy_(mean)
+    if recipe["GENE_WEIGHTS"] == "predictable" and not starts_as_ridge(recipe):
+        raise InputError(
+            "--gene-weights predictable: needs --head-start ridge, which says what can be "
+            "predicted, and --loss mse"
+        )
     if recipe["HEAD_START"] != "ridge":
         return training
     if recipe["HIDDEN"]:
-        raise InputError(f"--hidden {recipe['HIDDEN']}: a head that starts as a ridge has none: 0")
+        raise InputError(
+            f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
+        )
     _, scale, ridge, explained = fit_frozen_ridge(recipe, split)
     common.start_as_ridge(model, ridge, scale)
     training = replace(training, more={"alpha": ridge.alpha})
     if recipe["GENE_WEIGHTS"] == "predictable" and explained.any():
         return replace(training, gene_weights=explained / explained.mean())
     return training
+
+
+def starts_as_ridge(recipe):
+    """Whether there is a ridge start, and a loss that can be weighed by it."""
+    return recipe["HEAD_START"] == "ridge" and recipe["LOSS"] == "mse"
 
 
 def fit_frozen_ridge(recipe, split):
@@ -629,7 +711,7 @@ def predict_by_colour(split, colour, alpha):
     known = split.data.counts.obsm["colour"][train]
     mean = known.mean(0)
     sd = np.maximum(known.std(0), 1e-12)
-    ridge = Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
+    ridge = linear_model.Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
     return ridge.predict((colour - mean) / sd).astype(np.float32)
 
 
@@ -718,6 +800,7 @@ def score_split(setting, recipe, split, predicted, more):
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
         record |= {"fold": split.fold, "seed": split.seed}
         record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        record["recipe"] = recipe.get("RECIPE")
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, values[usual_spots].mean(0))
@@ -787,10 +870,10 @@ def record_of(records, setting, split):
     raise LookupError(f"no record of {setting}")
 
 
-def select_records(records, split="test", truth="lognorm"):
+def select_records(records, role="test", truth="lognorm"):
     """Table of the records of this role and truth, in the order of the trainings."""
     table = pd.DataFrame(records)
-    chosen = (table["split"] == split) & (table["truth"] == truth)
+    chosen = (table["split"] == role) & (table["truth"] == truth)
     table = table[chosen].copy()
     empty = table.columns[table.isna().all()]
     table[empty] = np.nan  # in place of None
@@ -1090,7 +1173,7 @@ class Run:
         return list(itertools.chain(*(records[number] for number in sorted(records))))
 
     def print_scores(
-        self, title, records, *, minus=None, add=None, leave_out=(), split="test", truth="lognorm"
+        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth="lognorm"
     ):
         """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
 
@@ -1099,9 +1182,9 @@ class Run:
         """
         minus = minus or {}
         differences = pair_differences(records, self.out, minus)
-        if split == "test":
+        if minus:
             common.save_csv(self.out / "paired_differences.csv", differences)
-        chosen = select_records(records, split, truth)
+        chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
         lines = []
         for _, of in chosen.groupby("setting", sort=False):

@@ -33,7 +33,6 @@ from xml.etree import ElementTree
 import anndata
 import numpy as np
 import pandas as pd
-import scanpy
 import scipy.io
 import scipy.ndimage
 import scipy.sparse
@@ -772,6 +771,8 @@ def find_genomes(table):
 
 def read_h5_matrix(path):
     """A filtered_feature_bc_matrix.h5, as read_matrix gives it."""
+    import scanpy  # Here, because numba takes seconds to load.
+
     try:
         # Names that several genes share are warned of; align_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -1416,11 +1417,7 @@ def cut_bands(planes, convert, needed):
 
 def decode_tiff(path, needed):
     """Regions of a TIFF: its tiles or strips, each decoded once, a row of them at a time."""
-    with (
-        tiff_errors(path),
-        tifffile.TiffFile(path) as tiff,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
+    with tiff_errors(path), tifffile.TiffFile(path) as tiff, decoding_threads() as pool:
         pages = find_slide(path, tiff)
         convert = choose_conversion(path, pages[0])
         height, width = pages[0].imagelength, pages[0].imagewidth
@@ -1436,6 +1433,16 @@ def decode_tiff(path, needed):
             for left, pixels in zip(lefts, cells, strict=True):
                 # The last tiles reach beyond the image.
                 yield pixels[: height - top, : width - left], top, left
+
+
+@contextmanager
+def decoding_threads():
+    """A ThreadPoolExecutor whose queue is not waited for when its user is interrupted."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def decode_cell(pages, convert, top, left):
@@ -1690,12 +1697,13 @@ def resize(patches, size):
 
 
 def map_scratch(folder, shape):
-    """A uint8 array in a file of `folder` that has no name, and so goes when the array does.
+    """A uint8 array in a file of `folder` without a name, which goes when the array does.
 
     Its disk space is taken now: to be written through memory, a full disk would kill the process.
     """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.truncate(math.prod(shape))
+        common.reserve_disk(Path(file.name))
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 

@@ -225,7 +225,7 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
     recipe = SMALL_NETWORK | CPU | {"METHOD": "ST-Net"}
     training = adapt(paper_split, recipe)
     assert training.loss.__name__ == "sum_of_squares"
-    assert training.optimise.__name__ == "momentum"
+    assert training.optimise.__name__ == "sgd_with_momentum"
     training = adapt(paper_split, recipe | {"METHOD": "ST-Net, our optimiser"})
     assert training.loss is None
     assert training.optimise is common.adam_with_cosine
@@ -239,7 +239,7 @@ def test_published_stnet_loss_and_optimiser():
     assert loss == pytest.approx(over_genes.sum().item(), rel=1e-5), "summed over the batch"
     network = nn.Linear(3, 4)
     weight = network.weight
-    optimiser, schedule = script.momentum(network, {"LEARNING_RATE": 1e-6})
+    optimiser, schedule = script.sgd_with_momentum(network, {"LEARNING_RATE": 1e-6})
     expected, velocity = weight.detach().clone(), 0
     for _ in range(3):  # Momentum by hand, and a rate that stays.
         optimiser.zero_grad()
@@ -316,7 +316,8 @@ def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
 
 # -------------------------------------------------------------------------- script 25, end to end
 METHODS = ["EfficientNet-B0", "ST-Net", "ST-Net, our optimiser", "BLEEP", "training mean"]
-METHODS += ["ridge (colour)", "ridge (resnet18)", "depth only (control)", "nearest spot (control)"]
+METHODS += ["ridge (colour)", "ridge (colour, best alpha)", "ridge (resnet18)"]
+METHODS += ["depth only (control)", "nearest spot (control)"]
 
 
 @pytest.fixture(scope="module")

@@ -236,7 +236,7 @@ def test_a_constant_prediction_is_drawn(slide, tmp_path):
     slide.var["test_lognorm_r"] = np.nan
     assert draw(tmp_path, slide, None).is_file()
     genes = slide.var.rename(columns={"test_lognorm_r": "r"}).assign(ceiling=0.5, moran=0.1, mean=1)
-    load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, "a title")
+    load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, None, "a title")
     assert (tmp_path / "scores.png").is_file()
 
 

@@ -123,7 +123,7 @@ def fit(split, training, **changed):
         seed=42,
         dtype=torch.float32,
         gene_weights=training.gene_weights,
-        optimise=common.adam_with_two_rates,
+        optimise=common.adamw_with_two_rates,
         valid_heg=lambda predicted: runner.mean_heg(split, predicted),
     )
 
@@ -153,7 +153,7 @@ def test_the_start_is_judged_and_kept_where_training_only_harms(split):
 
 def test_backbone_and_head_have_rates_of_their_own(split):
     training = start(split)
-    optimiser, _ = common.adam_with_two_rates(training.model, RECIPE)
+    optimiser, _ = common.adamw_with_two_rates(training.model, RECIPE)
     rates = [group["lr"] for group in optimiser.param_groups]
     assert rates == [RECIPE["LEARNING_RATE"], RECIPE["HEAD_LEARNING_RATE"]]
     sizes = [sum(p.numel() for p in group["params"]) for group in optimiser.param_groups]

@@ -1,0 +1,178 @@
+"""Machines as they are: file systems without locks, no home, signals while a library waits, RANK set by
+others than torchrun, systems that cannot reserve disk space.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY, flags_of, run_script
+from test_interruptions import SCRIPTS, start
+from test_patches import make_root
+
+import common
+import runner
+import slides
+
+NOBODY = 65534
+
+
+# ------------------------------------------------------------------------------------------- locks
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    make_root(tmp_path)
+    assert run_script("19", data_root=tmp_path, target="lognorm") == 0
+    runner.hold_folder(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 1
+    assert f"warning: {tmp_path}: its file system has no locks ({os.strerror(number)})" in out
+    assert len(common.load_dataset(tmp_path, "lognorm").spots) == 7
+
+
+def test_hdf5_asks_for_no_lock_of_its_own(tmp_path):
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        asks, _ = file.id.get_access_plist().get_file_locking()
+    assert not asks
+
+
+# -------------------------------------------------------------------------------------------- home
+@pytest.fixture
+def no_home(monkeypatch, tmp_path):
+    """A process whose home is no folder, and that has no folders for caches."""
+    (tmp_path / "home").write_text("a file")
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def test_without_a_home_caches_lie_in_a_temporary_folder(no_home, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/mine")
+    runner.provide_caches()
+    folder = Path(os.environ["NUMBA_CACHE_DIR"]).parent
+    assert os.access(folder, os.W_OK)
+    assert Path(os.environ["MPLCONFIGDIR"]).parent == folder
+    assert os.environ["HF_HOME"] == "/mine", "what the user has chosen stays"
+    shutil.rmtree(folder)
+
+
+def test_with_a_home_nothing_is_set(no_home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    runner.provide_caches()
+    assert "NUMBA_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "chosen"))
+    runner.provide_caches()
+    assert "NUMBA_CACHE_DIR" not in os.environ
+
+
+@pytest.fixture
+def folder_of_nobody():
+    """A folder to which the user nobody may write, outside root's own."""
+    if shutil.which("setpriv") is None or os.getuid() != 0:
+        pytest.skip("only root can run a process as another user, by setpriv")
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_script_19_runs_without_a_home_and_with_packages_that_it_cannot_write(folder_of_nobody):
+    root = folder_of_nobody
+    make_root(root, counts=np.random.default_rng(0).poisson(9, (7, 40)) + 1)
+    for path in (root, *root.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    command = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, SCRIPTS["19"]]
+    options = {"data_root": root, "target": "lognorm", "hvg_per_slide": 10}
+    environment = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "TMPDIR": str(root)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags_of(options)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    if "Permission denied" in done.stderr:
+        pytest.skip("the user nobody may not read this repository or its Python")
+    assert done.returncode == 0, done.stderr
+    assert not [*root.glob("caches-*")], "they go with the process"
+
+
+# ----------------------------------------------------------------------------------------- signals
+WAITS = {
+    "a row of another rank": "time.sleep(600)",
+    "a library": "torch.distributed.HashStore().wait(['never'], timedelta(seconds=600))",
+    "threads that decode": """
+with slides.decoding_threads() as pool:
+    list(pool.map(lambda number: time.sleep(0.1), range(6000)))""",
+    "a bar": """
+for _ in tqdm(range(6000)):
+    time.sleep(0.1)""",
+}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_signal_ends_a_process_whatever_it_waits_for(tmp_path, wait, kind):
+    body = "\n".join("    " + line for line in WAITS[wait].strip().splitlines())
+    (tmp_path / "script.py").write_text(f"""
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {str(REPOSITORY)!r})
+import torch.distributed
+from tqdm import tqdm
+import runner, slides
+# {"-" * 40}
+# {"-" * 40}
+def main():
+    print("waits", flush=True)
+{body}
+runner.run_script(globals())
+""")
+    process = start([sys.executable, tmp_path / "script.py"])
+    assert process.stdout.readline() == "waits\n", process.communicate()[1]
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(kind)
+    try:
+        _, stderr = process.communicate(timeout=runner.GRACE + 20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == runner.INTERRUPTED
+    assert "Traceback" not in stderr
+    assert time.monotonic() - began < runner.GRACE + 15
+
+
+# ------------------------------------------------------------------------------------------- ranks
+@pytest.mark.parametrize("rank", ["0", "3", "not a number"])
+def test_rank_and_world_size_of_a_pod_are_not_torchruns(simulated, tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    options = TINY | {"epochs": 1, "target": "lognorm", "data_root": simulated}
+    process = start([sys.executable, SCRIPTS["20"], *flags_of(options | {"out": tmp_path / "out"})])
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert stdout.count('{"script"') == 1
+
+
+# ------------------------------------------------------------------------------------------- macOS
+def test_scratch_files_where_disk_space_cannot_be_reserved(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    scratch = slides.map_scratch(tmp_path, (5, 4, 4, 3))
+    scratch[:] = 7
+    assert scratch.shape == (5, 4, 4, 3)
+    assert (scratch == 7).all()
+    assert not list(tmp_path.iterdir()), "it has no name"
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        slides.map_scratch(tmp_path, (10**7, 224, 224, 3))
