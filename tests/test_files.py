@@ -471,6 +471,22 @@ def test_an_image_is_held_against_the_hires_image_beside_its_positions(tmp_path,
     refuse(capsys, tmp_path, "scan1.tif", "shows something else", "tissue_hires_image.png")
 
 
+def test_space_rangers_files_as_geo_has_them(tmp_path):
+    """Packed, with the sample's accession before every name, and a packed full image."""
+    outs, path = make_outs(tmp_path / "s1", 1)
+    matrix = slides.read_matrix(outs / "filtered_feature_bc_matrix")
+    shutil.rmtree(outs / "filtered_feature_bc_matrix")
+    h5 = outs / "GSM1_filtered_feature_bc_matrix.h5"
+    write_h5(h5, matrix.X.toarray(), GENES, ["GRCh38"] * len(GENES))
+    pack(h5)
+    for file in list((outs / "spatial").iterdir()):
+        pack(file.rename(file.with_name(f"GSM1_{file.name}")))
+    options = {"from_spaceranger": outs, "images": pack(path)}
+    printed, table, patches = make_dataset(tmp_path / "mine", **options)
+    check_spots(table, patches, 1, paint(1), 36)
+    assert "warning" not in printed
+
+
 def test_a_folder_without_a_hires_image_is_taken_with_a_warning(tmp_path):
     outs, path = make_outs(tmp_path / "s1", 1)
     (outs / "spatial" / "tissue_hires_image.png").unlink()
