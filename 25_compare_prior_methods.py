@@ -380,11 +380,16 @@ def computed_methods(run):
 
 
 def compute_ensemble(run, records):
-    """The records of the mean of the best recipe's network and every ridge on all stages."""
+    """The records of the mean of the best recipe's network, ST-Net with our optimiser and every
+    ridge on all stages; none from random weights.
+    """
     settings = dict.fromkeys(record["setting"] for record in records)
-    members = [name for name in settings if name.endswith((", best recipe", ", all stages)"))]
+    endings = (", best recipe", ", our optimiser", ", all stages)")
+    members = [name for name in settings if name.endswith(endings)]
+    if PRETRAINED is False or len(members) < 2:
+        return []
     found = []
-    for split in run.splits if len(members) > 1 else ():
+    for split in run.splits:
         of = [runner.record_of(records, name, split) for name in members]
         recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
         compute = average_networks(run.out, of)
