@@ -820,5 +820,7 @@ def test_a_group_without_genes_is_a_dash_in_every_table(few_genes, tmp_path, nam
     stdout = stdout_of(name, data_root=few_genes, out=tmp_path, **FEW[name])
     printed = stdout.splitlines()[:-1]
     assert not [line for line in printed if "nan" in line]
-    n_pairs = {"22": 0, "23": 6}[name]
-    assert len(pd.read_csv(tmp_path / "paired_differences.csv")) == n_pairs * 4
+    path = tmp_path / "paired_differences.csv"
+    assert path.exists() == (name == "23")
+    if name == "23":
+        assert len(pd.read_csv(path)) == 6 * 4

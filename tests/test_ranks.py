@@ -38,7 +38,7 @@ def torchrun(ranks, script, **options):
 
 
 def test_rows_of_two_ranks_equal_one_process(simulated, tmp_path):
-    options = SMALL | {"data_root": simulated, "seeds": (42, 43)}
+    options = SMALL | {"data_root": simulated, "seeds": (42, 43), "only": "mpa"}
     alone = flags_of(options | {"out": tmp_path / "one"})
     finish([sys.executable, SCRIPTS["23"], *alone])
     stdout = finish(torchrun(2, "23", **options, out=tmp_path / "two"))
