@@ -444,8 +444,6 @@ def write_expression(root, out, tables, manifest):
 
 def write_meta(root, out, manifest, target, over_border):
     """meta.json: what the other files were made of and with; no reader takes them without it."""
-    with open(out / "dataset.csv", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
     steps = {slide.name: slides.thumbnail_step(slide) for slide in manifest}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
@@ -460,7 +458,7 @@ def write_meta(root, out, manifest, target, over_border):
         "px_per_thumbnail_px": steps if THUMBNAIL else {},
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
-        "dataset_sha256": digest,
+        "dataset_sha256": common.hash_file(out / "dataset.csv"),
         "slides": [describe_slide(slide) for slide in manifest],
         "warnings": slides.WARNINGS,
         "versions": {library: version(library) for library in libraries},
@@ -486,9 +484,7 @@ def describe_slide(slide):
 
 def describe_file(path):
     """Size and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": common.hash_file(path)}
 
 
 # -------------------------------------------------------------------------------- check

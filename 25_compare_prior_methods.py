@@ -275,13 +275,10 @@ def ridge_on_colour_by_folds(recipe, split, folder):
     """The ridge on colour statistics at its best: alpha as for the other ridges, by folds of blocks
     inside the training spots.
     """
-    data = split.data
     train = split.spots("train")
-    colour = StandardScaler().fit(data.counts.obsm["colour"][train])
-    colour = colour.transform(data.counts.obsm["colour"])
-    ridge, _ = common.fit_ridge(
-        colour[train], data.target[train], data.spots.iloc[train], split.reported
-    )
+    colour = split.data.counts.obsm["colour"]
+    colour = StandardScaler().fit(colour[train]).transform(colour)
+    ridge, _ = runner.fit_ridge(split, colour, train)
     return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": ridge.alpha}
 
 
@@ -325,8 +322,7 @@ def own_slide(recipe, split, folder):
     lacks to the ceiling, the image does not show, or not to these features. NaN for other slides.
     """
     data = split.data
-    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    features = features * common.balance_stages(features[split.spots("train")], widths)
+    features, _ = runner.freeze_features(recipe, split)
     slides = data.spots["tissue_index"].to_numpy()
     predicted = np.full(data.target.shape, np.nan, np.float32)
     for slide in split.slides("test"):
@@ -334,9 +330,7 @@ def own_slide(recipe, split, folder):
         here = here[slides[here] == slide]
         for train, held_out in common.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
-            ridge, _ = common.fit_ridge(
-                features[learn], data.target[learn], data.spots.iloc[learn], split.reported
-            )
+            ridge, _ = runner.fit_ridge(split, features, learn)
             predicted[judge] = ridge.predict(features[judge])
     return predicted[split.scored()], {"weights": runner.name_weights(recipe)}
 

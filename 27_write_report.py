@@ -13,7 +13,6 @@ Every script from 20 on ends with this one.
 """
 
 import base64
-import hashlib
 import html
 import io
 import json
@@ -31,7 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import common
 import runner
-from common import InputError
+from common import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
@@ -151,11 +150,6 @@ def read_thumbnail(data_root, slide, fingerprint):
             return np.asarray(image.convert("RGB")), step
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def fingerprint_of(content):
-    """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def choose_genes(r, groups):

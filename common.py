@@ -82,9 +82,8 @@ def whole_file(path):
     What a kill leaves behind is overwritten the next time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(
-        f".partial-{RANK}-{path.name}"
-    )  # Writers look at the suffix, so it stays.
+    # Writers look at the suffix, so it stays.
+    partial = path.with_name(f".partial-{RANK}-{path.name}")
     try:
         yield partial
         with open(partial, "rb+") as file:
@@ -142,6 +141,12 @@ def reserve_disk(path):
         os.posix_fallocate(file.fileno(), 0, size)
 
 
+def hash_file(path):
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def seed_of(*words):
     """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not
     matter.
@@ -193,15 +198,13 @@ class SpotData:
 
     root: Path
     patches: torch.Tensor  # (N, 224, 224, 3) uint8 RGB, memory-mapped
-    spots: (
-        pd.DataFrame
-    )  # N rows, ID_COLUMNS and SPOT_COLUMNS: pitch in px, block a square five pitches wide
+    # N rows, ID_COLUMNS and SPOT_COLUMNS: pitch in px, block a square five pitches wide.
+    spots: pd.DataFrame
     genes: list  # G names: the panel
     target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
     lognorm: np.ndarray  # (N, G) float32, log-normalised counts
-    counts: (
-        anndata.AnnData
-    )  # N x G raw counts; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide
+    # N x G raw counts; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide.
+    counts: anndata.AnnData
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
@@ -213,9 +216,8 @@ def log_normalise(counts, totals):
     """
     scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
     result = np.empty(counts.shape, np.float32)
-    for start in range(
-        0, len(scale), 1024
-    ):  # All rows at once would take four times the memory in float64.
+    # In parts, because all rows at once would take four times the memory in float64.
+    for start in range(0, len(scale), 1024):
         rows = slice(start, start + 1024)
         part = counts[rows]
         dense = part.toarray() if hasattr(part, "toarray") else np.asarray(part)
@@ -259,9 +261,14 @@ def load_dataset(data_root, target):
         lognorm=lognorm,
         counts=counts,
         meta=meta,
-        fingerprint=hashlib.sha256(meta_text).hexdigest()[:16],
+        fingerprint=fingerprint_of(meta_text),
         label="SIMULATED slides: " if meta["simulated"] else "",
     )
+
+
+def fingerprint_of(meta_text):
+    """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
+    return hashlib.sha256(meta_text).hexdigest()[:16]
 
 
 def check_meta(meta, folder, target, command):
@@ -650,9 +657,8 @@ def apply_symmetry(patches, symmetry):
 
 def apply_symmetry_at_once(patches, symmetry):
     """apply_symmetry in few steps that a GPU takes without waiting."""
-    symmetry = symmetry.to(
-        patches.device, non_blocking=True
-    )  # A blocking copy would wait for the GPU.
+    # A blocking copy would wait for the GPU.
+    symmetry = symmetry.to(patches.device, non_blocking=True)
     left_right, up_down, transpose = symmetry[:, :, None, None, None].unbind(1)
     patches = torch.where(left_right, patches.flip(3), patches)
     patches = torch.where(up_down, patches.flip(2), patches)
@@ -918,43 +924,39 @@ def build_model(recipe, n_genes, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
         backbone = build_backbone(recipe)
+        widths = measure_features(backbone, recipe)
         if dist.is_initialized() and dist.get_backend() == "nccl":
             # This makes new modules, and those to freeze are chosen from the new ones.
             backbone = timm.layers.convert_sync_batchnorm(backbone)
-        widths = measure_features(backbone, recipe)
         head = build_head(sum(widths), recipe["HIDDEN"], n_genes)
-    model = SpotRegressor(backbone, head, widths, recipe)
-    if "IMAGE_SIZE" in recipe:
-        try_image(model, recipe)
-    return model
+    return SpotRegressor(backbone, head, widths, recipe)
 
 
 def measure_features(backbone, recipe):
-    """[number of features] of every stage with POOL_STAGES, else of the backbone's output."""
-    if not recipe.get("POOL_STAGES", False):
+    """[number of features] of every stage with POOL_STAGES, else of the backbone's output.
+
+    They are those of one image of IMAGE_SIZE; InputError where the backbone cannot take it.
+    """
+    pool_stages = recipe.get("POOL_STAGES", False)
+    if not pool_stages and "IMAGE_SIZE" not in recipe:
         # VGG and MobileNetV3 put out more features than num_features says.
         return [getattr(backbone, "head_hidden_size", None) or backbone.num_features]
-    size = recipe["IMAGE_SIZE"]
-    backbone.eval()
-    with torch.inference_mode():
-        pooled = pool_each_stage(backbone, torch.zeros(1, 3, size, size))
-    backbone.train()
-    return [features.shape[1] for features in pooled]
-
-
-def try_image(model, recipe):
-    """InputError where the network cannot take one image of IMAGE_SIZE."""
     name, size = recipe["BACKBONE"], recipe["IMAGE_SIZE"]
+    image = torch.zeros(1, 3, size, size)
+    backbone.eval()
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, size, size))
+            features = pool_each_stage(backbone, image) if pool_stages else [backbone(image)]
+        # Anything but (1, width) is refused as well.
+        widths = [width for _, width in (part.shape for part in features)]
     except Exception as error:  # A backbone raises what it likes: the name and size are the user's.
-        usual = model.backbone.pretrained_cfg["input_size"][1]
+        usual = backbone.pretrained_cfg["input_size"][1]
         reason = str(error).splitlines()[0][:120]
         raise InputError(
             f"backbone {name} cannot take --image-size {size} ({reason}); it was made for {usual}"
         ) from None
-    model.train()
+    backbone.train()
+    return widths
 
 
 def build_backbone(recipe):
@@ -1003,6 +1005,8 @@ def check_hub():
     """
     import huggingface_hub
 
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # It has been found out, or the user says so.
+        return
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # The client's own errors change with its version; each means no answer.
@@ -1088,7 +1092,9 @@ def check_extra(backbone, name, path, state, wanted):
     """InputError where a file holds all that a backbone has, and more than a classifier beside."""
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    for key in state if wanted.keys() <= state.keys() else ():
+    if not wanted.keys() <= state.keys():
+        return
+    for key in state:
         if key not in wanted and not key.startswith(classifiers):
             raise InputError(
                 f"{path}: holds {key}, which {name} does not have: these are weights of another "
@@ -1102,10 +1108,9 @@ def is_counter(key):
 
 
 @functools.lru_cache(maxsize=64)
-def hash_file(path, size, changed):
-    """SHA-256 of a file, read again when its size or time of change is another."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_unchanged(path, size, changed):
+    """hash_file, which reads the file again when its size or time of change is another."""
+    return hash_file(path)
 
 
 def identify_weights(pretrained, backbone):
@@ -1114,7 +1119,7 @@ def identify_weights(pretrained, backbone):
     if path is None:
         return pretrained
     status = path.stat()
-    digest = hash_file(path, status.st_size, status.st_mtime_ns)
+    digest = hash_unchanged(path, status.st_size, status.st_mtime_ns)
     return f"{path.name} {digest[:16]}"
 
 

@@ -172,11 +172,12 @@ def override_constants(script, argv):
     """
     given = vars(build_parser(script).parse_args(argv))
     values = {name: value for name, value in given.items() if value is not None}
-    if values.get("QUICK", script.get("QUICK", False)):
+    quick = values.get("QUICK", script.get("QUICK", False))
+    if quick:
         values = script["QUICK_BUDGET"] | values
     recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
     if recipe != "paper":
-        if values.get("QUICK") or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
+        if quick or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
             raise InputError(
                 f"--recipe {recipe}: starts from pretrained weights, which --quick and "
                 "--pretrained false leave out"
@@ -220,9 +221,8 @@ def run_script(script):
             override_constants(script, sys.argv[1:])
             script["main"]()
     except InputError as error:
-        print(
-            "error:", *str(error).split(), file=sys.stderr
-        )  # one line, whatever a library's message held
+        # Split and joined, it is one line, whatever a library's message held.
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
@@ -301,9 +301,8 @@ def explain(error):
         first = first.__context__
     if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
         return "no space left on the disk: free some and"
-    if isinstance(first, dist.DistError) or "gloo/" in str(
-        first
-    ):  # gloo's own are plain RuntimeErrors
+    # gloo's own errors are plain RuntimeErrors.
+    if isinstance(first, dist.DistError) or "gloo/" in str(first):
         return f"another process of this run ended ({str(first).splitlines()[0]}):"
     return None
 
@@ -528,18 +527,20 @@ def start_training(recipe, split, patches, device):
     if recipe["HEAD_START"] == "mean":
         mean = torch.from_numpy(target[train].mean(0))
         model.head[-1].bias.data.copy_(mean)
-    if recipe["GENE_WEIGHTS"] == "predictable" and not starts_as_ridge(recipe):
+    as_ridge = recipe["HEAD_START"] == "ridge"
+    if recipe["GENE_WEIGHTS"] == "predictable" and not (as_ridge and recipe["LOSS"] == "mse"):
         raise InputError(
             "--gene-weights predictable: needs --head-start ridge, which says what can be "
             "predicted, and --loss mse"
         )
-    if recipe["HEAD_START"] != "ridge":
+    if not as_ridge:
         return training
     if recipe["HIDDEN"]:
         raise InputError(
             f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
         )
-    _, scale, ridge, explained = fit_frozen_ridge(recipe, split)
+    features, scale = freeze_features(recipe, split)
+    ridge, explained = fit_ridge(split, features, train)
     common.start_as_ridge(model, ridge, scale)
     training = replace(training, more={"alpha": ridge.alpha})
     if recipe["GENE_WEIGHTS"] == "predictable" and explained.any():
@@ -547,41 +548,37 @@ def start_training(recipe, split, patches, device):
     return training
 
 
-def starts_as_ridge(recipe):
-    """Whether there is a ridge start, and a loss that can be weighed by it."""
-    return recipe["HEAD_START"] == "ridge" and recipe["LOSS"] == "mse"
+def freeze_features(recipe, split):
+    """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
 
-
-def fit_frozen_ridge(recipe, split):
-    """((N, F) features, (F,) their factors, Ridge on their products, (G,) variance explained).
-
-    The features are those of BACKBONE before training, averaged over the 8 symmetries. Nothing but
-    training spots takes part in the fit.
+    They are averaged over the 8 symmetries, and their stages made equally strong on the training
+    spots.
     """
     data = split.data
-    train = split.spots("train")
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = common.balance_stages(features[train], widths)
-    chosen_by = split.reported
-    ridge, explained = common.fit_ridge(
-        features[train] * scale, data.target[train], data.spots.iloc[train], chosen_by
+    scale = common.balance_stages(features[split.spots("train")], widths)
+    return features * scale, scale
+
+
+def fit_ridge(split, features, spots):
+    """common.fit_ridge of the expression on the features (N, F) at these spots alone."""
+    data = split.data
+    return common.fit_ridge(
+        features[spots], data.target[spots], data.spots.iloc[spots], split.reported
     )
-    return features, scale, ridge, explained
 
 
 def ridge_on_features(recipe, split, folder):
     """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
-    features, scale, ridge, _ = fit_frozen_ridge(recipe, split)
-    predicted = ridge.predict(features[split.scored()] * scale)
+    features, _ = freeze_features(recipe, split)
+    ridge, _ = fit_ridge(split, features, split.spots("train"))
+    predicted = ridge.predict(features[split.scored()])
     return predicted, {"weights": name_weights(recipe), "alpha": ridge.alpha}
 
 
 def mean_heg(split, predicted):
     """Mean over HEG of r over the validation spots, against the target."""
-    valid = split.spots("valid")
-    slides = split.data.spots["tissue_index"].to_numpy()[valid]
-    truth = split.data.target[valid]
-    r = common.average_slides(common.pearson_per_gene, predicted, truth, slides)
+    r = validate_genes(split, predicted, split.data.target)
     return float(pd.Series(r, split.data.genes)[split.members["heg"]].mean())
 
 
@@ -590,9 +587,9 @@ def name_network(backbone):
     return "EfficientNet-B0" if backbone == "efficientnet_b0" else backbone
 
 
-def name_weights(recipe, backbone=None):
+def name_weights(recipe):
     """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
-    path = common.find_weights(recipe["PRETRAINED"], backbone or recipe["BACKBONE"])
+    path = common.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"
@@ -624,6 +621,7 @@ def save_weights(path, model, split, made_with, predicted):
     ceiling on the training slides.
     """
     data = split.data
+    valid = split.roles[split.scored()] == "valid"
     ceilings = [f"ceiling_{slide}" for slide in split.slides("train")]
     metadata = {
         "format": common.FORMAT,
@@ -636,7 +634,7 @@ def save_weights(path, model, split, made_with, predicted):
         "mean": model.mean.tolist(),
         "std": model.std.tolist(),
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
-        "valid_r": without_nan(validate_genes(split, predicted)),
+        "valid_r": without_nan(validate_genes(split, predicted[valid], data.lognorm)),
         "ceiling": without_nan(data.counts.var.reindex(columns=ceilings).mean(axis=1)),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -645,22 +643,20 @@ def save_weights(path, model, split, made_with, predicted):
         partial.write_bytes(safetensors.torch.save(state, texts))
 
 
-def validate_genes(split, predicted):
-    """(G,) r over the validation spots, against log-normalised counts; NaN without validation."""
-    scored = split.scored()
-    valid = split.roles[scored] == "valid"
-    if not valid.any():
+def validate_genes(split, predicted, truth):
+    """(G,) r of the prediction (n, G) of the validation spots, against their truth (N, G); NaN
+    without validation.
+    """
+    valid = split.spots("valid")
+    if not len(valid):
         return np.full(len(split.data.genes), np.nan)
-    slides = split.data.spots["tissue_index"].to_numpy()[scored]
-    truth = split.data.lognorm[scored]
-    return common.average_slides(
-        common.pearson_per_gene, predicted[valid], truth[valid], slides[valid]
-    )
+    slides = split.data.spots["tissue_index"].to_numpy()[valid]
+    return common.average_slides(common.pearson_per_gene, predicted, truth[valid], slides)
 
 
 def without_nan(values):
     """A list of floats with None for NaN, which JSON does not have."""
-    return [None if np.isnan(value) else float(value) for value in values]
+    return [none_for_nan(float(value)) for value in values]
 
 
 def predict_again(out, trained, restained=False):
@@ -1180,10 +1176,6 @@ class Run:
         pair_differences with `minus` {setting: another} is saved, and its HEG shown. add(records of
         a setting) may give further columns {name: text}, for which others are to `leave_out`.
         """
-        minus = minus or {}
-        differences = pair_differences(records, self.out, minus)
-        if minus:
-            common.save_csv(self.out / "paired_differences.csv", differences)
         chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
         lines = []
@@ -1197,6 +1189,8 @@ class Run:
         table = pd.DataFrame(lines)
         columns = [justify_left(table.pop("setting")), table]
         if minus:
+            differences = pair_differences(records, self.out, minus)
+            common.save_csv(self.out / "paired_differences.csv", differences)
             columns.append(describe_differences(differences, chosen["setting"].unique()))
         table = pd.concat(columns, axis=1)
         print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)

@@ -476,9 +476,7 @@ class View:
 def view_image(path, scale=1.0):
     """The View of an image that is `scale` times as wide as the full-resolution one."""
     image = open_image(unpack(path))
-    thumbnail = Thumbnail(image.shape, max(1, min(image.shape) // (2 * VIEW)))
-    for pixels, top, left in image.regions(lambda box: True):
-        thumbnail.add(pixels, top, left)
+    thumbnail = make_thumbnail(image, max(1, min(image.shape) // (2 * VIEW)))
     return view_thumbnail(path, thumbnail, scale)
 
 
@@ -1569,8 +1567,12 @@ def thumbnail_step(slide):
 
 def read_thumbnail(slide):
     """The Thumbnail of a slide, of which all pixels are read."""
-    image = open_image(unpack(slide.image))
-    thumbnail = Thumbnail(image.shape, thumbnail_step(slide))
+    return make_thumbnail(open_image(unpack(slide.image)), thumbnail_step(slide))
+
+
+def make_thumbnail(image, step):
+    """The Thumbnail of a SlideImage, of squares of `step` px, of which all pixels are read."""
+    thumbnail = Thumbnail(image.shape, step)
     for pixels, top, left in image.regions(lambda box: True):
         thumbnail.add(pixels, top, left)
     return thumbnail

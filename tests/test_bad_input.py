@@ -820,3 +820,9 @@ def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatc
     assert runner.choose_out(script, one) == out
     with pytest.raises(common.InputError, match="--out"):
         runner.choose_out(script, other)
+
+
+@pytest.mark.parametrize("quick", [{"quick": True}, {"QUICK": True}])
+def test_the_best_recipe_does_not_start_from_the_quick_budgets_random_weights(capsys, quick):
+    assert run_script("20", recipe="best", **quick) == 2
+    check_one_line(capsys, ["--recipe best", "--quick"])

@@ -152,6 +152,13 @@ def test_backbones_for_one_size_take_it_or_say_so(backbone, size, fits):
         common.build_model(recipe, 5, 0)
 
 
+@pytest.mark.parametrize("pool_stages", [False, True])
+def test_an_image_that_is_too_small_is_told_whatever_the_head_sees(pool_stages):
+    recipe = NETWORK | {"BACKBONE": "inception_v3", "IMAGE_SIZE": 32, "POOL_STAGES": pool_stages}
+    with pytest.raises(common.InputError, match=r"inception_v3 cannot take --image-size 32"):
+        common.build_model(recipe, 5, 0)
+
+
 # ------------------------------------------------------------------------------------------ records
 def test_a_record_follows_from_the_files_content_and_26_needs_it_no_more(
     simulated, tmp_path, capsys
