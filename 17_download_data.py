@@ -16,6 +16,12 @@ listing states them, hashes are checked. GEO's bulk tar of the series is reporte
 TIFF, so files come by sample.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__)
+
+
 import functools
 import gzip
 import hashlib
@@ -37,9 +43,7 @@ import scipy.sparse
 import tifffile
 from tqdm import tqdm
 
-import common
-import runner
-from common import InputError
+from shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATASET = "GSE240429"  # GSE240429 or HER2ST
@@ -273,7 +277,7 @@ def check_space(root, needed):
 
 def copy_whole(source, path):
     """Copy a file, whole or not at all."""
-    with common.whole_file(path) as partial:
+    with shell.whole_file(path) as partial:
         shutil.copyfile(source, partial)
     print(f"  {path}  {path.stat().st_size:,} bytes")
 
@@ -376,7 +380,7 @@ def unpack(path):
     try:
         with (
             gzip.open(path) as packed,
-            common.whole_file(path.with_suffix("")) as partial,
+            shell.whole_file(path.with_suffix("")) as partial,
             open(partial, "wb") as file,
         ):
             shutil.copyfileobj(packed, file, CHUNK)
@@ -433,7 +437,7 @@ def prepare_her2st(root):
         slide = {"tissue_index": number, "name": section, "donor": section[0]}
         slide["um_per_px"] = HER2ST_UM_PER_PX
         slides.append(slide | convert_section(root, section, source))
-    common.save_csv(root / "slides.csv", pd.DataFrame(slides))
+    shell.save_csv(root / "slides.csv", pd.DataFrame(slides))
 
 
 def download_her2st(root):
@@ -492,7 +496,7 @@ def convert_section(root, section, source):
         "matrix": f"data/matrices/{section}",
     }
     copy_whole(image, root / slide["image"])
-    with common.whole_file(root / slide["positions"]) as path:
+    with shell.whole_file(root / slide["positions"]) as path:
         spots.reset_index().to_csv(path, header=False, index=False)
     write_matrix(root / slide["matrix"], counts.loc[both])
     return slide
@@ -528,11 +532,11 @@ def one_file(folder, pattern):
 
 def write_matrix(folder, counts):
     """Write a table of counts, spots x genes, as a 10x folder, each file whole or not at all."""
-    with common.whole_file(folder / "barcodes.tsv") as path:
+    with shell.whole_file(folder / "barcodes.tsv") as path:
         path.write_text("".join(f"{spot}\n" for spot in counts.index))
-    with common.whole_file(folder / "features.tsv") as path:
+    with shell.whole_file(folder / "features.tsv") as path:
         path.write_text("".join(f"{gene}\t{gene}\tGene Expression\n" for gene in counts.columns))
-    with common.whole_file(folder / "matrix.mtx") as path:
+    with shell.whole_file(folder / "matrix.mtx") as path:
         scipy.io.mmwrite(path, scipy.sparse.coo_matrix(counts.to_numpy().T))
 
 
@@ -553,7 +557,7 @@ def main():
     root = Path(DATA_ROOT or f"{DATASET}_data")
     if not source_is_remote() and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
-    runner.hold_folder(root)
+    shell.hold_folder(root)
     if DATASET == "GSE240429":
         prepare_gse240429(root)
     else:
@@ -562,4 +566,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

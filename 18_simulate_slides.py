@@ -19,6 +19,12 @@ binomial (gamma-Poisson) with a depth that is independent of the tissue, and eve
 stain and its own fold change per gene.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, files=("GEOMETRY",))
+
+
 import json
 from pathlib import Path
 
@@ -36,8 +42,7 @@ from scipy.stats import norm
 from tqdm import tqdm
 
 import common
-import runner
-from common import InputError
+from shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "SIMULATED_data"  # folder to write; must not hold slides already
@@ -314,7 +319,7 @@ def paint(path, fields, kinds, shape, rng):
         resolution=(1e4 / UM_PER_PX, 1e4 / UM_PER_PX),
         resolutionunit="CENTIMETER",
     )
-    common.reserve_disk(path)
+    shell.reserve_disk(path)
     grain = rng.standard_normal((2, GRAIN, GRAIN))
     grain = gaussian_filter(grain, (0, 0.8, 0.8), mode="wrap").astype(np.float32)
     strength = rng.normal(1, [0.06, 0.06])  # the slide's own, of either dye
@@ -533,20 +538,20 @@ def main():
             f"{root / 'slides.csv'} exists already: remove {root} or choose another --data-root"
         )
     tables, names = choose_geometry()
-    runner.hold_folder(root)
+    shell.hold_folder(root)
     for folder in ("image", "truth"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(common.seed_of(SEED, "genes"))
+    rng = np.random.default_rng(shell.seed_of(SEED, "genes"))
     genes = gene_table(names["name"].tolist(), rng)
     print("SIMULATED slides")
     print("slide  name      spots   rows x columns px   counts/spot (median)")
     slides = [describe_slide(number) for number in range(1, SLIDES + 1)]
     best = []
     for slide, table in zip(slides, tables, strict=True):
-        rng = np.random.default_rng(common.seed_of(SEED, "slide", slide["tissue_index"]))
+        rng = np.random.default_rng(shell.seed_of(SEED, "slide", slide["tissue_index"]))
         best.append(write_slide(root, slide, table, names, genes, rng))
     write_constants(root / "simulation.json")
-    common.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
+    shell.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
     ceiling, image_ceiling = np.mean(best, axis=0)
     print(
         f"best mean r of the 50 highest expressed genes, per slide: {ceiling:.3f} against ", end=""
@@ -556,4 +561,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -18,6 +18,12 @@ once each. JPEG and PNG have no such access and are decoded whole. How slides ar
 slides.py.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__)
+
+
 import contextlib
 import hashlib
 import json
@@ -35,9 +41,9 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 import common
-import runner
 import slides
-from common import PATCH_SIZE, InputError
+from common import PATCH_SIZE
+from shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv
@@ -364,7 +370,7 @@ def write_patches(out, manifest, obs, thumbnails):
     """
     shape = len(obs), PATCH_SIZE, PATCH_SIZE, 3
     patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, shape)
-    common.reserve_disk(out / "patches.npy")
+    shell.reserve_disk(out / "patches.npy")
     over_border, inside = {}, []
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in manifest:
@@ -395,10 +401,10 @@ def write_patches(out, manifest, obs, thumbnails):
 def keep_rows(path, kept):
     """Rewrite a .npy file with these rows alone, by their numbers, and map it."""
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    with common.whole_file(path) as partial:
+    with shell.whole_file(path) as partial:
         shape = len(kept), *rows.shape[1:]
         made = np.lib.format.open_memmap(partial, "w+", rows.dtype, shape)
-        common.reserve_disk(partial)
+        shell.reserve_disk(partial)
         for start in range(0, len(kept), 256):
             made[start : start + 256] = rows[kept[start : start + 256]]
         made.flush()
@@ -458,7 +464,7 @@ def write_meta(root, out, manifest, target, over_border):
         "px_per_thumbnail_px": steps if THUMBNAIL else {},
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
-        "dataset_sha256": common.hash_file(out / "dataset.csv"),
+        "dataset_sha256": shell.hash_file(out / "dataset.csv"),
         "slides": [describe_slide(slide) for slide in manifest],
         "warnings": slides.WARNINGS,
         "versions": {library: version(library) for library in libraries},
@@ -484,7 +490,7 @@ def describe_slide(slide):
 
 def describe_file(path):
     """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": common.hash_file(path)}
+    return {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
 
 
 # -------------------------------------------------------------------------------- check
@@ -574,12 +580,12 @@ def main():
     root = Path(DATA_ROOT)
     slides.WARNINGS.clear()
     if FROM_SPACERANGER:
-        runner.hold_folder(root)
+        shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
         slides.write_manifest(root, folders, images, USE_HIRES)
     manifest = slides.read_manifest(root)
-    runner.hold_folder(root)
+    shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
     if len(have_counts) > 1:
         raise InputError(
@@ -606,10 +612,10 @@ def main():
             write_expression(root, out, tables, manifest)
         else:
             spots = obs.reset_index(names="id")
-            common.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
+            shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
         write_meta(root, out, manifest, target, over_border)
     print(f"wrote {root / 'dataset'}: {len(obs):,} spots, target {target or 'none'}")
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -14,6 +14,12 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
            baseline", BMC Bioinformatics, 2026
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import functools
 from dataclasses import replace
 from datetime import timedelta
@@ -34,7 +40,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
+RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -91,7 +97,7 @@ def print_epoch(line, best_epoch):
 
 def join_ranks(recipe):
     """Have torchrun's processes, if there are several, train one network together."""
-    if common.RANKS == 1:
+    if shell.RANKS == 1:
         return
     device, _, _ = common.choose_device(recipe)
     if device.type == "cuda":
@@ -118,7 +124,7 @@ def compute_methods(run, recipe, split, suffix=""):
 
 def main():
     if COMPARE_TARGETS and TARGET != "harmony":
-        raise common.InputError("--compare-targets sets lognorm beside --target harmony")
+        raise shell.InputError("--compare-targets sets lognorm beside --target harmony")
     run = runner.open_run(globals())
     join_ranks(run.recipe)
     run.print_header()
@@ -140,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -16,6 +16,12 @@ Source     the paper's comparison, which left ResNet frozen; the row "resnet50 f
            that was worth
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import functools
 
 import torch
@@ -34,7 +40,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
+RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
 
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
@@ -90,7 +96,7 @@ def check_backbone(recipe):
     needs = build_on_meta(recipe, 1).backbone.pretrained_cfg
     has_weights = any(needs.get(source) for source in ("url", "hf_hub_id", "file"))
     if recipe["PRETRAINED"] is True and not has_weights:
-        raise common.InputError(
+        raise shell.InputError(
             f"{name} has no pretrained weights: choose a variant with, or leave it out"
         )
 
@@ -132,7 +138,7 @@ def draw_figure(path, title, records):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(which="both", labelsize=8)
-    common.save_figure(path, figure, "r of every backbone against its number of parameters")
+    shell.save_figure(path, figure, "r of every backbone against its number of parameters")
 
 
 def main():
@@ -159,4 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

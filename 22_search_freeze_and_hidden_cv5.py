@@ -22,6 +22,12 @@ once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, o
 draws in each epoch.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import functools
 import itertools
 from collections import Counter
@@ -48,7 +54,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
 SEEDS = (42,)  # one search each
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
+RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -149,7 +155,7 @@ def compute_features(patches, seed, views, constants):
     ):
         for view in range(1 + views):
             aug = recipe["AUG"] if view else "none"
-            generator = torch.Generator().manual_seed(common.seed_of(seed, "view", view))
+            generator = torch.Generator().manual_seed(shell.seed_of(seed, "view", view))
             draws = common.draw_augmentation(len(patches), aug, generator)
             images_of = common.read_ahead(patches, batches, device)
             for spots, images in zip(batches, images_of, strict=True):
@@ -204,7 +210,7 @@ def rank_settings(records):
     table = table.dropna(subset="heg")
     table = table[table["heg_n"] == table["heg_n"].max()]
     if table.empty:
-        raise common.InputError(
+        raise shell.InputError(
             "no setting has a defined r of HEG: its genes are missing from the panel or constant"
         )
     order = table.sort_values(["heg", "hvg"], ascending=False, kind="stable")
@@ -242,7 +248,7 @@ def draw_figure(path, title, records):
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
-    common.save_figure(path, figure, "out-of-fold r by trainable stages and hidden units")
+    shell.save_figure(path, figure, "out-of-fold r by trainable stages and hidden units")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -311,4 +317,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

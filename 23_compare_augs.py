@@ -19,6 +19,12 @@ Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color
 (p = .2).
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import itertools
 from dataclasses import replace
 
@@ -42,7 +48,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training and one split each, the same for every augmentation
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
+RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -188,7 +194,7 @@ def draw_figure(path, title, differences):
     ax.invert_yaxis()
     ax.set(xlabel="difference of Pearson r, mean over genes", title=title)
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
-    common.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
+    shell.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
 
 
 def compare_with_mpa():
@@ -222,7 +228,7 @@ def predict_anew(run, records, aug, split):
 def main():
     for aug in AUGS:  # a wrong name is told now, not when its training begins
         if setting_of(aug)["AUG"] not in common.AUGMENTATIONS:
-            raise common.InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
+            raise shell.InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
     run = runner.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})
@@ -244,4 +250,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -22,6 +22,12 @@ most of its NEIGHBOURS nearest clustered training spots have, by the same featur
 never looked at. The shuffled ids are the same ids in another order within each slide.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import functools
 import hashlib
 from dataclasses import replace
@@ -50,7 +56,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training, split and clustering each, the same for every setting
-RECIPE = "paper"  # paper, or best: sets what runner.RECIPES says; other flags win
+RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
 
 FEATURES = "efficientnet_b0"  # timm name: its features are clustered; empty = colour statistics
 MIN_CLUSTER = 0.02  # of the training spots; the smallest cluster
@@ -143,7 +149,7 @@ def cluster_spots(data, train, recipe, seed):
     # numba has set them to the number of cores, whatever the user asked for.
     torch.set_num_threads(threads)
     if not found:
-        raise common.InputError(
+        raise shell.InputError(
             f"no weights of {WEIGHTS} give 2 to {MOST_CLUSTERS} clusters: "
             f"change MIN_CLUSTER ({MIN_CLUSTER})"
         )
@@ -188,7 +194,7 @@ def assign_ids(joint, train, ids):
 def shuffle_ids(ids, slides, seed):
     """The same ids in another order within each slide."""
     shuffled = ids.copy()
-    random = np.random.default_rng(common.seed_of(seed, "shuffled id"))
+    random = np.random.default_rng(shell.seed_of(seed, "shuffled id"))
     for slide in np.unique(slides):
         shuffled[slides == slide] = random.permutation(ids[slides == slide])
     return shuffled
@@ -246,7 +252,7 @@ def add_id(ids, training, recipe, split):
         own = shuffle_ids(own, split.data.spots["tissue_index"].to_numpy(), split.seed)
     model = training.model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(common.seed_of(split.seed, "embedding"))
+        torch.manual_seed(shell.seed_of(split.seed, "embedding"))
         network = WithId(model, own.max() + 1, recipe["EMBEDDING"])
     network = network.to(model.mean.device)
     return replace(training, network=network, patches=PatchesWithId(training.patches, own))
@@ -284,12 +290,12 @@ def draw_clusters(path, title, split, ids, points):
         ax.set(aspect="equal")
         ax.set_axis_off()
     figure.suptitle(title)
-    common.save_figure(path, figure, "clusters of spots on every slide")
+    shell.save_figure(path, figure, "clusters of spots on every slide")
 
 
 def show_patches(ax, patches, train, ids, columns=5, rows=10):
     """Draw a few training patches of each of the first clusters, a row a cluster."""
-    random = np.random.default_rng(common.seed_of("sample patches"))
+    random = np.random.default_rng(shell.seed_of("sample patches"))
     sheet = []
     for cluster in range(min(ids.max() + 1, rows)):
         chosen = random.choice(train[ids[train] == cluster], columns)
@@ -310,7 +316,7 @@ def cluster_every_split(run):
         found = cluster_spots(run.data, split.spots("train"), run.recipe, split.seed)
         every[split.seed, split.fold] = found
     ids, points, grid = every[SEEDS[0], 0]
-    common.save_csv(run.out / "grid.csv", grid)
+    shell.save_csv(run.out / "grid.csv", grid)
     title = run.title("clusters of the first training by weights; the first line is used")
     runner.print_table(title, grid.round(3).fillna("-"))
     draw_clusters(
@@ -318,7 +324,7 @@ def cluster_every_split(run):
     )
     ids_of = {training: found[0] for training, found in every.items()}
     table = pd.DataFrame({f"cluster_{seed}_{fold}": of for (seed, fold), of in ids_of.items()})
-    common.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
+    shell.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
     return ids_of, table
 
 
@@ -341,4 +347,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -20,6 +20,12 @@ what it compares, MICRO_BATCH only what the image encoder holds in memory at onc
 what no image model may: the test spots' own depth, or expression measured next door.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, dataset=True)
+
+
 import functools
 from dataclasses import replace
 
@@ -106,7 +112,7 @@ def trained_methods():
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
     network = runner.name_network(BACKBONE)
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    paper = runner.RECIPES["paper"] | {"RECIPE": "paper"}
+    paper = shell.RECIPES["paper"] | {"RECIPE": "paper"}
     stnet = paper | {
         "BACKBONE": STNET_BACKBONE,
         "HIDDEN": 0,
@@ -124,7 +130,7 @@ def trained_methods():
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
     }
-    best = {"BACKBONE": BACKBONE, "RECIPE": "best"} | runner.RECIPES["best"]
+    best = {"BACKBONE": BACKBONE, "RECIPE": "best"} | shell.RECIPES["best"]
     methods = {
         network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa"}),
         f"{network}, best recipe": ("network", best),
@@ -240,7 +246,7 @@ def build_bleep(model, recipe, split):
     """The network of BLEEP around the image encoder of `model`."""
     expression = torch.from_numpy(split.data.target[split.spots("train")])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(common.seed_of(split.seed, "projections"))
+        torch.manual_seed(shell.seed_of(split.seed, "projections"))
         model.head = Projection(model.head[-1].in_features)
         model.spots = Projection(expression.shape[1])
     return Bleep(model, expression, recipe["MICRO_BATCH"]).to(model.mean.device)
@@ -434,4 +440,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -17,6 +17,12 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
            of an AMD EPYC, 2026-11-24)
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, files=("WEIGHTS", "IMAGE"))
+
+
 import hashlib
 import json
 from dataclasses import dataclass, fields
@@ -32,7 +38,8 @@ from matplotlib.figure import Figure
 import common
 import runner
 import slides
-from common import PATCH_SIZE, InputError
+from common import PATCH_SIZE
+from shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 WEIGHTS = ""  # weights.safetensors of a run, or its folder
@@ -294,7 +301,7 @@ def draw_maps(path, table, genes, title):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
     figure.suptitle(title)
-    common.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
+    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
 
 
 def draw_map(ax, table, gene, kind, scale, size):
@@ -344,7 +351,7 @@ def report(slide, table, genes, trained, out):
     caption = "mean Pearson r in validation"
     if measured:
         caption += ", and r against this slide's own log-normalised counts"
-        common.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
+        shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
     drawn = table.var.loc[genes, columns].rename_axis("gene").reset_index()
     groups = describe_groups(table)
@@ -369,7 +376,7 @@ def report(slide, table, genes, trained, out):
         label=trained.title,
         rows=records[caption],
         tables=records,
-        recipe=runner.recipe_of(globals()),
+        recipe=shell.recipe_of(globals()),
         warnings=slides.WARNINGS,
     )
 
@@ -385,7 +392,7 @@ def main():
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name)
-    runner.hold_folder(out)
+    shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
     predicted = predict_patches(model, trained, patches)
@@ -393,7 +400,7 @@ def main():
     table = assemble(slide, spots, predicted, thumbnail, trained)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
-    with common.whole_file(out / "predictions.h5ad") as path:
+    with shell.whole_file(out / "predictions.h5ad") as path:
         table.write_h5ad(path)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
@@ -401,4 +408,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -12,6 +12,12 @@ Time       7 s of processor time for the two rows of script 20 (AMD EPYC, 2026-1
 Every script from 20 on ends with this one.
 """
 
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, files=("RUN",))
+
+
 import base64
 import html
 import io
@@ -28,9 +34,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import common
-import runner
-from common import InputError, fingerprint_of
+from shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
@@ -57,7 +61,7 @@ SCORES = {
     "hvg": "HVG",
     "mg": "MG",
     "all": "all",
-    "n_genes_r30": f"genes r >= {common.R_THRESHOLD:.2f}",
+    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
     "per_gene": "each gene",
 }
 FURTHER = {
@@ -93,10 +97,6 @@ FURTHER = {
     "parameters_trainable": "parameters, trainable",
     "parameters_total": "parameters, total",
     "per_gene": "each gene",
-}
-# A metric that is added to common.METRICS has its column, too.
-FURTHER |= {
-    f"heg_{name}": f"HEG {name}" for name in common.METRICS if name not in ("r", "spearman")
 }
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
@@ -227,7 +227,7 @@ def save_picture(path, figure, description):
     information.add_text("Description", description)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
-    with common.whole_file(path) as partial, Image.open(buffer) as picture:
+    with shell.whole_file(path) as partial, Image.open(buffer) as picture:
         # The other methods dull the colours that are rare, as yellow, or the shades of grey.
         method = Image.Quantize.MAXCOVERAGE
         reduced = picture.convert("RGB").quantize(192, method, kmeans=1)
@@ -299,7 +299,7 @@ def draw_scores(path, genes, groups, history, kept, title):
         draw_losses(losses, history, kept)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
-    common.save_figure(path, figure, f"{title}: {shown}")
+    shell.save_figure(path, figure, f"{title}: {shown}")
 
 
 def draw_ranks(ax, genes, groups):
@@ -310,7 +310,7 @@ def draw_ranks(ax, genes, groups):
     for group, names in groups.groupby("group", sort=False)["gene"]:
         inside = genes.index.isin(names)
         ax.plot(rank[inside], genes["r"][inside], ".", label=group)
-    ax.axhline(common.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
+    ax.axhline(shell.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
     ax.set(xlabel="gene, best first", ylabel="Pearson r")
     lay_legend(ax)
 
@@ -476,9 +476,19 @@ def show_further(run, rows):
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
             parts.append(as_table(caption, differences))
-    parts.append(score_table("Further metrics, all rows", rows, FURTHER))
+    parts.append(score_table("Further metrics, all rows", rows, FURTHER | name_metrics(rows)))
     parts.append(as_paragraph(ABOUT_FURTHER))
     return parts
+
+
+def name_metrics(rows):
+    """{column: heading} of the metrics of HEG that rows hold beside those of SCORES and FURTHER."""
+    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("heg_"))
+    return {
+        name: name.replace("heg_", "HEG ")
+        for name in columns
+        if name not in SCORES and name not in FURTHER
+    }
 
 
 def show_tested(run, facts, rows):
@@ -517,7 +527,7 @@ def write_report(run, facts):
     for caption in ("settings", "machine"):
         records = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
         parts.append(as_table(caption.capitalize(), records))
-    with common.whole_file(run / "report.html") as path:
+    with shell.whole_file(run / "report.html") as path:
         path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
 
 
@@ -532,10 +542,10 @@ def main():
         ) from None
     if lacking:
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
-    runner.hold_folder(path.parent)
+    shell.hold_folder(path.parent)
     write_report(path.parent, facts)
     print(f"report: {path.parent / 'report.html'}")
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -10,19 +10,15 @@ Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `reci
 dict of a script's constants.
 """
 
-import errno
 import functools
-import hashlib
 import io
 import itertools
 import json
 import os
 import pickle
-import shutil
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,6 +37,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import shell
+from shell import InputError
+
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 3  # of script 19's files, records and weights; raised when one of them changes
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
@@ -52,107 +51,15 @@ SPOT_COLUMNS = ["donor", "pitch", "block"]  # what script 19 adds to them
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
 ROLES = ("train", "oof", "valid", "test")  # of a spot; oof = out of fold; "" takes no part
 SCORED = ("oof", "valid", "test")  # the roles whose spots are predicted and scored
-R_THRESHOLD = 0.30  # the paper counts the genes above it
 FOLDS = 5  # of PROTOCOL block
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
 READ_AHEAD = 2  # batches that are read while one is used
-# Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
-BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
-RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
 
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and hold_folder keeps other runs out.
 h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
-
-
-class InputError(Exception):
-    """The user's input is at fault. Its one line names the file or value, what was expected and the
-    fix.
-    """
-
-
-# -------------------------------------------------------------------------------------------- files
-@contextmanager
-def whole_file(path):
-    """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
-
-    What a kill leaves behind is overwritten the next time.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Writers look at the suffix, so it stays.
-    partial = path.with_name(f".partial-{RANK}-{path.name}")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_csv(path, table):
-    """Write the table, without its index, whole or not at all."""
-    with whole_file(path) as partial:
-        table.to_csv(partial, index=False)
-
-
-def save_json(path, content):
-    """Write the content as indented JSON, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def save_figure(path, figure, description):
-    """Write a figure whole, with the text that stands for it where it cannot be seen."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=100, metadata={"Description": description})
-
-
-def save_expression(path, spots, values, genes):
-    """Write a CSV as dataset.csv is: ID_COLUMNS of the spots, then (n, G) values, a column a gene.
-
-    By polars, which takes a second where pandas takes half a minute; in parts, because all spots at
-    once would be held twice.
-    """
-    with whole_file(path) as partial, open(partial, "wb") as file:
-        for start in range(0, len(spots), 1024):
-            part = spots.iloc[start : start + 1024]
-            table = polars.DataFrame({name: part[name].to_list() for name in ID_COLUMNS})
-            table = table.hstack(polars.from_numpy(values[start : start + 1024], genes))
-            table.write_csv(file, include_header=start == 0, batch_size=128)
-
-
-def reserve_disk(path):
-    """Take the space of a sparse file now: written through memory, a full disk would kill the
-    process later.
-
-    Where the system cannot reserve (macOS), the free space is at least compared with what is
-    needed.
-    """
-    size = path.stat().st_size
-    if not hasattr(os, "posix_fallocate"):
-        if shutil.disk_usage(path.parent).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return
-    with open(path, "rb+") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-
-
-def hash_file(path):
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def seed_of(*words):
-    """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not
-    matter.
-    """
-    digest = hashlib.sha256(repr(words).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 # ------------------------------------------------------------------------------------------- device
@@ -210,6 +117,20 @@ class SpotData:
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
 
 
+def save_expression(path, spots, values, genes):
+    """Write a CSV as dataset.csv is: ID_COLUMNS of the spots, then (n, G) values, a column a gene.
+
+    By polars, which takes a second where pandas takes half a minute; in parts, because all spots at
+    once would be held twice.
+    """
+    with shell.whole_file(path) as partial, open(partial, "wb") as file:
+        for start in range(0, len(spots), 1024):
+            part = spots.iloc[start : start + 1024]
+            table = polars.DataFrame({name: part[name].to_list() for name in ID_COLUMNS})
+            table = table.hstack(polars.from_numpy(values[start : start + 1024], genes))
+            table.write_csv(file, include_header=start == 0, batch_size=128)
+
+
 def log_normalise(counts, totals):
     """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G)
     float32.
@@ -231,10 +152,8 @@ def load_dataset(data_root, target):
     Raises InputError with 19's command where it is missing, damaged or made otherwise.
     """
     root = Path(data_root)
-    folder = root / "dataset"
+    folder = shell.find_dataset(data_root)
     command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
-    if not (folder / "meta.json").is_file():
-        raise InputError(f"no meta.json in {folder}: run {command} first")
     try:
         meta_text = (folder / "meta.json").read_bytes()
         meta = json.loads(meta_text)
@@ -261,14 +180,9 @@ def load_dataset(data_root, target):
         lognorm=lognorm,
         counts=counts,
         meta=meta,
-        fingerprint=fingerprint_of(meta_text),
+        fingerprint=shell.fingerprint_of(meta_text),
         label="SIMULATED slides: " if meta["simulated"] else "",
     )
-
-
-def fingerprint_of(meta_text):
-    """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
-    return hashlib.sha256(meta_text).hexdigest()[:16]
 
 
 def check_meta(meta, folder, target, command):
@@ -410,7 +324,7 @@ def split_random(n, pool, valid_fraction, seed):
             f"--valid-fraction {valid_fraction} of {len(pool)} spots leaves validation or training "
             "none"
         )
-    order = np.random.default_rng(seed_of(seed, "split")).permutation(pool)
+    order = np.random.default_rng(shell.seed_of(seed, "split")).permutation(pool)
     roles = np.full(n, "", "U5")
     roles[order[:n_valid]] = "valid"
     roles[order[n_valid:]] = "train"
@@ -478,7 +392,7 @@ def assign_folds(spots, protocol, folds, seed):
     if protocol == "loso":
         return units
     sizes = np.bincount(units)
-    order = np.random.default_rng(seed_of(seed, "folds")).permutation(len(sizes))
+    order = np.random.default_rng(shell.seed_of(seed, "folds")).permutation(len(sizes))
     drawn_before = np.empty(len(sizes), np.int64)
     drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
     return drawn_before[units] * folds // len(spots)
@@ -922,7 +836,7 @@ def build_model(recipe, n_genes, seed):
     import timm.layers  # Here, because it takes seconds, and scripts 17 to 19 do without.
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "weights"))
+        torch.manual_seed(shell.seed_of(seed, "weights"))
         backbone = build_backbone(recipe)
         widths = measure_features(backbone, recipe)
         if dist.is_initialized() and dist.get_backend() == "nccl":
@@ -1110,7 +1024,7 @@ def is_counter(key):
 @functools.lru_cache(maxsize=64)
 def hash_unchanged(path, size, changed):
     """hash_file, which reads the file again when its size or time of change is another."""
-    return hash_file(path)
+    return shell.hash_file(path)
 
 
 def identify_weights(pretrained, backbone):
@@ -1307,11 +1221,11 @@ def train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch)
     every batch; a batch that is too small to give each two spots is left out, for BatchNorm.
     """
     ranks, rank = joined_ranks()
-    generator = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
+    generator = torch.Generator().manual_seed(shell.seed_of(seed, "epoch", epoch))
     order = torch.from_numpy(train_spots)
     order = order[torch.randperm(len(order), generator=generator)]
     draws = draw_augmentation(len(order), recipe["AUG"], generator)
-    torch.manual_seed(seed_of(seed, "dropout", epoch, *([rank] if rank else [])))
+    torch.manual_seed(shell.seed_of(seed, "dropout", epoch, *([rank] if rank else [])))
     batches = torch.arange(len(order)).split(recipe["BATCH_SIZE"])
     batches = [batch for batch in batches if len(batch) >= 2 * ranks]
     if not batches:
@@ -1357,7 +1271,7 @@ def save_checkpoint(path, stateful, history, best, made_with):
     """Write all that fit needs to go on from here, whole or not at all."""
     state = {part: owner.state_dict() for part, owner in stateful.items()}
     state |= {"history": history, "best": best, "made_with": made_with}
-    with whole_file(path) as partial, open(partial, "wb") as file:
+    with shell.whole_file(path) as partial, open(partial, "wb") as file:
         torch.save(state, file)  # To an open file, whose own error tells of a full disk.
 
 
@@ -1643,7 +1557,7 @@ def bootstrap_means(predicted, truth, spots, genes, members):
     block, names = pd.factorize(spots["block"], sort=True)
     n_blocks = len(names)
     inside = (np.arange(n_blocks)[:, None] == block).astype(np.float64)  # (blocks, n)
-    random = np.random.default_rng(seed_of("bootstrap", *names))
+    random = np.random.default_rng(shell.seed_of("bootstrap", *names))
     drawn = random.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), DRAWS).astype(np.float64)
     n_spots = (drawn @ inside.sum(1))[:, None]
 

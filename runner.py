@@ -1,17 +1,12 @@
-"""One start of one script: constants and command line, a Run and its Splits, trainings, records on
-disk, differences, the printed header and table, the report. How a patch becomes an r is in
-common.py.
+"""A Run and its Splits, trainings, records on disk, differences, the printed header and table, the
+report. How a patch becomes an r is in common.py; constants, command line and files are in shell.py.
 
 A *record* is a dict: one line of rows.csv, the scores of one setting on one split against one
 truth. The records of a setting lie in a folder of their own, <out>/<setting>-<hash of what they
 were made with>/.
 """
 
-import argparse
-import atexit
 import ctypes
-import errno
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -20,16 +15,11 @@ import os
 import platform
 import re
 import resource
-import runpy
-import shutil
-import signal
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,317 +34,13 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import GROUPS, RANK, RANKS, SCORED, InputError
+import shell
+from common import GROUPS, SCORED
+from shell import RANK, RANKS, InputError
 
-# Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
-# part in what a record was made with. What "best" does was chosen on validation slides of HER2ST.
-RECIPES = {
-    "paper": {
-        "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
-        "POOL_STAGES": False,  # the head sees every stage's mean over the image
-        "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
-        "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
-        "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
-        "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
-    },
-    "best": {
-        "HEAD_START": "ridge",
-        "POOL_STAGES": True,
-        "FREEZE_BATCHNORM": True,
-        "HEAD_LEARNING_RATE": 2e-5,
-        "GENE_WEIGHTS": "predictable",
-        "BEST_EPOCH": "heg",
-        "HIDDEN": 0,
-        "AUG": "stnet",
-        "EPOCHS": 5,
-        "LEARNING_RATE": 6e-5,
-        "TTA": True,
-    },
-}
-# What a constant that several scripts have may be: one of these words, or a number from the least
-# to the greatest. A script has an ALLOWED of its own for its other constants.
-ALLOWED = {
-    "TARGET": ("harmony", "lognorm"),
-    "PROTOCOL": ("paper", "loso", "block"),
-    "AUG": tuple(common.AUGMENTATIONS),
-    "LOSS": tuple(common.LOSSES),
-    "RECIPE": tuple(RECIPES),
-    "HEAD_START": ("zero", "mean", "ridge"),
-    "GENE_WEIGHTS": ("equal", "predictable"),
-    "BEST_EPOCH": ("mse", "heg"),
-    "HEAD_LEARNING_RATE": (0, 1),
-    "DEVICE": ("auto", "cpu", "cuda"),
-    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
-    "IMAGE_SIZE": (32, 4096),
-    "HIDDEN": (0, 10**6),
-    "TRAINABLE_STAGES": (-1, 1000),
-    "VALID_FRACTION": (0, 1),
-    "LEARNING_RATE": (0, 1),
-    "BATCH_SIZE": (2, 10**6),
-    "EPOCHS": (1, 10**6),
-    "UM_PER_PX": (0, 20),
-}
-TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
+# What a constant that names something in common.py may be, beside shell.ALLOWED.
+NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
 WIDTH = 120  # columns of what is printed, at most
-LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
-
-
-# ---------------------------------------------------------------------------------------- constants
-def recipe_of(script):
-    """{name: value} of the constants in a script's ruled block as they stand now, and of what its
-    RECIPE sets beside them.
-    """
-    constants = {name: script[name] for name in read_comments(script)}
-    return RECIPES[constants.get("RECIPE", "paper")] | constants
-
-
-def read_comments(script):
-    """{name: comment} of the constants in a script's ruled block."""
-    block = LINE.split(Path(script["__file__"]).read_text(encoding="utf-8"))[1]
-    pattern = r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$"
-    return dict(re.findall(pattern, block, flags=re.MULTILINE))
-
-
-def flag_of(name):
-    """A constant's name on the command line."""
-    return "--" + name.lower().replace("_", "-")
-
-
-def show_constant(value):
-    """A constant's value as the command line takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def parse_constant(name, default, text):
-    """The text of the command line as a value of the type of `default`; () takes whole numbers."""
-    if isinstance(default, bool):
-        words = {"true": True, "false": False}
-        if name in TAKES_A_PATH:
-            return words.get(text.lower(), text)
-        return words[text.lower()]
-    if isinstance(default, tuple):
-        kind = type(default[0]) if default else int
-        return tuple(kind(part) for part in text.split(",") if part)
-    return type(default)(text)
-
-
-def build_parser(script):
-    """argparse's parser of a script: a flag a constant, its comment and value as the help."""
-
-    def refuse(message):
-        raise InputError(f"{message}; --help lists this script's constants")
-
-    parser = argparse.ArgumentParser(
-        description=script["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the docstring's lines
-        allow_abbrev=False,
-    )
-    parser.error = refuse
-    for name, comment in read_comments(script).items():
-        value = script[name]
-
-        def parse(text, name=name, default=value):
-            try:
-                return parse_constant(name, default, text)
-            except (KeyError, ValueError):
-                kind = type(default).__name__
-                raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
-
-        options = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
-        text = f"{comment} [{show_constant(value)}]".replace("%", "%%")
-        parser.add_argument(flag_of(name), dest=name, type=parse, metavar="", help=text, **options)
-    return parser
-
-
-def override_constants(script, argv):
-    """Set a script's constants from the command line, those of `--recipe` and `--quick` first.
-    Prints what changed.
-    """
-    given = vars(build_parser(script).parse_args(argv))
-    values = {name: value for name, value in given.items() if value is not None}
-    quick = values.get("QUICK", script.get("QUICK", False))
-    if quick:
-        values = script["QUICK_BUDGET"] | values
-    recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
-    if recipe != "paper":
-        if quick or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
-            raise InputError(
-                f"--recipe {recipe}: starts from pretrained weights, which --quick and "
-                "--pretrained false leave out"
-            )
-        own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
-        values = own | values
-    for name, value in values.items():
-        if value != script[name]:
-            print(f"{name} = {value!r}")
-    script.update(values)
-    check_constants(script)
-
-
-def check_constants(script):
-    """InputError where a constant has a value that ALLOWED, here or in the script, leaves out."""
-    allowed = ALLOWED | script.get("ALLOWED", {})
-    for name in script.keys() & allowed.keys():
-        value, choices = script[name], allowed[name]
-        if isinstance(choices[0], str):
-            fits = value in choices
-            expected = f"one of {', '.join(choices)}"
-        else:
-            least, greatest = choices
-            fits = least <= value <= greatest
-            expected = f"a number from {least} to {greatest}"
-        if not fits:
-            raise InputError(f"{flag_of(name)} {value}: expected {expected}")
-
-
-# ------------------------------------------------------------------------ start and end of a script
-def run_script(script):
-    """Apply the command line to a script's globals and call its main().
-
-    Ends the process with 2 on an InputError, a full disk or the loss of another process of
-    torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
-    """
-    provide_caches()
-    screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
-    try:
-        with ending_at_signals(), redirect_stdout(screen):
-            override_constants(script, sys.argv[1:])
-            script["main"]()
-    except InputError as error:
-        # Split and joined, it is one line, whatever a library's message held.
-        print("error:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        print(f"error: {reason} run the same command again", file=sys.stderr)
-        sys.exit(2)
-
-
-INTERRUPTED = "interrupted: run the same command again"
-GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
-
-
-@contextmanager
-def ending_at_signals():
-    """Have SIGTERM, by which torchrun and batch systems end a process, be the same as Ctrl-C, and
-    either end it soon.
-
-    KeyboardInterrupt is not raised as long as the process waits inside a library, as for another
-    rank; a thread hears of the signal all the same.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    heard, noted = os.pipe()
-    os.set_blocking(noted, False)
-    before = signal.set_wakeup_fd(noted)
-    is_over = threading.Event()
-    threading.Thread(target=end_late, args=(heard, is_over), daemon=True).start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        signal.set_wakeup_fd(before)
-        os.close(noted)
-
-
-def end_late(heard, is_over):
-    """End the process if it has not ended by itself GRACE seconds after a signal."""
-    with open(heard, "rb", buffering=0) as file:
-        number = file.read(1)  # Nothing, once the other end is closed.
-    if number and not is_over.wait(GRACE):
-        print(INTERRUPTED, file=sys.stderr, flush=True)
-        os._exit(130)
-
-
-def provide_caches():
-    """Have libraries keep their files in a temporary folder where there is no home to write to, as
-    in containers: numba would refuse to be imported.
-    """
-    if can_write_at_home():
-        return
-    folder = tempfile.mkdtemp(prefix="caches-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
-        os.environ.setdefault(name, str(Path(folder, name.lower())))
-
-
-def can_write_at_home():
-    """Whether there is a folder for caches where libraries look for it."""
-    try:
-        usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        Path(usual).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # a home that is no folder, or nobody's
-        return False
-    return os.access(usual, os.W_OK)
-
-
-def explain(error):
-    """What outside this program an exception comes from: a full disk, a process that ended; else
-    None.
-    """
-    first = error  # torch and HDF5 raise others on top of the disk's own
-    while first.__context__ is not None:
-        first = first.__context__
-    if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
-        return "no space left on the disk: free some and"
-    # gloo's own errors are plain RuntimeErrors.
-    if isinstance(first, dist.DistError) or "gloo/" in str(first):
-        return f"another process of this run ended ({str(first).splitlines()[0]}):"
-    return None
-
-
-def call_script(name, *flags):
-    """Run another numbered script in this process, its command printed first. What it refuses ends
-    this one as well.
-    """
-    print("$ python", name, *flags, flush=True)
-    path = str(Path(__file__).with_name(name))
-    before = sys.argv
-    sys.argv = [path, *flags]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    finally:
-        sys.argv = before
-
-
-def hold_folder(folder):
-    """Keep other processes, but torchrun's of the same run, out of a folder until this process
-    ends.
-    """
-    if RANK:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Left open, because closing it gives the lock back.
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise InputError(
-            f"{folder}: no folder to write to ({error.strerror}): choose another one"
-        ) from None
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(
-            f"{folder}: another process is writing there: wait until it ends, or choose another "
-            "folder"
-        ) from None
-    except OSError as error:  # of a file system without locks, as NFS and Lustre may be mounted
-        warn_of_no_locks(folder, error.strerror)
-
-
-@functools.cache  # so that it is said once
-def warn_of_no_locks(folder, reason):
-    """Print that two runs on a folder would not notice each other."""
-    print(
-        f"warning: {folder}: its file system has no locks ({reason}): two runs at once are not "
-        "kept apart, so start one at a time"
-    )
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -436,9 +122,11 @@ def make_simulated_slides(root, target):
     while RANK and not made.exists():
         time.sleep(0.2)
     if not (root / "slides.csv").exists():
-        call_script("18_simulate_slides.py", "--data-root", str(root))
+        shell.call_script("18_simulate_slides.py", "--data-root", str(root))
     if not made.exists():
-        call_script("19_make_patches_and_csv.py", "--data-root", str(root), "--target", target)
+        shell.call_script(
+            "19_make_patches_and_csv.py", "--data-root", str(root), "--target", target
+        )
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -494,7 +182,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     peak = peak_memory(device)
     if common.joined_ranks()[1] == 0:
         save_weights(folder / "weights.safetensors", training.model, split, made_with, predicted)
-        common.save_csv(folder / "history.csv", pd.DataFrame(history))
+        shell.save_csv(folder / "history.csv", pd.DataFrame(history))
     parameters = common.count_parameters(training.model)
     return predicted, {
         "weights": name_weights(recipe),
@@ -639,7 +327,7 @@ def save_weights(path, model, split, made_with, predicted):
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
-    with common.whole_file(path) as partial:
+    with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
 
 
@@ -752,7 +440,7 @@ def collect_records(out):
     records = []
     for path in sorted(out.glob("*/rows.json")):
         records += json.loads(path.read_text())
-    common.save_csv(out / "rows.csv", pd.DataFrame(records))
+    shell.save_csv(out / "rows.csv", pd.DataFrame(records))
 
 
 def save_setting(folder, setting, recipe, split, predicted, more, made_with):
@@ -766,14 +454,14 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     table.layers["lognorm"] = data.lognorm[scored]
     table.layers["target"] = data.target[scored]
     table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    common.save_csv(folder / "per_gene.csv", per_gene)
-    common.save_csv(folder / "split.csv", roles[split.roles != ""])
-    common.save_csv(folder / "genes.csv", split.groups)
-    common.save_csv(folder / "bootstrap.csv", draws)
-    with common.whole_file(folder / "predictions.h5ad") as path:
+    shell.save_csv(folder / "per_gene.csv", per_gene)
+    shell.save_csv(folder / "split.csv", roles[split.roles != ""])
+    shell.save_csv(folder / "genes.csv", split.groups)
+    shell.save_csv(folder / "bootstrap.csv", draws)
+    with shell.whole_file(folder / "predictions.h5ad") as path:
         table.write_h5ad(path)
-    common.save_json(folder / "recipe.json", made_with)
-    common.save_json(folder / "rows.json", records)
+    shell.save_json(folder / "recipe.json", made_with)
+    shell.save_json(folder / "rows.json", records)
 
 
 def score_split(setting, recipe, split, predicted, more):
@@ -831,7 +519,7 @@ def score_genes(data, predicted, truth, spots, truth_name):
 def summarise_genes(genes, members):
     """A record's means over the genes that have an r, by group; <group>_n is how many have one."""
     record = {
-        "n_genes_r30": int((genes["r"] >= common.R_THRESHOLD).sum()),
+        "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
         "mse": genes["mse"].mean(),
         "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),
     }
@@ -886,7 +574,7 @@ def join_draws(records, out):
     for _, folders in records.sort_values(["seed", "fold"]).groupby("slide")["folder"]:
         tables = [pd.read_csv(out / folder / "bootstrap.csv") for folder in folders]
         draws = np.stack([table.filter(like="lognorm_") for table in tables], axis=1)
-        random = np.random.default_rng(common.seed_of("trainings"))
+        random = np.random.default_rng(shell.seed_of("trainings"))
         picked = random.integers(draws.shape[1], size=draws.shape[:2])
         means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
     return np.mean(means, axis=0)
@@ -1080,11 +768,11 @@ def finish_run(script, *, out, data_root, label, rows, tables, recipe, warnings=
     result = {"script": name, "data_root": str(data_root), "simulated": bool(label)}
     result |= {"out": str(out), "rows": rows}
     page = {"title": f"{label}{name}, {data_root}", "label": label, "tables": tables}
-    page |= {"settings": recipe_of(script), "warnings": list(warnings)}
+    page |= {"settings": shell.recipe_of(script), "warnings": list(warnings)}
     page["machine"] = describe_machine(common.choose_device(recipe)[0])
-    common.save_json(out / "run.json", page | result)
+    shell.save_json(out / "run.json", page | result)
     try:
-        call_script("27_write_report.py", "--run", str(out))
+        shell.call_script("27_write_report.py", "--run", str(out))
     finally:
         print(json.dumps(result))
 
@@ -1190,7 +878,7 @@ class Run:
         columns = [justify_left(table.pop("setting")), table]
         if minus:
             differences = pair_differences(records, self.out, minus)
-            common.save_csv(self.out / "paired_differences.csv", differences)
+            shell.save_csv(self.out / "paired_differences.csv", differences)
             columns.append(describe_differences(differences, chosen["setting"].unique()))
         table = pd.concat(columns, axis=1)
         print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)
@@ -1238,7 +926,7 @@ def describe_run(recipe, splits):
     if missing:
         groups += f"; not in the panel: {', '.join(missing)}"
     device, dtype, reason = common.choose_device(recipe)
-    where = f"{torch.get_num_threads()} threads"
+    where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()
     return {
@@ -1294,7 +982,8 @@ def open_run(script, split=common.split_spots):
 
     split(spots, recipe, seed) gives the roles of every training.
     """
-    recipe = recipe_of(script)
+    shell.check_constants(script, NAMED_IN_COMMON)
+    recipe = shell.recipe_of(script)
     if not recipe["SEEDS"]:
         raise InputError("--seeds: expected one number at least")
     if recipe["PROTOCOL"] != "paper" and recipe["TARGET"] != "lognorm":
@@ -1311,5 +1000,5 @@ def open_run(script, split=common.split_spots):
         for fold, roles in enumerate(split(data.spots, recipe, seed)):
             splits.append(make_split(data, roles, recipe["PROTOCOL"], seed, fold))
     out = Path(recipe["OUT"] or choose_out(script, root))
-    hold_folder(out)
+    shell.hold_folder(out)
     return Run(script, recipe, splits, out)

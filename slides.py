@@ -46,7 +46,9 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from tqdm import tqdm
 
 import common
-from common import PATCH_SIZE, POSITION_COLUMNS, InputError
+import shell
+from common import PATCH_SIZE, POSITION_COLUMNS
+from shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
@@ -604,8 +606,8 @@ def write_manifest(root, folders, images, use_hires):
         if images:
             place_link(root / links.positions, slide.positions)
         else:
-            common.save_csv(root / links.positions, positions.reset_index())
-    common.save_csv(path, table)
+            shell.save_csv(root / links.positions, positions.reset_index())
+    shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
 
 
@@ -1705,7 +1707,7 @@ def map_scratch(folder, shape):
     """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.truncate(math.prod(shape))
-        common.reserve_disk(Path(file.name))
+        shell.reserve_disk(Path(file.name))
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import runner  # noqa: E402
+import shell  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -81,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

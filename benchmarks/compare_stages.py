@@ -38,6 +38,7 @@ import conventional  # noqa: E402
 
 import common  # noqa: E402
 import runner  # noqa: E402
+import shell  # noqa: E402
 import slides  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
@@ -386,7 +387,7 @@ STAGES = {
 
 def main():
     if ONLY not in ("", *STAGES):
-        raise common.InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
+        raise shell.InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
     out = Path(OUT)
     machine = describe_machine()
     print(json.dumps(machine))
@@ -403,9 +404,9 @@ def main():
             shutil.rmtree(work)
         table = pd.DataFrame(lines)
         print(table.to_string(index=False, float_format="{:.2f}".format), flush=True)
-    common.save_csv(out / "stages.csv", table)
-    common.save_json(out / "machine.json", machine)
+    shell.save_csv(out / "stages.csv", table)
+    shell.save_json(out / "machine.json", machine)
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -31,8 +31,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 from compare_stages import describe_machine  # noqa: E402
 
-import common  # noqa: E402
-import runner  # noqa: E402
+import shell  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -129,7 +128,7 @@ def watch(*command):
             time.sleep(0.02)
         stdout = process.stdout.read()
     if process.returncode:
-        raise common.InputError(
+        raise shell.InputError(
             f"{command[1]} ended with {process.returncode}: its message stands above"
         )
     return time.perf_counter() - began, peak / 2**20, stdout
@@ -165,9 +164,9 @@ def main():
         print(pd.DataFrame(lines).to_string(index=False, float_format="{:.2f}".format), flush=True)
         if not (KEEP and size == SIZES[-1]):
             shutil.rmtree(root)
-    common.save_csv(out / "growth.csv", pd.DataFrame(lines))
-    common.save_json(out / "machine.json", describe_machine())
+    shell.save_csv(out / "growth.csv", pd.DataFrame(lines))
+    shell.save_json(out / "machine.json", describe_machine())
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

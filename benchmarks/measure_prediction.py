@@ -23,8 +23,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 from compare_stages import HEIGHT, WIDTH, describe_machine, make_slides  # noqa: E402
 from measure_growth import watch  # noqa: E402
 
-import common  # noqa: E402
-import runner  # noqa: E402
+import shell  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -35,7 +34,7 @@ WEIGHTS = ""  # weights.safetensors of a run
 def main():
     out, work = Path(OUT), Path(OUT, "work-prediction")
     if not Path(WEIGHTS).is_file():
-        raise common.InputError(
+        raise shell.InputError(
             f"--weights {WEIGHTS}: no such file; expected weights.safetensors of a run"
         )
     shutil.rmtree(work, ignore_errors=True)
@@ -51,9 +50,9 @@ def main():
     line = {"slide": f"{HEIGHT} x {WIDTH}", "spots": spots, "seconds": seconds, "GB": peak}
     table = pd.DataFrame([line])
     print(table.to_string(index=False, float_format="{:.2f}".format))
-    common.save_csv(out / "prediction.csv", table)
-    common.save_json(out / "machine.json", describe_machine())
+    shell.save_csv(out / "prediction.csv", table)
+    shell.save_json(out / "machine.json", describe_machine())
 
 
 if __name__ == "__main__":
-    runner.run_script(globals())
+    shell.run_script(globals())

@@ -22,6 +22,7 @@ SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
 import runner  # noqa: E402
+import shell  # noqa: E402
 import slides  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
@@ -88,7 +89,7 @@ def flags_of(options):
     """Options as the command line takes them: {"image_size": 32} -> ["--image-size", "32"]."""
     words = []
     for name, value in options.items():
-        words += [runner.flag_of(name), runner.show_constant(value)]
+        words += [shell.flag_of(name), shell.show_constant(value)]
     return words
 
 
@@ -104,7 +105,7 @@ def run_script(name, *arguments, **options):
     vars(module).update(replaced)
     sys.argv = [module.__file__, *map(str, arguments), *flags_of(flags)]
     try:
-        runner.run_script(vars(module))
+        shell.run_script(vars(module))
     except SystemExit as ended:
         return ended.code
     finally:
@@ -172,14 +173,14 @@ def no_reports():
     """Reports, which take longer to draw than these runs to train, are made where a test asks for
     them.
     """
-    call = runner.call_script
+    call = shell.call_script
 
     def call_others(name, *flags):
         if not name.startswith("27_"):
             call(name, *flags)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "call_script", call_others)
+        patch.setattr(shell, "call_script", call_others)
         yield
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import run_script
 
 import common
-import runner
+import shell
 
 SYMMETRIES = list(itertools.product([False, True], repeat=3))
 
@@ -107,7 +107,7 @@ def test_presets_draw_the_same_affine_maps():
 
 
 def test_an_unknown_preset_is_refused_and_not_taken_for_another():
-    with pytest.raises(common.InputError) as refused:
+    with pytest.raises(shell.InputError) as refused:
         common.draw_augmentation(3, "mpaa", torch.Generator())
     presets = ", ".join(common.AUGMENTATIONS)
     assert f"'mpaa': expected one of {presets}" in str(refused.value)
@@ -122,7 +122,7 @@ def test_an_unknown_preset_on_the_command_line_ends_with_2(simulated, tmp_path, 
 
 def test_every_preset_is_allowed_as_aug():
     for preset in common.AUGMENTATIONS:
-        runner.check_constants({"AUG": preset})
+        shell.check_constants({"AUG": preset})
 
 
 def test_resized_patches_keep_order_and_colour():

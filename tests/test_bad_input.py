@@ -19,6 +19,7 @@ from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
 import runner
+import shell
 import slides
 
 
@@ -502,7 +503,7 @@ def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
         write_bytes(path, path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.unlink()
-    with pytest.raises(common.InputError, match=r"19_make_patches_and_csv\.py --data-root"):
+    with pytest.raises(shell.InputError, match=r"19_make_patches_and_csv\.py --data-root"):
         common.load_dataset(tmp_path, "harmony")
 
 
@@ -798,7 +799,7 @@ def test_readers_raise_nothing_but_input_errors(whole_root, name):
     @given(spoilt(whole))
     def read(content):
         path.write_bytes(content)
-        with suppress(common.InputError):
+        with suppress(shell.InputError):
             READERS[name](whole_root)
 
     try:
@@ -818,7 +819,7 @@ def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatc
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps({"data_root": str(one)}))
     assert runner.choose_out(script, one) == out
-    with pytest.raises(common.InputError, match="--out"):
+    with pytest.raises(shell.InputError, match="--out"):
         runner.choose_out(script, other)
 
 

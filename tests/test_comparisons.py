@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as torchvision
 
 import common
 import runner
+import shell
 
 # ------------------------------------------------------------------------------- what is trainable
 
@@ -525,7 +526,7 @@ def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
     ]
     ranked = ["first", "second", "no hvg", "test is not looked at"]
     assert script.rank_settings(records) == ranked
-    with pytest.raises(common.InputError, match="no setting"):
+    with pytest.raises(shell.InputError, match="no setting"):
         script.rank_settings([oof_record("undefined", None, 0.9, heg_n=0)])
 
 
@@ -564,7 +565,7 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(
 
 
 FROZEN = {
-    **runner.RECIPES["paper"],
+    **shell.RECIPES["paper"],
     **PAPER,
     **NETWORK,
     **AT_MEAN,

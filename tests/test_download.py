@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from conftest import SHARED, load_script, run_script
 
-import common
+import shell
 import slides
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
@@ -168,7 +168,7 @@ ENTRY = {"type": "file", "download_url": "https://example.org/x", "size": 4, "sh
 ])  # fmt: skip
 def test_a_listing_cannot_name_files_elsewhere(mirror, content):
     mirror.files["/listing"] = content.encode()
-    with pytest.raises(common.InputError, match=r"no plain file name|cannot be read"):
+    with pytest.raises(shell.InputError, match=r"no plain file name|cannot be read"):
         load_script("17").read_listing(f"{mirror.url}/listing")
 
 
@@ -281,9 +281,8 @@ def test_disk_space_is_checked_before_the_first_byte(mirror, liver, tmp_path, ca
 
 @pytest.mark.parametrize("url", ["http://example.org/x", "file:///etc/passwd", "ftp://127.0.0.1/x"])
 def test_only_https_is_fetched(url):
-    import common
 
-    with pytest.raises(common.InputError, match="https"):
+    with pytest.raises(shell.InputError, match="https"):
         load_script("17").connect(url)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from test_bad_input import check_one_line
 
 import common
+import shell
 import slides
 
 FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
@@ -174,7 +175,7 @@ def test_positions_in_doubt_are_refused(tmp_path, kind):
     table = spot_array().astype(str)
     table.loc[3, list(cells)] = list(cells.values())
     table.rename(columns=names).to_csv(tmp_path / "positions.csv", index=False)
-    with pytest.raises(common.InputError) as error:
+    with pytest.raises(shell.InputError) as error:
         slides.read_positions(tmp_path / "positions.csv")
     for word in ["positions.csv", *words]:
         assert word in str(error.value)

@@ -21,7 +21,7 @@ from test_interruptions import SCRIPTS, start
 from test_patches import make_root
 
 import common
-import runner
+import shell
 import slides
 
 NOBODY = 65534
@@ -36,7 +36,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(fcntl, "lockf", refuse)
     make_root(tmp_path)
     assert run_script("19", data_root=tmp_path, target="lognorm") == 0
-    runner.hold_folder(tmp_path)
+    shell.hold_folder(tmp_path)
     out = capsys.readouterr().out
     assert out.count("warning: ") == 1
     assert f"warning: {tmp_path}: its file system has no locks ({os.strerror(number)})" in out
@@ -62,7 +62,7 @@ def no_home(monkeypatch, tmp_path):
 
 def test_without_a_home_caches_lie_in_a_temporary_folder(no_home, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/mine")
-    runner.provide_caches()
+    shell.provide_caches()
     folder = Path(os.environ["NUMBA_CACHE_DIR"]).parent
     assert os.access(folder, os.W_OK)
     assert Path(os.environ["MPLCONFIGDIR"]).parent == folder
@@ -72,11 +72,11 @@ def test_without_a_home_caches_lie_in_a_temporary_folder(no_home, monkeypatch):
 
 def test_with_a_home_nothing_is_set(no_home, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    runner.provide_caches()
+    shell.provide_caches()
     assert "NUMBA_CACHE_DIR" not in os.environ
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "chosen"))
-    runner.provide_caches()
+    shell.provide_caches()
     assert "NUMBA_CACHE_DIR" not in os.environ
 
 
@@ -133,13 +133,13 @@ from datetime import timedelta
 sys.path.insert(0, {str(REPOSITORY)!r})
 import torch.distributed
 from tqdm import tqdm
-import runner, slides
+import shell, slides
 # {"-" * 40}
 # {"-" * 40}
 def main():
     print("waits", flush=True)
 {body}
-runner.run_script(globals())
+shell.run_script(globals())
 """)
     process = start([sys.executable, tmp_path / "script.py"])
     assert process.stdout.readline() == "waits\n", process.communicate()[1]
@@ -147,13 +147,13 @@ runner.run_script(globals())
     began = time.monotonic()
     process.send_signal(kind)
     try:
-        _, stderr = process.communicate(timeout=runner.GRACE + 20)
+        _, stderr = process.communicate(timeout=shell.GRACE + 20)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert stderr.splitlines()[-1] == runner.INTERRUPTED
+    assert stderr.splitlines()[-1] == shell.INTERRUPTED
     assert "Traceback" not in stderr
-    assert time.monotonic() - began < runner.GRACE + 15
+    assert time.monotonic() - began < shell.GRACE + 15
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -178,3 +178,75 @@ def test_scratch_files_where_disk_space_cannot_be_reserved(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir()), "it has no name"
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         slides.map_scratch(tmp_path, (10**7, 224, 224, 3))
+
+
+# ------------------------------------------------------------------------------------------- start
+SLOW = {"torch", "timm", "anndata", "scanpy", "polars", "sklearn", "scipy", "pandas", "numpy"}
+COMMANDS = {path.name[:2]: path for path in sorted(REPOSITORY.glob("[12]*.py"))}
+
+
+def modules_of(path, *flags):
+    """(exit code, stderr, names of the modules that were loaded) of a script's command."""
+    code = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as ended:
+    print("ENDED", ended.code or 0, *sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(path), *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    _, code, *modules = done.stdout[done.stdout.index("ENDED ") :].split()
+    return int(code), done.stderr, set(modules)
+
+
+@pytest.mark.parametrize("number", COMMANDS)
+def test_help_loads_no_package(number):
+    code, _, modules = modules_of(COMMANDS[number], "--help")
+    assert code == 0
+    assert not modules & SLOW
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "words"),
+    [
+        ("20", ["--epoch", "3"], "--help lists"),
+        ("21", ["--epochs", "three"], "invalid int value"),
+        ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
+        ("26", ["--weights", "nowhere"], "--weights nowhere: no such file or folder"),
+        ("27", ["--run", "nowhere"], "--run nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_in_the_command_is_told_before_any_package_is_loaded(number, flags, words):
+    code, stderr, modules = modules_of(COMMANDS[number], *flags)
+    assert code == 2
+    assert words in stderr
+    assert not modules & SLOW
+
+
+@pytest.mark.parametrize("number", ["17", "27"])
+def test_scripts_that_need_no_torch_do_not_load_it(number):
+    code = f"import sys, runpy; runpy.run_path({str(COMMANDS[number])!r}); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "torch" not in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "GOMP_SPINCOUNT=1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT=7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY=ACTIVE"),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    shell.choose_waiting()
+    assert shell.describe_waiting() == expected

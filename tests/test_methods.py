@@ -24,6 +24,7 @@ from torch import nn
 
 import common
 import runner
+import shell
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False}
@@ -377,7 +378,7 @@ def test_an_unknown_method_is_refused(finished, simulated):
 
 # --------------------------------------------------------------------------------------- script 24
 def recipe_24(script, **changed):
-    return runner.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
+    return shell.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
 
 
 def grid_of_spots(n_slides=3, side=14):
@@ -547,7 +548,7 @@ def test_a_bootstrap_draw_is_r_of_whole_blocks_drawn_by_hand():
     assert len(means) == common.DRAWS
     # In the order of the blocks' names.
     block = (spots["pxl_col"] // 500 * 4 + spots["pxl_row"] // 500).to_numpy()
-    seed = common.seed_of("bootstrap", *np.unique(spots["block"]))
+    seed = shell.seed_of("bootstrap", *np.unique(spots["block"]))
     random = np.random.default_rng(seed)
     drawn = random.multinomial(16, np.full(16, 1 / 16), common.DRAWS)
     for i in (0, 7, 999):

@@ -11,7 +11,7 @@ from conftest import run_script
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture
 
-import common
+import shell
 import slides
 
 TILES = {"tile": (128, 128), "compression": "zlib"}
@@ -28,7 +28,7 @@ def pixels_of(path):
 
 def refused(path, *words):
     """Whether an image is refused with these words, on opening or when it is read."""
-    with pytest.raises(common.InputError) as error:
+    with pytest.raises(shell.InputError) as error:
         pixels_of(path)
     for word in (path.name, *words):
         assert word in str(error.value)
@@ -353,7 +353,7 @@ def test_units_of_ome(tmp_path, size, unit):
 
 def test_a_unit_that_is_no_length_is_no_resolution(tmp_path):
     write_ome(tmp_path / "s.ome.tif", 0.5, "pixel")
-    with pytest.raises(common.InputError, match="--um-per-px"):
+    with pytest.raises(shell.InputError, match="--um-per-px"):
         slides.read_resolution(tmp_path / "s.ome.tif")
 
 

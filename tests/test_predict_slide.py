@@ -17,6 +17,7 @@ from test_patches import picture, spot_table
 from test_report import Page
 
 import common
+import shell
 import slides
 
 
@@ -183,7 +184,7 @@ def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
 
 
 def test_a_white_slide_has_no_tissue(tmp_path):
-    with pytest.raises(common.InputError, match="no tissue"):
+    with pytest.raises(shell.InputError, match="no tissue"):
         grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
 
 
@@ -217,7 +218,7 @@ def test_resolution_from_tags(tmp_path, tags, um):
     if um:
         assert slides.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
     else:
-        with pytest.raises(common.InputError, match="--um-per-px"):
+        with pytest.raises(shell.InputError, match="--um-per-px"):
             slides.read_resolution(tmp_path / "slide.tif")
 
 

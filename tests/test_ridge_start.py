@@ -11,8 +11,9 @@ from sklearn.linear_model import Ridge
 
 import common
 import runner
+import shell
 
-RECIPE = NETWORK | PAPER | runner.RECIPES["best"]
+RECIPE = NETWORK | PAPER | shell.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
 RECIPE |= {"BATCH_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu", "PRECISION": "fp32", "RECIPE": "best"}
 DEVICE = torch.device("cpu")
@@ -108,7 +109,7 @@ def test_pooled_stages_are_the_means_of_every_stages_output(split):
 
 
 def test_a_hidden_layer_cannot_start_as_a_ridge(split):
-    with pytest.raises(common.InputError, match="--hidden 16"):
+    with pytest.raises(shell.InputError, match="--hidden 16"):
         start(split, HIDDEN=16)
 
 

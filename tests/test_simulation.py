@@ -10,6 +10,7 @@ import tifffile
 from conftest import REPOSITORY, SHARED, load_script, stdout_of
 
 import common
+import shell
 from slides import read_matrix, read_positions
 
 
@@ -56,7 +57,7 @@ def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
     slides = []
     for tile in (256, 2048):
         monkeypatch.setattr(script, "TILE", tile)
-        rng = np.random.default_rng(common.seed_of(0))
+        rng = np.random.default_rng(shell.seed_of(0))
         path = tmp_path / f"{tile}.tif"
         fields = script.tissue_fields(table, shape, rng)
         script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
@@ -79,7 +80,7 @@ def test_real_geometry_gives_real_positions_and_names(tmp_path, monkeypatch):
     table, genes = script.read_geometry(SHARED / "gse240429", 3)
     assert table["in_tissue"].sum() == 2277
     assert len(genes) == 36601
-    random = np.random.default_rng(common.seed_of(0))
+    random = np.random.default_rng(shell.seed_of(0))
     base, visible, hidden = script.gene_table(genes["name"].tolist(), random)
     assert base.shape == (36601,)
     assert visible.shape[0] == hidden.shape[0] == 36601

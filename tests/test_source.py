@@ -4,6 +4,7 @@ what is written and printed, lines that fit a terminal.
 
 import ast
 import re
+import sys
 
 import pytest
 from conftest import REPOSITORY, SMALL_RUNS, load_script
@@ -32,6 +33,11 @@ def test_common_knows_neither_its_neighbours_nor_a_script():
     assert not imported & {"runner", "slides"}
     assert "globals" not in called
     assert "globals()" not in (REPOSITORY / "common.py").read_text()
+
+
+def test_shell_needs_no_package():
+    imported, _ = names_of(REPOSITORY / "shell.py")
+    assert imported <= sys.stdlib_module_names
 
 
 # ----------------------------------------------------------------------------------------- headers

@@ -30,6 +30,7 @@ from conftest import (
 
 import common
 import runner
+import shell
 
 RECIPE = {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4, "AUG": "mpa", "LOSS": "mse"}
 
@@ -112,8 +113,8 @@ def test_what_ran_before_does_not_matter(little):
 
 def test_a_new_loss_is_one_function_that_a_constant_names(little, monkeypatch):
     monkeypatch.setitem(common.LOSSES, "l1", F.l1_loss)
-    monkeypatch.setitem(runner.ALLOWED, "LOSS", tuple(common.LOSSES))
-    runner.check_constants({"LOSS": "l1"})
+    monkeypatch.setitem(shell.ALLOWED, "LOSS", tuple(common.LOSSES))
+    shell.check_constants({"LOSS": "l1"})
     _, history, named = train(little, RECIPE | {"LOSS": "l1"})
     _, _, given = train(little, loss=F.l1_loss)
     _, usual, by_mse = train(little)
@@ -123,8 +124,8 @@ def test_a_new_loss_is_one_function_that_a_constant_names(little, monkeypatch):
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(common.InputError, match="--loss huber: expected one of mse"):
-        runner.check_constants({"LOSS": "huber"})
+    with pytest.raises(shell.InputError, match="--loss huber: expected one of mse"):
+        shell.check_constants({"LOSS": "huber"})
 
 
 @pytest.mark.parametrize("killed_after", [1, 2])
@@ -236,7 +237,7 @@ def test_start_at_mean_sets_the_output_bias_to_the_training_spots_mean(
     def look(network, patches, target, train_spots, valid_spots, **options):
         bias = network.head[-1].bias.detach().numpy().copy()
         seen.append((bias, target[train_spots].mean(0)))
-        raise common.InputError("seen enough")
+        raise shell.InputError("seen enough")
 
     monkeypatch.setattr(common, "fit", look)
     for flags in ([], flags_of(AT_MEAN)):
@@ -248,7 +249,7 @@ def test_start_at_mean_sets_the_output_bias_to_the_training_spots_mean(
 
 def test_divergence_is_told_in_one_line(little):
     patches, target, *spots = little
-    with pytest.raises(common.InputError, match="LEARNING_RATE"):
+    with pytest.raises(shell.InputError, match="LEARNING_RATE"):
         train((patches, np.full_like(target, np.inf), *spots))
 
 

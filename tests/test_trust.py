@@ -28,6 +28,7 @@ from scipy.spatial.distance import cdist
 
 import common
 import runner
+import shell
 
 
 # ------------------------------------------------------------------------------ ceiling, Moran's I
@@ -408,7 +409,7 @@ def test_blank_patches_and_empty_spots_are_no_leak():
     counts = count_spots([1, 0], [1, 0], [500, 3])
     script = load_script("19")
     script.check_leaks(patches, counts)
-    with pytest.raises(common.InputError, match="pixels"):
+    with pytest.raises(shell.InputError, match="pixels"):
         script.check_leaks(patches[[2, 1, 2]], counts)
-    with pytest.raises(common.InputError, match="counts"):
+    with pytest.raises(shell.InputError, match="counts"):
         script.check_leaks(patches, count_spots([500, 3], [1, 0], [500, 3]))

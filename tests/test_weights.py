@@ -13,6 +13,7 @@ import torch
 from conftest import NETWORK, TINY, run_script, table_of
 
 import common
+import shell
 
 SMALL = "mobilenetv3_small_050"  # a backbone of half a million parameters
 
@@ -52,7 +53,7 @@ def test_a_folder_as_the_hub_has_it_is_read(tmp_path):
     safetensors.torch.save_file(trained.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": SMALL}))
     assert_same_weights(build(SMALL, tmp_path), trained)
-    with pytest.raises(common.InputError, match=r"holds no resnet18\.safetensors"):
+    with pytest.raises(shell.InputError, match=r"holds no resnet18\.safetensors"):
         build("resnet18", tmp_path)
 
 
@@ -71,7 +72,7 @@ def test_other_names_in_the_same_order_are_taken(tmp_path, backbone):
 def test_another_architecture_is_told_with_tensor_and_shapes(tmp_path):
     path = tmp_path / "resnet18.safetensors"
     safetensors.torch.save_file(pretend("densenet121").state_dict(), path)
-    with pytest.raises(common.InputError, match=r"\(.*\) stands where resnet18 has .* \(.*\)"):
+    with pytest.raises(shell.InputError, match=r"\(.*\) stands where resnet18 has .* \(.*\)"):
         build("resnet18", path)
 
 
@@ -79,7 +80,7 @@ def test_another_architecture_is_told_with_tensor_and_shapes(tmp_path):
 def test_a_deeper_network_that_holds_all_names_is_another_one(tmp_path, other):
     path = tmp_path / "resnet18.safetensors"
     safetensors.torch.save_file(pretend(other).state_dict(), path)
-    with pytest.raises(common.InputError, match=r"layer.*which resnet18 does not have"):
+    with pytest.raises(shell.InputError, match=r"layer.*which resnet18 does not have"):
         build("resnet18", path)
 
 
@@ -96,10 +97,10 @@ class Malice:
 def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
     path = tmp_path / f"{SMALL}.pth"
     torch.save({"state_dict": Malice(tmp_path / "ran")}, path)
-    with pytest.raises(common.InputError, match="not a file of weights"):
+    with pytest.raises(shell.InputError, match="not a file of weights"):
         build(SMALL, path)
     path.write_bytes(pickle.dumps(Malice(tmp_path / "ran")))
-    with pytest.raises(common.InputError, match="not a file of weights"):
+    with pytest.raises(shell.InputError, match="not a file of weights"):
         build(SMALL, path)
     assert not (tmp_path / "ran").exists()
 
@@ -113,14 +114,14 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
     else:
         torch.save(state, path)
     path.write_bytes(path.read_bytes()[:10_000])
-    with pytest.raises(common.InputError, match="not a file of weights"):
+    with pytest.raises(shell.InputError, match="not a file of weights"):
         build(SMALL, path)
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(common.InputError, match="no such file or folder"):
+    with pytest.raises(shell.InputError, match="no such file or folder"):
         build(SMALL, tmp_path / "nowhere")
-    with pytest.raises(common.InputError, match=f"holds no {SMALL}"):
+    with pytest.raises(shell.InputError, match=f"holds no {SMALL}"):
         build(SMALL, tmp_path)
 
 
@@ -131,7 +132,7 @@ def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     recipe = NETWORK | {"BACKBONE": SMALL, "PRETRAINED": True}
-    with pytest.raises(common.InputError, match=f"--pretrained FOLDER with {SMALL}.safetensors"):
+    with pytest.raises(shell.InputError, match=f"--pretrained FOLDER with {SMALL}.safetensors"):
         common.build_model(recipe, 5, 0)
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "it was not tried again and again"
 
@@ -148,14 +149,14 @@ def test_backbones_for_one_size_take_it_or_say_so(backbone, size, fits):
         images = torch.zeros(2, 3, size, size)
         assert common.build_model(recipe, 5, 0).eval()(images).shape == (2, 5)
         return
-    with pytest.raises(common.InputError, match=rf"{backbone}.*--image-size"):
+    with pytest.raises(shell.InputError, match=rf"{backbone}.*--image-size"):
         common.build_model(recipe, 5, 0)
 
 
 @pytest.mark.parametrize("pool_stages", [False, True])
 def test_an_image_that_is_too_small_is_told_whatever_the_head_sees(pool_stages):
     recipe = NETWORK | {"BACKBONE": "inception_v3", "IMAGE_SIZE": 32, "POOL_STAGES": pool_stages}
-    with pytest.raises(common.InputError, match=r"inception_v3 cannot take --image-size 32"):
+    with pytest.raises(shell.InputError, match=r"inception_v3 cannot take --image-size 32"):
         common.build_model(recipe, 5, 0)
 
 

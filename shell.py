@@ -1,0 +1,484 @@
+"""The start and the end of a script: errors, files, its constants and the command line.
+
+Needs no package but Python itself, so that --help and what is wrong in a command are told at once:
+torch and its company take five seconds to load.
+"""
+
+import argparse
+import ast
+import atexit
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+SPINS = 1000  # of an OpenMP thread that waits; as it comes, some 300,000
+R_THRESHOLD = 0.30  # the paper counts the genes above it
+# Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
+BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
+RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
+
+
+class InputError(Exception):
+    """The user's input is at fault. Its one line names the file or value, what was expected and the
+    fix.
+    """
+
+
+# -------------------------------------------------------------------------------------------- files
+@contextmanager
+def whole_file(path):
+    """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
+
+    What a kill leaves behind is overwritten the next time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Writers look at the suffix, so it stays.
+    partial = path.with_name(f".partial-{RANK}-{path.name}")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_csv(path, table):
+    """Write the table, without its index, whole or not at all."""
+    with whole_file(path) as partial:
+        table.to_csv(partial, index=False)
+
+
+def save_json(path, content):
+    """Write the content as indented JSON, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_figure(path, figure, description):
+    """Write a figure whole, with the text that stands for it where it cannot be seen."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=100, metadata={"Description": description})
+
+
+def reserve_disk(path):
+    """Take the space of a sparse file now: written through memory, a full disk would kill the
+    process later.
+
+    Where the system cannot reserve (macOS), the free space is at least compared with what is
+    needed.
+    """
+    size = path.stat().st_size
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return
+    with open(path, "rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def hash_file(path):
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seed_of(*words):
+    """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not
+    matter.
+    """
+    digest = hashlib.sha256(repr(words).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def fingerprint_of(meta_text):
+    """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
+    return hashlib.sha256(meta_text).hexdigest()[:16]
+
+
+# Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
+# part in what a record was made with. What "best" does was chosen on validation slides of HER2ST.
+RECIPES = {
+    "paper": {
+        "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
+        "POOL_STAGES": False,  # the head sees every stage's mean over the image
+        "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
+        "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
+        "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
+        "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
+    },
+    "best": {
+        "HEAD_START": "ridge",
+        "POOL_STAGES": True,
+        "FREEZE_BATCHNORM": True,
+        "HEAD_LEARNING_RATE": 2e-5,
+        "GENE_WEIGHTS": "predictable",
+        "BEST_EPOCH": "heg",
+        "HIDDEN": 0,
+        "AUG": "stnet",
+        "EPOCHS": 5,
+        "LEARNING_RATE": 6e-5,
+        "TTA": True,
+    },
+}
+# What a constant that several scripts have may be: one of these words, or a number from the least
+# to the greatest. A script has an ALLOWED of its own for its other constants.
+ALLOWED = {
+    "TARGET": ("harmony", "lognorm"),
+    "PROTOCOL": ("paper", "loso", "block"),
+    "RECIPE": tuple(RECIPES),
+    "HEAD_START": ("zero", "mean", "ridge"),
+    "GENE_WEIGHTS": ("equal", "predictable"),
+    "BEST_EPOCH": ("mse", "heg"),
+    "HEAD_LEARNING_RATE": (0, 1),
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
+    "IMAGE_SIZE": (32, 4096),
+    "HIDDEN": (0, 10**6),
+    "TRAINABLE_STAGES": (-1, 1000),
+    "VALID_FRACTION": (0, 1),
+    "LEARNING_RATE": (0, 1),
+    "BATCH_SIZE": (2, 10**6),
+    "EPOCHS": (1, 10**6),
+    "UM_PER_PX": (0, 20),
+}
+TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
+LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
+
+
+# ---------------------------------------------------------------------------------------- constants
+def recipe_of(script):
+    """{name: value} of the constants in a script's ruled block as they stand now, and of what its
+    RECIPE sets beside them.
+    """
+    constants = {name: script[name] for name in read_comments(script)}
+    return RECIPES[constants.get("RECIPE", "paper")] | constants
+
+
+def read_comments(script):
+    """{name: comment} of the constants in a script's ruled block."""
+    block = LINE.split(Path(script["__file__"]).read_text(encoding="utf-8"))[1]
+    pattern = r"^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$"
+    return dict(re.findall(pattern, block, flags=re.MULTILINE))
+
+
+def flag_of(name):
+    """A constant's name on the command line."""
+    return "--" + name.lower().replace("_", "-")
+
+
+def show_constant(value):
+    """A constant's value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse_constant(name, default, text):
+    """The text of the command line as a value of the type of `default`; () takes whole numbers."""
+    if isinstance(default, bool):
+        words = {"true": True, "false": False}
+        if name in TAKES_A_PATH:
+            return words.get(text.lower(), text)
+        return words[text.lower()]
+    if isinstance(default, tuple):
+        kind = type(default[0]) if default else int
+        return tuple(kind(part) for part in text.split(",") if part)
+    return type(default)(text)
+
+
+def build_parser(script):
+    """argparse's parser of a script: a flag a constant, its comment and value as the help."""
+
+    def refuse(message):
+        raise InputError(f"{message}; --help lists this script's constants")
+
+    parser = argparse.ArgumentParser(
+        description=script["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the docstring's lines
+        allow_abbrev=False,
+    )
+    parser.error = refuse
+    for name, comment in read_comments(script).items():
+        value = script[name]
+
+        def parse(text, name=name, default=value):
+            try:
+                return parse_constant(name, default, text)
+            except (KeyError, ValueError):
+                kind = type(default).__name__
+                raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
+
+        options = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        text = f"{comment} [{show_constant(value)}]".replace("%", "%%")
+        parser.add_argument(flag_of(name), dest=name, type=parse, metavar="", help=text, **options)
+    return parser
+
+
+def override_constants(script, argv):
+    """Set a script's constants from the command line, those of `--recipe` and `--quick` first.
+    Prints what changed.
+    """
+    given = vars(build_parser(script).parse_args(argv))
+    values = {name: value for name, value in given.items() if value is not None}
+    quick = values.get("QUICK", script.get("QUICK", False))
+    if quick:
+        values = script["QUICK_BUDGET"] | values
+    recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
+    if recipe != "paper":
+        if quick or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
+            raise InputError(
+                f"--recipe {recipe}: starts from pretrained weights, which --quick and "
+                "--pretrained false leave out"
+            )
+        own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
+        values = own | values
+    for name, value in values.items():
+        if value != script[name]:
+            print(f"{name} = {value!r}")
+    script.update(values)
+    check_constants(script, ALLOWED | script.get("ALLOWED", {}))
+
+
+def check_constants(script, allowed):
+    """InputError where a constant has a value that `allowed` {name: choices} leaves out."""
+    for name in script.keys() & allowed.keys():
+        value, choices = script[name], allowed[name]
+        if isinstance(choices[0], str):
+            fits = value in choices
+            expected = f"one of {', '.join(choices)}"
+        else:
+            least, greatest = choices
+            fits = least <= value <= greatest
+            expected = f"a number from {least} to {greatest}"
+        if not fits:
+            raise InputError(f"{flag_of(name)} {value}: expected {expected}")
+
+
+# ------------------------------------------------------------------------ start and end of a script
+def check_command(path, *, files=(), dataset=False):
+    """Answer --help, and end the process with 2 where the command line of the script at `path`
+    holds a mistake, before the script loads torch.
+
+    Where one of the constants `files` names a file or folder, it must be there; with `dataset` the
+    data root must have been through script 19.
+    """
+    choose_waiting()
+    script = read_script(path)
+    try:
+        given = vars(build_parser(script).parse_args(sys.argv[1:]))
+        for name, value in given.items():
+            if value is not None:
+                script[name] = value
+        for name in files:
+            if script[name] and not Path(script[name]).exists():
+                raise InputError(f"{flag_of(name)} {script[name]}: no such file or folder")
+        if dataset and not script["QUICK"]:  # --quick makes its slides.
+            find_dataset(script["DATA_ROOT"])
+    except InputError as error:
+        end_with(error)
+
+
+def choose_waiting():
+    """Have OpenMP's threads sleep soon when they wait for each other, unless the user has said how.
+
+    As they come, they spin for milliseconds, and beside a busy process that takes the core from
+    the very thread that is waited for. GNU's OpenMP, which torch brings, reads this when it loads.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+
+
+def describe_waiting():
+    """How OpenMP's threads wait in this process: its environment variable."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        if name in os.environ:
+            return f"{name}={os.environ[name]}"
+    return "OpenMP as it comes"
+
+
+def read_script(path):
+    """{name: value} of a script's docstring and constants, which are read and not run."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
+    constants = read_comments(script)
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id in constants:
+            script[node.targets[0].id] = ast.literal_eval(node.value)
+    return script
+
+
+def find_dataset(data_root):
+    """The folder that script 19 has made in a data root. InputError with its command where there is
+    none.
+    """
+    folder = Path(data_root, "dataset")
+    if not (folder / "meta.json").is_file():
+        command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
+        raise InputError(f"no meta.json in {folder}: run {command} first")
+    return folder
+
+
+def end_with(error):
+    """Print an error as one line, whatever a library's message held, and end the process with 2."""
+    print("error:", *str(error).split(), file=sys.stderr)
+    sys.exit(2)
+
+
+def run_script(script):
+    """Apply the command line to a script's globals and call its main().
+
+    Ends the process with 2 on an InputError, a full disk or the loss of another process of
+    torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
+    """
+    provide_caches()
+    screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
+    try:
+        with ending_at_signals(), redirect_stdout(screen):
+            override_constants(script, sys.argv[1:])
+            script["main"]()
+    except InputError as error:
+        end_with(error)
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        print(f"error: {reason} run the same command again", file=sys.stderr)
+        sys.exit(2)
+
+
+INTERRUPTED = "interrupted: run the same command again"
+GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
+
+
+@contextmanager
+def ending_at_signals():
+    """Have SIGTERM, by which torchrun and batch systems end a process, be the same as Ctrl-C, and
+    either end it soon.
+
+    KeyboardInterrupt is not raised as long as the process waits inside a library, as for another
+    rank; a thread hears of the signal all the same.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard, noted = os.pipe()
+    os.set_blocking(noted, False)
+    before = signal.set_wakeup_fd(noted)
+    is_over = threading.Event()
+    threading.Thread(target=end_late, args=(heard, is_over), daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        os.close(noted)
+
+
+def end_late(heard, is_over):
+    """End the process if it has not ended by itself GRACE seconds after a signal."""
+    with open(heard, "rb", buffering=0) as file:
+        number = file.read(1)  # Nothing, once the other end is closed.
+    if number and not is_over.wait(GRACE):
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def provide_caches():
+    """Have libraries keep their files in a temporary folder where there is no home to write to, as
+    in containers: numba would refuse to be imported.
+    """
+    if can_write_at_home():
+        return
+    folder = tempfile.mkdtemp(prefix="caches-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "HF_HOME"):
+        os.environ.setdefault(name, str(Path(folder, name.lower())))
+
+
+def can_write_at_home():
+    """Whether there is a folder for caches where libraries look for it."""
+    try:
+        usual = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        Path(usual).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that is no folder, or nobody's
+        return False
+    return os.access(usual, os.W_OK)
+
+
+def explain(error):
+    """What outside this program an exception comes from: a full disk, a process that ended; else
+    None.
+    """
+    first = error  # torch and HDF5 raise others on top of the disk's own
+    while first.__context__ is not None:
+        first = first.__context__
+    if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
+        return "no space left on the disk: free some and"
+    distributed = sys.modules.get("torch.distributed")  # If it is not loaded, it raised nothing.
+    of_another = distributed is not None and isinstance(first, distributed.DistError)
+    if of_another or "gloo/" in str(first):  # gloo's own errors are plain RuntimeErrors.
+        return f"another process of this run ended ({str(first).splitlines()[0]}):"
+    return None
+
+
+def call_script(name, *flags):
+    """Run another numbered script in this process, its command printed first. What it refuses ends
+    this one as well.
+    """
+    print("$ python", name, *flags, flush=True)
+    path = str(Path(__file__).with_name(name))
+    before = sys.argv
+    sys.argv = [path, *flags]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def hold_folder(folder):
+    """Keep other processes, but torchrun's of the same run, out of a folder until this process
+    ends.
+    """
+    if RANK:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Left open, because closing it gives the lock back.
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{folder}: no folder to write to ({error.strerror}): choose another one"
+        ) from None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(
+            f"{folder}: another process is writing there: wait until it ends, or choose another "
+            "folder"
+        ) from None
+    except OSError as error:  # of a file system without locks, as NFS and Lustre may be mounted
+        warn_of_no_locks(folder, error.strerror)
+
+
+@functools.cache  # so that it is said once
+def warn_of_no_locks(folder, reason):
+    """Print that two runs on a folder would not notice each other."""
+    print(
+        f"warning: {folder}: its file system has no locks ({reason}): two runs at once are not "
+        "kept apart, so start one at a time"
+    )
