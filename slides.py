@@ -65,6 +65,7 @@ BAND = 512  # rows of an image that lies open as one array are handed on so many
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
+ARRAY = ["array_row", "array_col"]
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
     "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
@@ -758,17 +759,30 @@ def count_bins(outs, bin_um):
 def group_bins(bins, side, bin_um):
     """(positions of spots of side x side bins, (n bins,) number of each bin's spot).
 
-    Positions are as read_positions gives them; array_row and array_col count spots, and the centre
-    is the mean of the bins. A spot is in_tissue where half of its side x side bins are: those that
-    the border of the slide cuts off are not.
+    Positions are as read_positions gives them; array_row and array_col count spots. A spot is
+    in_tissue where half of its side x side bins are: those that the border of the slide cuts off
+    are not.
     """
-    places = bins[["array_row", "array_col"]] // side
-    groups = bins.groupby([places["array_row"], places["array_col"]])
-    spots = np.rint(groups[PLACE].mean()).astype(np.int64)
+    squares = bins[ARRAY] // side
+    groups = bins.groupby([squares["array_row"], squares["array_col"]])
+    spots = np.rint(find_centres(bins, groups, side)).astype(np.int64)
     spots["in_tissue"] = (2 * groups["in_tissue"].sum() >= side**2).astype(np.int64)
     barcodes = [f"s_{bin_um:03.0f}um_{row:05d}_{column:05d}-1" for row, column in spots.index]
     spots = spots.reset_index().set_axis(pd.Index(barcodes, name="barcode"))
     return spots[POSITION_COLUMNS[1:]], groups.ngroup().to_numpy()
+
+
+def find_centres(bins, groups, side):
+    """The centres of squares of side x side bins, a table of PLACE by row and column of squares.
+
+    It is the mean of the bins; of a square that the border of the slide cuts, it is moved to where
+    the mean would be with the bins that lack, by the affine map from bins to px.
+    """
+    array, pixels = bins[ARRAY] - bins[ARRAY].mean(), bins[PLACE] - bins[PLACE].mean()
+    affine = np.linalg.lstsq(array.to_numpy(np.float64), pixels.to_numpy(np.float64))[0]
+    means = groups[PLACE].mean()
+    whole = side * means.index.to_frame().to_numpy() + (side - 1) / 2
+    return means + (whole - groups[ARRAY].mean().to_numpy()) @ affine
 
 
 def sum_bins(counts, spot_of_bin, n_spots):
