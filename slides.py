@@ -731,8 +731,8 @@ def make_spots(outs, name, bin_um):
             f"{positions_file}: no position for barcode {table.obs_names[rows < 0][0]} of {matrix}:"
             " the two files are not of one slide"
         )
-    counts = sum_bins(table.X, spot_of_bin[rows], len(spots))
-    summed = anndata.AnnData(counts[tissue], spots[tissue], table.var)
+    counts = sum_bins(table.X, spot_of_bin[rows], tissue)
+    summed = anndata.AnnData(counts, spots[tissue], table.var)
     print(
         f"{name}: {len(bins):,} bins are summed to {len(spots):,} spots of {bin_um:g} um, "
         f"{tissue.sum():,} of them in_tissue"
@@ -785,12 +785,15 @@ def find_centres(bins, groups, side):
     return means + (whole - groups[ARRAY].mean().to_numpy()) @ affine
 
 
-def sum_bins(counts, spot_of_bin, n_spots):
-    """(n_spots, G) CSR: the rows of counts (n bins, G), summed by the number of their spot."""
+def sum_bins(counts, spot_of_bin, kept):
+    """CSR: the rows of counts (n bins, G), CSR, summed by the number of their spot.
+
+    Spots are left out that `kept`, one bool for each, does not name.
+    """
     n_bins = len(spot_of_bin)
     ones = np.ones(n_bins, counts.dtype)
-    belongs = scipy.sparse.csr_matrix((ones, (spot_of_bin, np.arange(n_bins))), (n_spots, n_bins))
-    return belongs @ counts
+    belongs = scipy.sparse.csr_matrix((ones, (spot_of_bin, np.arange(n_bins))), (len(kept), n_bins))
+    return belongs[kept] @ counts
 
 
 def write_h5_matrix(path, table):
