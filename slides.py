@@ -224,6 +224,8 @@ def read_parquet(path, spellings):
     except (OSError, EOFError, zlib.error, polars.exceptions.PolarsError) as error:
         cause = str(error).splitlines()[0]
         raise InputError(f"{path}: not a whole .parquet ({cause}); fetch it again") from None
+    if not table.columns:
+        raise InputError(f"{path}: holds no column")
     columns = name_columns(path, table.columns, spellings, None)
     cells = [column.to_numpy() for column in table.iter_columns()]
     table = pd.DataFrame(dict(zip(columns, cells, strict=True)))
@@ -277,7 +279,8 @@ def fit_row(path, row, width):
 def parse_numbers(texts, separator):
     """Texts as float64, with a point or a comma before decimals; NaN for what is no number.
 
-    Where commas separate the cells, 1,234 in quotes may be a thousand and is no number here.
+    Columns of numbers, as a .parquet has, are taken as they are. Where commas separate the cells,
+    1,234 in quotes may be a thousand and is no number here.
     """
     if pd.api.types.is_numeric_dtype(texts):
         return texts.astype(np.float64)

@@ -12,7 +12,7 @@ import polars
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import stdout_of
+from conftest import stdout_of, write_slide
 from PIL import Image
 from test_files import GENES, paint, refuse
 
@@ -156,6 +156,24 @@ def test_the_hires_image_of_bins(tmp_path):
     assert "2.00 um/px" in printed
     table = anndata.read_h5ad(tmp_path / "mine" / "dataset" / "counts.h5ad")
     assert set(table.obs["pitch"]) == {112 / 2}
+
+
+def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
+    """As script 26 takes it: a folder without a data root."""
+    outs, image = make_hd(tmp_path / "liver")
+    binned = outs / "binned_outputs" / "square_008um"
+    binned = binned.rename(binned.with_name("square_016um"))
+    scales = SCALES | {"bin_size_um": 16.0, "microns_per_pixel": 1.0}
+    (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    (binned / "filtered_feature_bc_matrix.h5").unlink()
+    table, counts = make_bins()
+    write_slide(tmp_path / "made", "no.tif", table, counts, GENES)
+    (tmp_path / "made" / "matrix1").rename(binned / "filtered_feature_bc_matrix")
+    slide, positions = slides.read_space_ranger(outs, image, bin_um=112.0)
+    spots = slides.read_spots(slide, positions)
+    assert slide.um_per_px == 1.0 and set(spots.obs["pitch"]) == {7 * BIN_PX}
+    whole = counts.sum(1).reshape(ROWS, COLUMNS)[7:14, :7]
+    assert spots.obs.loc["1_s_112um_00001_00000-1", "n_counts"] == whole.sum()
 
 
 def test_positions_may_be_a_parquet(tmp_path):
