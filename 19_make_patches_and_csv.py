@@ -55,12 +55,13 @@ UM_PER_PX = 0.0  # of the patches; another slide is resampled to it; 0 = each sl
 FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write slides.csv first
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
+BIN_UM = 56.0  # spots to which the bins of Visium HD are summed; a multiple of the bins' 8 or 16 um
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
-ALLOWED = {"HVG_PER_SLIDE": (1, 10**6)}
+ALLOWED = {"HVG_PER_SLIDE": (1, 10**6), "BIN_UM": (2, 2000)}
 
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
@@ -583,7 +584,7 @@ def main():
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
-        slides.write_manifest(root, folders, images, USE_HIRES)
+        slides.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     manifest = slides.read_manifest(root)
     shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}

@@ -182,7 +182,8 @@ def choose_sample():
         raise InputError(f"--matrix {MATRIX}: {POSITIONS} has its own")
     if UM_PER_PX:
         raise InputError(
-            f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, since its spots are 100 um apart"
+            f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, by its spots 100 um apart or, of "
+            "Visium HD, by microns_per_pixel; leave it out"
         )
     image = check_image() if IMAGE else None
     return slides.read_space_ranger(Path(POSITIONS), image)

@@ -31,8 +31,10 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
+import polars
 import scipy.io
 import scipy.ndimage
 import scipy.sparse
@@ -52,6 +54,9 @@ from shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+BIN_UM = 56.0  # um, the spots to which the bins of Visium HD are summed
+BIN_POSITIONS = "tissue_positions.parquet"
+BINS = ("square_008um", "square_016um")  # of Visium HD's folders, the finest of these is read
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 VIEW = 64  # px, the side of the views by which two images are compared
 SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
@@ -62,6 +67,7 @@ BAND = 512  # rows of an image that lies open as one array are handed on so many
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
+ARRAY = ["array_row", "array_col"]
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
     "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
@@ -213,6 +219,22 @@ def read_table(path, spellings, row_names=None):
     return table
 
 
+def read_parquet(path, spellings):
+    """A .parquet as read_table gives a table with a head; numbers stay numbers."""
+    try:
+        table = polars.read_parquet(io.BytesIO(read_bytes(path)))
+    except (OSError, EOFError, zlib.error, polars.exceptions.PolarsError) as error:
+        cause = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a whole .parquet ({cause}); fetch it again") from None
+    if not table.columns:
+        raise InputError(f"{path}: holds no column")
+    columns = name_columns(path, table.columns, spellings, None)
+    cells = [column.to_numpy() for column in table.iter_columns()]
+    table = pd.DataFrame(dict(zip(columns, cells, strict=True)))
+    table.attrs = {"named": True, "separator": "\t"}
+    return table
+
+
 def holds_no_names(heads):
     """Whether a first line is the head that R or pandas give a table without names."""
     heads = heads if heads[0] else heads[1:]
@@ -259,8 +281,11 @@ def fit_row(path, row, width):
 def parse_numbers(texts, separator):
     """Texts as float64, with a point or a comma before decimals; NaN for what is no number.
 
-    Where commas separate the cells, 1,234 in quotes may be a thousand and is no number here.
+    Columns of numbers, as a .parquet has, are taken as they are. Where commas separate the cells,
+    1,234 in quotes may be a thousand and is no number here.
     """
+    if pd.api.types.is_numeric_dtype(texts):
+        return texts.astype(np.float64)
     doubtful = texts.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+")
     numbers = pd.to_numeric(texts.str.replace(",", ".", regex=False), errors="coerce")
     return numbers.astype(np.float64).mask(doubtful & (separator == ","))
@@ -399,26 +424,28 @@ def find_named(root, row, column):
 # -------------------------------------------------------------------------------- Space Ranger
 
 
-def read_space_ranger(folder, image=None, check=True):
+def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     """(Slide, its positions) of a folder outs/ of Space Ranger, or of the folder that holds outs/.
 
     Its full-resolution image is not among Space Ranger's files. Without `image`,
     tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
     px follow from the spots, which are 100 um apart. An image is held against the hires image, but
-    where `check` is False.
+    where `check` is False. The bins of Visium HD are summed to spots of `bin_um`, whose files lie
+    in scratch_folder(); their um per px is stated.
     """
     outs = find_outs(folder)
-    if (outs / "binned_outputs").is_dir():
-        raise InputError(
-            f"{outs}: Visium HD, which has no spots of 55 um; Visium and CytAssist are read"
-        )
-    positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
-    matrix = find_output(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
     if image is not None and not image.exists():
         raise InputError(f"image {image}: no such file")
-    positions = read_positions(positions_file)
-    um_per_px = SPOT_PITCH / measure_pitch(positions)
     name = name_sample(folder)
+    if is_binned(outs):
+        positions_file, matrix = make_spots(outs, name, bin_um)
+        positions = read_positions(positions_file)
+        um_per_px = read_scale(outs, "microns_per_pixel")
+    else:
+        positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
+        matrix = find_matrix(outs)
+        positions = read_positions(positions_file)
+        um_per_px = SPOT_PITCH / measure_pitch(positions)
     if image is None:
         image = find_spatial(outs, "tissue_hires_image.png")
         scale = read_hires_scale(outs)
@@ -433,8 +460,25 @@ def read_space_ranger(folder, image=None, check=True):
 
 
 def find_outs(folder):
-    """The folder outs/ of Space Ranger, which may be `folder` itself."""
-    return folder / "outs" if (folder / "outs").is_dir() else folder
+    """The folder outs/ of Space Ranger, which may be `folder` itself; of Visium HD, its bins'."""
+    outs = folder / "outs" if (folder / "outs").is_dir() else folder
+    binned = outs / "binned_outputs"
+    if not binned.is_dir():
+        return outs
+    for name in BINS:
+        if (binned / name).is_dir():
+            return binned / name
+    raise InputError(f"{binned}: Visium HD without {' or '.join(BINS)}; copy one of them there")
+
+
+def is_binned(outs):
+    """Whether a folder holds what outs/ does, of the bins of Visium HD."""
+    return outs.absolute().name.startswith("square_") or (outs / "spatial" / BIN_POSITIONS).exists()
+
+
+def find_matrix(outs):
+    """The matrix in a folder of Space Ranger."""
+    return find_output(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
 
 
 def find_spatial(outs, *names):
@@ -451,18 +495,28 @@ def find_output(folder, *names):
 
 
 def name_sample(folder):
-    """The name of a sample's folder, which holds outs/ or is outs/ itself."""
+    """The name of a sample's folder, which holds outs/, is outs/, or is a folder of bins in it."""
     place = folder.absolute()
+    if place.parent.name == "binned_outputs":
+        place = place.parent.parent
     return (place.parent if place.name == "outs" else place).resolve().name
 
 
 def read_hires_scale(outs):
     """px of the hires image a full-resolution px, as Space Ranger's scalefactors_json.json says."""
+    return read_scale(outs, "tissue_hires_scalef")
+
+
+def read_scale(outs, name):
+    """A number above 0 that Space Ranger's scalefactors_json.json states under this name."""
     path = find_spatial(outs, "scalefactors_json.json")
     try:
-        return float(json.loads(decode_text(read_bytes(path)))["tissue_hires_scalef"])
+        scale = float(json.loads(decode_text(read_bytes(path)))[name])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no tissue_hires_scalef ({error})") from None
+        raise InputError(f"{path}: no {name} ({error})") from None
+    if not 0 < scale < math.inf:
+        raise InputError(f"{path}: {name} is {scale:g}; expected a number above 0")
+    return scale
 
 
 @dataclass(frozen=True)
@@ -577,8 +631,11 @@ def describe_misfit(name, folder, view, expected, order):
     return f"{name} {view.path} {cause}: {fix}"
 
 
-def write_manifest(root, folders, images, use_hires):
-    """slides.csv for Space Ranger's folders and their images, and root/links/ to what it names."""
+def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
+    """slides.csv for Space Ranger's folders and their images, and root/links/ to what it names.
+
+    Positions and matrix of Visium HD, of spots of `bin_um`, are written there.
+    """
     if len(images) not in (0, len(folders)):
         raise InputError(
             f"--images: {len(images)} images for {len(folders)} folders of Space Ranger: "
@@ -590,7 +647,7 @@ def write_manifest(root, folders, images, use_hires):
             "--cytaimage: name it with --images, or take --use-hires"
         )
     path = root / "slides.csv"
-    samples = read_samples(folders, images or [None] * len(folders))
+    samples = read_samples(folders, images or [None] * len(folders), bin_um)
     if images:
         check_images("--images", folders, images)
     linked = [name_links(slide, scaled=not images) for slide, _ in samples]
@@ -602,21 +659,21 @@ def write_manifest(root, folders, images, use_hires):
         )
     for (slide, positions), links in zip(samples, linked, strict=True):
         place_link(root / links.image, slide.image)
-        place_link(root / links.matrix, slide.matrix)
+        place_file(root / links.matrix, slide.matrix)
         if images:
-            place_link(root / links.positions, slide.positions)
+            place_file(root / links.positions, slide.positions)
         else:
             shell.save_csv(root / links.positions, positions.reset_index())
     shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
 
 
-def read_samples(folders, images):
+def read_samples(folders, images, bin_um):
     """[(Slide, its positions)] of Space Ranger's folders; those of one name get their number."""
     names = [name_sample(folder) for folder in folders]
     samples = []
     for number, (folder, image) in enumerate(zip(folders, images, strict=True), 1):
-        slide, positions = read_space_ranger(folder, image, check=False)
+        slide, positions = read_space_ranger(folder, image, False, bin_um)
         name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
         slide = replace(slide, tissue_index=number, name=name, donor=name)
         samples.append((slide, positions))
@@ -635,6 +692,16 @@ def name_links(slide, scaled):
     )
 
 
+def place_file(place, path):
+    """Make a link to a path, or a copy of a file that would go when the process ends."""
+    if scratch_folder() not in path.parents:
+        place_link(place, path)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with common.whole_file(place) as partial:
+        shutil.copyfile(path, partial)
+
+
 def place_link(link, path):
     """Make a link to a path, in place of an older link."""
     if link.exists() and not link.is_symlink():
@@ -644,6 +711,123 @@ def place_link(link, path):
     link.symlink_to(path.resolve())
 
 
+# -------------------------------------------------------------------------------- Visium HD
+
+
+def make_spots(outs, name, bin_um):
+    """(positions file, matrix file) of spots of `bin_um`, summed from a folder of Visium HD's bins.
+
+    Both lie in scratch_folder(). The matrix holds the spots of the tissue alone.
+    """
+    side = count_bins(outs, bin_um)
+    positions_file, matrix = find_spatial(outs, BIN_POSITIONS), find_matrix(outs)
+    bins = read_positions(positions_file)
+    spots, spot_of_bin = group_bins(bins, side, bin_um)
+    tissue = (spots["in_tissue"] == 1).to_numpy()
+    if not tissue.any():
+        raise InputError(
+            f"{positions_file}: no spot of {bin_um:g} um has half of its bins in_tissue"
+        )
+    table = read_matrix_file(matrix)
+    check_counts(table, matrix)
+    rows = bins.index.get_indexer(table.obs_names)
+    if (rows < 0).any():
+        raise InputError(
+            f"{positions_file}: no position for barcode {table.obs_names[rows < 0][0]} of {matrix}:"
+            " the two files are not of one slide"
+        )
+    counts = sum_bins(table.X, spot_of_bin[rows], tissue)
+    summed = anndata.AnnData(counts, spots[tissue], table.var)
+    print(
+        f"{name}: {len(bins):,} bins are summed to {len(spots):,} spots of {bin_um:g} um, "
+        f"{tissue.sum():,} of them in_tissue"
+    )
+    folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
+    made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5"
+    common.save_csv(made[0], spots.reset_index())
+    write_h5_matrix(made[1], summed)
+    return made
+
+
+def count_bins(outs, bin_um):
+    """How many bins of a folder of Visium HD lie along the side of a spot of `bin_um`."""
+    size = read_scale(outs, "bin_size_um")
+    side = round(bin_um / size)
+    if side < 1 or not math.isclose(side * size, bin_um):
+        raise InputError(
+            f"--bin-um {bin_um:g}: no multiple of the {size:g} um of the bins in {outs}; "
+            f"give {max(side, 1) * size:g}"
+        )
+    return side
+
+
+def group_bins(bins, side, bin_um):
+    """(positions of spots of side x side bins, (n bins,) number of each bin's spot).
+
+    Positions are as read_positions gives them; array_row and array_col count spots. A spot is
+    in_tissue where half of its side x side bins are: those that the border of the slide cuts off
+    are not.
+    """
+    squares = bins[ARRAY] // side
+    groups = bins.groupby([squares["array_row"], squares["array_col"]])
+    spots = np.rint(find_centres(bins, groups, side)).astype(np.int64)
+    spots["in_tissue"] = (2 * groups["in_tissue"].sum() >= side**2).astype(np.int64)
+    barcodes = [f"s_{bin_um:03.0f}um_{row:05d}_{column:05d}-1" for row, column in spots.index]
+    spots = spots.reset_index().set_axis(pd.Index(barcodes, name="barcode"))
+    return spots[POSITION_COLUMNS[1:]], groups.ngroup().to_numpy()
+
+
+def find_centres(bins, groups, side):
+    """The centres of squares of side x side bins, a table of PLACE by row and column of squares.
+
+    It is the mean of the bins; of a square that the border of the slide cuts, it is moved to where
+    the mean would be with the bins that lack, by the affine map from bins to px.
+    """
+    array, pixels = bins[ARRAY] - bins[ARRAY].mean(), bins[PLACE] - bins[PLACE].mean()
+    affine = np.linalg.lstsq(array.to_numpy(np.float64), pixels.to_numpy(np.float64))[0]
+    means = groups[PLACE].mean()
+    whole = side * means.index.to_frame().to_numpy() + (side - 1) / 2
+    return means + (whole - groups[ARRAY].mean().to_numpy()) @ affine
+
+
+def sum_bins(counts, spot_of_bin, kept):
+    """CSR: the rows of counts (n bins, G), CSR, summed by the number of their spot.
+
+    Spots are left out that `kept`, one bool for each, does not name.
+    """
+    n_bins = len(spot_of_bin)
+    ones = np.ones(n_bins, counts.dtype)
+    belongs = scipy.sparse.csr_matrix((ones, (spot_of_bin, np.arange(n_bins))), (len(kept), n_bins))
+    return belongs[kept] @ counts
+
+
+def write_h5_matrix(path, table):
+    """Write counts (spots x genes, CSR), as read_h5_matrix gives them, as such a file."""
+    table.X.sort_indices()
+    genomes = find_genomes(table)
+    if genomes.empty:
+        genomes = [""] * table.n_vars
+    features = {
+        "id": table.var_names,
+        "name": table.var["name"],
+        "feature_type": ["Gene Expression"] * table.n_vars,
+        "genome": genomes,
+    }
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["data"] = table.X.data.astype(np.int32)
+        group["indices"], group["indptr"] = table.X.indices, table.X.indptr
+        group["shape"] = np.array([table.n_vars, table.n_obs], np.int32)  # genes x spots
+        group["barcodes"] = encode_names(table.obs_names)
+        for name, cells in features.items():
+            group[f"features/{name}"] = encode_names(cells)
+
+
+def encode_names(names):
+    """Names as HDF5 keeps them: bytes of one length."""
+    return np.char.encode(np.array([*map(str, names)]), "utf-8")
+
+
 # -------------------------------------------------------------------------------- positions
 
 
@@ -651,14 +835,17 @@ def read_positions(path):
     """Space Ranger's positions, with or without a header: a table by barcode.
 
     Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col. Named columns may stand in
-    any order.
+    any order. The file may be of text, or a .parquet as Visium HD has.
     """
-    table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
+    if path.name.removesuffix(".gz").endswith(".parquet"):
+        table = read_parquet(path, POSITION_SPELLINGS)
+    else:
+        table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
     check_position_columns(path, table)
     separator = table.attrs["separator"]
     table = table[POSITION_COLUMNS].copy()
     truths = {"true": "1", "false": "0"}  # of R and pandas
-    table["in_tissue"] = table["in_tissue"].map(lambda text: truths.get(text.lower(), text))
+    table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
     for column in POSITION_COLUMNS[1:]:
         numbers = parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
@@ -736,8 +923,12 @@ def read_matrix(path, genome=""):
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
     """
-    table = read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
-    return choose_genome(table, path, genome)
+    return choose_genome(read_matrix_file(path), path, genome)
+
+
+def read_matrix_file(path):
+    """As read_matrix, of the genes of all genomes."""
+    return read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
 
 
 def choose_genome(table, path, genome):
@@ -945,18 +1136,23 @@ def place_spots(slide):
 
 
 def check_pitch(slide, positions):
-    """Warn where the spots are neither as far apart as Visium's nor as those of ST.
+    """Warn where the spots are neither as far apart as Visium's nor as those of ST or bins.
 
     A tenth is allowed: on sections of ST whose spots were measured one by one it is 6 %.
     """
     pitch = measure_pitch(positions)
     um = pitch * slide.um_per_px
-    if len(positions) < 2 or any(abs(um / known - 1) < 0.1 for known in PITCHES):
+    pitches, expected = PITCHES, "100 (Visium) or 200 (ST)"
+    # A spot of Visium HD's bins is called by its width.
+    stated = re.match(r"s_(\d+)um_", str(positions.index[0]) if len(positions) else "")
+    if stated:
+        pitches, expected = (float(stated[1]),), f"{float(stated[1]):g}, as their barcodes say"
+    if len(positions) < 2 or any(abs(um / known - 1) < 0.1 for known in pitches):
         return
     warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
-        f"{slide.um_per_px:g} are {um:.0f} um; expected 100 (Visium) or 200 (ST): "
-        f"with um_per_px {SPOT_PITCH / pitch:.4g} they would be 100"
+        f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
+        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}"
     )
 
 
