@@ -11,6 +11,7 @@ Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
            python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs
            --images A.tif,B.tif
+           python 19_make_patches_and_csv.py --data-root liver --from-hest hest_data --organ Liver
            python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
@@ -49,6 +50,11 @@ UM_PER_PX = 0.0  # of the patches; another slide is resampled to it; 0 = each sl
 FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write slides.csv first
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
+FROM_HEST = ""  # folder of HEST-1k, with st/, wsis/ and metadata/: write slides.csv first
+SAMPLES = ""  # of it, comma-separated, as NCBI826,NCBI827; or those that the next three choose
+ORGAN = ""  # as Liver
+SPECIES = ""  # as "Homo sapiens"
+TECHNOLOGY = ""  # as Visium
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
@@ -570,9 +576,34 @@ def split_paths(flag, text):
     return paths
 
 
+def link_hest(root):
+    """Write slides.csv for the samples of HEST-1k that the constants choose."""
+    folder = Path(FROM_HEST)
+    if not folder.is_dir():
+        raise InputError(f"--from-hest {FROM_HEST}: no such folder")
+    if FROM_SPACERANGER:
+        raise InputError(
+            "--from-hest and --from-spaceranger: give one of them; both write slides.csv"
+        )
+    wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
+    filters = {column: value for column, value in wanted.items() if value}
+    samples = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
+    if not samples and not filters:
+        raise InputError(
+            "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "
+            "--technology"
+        )
+    runner.hold_folder(root)
+    slides.write_hest_manifest(root, folder, list(dict.fromkeys(samples)), filters)
+
+
 def main():
     root = Path(DATA_ROOT)
     slides.WARNINGS.clear()
+    if FROM_HEST:
+        link_hest(root)
+    elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY:
+        raise InputError("--samples, --organ, --species and --technology choose of --from-hest")
     if FROM_SPACERANGER:
         runner.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
