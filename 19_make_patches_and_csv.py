@@ -55,6 +55,7 @@ SAMPLES = ""  # of it, comma-separated, as NCBI826,NCBI827; or those that the ne
 ORGAN = ""  # as Liver
 SPECIES = ""  # as "Homo sapiens"
 TECHNOLOGY = ""  # as Visium
+HEST_PATCHES = False  # true = take HEST's own patches, 0.5 um/px, so that wsis/ is not needed
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
@@ -386,7 +387,7 @@ def write_patches(out, manifest, obs, thumbnails):
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
         if slide.positions is not None:
             slides.warn_of_swap(slide, spots, own, image.shape)
-        if THUMBNAIL:
+        if THUMBNAIL and not slides.holds_patches(slide.image):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
@@ -451,7 +452,8 @@ def write_expression(root, out, tables, manifest):
 def write_meta(root, out, manifest, target, over_border):
     """meta.json: what the other files were made of and with; no reader takes them without it."""
     spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
-    steps = {slide.name: slides.thumbnail_step(slide) for slide in manifest}
+    whole = [slide for slide in manifest if not slides.holds_patches(slide.image)]
+    steps = {slide.name: slides.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
     meta = {
         "format": common.FORMAT,
@@ -516,17 +518,25 @@ def check_slides(root, manifest):
 
 def check_slide(slide):
     """Print what one slide holds; returns its spots as AnnData."""
-    image = slides.open_image(slides.unpack(slide.image))
-    height, width = image.shape
-    print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
-    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
+    image = None
+    if slides.holds_patches(slide.image):
+        print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
+    else:
+        image = slides.open_image(slides.unpack(slide.image))
+        height, width = image.shape
+        tags = describe_tags(slide.image)
+        print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
+        print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {tags}")
     positions, _ = slides.place_spots(slide)
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    slides.check_hires(slide, image.shape)
+    if image is not None:
+        slides.check_hires(slide, image.shape)
     table = slides.read_spots(slide, positions, GENOME)
-    slides.check_centres(slide.image, table.obs, image.shape)
-    inside = slides.find_inside(table.obs, image.shape)
+    inside = np.ones(table.n_obs, bool)
+    if image is not None:
+        slides.check_centres(slide.image, table.obs, image.shape)
+        inside = slides.find_inside(table.obs, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())
@@ -594,7 +604,7 @@ def link_hest(root):
             "--technology"
         )
     runner.hold_folder(root)
-    slides.write_hest_manifest(root, folder, list(dict.fromkeys(samples)), filters)
+    slides.write_hest_manifest(root, folder, list(dict.fromkeys(samples)), filters, HEST_PATCHES)
 
 
 def main():
@@ -602,8 +612,10 @@ def main():
     slides.WARNINGS.clear()
     if FROM_HEST:
         link_hest(root)
-    elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY:
-        raise InputError("--samples, --organ, --species and --technology choose of --from-hest")
+    elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY or HEST_PATCHES:
+        raise InputError(
+            "--samples, --organ, --species, --technology and --hest-patches go with --from-hest"
+        )
     if FROM_SPACERANGER:
         runner.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)

@@ -1,6 +1,6 @@
 """Files to spots and pixels: the one place where slides, positions and counts are read.
 
-manifest -> Space Ranger's folders -> positions -> counts -> spots -> pixels -> patches
+manifest -> Space Ranger's and HEST's folders -> positions -> counts -> spots -> pixels -> patches
 
 Shapes: n spots, patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8 RGB. Places on a
 slide are rows and columns in px of its image. What cannot be read raises InputError.
@@ -31,6 +31,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.io
@@ -50,6 +51,7 @@ from common import PATCH_SIZE, POSITION_COLUMNS, InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 VIEW = 64  # px, the side of the views by which two images are compared
 SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
@@ -274,7 +276,7 @@ class Slide:
     tissue_index: int
     name: str
     donor: str
-    image: Path
+    image: Path  # or an .h5 of HEST-1k's patches
     um_per_px: float
     positions: Path | None  # None: a grid is laid over the tissue
     matrix: Path | None  # a 10x folder or .h5, or an .h5ad; None: there are no counts
@@ -656,18 +658,19 @@ def place_link(link, path):
 # -------------------------------------------------------------------------------- HEST
 
 
-def write_hest_manifest(root, folder, samples, filters):
+def write_hest_manifest(root, folder, samples, filters, use_patches):
     """slides.csv for samples of HEST-1k, and root/links/ to their images and counts.
 
     `samples` are ids, as NCBI826. `filters` {column of the metadata table: value} choose among
-    them, or among all where none is named.
+    them, or among all where none is named. To `use_patches`, the files of patches stand in
+    place of the images, and the positions are scaled to them.
     """
     path = root / "slides.csv"
     metadata = read_hest_metadata(folder)
     samples = samples or list(metadata)
     chosen = choose_hest_samples(folder, metadata, samples, filters)
     made = [
-        read_hest_sample(folder, number, sample, metadata.get(sample, {}))
+        read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
         for number, sample in enumerate(chosen, 1)
     ]
     linked = [name_hest_links(slide) for slide in made]
@@ -676,6 +679,11 @@ def write_hest_manifest(root, folder, samples, filters):
     for slide, links in zip(made, linked, strict=True):
         place_link(root / links.image, slide.image)
         place_link(root / links.matrix, slide.matrix)
+        if use_patches:
+            positions = read_positions(slide.matrix)
+            scale = slide.um_per_px / HEST_UM_PER_PX
+            positions[PLACE] = np.rint(positions[PLACE] * scale).astype(int)
+            common.save_csv(root / links.positions, positions.reset_index())
     common.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
 
@@ -724,12 +732,15 @@ def choose_hest_samples(folder, metadata, samples, filters):
     return samples
 
 
-def read_hest_sample(folder, number, sample, row):
+def read_hest_sample(folder, number, sample, row, use_patches):
     """The Slide of a sample of HEST-1k, of its metadata and of its row in their table.
 
     A donor is a patient of a data set, since patients of two data sets may have one name.
     """
-    image, matrix = folder / "wsis" / f"{sample}.tif", folder / "st" / f"{sample}.h5ad"
+    matrix = folder / "st" / f"{sample}.h5ad"
+    image = folder / "wsis" / f"{sample}.tif"
+    if use_patches:
+        image = folder / "patches" / f"{sample}.h5"
     for path in (matrix, image):
         if not path.is_file():
             raise InputError(
@@ -771,7 +782,52 @@ def read_hest_json(folder, sample, row):
 def name_hest_links(slide):
     """The slide with the paths that its files get in a data root."""
     folder = Path("links", slide.name)
-    return replace(slide, image=folder / slide.image.name, matrix=folder / slide.matrix.name)
+    links = replace(slide, image=folder / slide.image.name, matrix=folder / slide.matrix.name)
+    if not holds_patches(slide.image):
+        return links
+    return replace(links, positions=folder / "positions_patches.csv", um_per_px=HEST_UM_PER_PX)
+
+
+def holds_patches(image):
+    """Whether the image of a slide is a file of patches, as HEST-1k has them, one for each spot."""
+    return image.suffix == ".h5"
+
+
+@contextmanager
+def open_hest_patches(path):
+    """The (barcodes, patches (n, S, S, 3) uint8) in a file of HEST-1k, which is open meanwhile."""
+    try:
+        with h5py.File(path) as file:
+            patches = file["img"]
+            if patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3) or patches.dtype != np.uint8:
+                raise InputError(
+                    f"{path}: img is {patches.dtype} {patches.shape}; "
+                    f"expected uint8 (n, {PATCH_SIZE}, {PATCH_SIZE}, 3)"
+                )
+            barcodes = pd.Index(file["barcode"].asstr()[:].ravel())
+            check_unique(barcodes, "barcode", path)
+            yield barcodes, patches
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a whole file of patches with img and barcode ({error}); fetch it again"
+        ) from None
+
+
+def copy_hest_patches(slide, spots, patches, um_per_px):
+    """Fill patches (n, S, S, 3) uint8 with those of the spots' barcodes; returns a SlideImage.
+
+    It has no regions, and is as large as its spots need.
+    """
+    if um_per_px not in (0, slide.um_per_px):
+        raise InputError(
+            f"--um-per-px {um_per_px:g}: the patches of {slide.image} are {slide.um_per_px:g} "
+            "um/px and are taken as they are: leave it out, or give the whole image"
+        )
+    with open_hest_patches(slide.image) as (barcodes, images):
+        for number, place in enumerate(barcodes.get_indexer(spots["barcode"])):
+            patches[number] = images[place]
+    bottom, right = spots[PLACE].max() + 1
+    return SlideImage("patches of HEST", (int(bottom), int(right)), lambda needed: iter(()))
 
 
 # -------------------------------------------------------------------------------- positions
@@ -1237,6 +1293,12 @@ def read_spots(slide, positions, genome=""):
         table = leave_out(slide, table, table.obs["n_counts"] == 0, "without counts")
         if not table.n_obs:
             raise InputError(f"{slide.matrix}: no spot has a count")
+    if holds_patches(slide.image):
+        with open_hest_patches(slide.image) as (barcodes, _):
+            lost = ~table.obs_names.isin(barcodes)
+        if lost.all():
+            raise InputError(f"{slide.image}: no patch for barcode {table.obs_names[0]}, or others")
+        table = leave_out(slide, table, lost, "without a patch")
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide.tissue_index
     table.obs["donor"] = slide.donor
@@ -1929,8 +1991,11 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     """As read_patches, of patches (n, S, S, 3) whose pixels are um_per_px wide; 0: the slide's own.
 
     Larger or smaller patches are read into a file in the folder `scratch`, and resized.
+    Those of HEST-1k are taken as they are, without a thumbnail.
     Returns (SlideImage, Thumbnail or None, number of patches over the border).
     """
+    if holds_patches(slide.image):
+        return copy_hest_patches(slide, spots, patches, um_per_px), None, 0
     finer = slide.um_per_px / um_per_px if um_per_px else 1.0
     size = patches.shape[1]
     if 0.99 < finer < 1.01:
@@ -1974,8 +2039,10 @@ def warn_of_swap(slide, spots, patches, shape):
     """Print a warning where pxl_row and pxl_col look swapped.
 
     Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
-    colour, better the other way round.
+    colour, better the other way round. Patches that were made elsewhere cannot tell.
     """
+    if holds_patches(slide.image):
+        return
     inside = find_inside(spots, shape)
     spots, patches = spots[inside], patches[inside]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():

@@ -5,6 +5,7 @@ read rightly, or refused in one line.
 import json
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -327,3 +328,71 @@ def test_another_slides_csv_is_not_replaced(tmp_path, capsys):
     root = make_slides(tmp_path / "mine")
     hest = make_hest(tmp_path / "hest")
     refuse(capsys, root, "slides.csv", "leave out --from-hest", from_hest=hest, samples="NCBI1")
+
+
+def test_a_folder_of_hest_that_is_not_there_is_named(tmp_path, capsys):
+    options = {"from_hest": tmp_path / "none", "samples": "NCBI1"}
+    refuse(capsys, tmp_path / "mine", "--from-hest", "none", "no such folder", **options)
+
+
+# ------------------------------------------------------------------------------------------ patches
+def make_patches(folder, sample="NCBI1", size=224, spots=30):
+    """patches/<sample>.h5 of the first spots, in another order; returns their images by barcode."""
+    barcodes = spot_array()["barcode"][:spots][::-1]
+    images = np.random.default_rng(5).integers(0, 255, (spots, size, size, 3), np.uint8)
+    (folder / "patches").mkdir(exist_ok=True)
+    with h5py.File(folder / "patches" / f"{sample}.h5", "w") as file:
+        file["img"] = images
+        file["coords"] = np.zeros((spots, 2), int)
+        file["barcode"] = np.array(barcodes, dtype="S")[:, None]
+    return dict(zip(barcodes, images, strict=True))
+
+
+def make_hest_of_patches(folder, **options):
+    """(a folder of HEST-1k without whole images, at 0.25 um/px; its patches by barcode)."""
+    hest = make_hest(folder, pixel_size_um_estimated=0.25)
+    for path in (hest / "wsis").iterdir():
+        path.unlink()
+    return hest, make_patches(hest, **options)
+
+
+def test_patches_of_hest_are_taken_as_they_are(tmp_path):
+    hest, images = make_hest_of_patches(tmp_path / "hest")
+    root, options = tmp_path / "mine", {"from_hest": hest, "samples": "NCBI1"}
+    printed, table, patches = make_dataset(root, hest_patches=True, **options)
+    assert "6 spots without a patch are left out" in printed
+    assert len(patches) == 30
+    for barcode, patch in zip(table.obs["barcode"], patches, strict=True):
+        assert np.array_equal(patch, images[barcode])
+    meta = json.loads((root / "dataset" / "meta.json").read_text())
+    assert meta["um_per_px"] == {"NCBI1": 0.5}
+    places = spot_array().set_index("barcode").loc[table.obs["barcode"], ["pxl_row", "pxl_col"]]
+    assert np.array_equal(table.obs[["pxl_row", "pxl_col"]], np.rint(places / 2))
+
+
+def test_patches_of_hest_are_checked_without_being_written(tmp_path):
+    hest, _ = make_hest_of_patches(tmp_path / "hest")
+    options = {"samples": "NCBI1", "hest_patches": True}
+    _, printed = choose(tmp_path, from_hest=hest, **options)
+    assert "30 kept; 6 left out (6 without a patch)" in printed
+
+
+@pytest.mark.parametrize(
+    "made, options, words",
+    [
+        ({"size": 64}, {}, ["NCBI1.h5", "(30, 64, 64, 3)", "224"]),
+        ({}, {"um_per_px": 1.0}, ["--um-per-px 1", "0.5 um/px"]),
+        ({}, {"samples": "NCBI2"}, ["NCBI2.h5", "no such file"]),
+    ],
+)
+def test_patches_of_hest_that_cannot_be_used_are_refused(tmp_path, capsys, made, options, words):
+    hest, _ = make_hest_of_patches(tmp_path / "hest", **made)
+    options = {"from_hest": hest, "samples": "NCBI1", "hest_patches": True} | options
+    refuse(capsys, tmp_path / "mine", *words, **options)
+
+
+def test_a_file_that_holds_no_patches_is_refused(tmp_path, capsys):
+    hest, _ = make_hest_of_patches(tmp_path / "hest")
+    (hest / "patches" / "NCBI1.h5").write_bytes(b"not HDF5")
+    options = {"from_hest": hest, "samples": "NCBI1", "hest_patches": True}
+    refuse(capsys, tmp_path / "mine", "NCBI1.h5", "not a whole file of patches", **options)
