@@ -11,6 +11,7 @@ Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
            python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs
            --images A.tif,B.tif
+           python 19_make_patches_and_csv.py --data-root liver --from-hest hest_data --organ Liver
            python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
@@ -56,6 +57,12 @@ FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write sl
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
 BIN_UM = 56.0  # spots to which the bins of Visium HD are summed; a multiple of the bins' 8 or 16 um
+FROM_HEST = ""  # folder of HEST-1k, with st/, wsis/ and metadata/: write slides.csv first
+SAMPLES = ""  # of it, comma-separated, as NCBI826,NCBI827; or those that the next three choose
+ORGAN = ""  # as Liver
+SPECIES = ""  # as "Homo sapiens"
+TECHNOLOGY = ""  # as Visium
+HEST_PATCHES = False  # true = take HEST's own patches, 0.5 um/px, so that wsis/ is not needed
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
@@ -387,7 +394,7 @@ def write_patches(out, manifest, obs, thumbnails):
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
         if slide.positions is not None:
             slides.warn_of_swap(slide, spots, own, image.shape)
-        if THUMBNAIL:
+        if THUMBNAIL and not slides.holds_patches(slide.image):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
@@ -452,7 +459,8 @@ def write_expression(root, out, tables, manifest):
 def write_meta(root, out, manifest, target, over_border):
     """meta.json: what the other files were made of and with; no reader takes them without it."""
     spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
-    steps = {slide.name: slides.thumbnail_step(slide) for slide in manifest}
+    whole = [slide for slide in manifest if not slides.holds_patches(slide.image)]
+    steps = {slide.name: slides.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
     meta = {
         "format": common.FORMAT,
@@ -517,17 +525,25 @@ def check_slides(root, manifest):
 
 def check_slide(slide):
     """Print what one slide holds; returns its spots as AnnData."""
-    image = slides.open_image(slides.unpack(slide.image))
-    height, width = image.shape
-    print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
-    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
+    image = None
+    if slides.holds_patches(slide.image):
+        print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
+    else:
+        image = slides.open_image(slides.unpack(slide.image))
+        height, width = image.shape
+        tags = describe_tags(slide.image)
+        print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
+        print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {tags}")
     positions, _ = slides.place_spots(slide)
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    slides.check_hires(slide, image.shape)
+    if image is not None:
+        slides.check_hires(slide, image.shape)
     table = slides.read_spots(slide, positions, GENOME)
-    slides.check_centres(slide.image, table.obs, image.shape)
-    inside = slides.find_inside(table.obs, image.shape)
+    inside = np.ones(table.n_obs, bool)
+    if image is not None:
+        slides.check_centres(slide.image, table.obs, image.shape)
+        inside = slides.find_inside(table.obs, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())
@@ -577,9 +593,36 @@ def split_paths(flag, text):
     return paths
 
 
+def link_hest(root):
+    """Write slides.csv for the samples of HEST-1k that the constants choose."""
+    folder = Path(FROM_HEST)
+    if not folder.is_dir():
+        raise InputError(f"--from-hest {FROM_HEST}: no such folder")
+    if FROM_SPACERANGER:
+        raise InputError(
+            "--from-hest and --from-spaceranger: give one of them; both write slides.csv"
+        )
+    wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
+    filters = {column: value for column, value in wanted.items() if value}
+    samples = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
+    if not samples and not filters:
+        raise InputError(
+            "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "
+            "--technology"
+        )
+    shell.hold_folder(root)
+    slides.write_hest_manifest(root, folder, list(dict.fromkeys(samples)), filters, HEST_PATCHES)
+
+
 def main():
     root = Path(DATA_ROOT)
     slides.WARNINGS.clear()
+    if FROM_HEST:
+        link_hest(root)
+    elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY or HEST_PATCHES:
+        raise InputError(
+            "--samples, --organ, --species, --technology and --hest-patches go with --from-hest"
+        )
     if FROM_SPACERANGER:
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)

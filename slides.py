@@ -1,6 +1,6 @@
 """Files to spots and pixels: the one place where slides, positions and counts are read.
 
-manifest -> Space Ranger's folders -> positions -> counts -> spots -> pixels -> patches
+manifest -> Space Ranger's and HEST's folders -> positions -> counts -> spots -> pixels -> patches
 
 Shapes: n spots, patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8 RGB. Places on a
 slide are rows and columns in px of its image. What cannot be read raises InputError.
@@ -57,6 +57,7 @@ PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
 BIN_UM = 56.0  # um, the spots to which the bins of Visium HD are summed
 BIN_POSITIONS = "tissue_positions.parquet"
 BINS = ("square_008um", "square_016um")  # of Visium HD's folders, the finest of these is read
+HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 VIEW = 64  # px, the side of the views by which two images are compared
 SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
@@ -301,10 +302,10 @@ class Slide:
     tissue_index: int
     name: str
     donor: str
-    image: Path
+    image: Path  # or an .h5 of HEST-1k's patches
     um_per_px: float
     positions: Path | None  # None: a grid is laid over the tissue
-    matrix: Path | None  # a 10x folder or .h5; None: there are no counts
+    matrix: Path | None  # a 10x folder or .h5, or an .h5ad; None: there are no counts
 
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
@@ -384,6 +385,13 @@ def read_manifest_row(root, row):
     paths = {column: find_named(root, row, column) for column in ("image", "positions", "matrix")}
     if paths["image"] is None:
         raise InputError(f"{root / 'slides.csv'}: slide {row['tissue_index']} has no image")
+    if paths["matrix"] is not None and paths["matrix"].suffix == ".zarr":
+        raise InputError(
+            f"{paths['matrix']}: a .zarr folder is not read: convert SpatialData with "
+            "spatialdata_io.experimental.to_legacy_anndata and its write_h5ad, and name the .h5ad"
+        )
+    if paths["positions"] is None and is_anndata(paths["matrix"]):
+        paths["positions"] = paths["matrix"]  # It holds them in obsm["spatial"].
     if paths["positions"] is None and paths["matrix"] is not None:
         raise InputError(
             f"{root / 'slides.csv'}: slide {row['tissue_index']} has a matrix and no positions: "
@@ -652,11 +660,7 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
         check_images("--images", folders, images)
     linked = [name_links(slide, scaled=not images) for slide, _ in samples]
     table = pd.DataFrame([asdict(slide) for slide in linked])
-    if path.exists() and decode_text(read_bytes(path)) != table.to_csv(index=False):
-        raise InputError(
-            f"{path} is there already and names other slides: leave out --from-spaceranger, "
-            "or remove it"
-        )
+    check_manifest_is_new(path, table, "--from-spaceranger")
     for (slide, positions), links in zip(samples, linked, strict=True):
         place_link(root / links.image, slide.image)
         place_file(root / links.matrix, slide.matrix)
@@ -666,6 +670,14 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
             shell.save_csv(root / links.positions, positions.reset_index())
     shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
+
+
+def check_manifest_is_new(path, table, flag):
+    """InputError where a slides.csv is there that is not this table; `flag` is what makes it."""
+    if path.exists() and decode_text(read_bytes(path)) != table.to_csv(index=False):
+        raise InputError(
+            f"{path} is there already and names other slides: leave out {flag}, or remove it"
+        )
 
 
 def read_samples(folders, images, bin_um):
@@ -698,7 +710,7 @@ def place_file(place, path):
         place_link(place, path)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
-    with common.whole_file(place) as partial:
+    with shell.whole_file(place) as partial:
         shutil.copyfile(path, partial)
 
 
@@ -744,7 +756,7 @@ def make_spots(outs, name, bin_um):
     )
     folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
     made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5"
-    common.save_csv(made[0], spots.reset_index())
+    shell.save_csv(made[0], spots.reset_index())
     write_h5_matrix(made[1], summed)
     return made
 
@@ -828,6 +840,181 @@ def encode_names(names):
     return np.char.encode(np.array([*map(str, names)]), "utf-8")
 
 
+# -------------------------------------------------------------------------------- HEST
+
+
+def write_hest_manifest(root, folder, samples, filters, use_patches):
+    """slides.csv for samples of HEST-1k, and root/links/ to their images and counts.
+
+    `samples` are ids, as NCBI826. `filters` {column of the metadata table: value} choose among
+    them, or among all where none is named. To `use_patches`, the files of patches stand in
+    place of the images, and the positions are scaled to them.
+    """
+    path = root / "slides.csv"
+    metadata = read_hest_metadata(folder)
+    samples = samples or list(metadata)
+    chosen = choose_hest_samples(folder, metadata, samples, filters)
+    made = [
+        read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
+        for number, sample in enumerate(chosen, 1)
+    ]
+    linked = [name_hest_links(slide) for slide in made]
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    check_manifest_is_new(path, table, "--from-hest")
+    for slide, links in zip(made, linked, strict=True):
+        place_link(root / links.image, slide.image)
+        place_link(root / links.matrix, slide.matrix)
+        if use_patches:
+            positions = read_positions(slide.matrix)
+            scale = slide.um_per_px / HEST_UM_PER_PX
+            positions[PLACE] = np.rint(positions[PLACE] * scale).astype(int)
+            shell.save_csv(root / links.positions, positions.reset_index())
+    shell.save_csv(path, table)
+    print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
+
+
+def read_hest_metadata(folder):
+    """{sample: {column: text}} of the newest table HEST_v*.csv in HEST's folder; {} without one."""
+    tables = sorted(folder.glob("HEST_v*.csv"), key=number_version)
+    if not tables:
+        return {}
+    table = read_table(tables[-1], {"id": ("id",)})
+    if "id" not in table or not table.attrs["named"]:
+        raise InputError(f"{tables[-1]}: no column id among {', '.join(map(str, table))}")
+    check_unique(table["id"], "sample", tables[-1])
+    return table.set_index("id").to_dict("index")
+
+
+def number_version(path):
+    """The numbers in a file's name, by which v1_10_0 follows v1_9_0."""
+    return [int(number) for number in re.findall(r"\d+", path.stem)]
+
+
+def choose_hest_samples(folder, metadata, samples, filters):
+    """The samples that pass every filter; InputError where one is unknown, or none is left.
+
+    Upper and lower case are the same to a filter.
+    """
+    if not metadata and filters:
+        raise InputError(
+            f"{folder}: no table HEST_v*.csv, in which --organ, --species and --technology look: "
+            "fetch it, or name the samples with --samples"
+        )
+    unknown = [sample for sample in samples if metadata and sample not in metadata]
+    if unknown:
+        raise InputError(
+            f"--samples {unknown[0]}: not in the table HEST_v*.csv of {folder}, which names "
+            f"{len(metadata)} samples, as {next(iter(metadata))}"
+        )
+    for column, value in filters.items():
+        values = {sample: metadata[sample].get(column, "") for sample in samples}
+        samples = [sample for sample in samples if values[sample].lower() == value.lower()]
+        if not samples:
+            raise InputError(
+                f"{folder}: no sample whose {column} is {value!r}; "
+                f"there are {', '.join(sorted(set(values.values())))}"
+            )
+    return samples
+
+
+def read_hest_sample(folder, number, sample, row, use_patches):
+    """The Slide of a sample of HEST-1k, of its metadata and of its row in their table.
+
+    A donor is a patient of a data set, since patients of two data sets may have one name.
+    """
+    matrix = folder / "st" / f"{sample}.h5ad"
+    image = folder / "wsis" / f"{sample}.tif"
+    if use_patches:
+        image = folder / "patches" / f"{sample}.h5"
+    for path in (matrix, image):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file: fetch it from the data set MahmoodLab/hest, or name "
+                "other samples with --samples"
+            )
+    facts = row | read_hest_json(folder, sample, row)
+    um_per_px = pd.to_numeric(facts.get("pixel_size_um_estimated"), errors="coerce")
+    if um_per_px is None or not 0.05 <= um_per_px <= 20:
+        raise InputError(
+            f"{folder}: pixel_size_um_estimated of sample {sample} is "
+            f"{facts.get('pixel_size_um_estimated')}; expected a number from 0.05 to 20"
+        )
+    donor, patient = sample, facts.get("patient", "")
+    if patient in NO_FILE:
+        warn(
+            f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
+            "mend donor in slides.csv where two samples are of one person"
+        )
+    else:
+        donor = f"{facts.get('dataset_title', '')} {patient}".strip()
+    return Slide(number, sample, donor, image, float(um_per_px), None, matrix)
+
+
+def read_hest_json(folder, sample, row):
+    """What metadata/<sample>.json says, as texts by name; a `row` of the table may stand for it."""
+    path = folder / "metadata" / f"{sample}.json"
+    if not path.is_file() and row:
+        return {}
+    try:
+        facts = json.loads(decode_text(path.read_bytes()))
+        return {name: str(value) for name, value in facts.items() if str(value) not in NO_FILE}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no metadata of sample {sample} ({error}): fetch it, or the table HEST_v*.csv"
+        ) from None
+
+
+def name_hest_links(slide):
+    """The slide with the paths that its files get in a data root."""
+    folder = Path("links", slide.name)
+    links = replace(slide, image=folder / slide.image.name, matrix=folder / slide.matrix.name)
+    if not holds_patches(slide.image):
+        return links
+    return replace(links, positions=folder / "positions_patches.csv", um_per_px=HEST_UM_PER_PX)
+
+
+def holds_patches(image):
+    """Whether the image of a slide is a file of patches, as HEST-1k has them, one for each spot."""
+    return image.suffix == ".h5"
+
+
+@contextmanager
+def open_hest_patches(path):
+    """The (barcodes, patches (n, S, S, 3) uint8) in a file of HEST-1k, which is open meanwhile."""
+    try:
+        with h5py.File(path) as file:
+            patches = file["img"]
+            if patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3) or patches.dtype != np.uint8:
+                raise InputError(
+                    f"{path}: img is {patches.dtype} {patches.shape}; "
+                    f"expected uint8 (n, {PATCH_SIZE}, {PATCH_SIZE}, 3)"
+                )
+            barcodes = pd.Index(file["barcode"].asstr()[:].ravel())
+            check_unique(barcodes, "barcode", path)
+            yield barcodes, patches
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a whole file of patches with img and barcode ({error}); fetch it again"
+        ) from None
+
+
+def copy_hest_patches(slide, spots, patches, um_per_px):
+    """Fill patches (n, S, S, 3) uint8 with those of the spots' barcodes; returns a SlideImage.
+
+    It has no regions, and is as large as its spots need.
+    """
+    if um_per_px not in (0, slide.um_per_px):
+        raise InputError(
+            f"--um-per-px {um_per_px:g}: the patches of {slide.image} are {slide.um_per_px:g} "
+            "um/px and are taken as they are: leave it out, or give the whole image"
+        )
+    with open_hest_patches(slide.image) as (barcodes, images):
+        for number, place in enumerate(barcodes.get_indexer(spots["barcode"])):
+            patches[number] = images[place]
+    bottom, right = spots[PLACE].max() + 1
+    return SlideImage("patches of HEST", (int(bottom), int(right)), lambda needed: iter(()))
+
+
 # -------------------------------------------------------------------------------- positions
 
 
@@ -835,15 +1022,24 @@ def read_positions(path):
     """Space Ranger's positions, with or without a header: a table by barcode.
 
     Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col. Named columns may stand in
-    any order. The file may be of text, or a .parquet as Visium HD has.
+    any order. The file may be of text, a .parquet as Visium HD has, or an .h5ad (see
+    read_anndata_positions).
     """
-    if path.name.removesuffix(".gz").endswith(".parquet"):
+    if is_anndata(path):
+        table = read_anndata_positions(path)
+    elif path.name.removesuffix(".gz").endswith(".parquet"):
         table = read_parquet(path, POSITION_SPELLINGS)
+        check_position_columns(path, table)
     else:
         table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
-    check_position_columns(path, table)
-    separator = table.attrs["separator"]
-    table = table[POSITION_COLUMNS].copy()
+        check_position_columns(path, table)
+    return parse_positions(path, table[POSITION_COLUMNS].copy(), table.attrs["separator"])
+
+
+def parse_positions(path, table, separator):
+    """Positions by barcode, in whole numbers, of a table of texts or numbers with
+    POSITION_COLUMNS.
+    """
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
     for column in POSITION_COLUMNS[1:]:
@@ -861,6 +1057,53 @@ def read_positions(path):
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
+
+
+def read_anndata_positions(path):
+    """The positions in an .h5ad, as a table of texts with POSITION_COLUMNS.
+
+    obsm["spatial"] holds x, y in px of the full-resolution image. obs may hold array_row and
+    array_col, and in_tissue; a spot of which nothing is said lies in the tissue.
+    """
+    spots = read_anndata(path)
+    if "spatial" not in spots.obsm:
+        raise InputError(
+            f'{path}: no obsm["spatial"] with x, y in px of the full-resolution image: add it, or '
+            "name a file of positions in slides.csv"
+        )
+    centres = np.asarray(spots.obsm["spatial"], np.float64)
+    if centres.ndim != 2 or centres.shape[1] != 2:
+        raise InputError(
+            f'{path}: obsm["spatial"] is {centres.shape}; expected ({spots.n_obs}, 2), x and y'
+        )
+    unknown = ~np.isfinite(centres).all(axis=1)
+    if unknown.any():
+        barcode, (x, y) = spots.obs_names[unknown][0], centres[unknown][0]
+        raise InputError(
+            f'{path}: the position of barcode {barcode} is not a number (obsm["spatial"] {x}, {y})'
+        )
+    table = pd.DataFrame({"barcode": spots.obs_names, "in_tissue": 1})
+    table["pxl_col"], table["pxl_row"] = centres.T
+    if {"array_row", "array_col"} <= set(spots.obs):
+        table["array_row"] = spots.obs["array_row"].to_numpy()
+        table["array_col"] = spots.obs["array_col"].to_numpy()
+    else:
+        number_rows_and_columns(table)
+    if "in_tissue" in spots.obs:
+        table["in_tissue"] = spots.obs["in_tissue"].to_numpy()
+    table = table.astype(str)
+    table.attrs["separator"] = "\t"
+    return table
+
+
+def number_rows_and_columns(table):
+    """Give spots an array_row and an array_col by their places.
+
+    They count half pitches, as Visium's columns do, so that no two spots get the same ones.
+    """
+    step = measure_pitch(table) / 2
+    for column, place in (("array_row", "pxl_row"), ("array_col", "pxl_col")):
+        table[column] = np.rint((table[place] - table[place].min()) / step)
 
 
 def check_position_columns(path, table):
@@ -918,7 +1161,7 @@ def lay_blocks(positions, pitch, tissue_index):
 
 
 def read_matrix(path, genome=""):
-    """Counts of one slide from a 10x folder or .h5, as AnnData (spots x genes, CSR).
+    """Counts of one slide from a 10x folder or .h5, or an .h5ad, as AnnData (spots x genes, CSR).
 
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
@@ -928,7 +1171,11 @@ def read_matrix(path, genome=""):
 
 def read_matrix_file(path):
     """As read_matrix, of the genes of all genomes."""
-    return read_h5_matrix(path) if path.is_file() else read_matrix_folder(path)
+    if is_anndata(path):
+        return read_anndata_matrix(path)
+    if path.is_file():
+        return read_h5_matrix(path)
+    return read_matrix_folder(path)
 
 
 def choose_genome(table, path, genome):
@@ -977,6 +1224,72 @@ def read_h5_matrix(path):
     table.var["name"] = table.var_names
     table.var_names = table.var["gene_ids"].astype(str)
     return table
+
+
+def is_anndata(path):
+    """Whether a path, or None, is that of an .h5ad, plain or gzipped."""
+    return path is not None and path.name.removesuffix(".gz").endswith(".h5ad")
+
+
+def read_anndata(path):
+    """An .h5ad, plain or gzipped, as it stands there; its barcodes are checked."""
+    try:
+        # Names that stand there twice are refused below, and old formats read as well.
+        with warnings.catch_warnings(action="ignore"):
+            table = anndata.read_h5ad(unpack(path))
+    except InputError:
+        raise
+    except Exception as error:  # h5py and anndata raise what they like
+        raise InputError(f"{path}: not a whole .h5ad of AnnData ({error})") from None
+    check_unique(table.obs_names, "barcode", path)
+    return table
+
+
+def read_anndata_matrix(path):
+    """The counts in an .h5ad, as read_matrix gives them.
+
+    They are X, or layers["counts"] or raw where X is not of counts. Gene ids are a column of var,
+    as gene_ids, or else the var_names; so are the symbols.
+    """
+    table = choose_counts(read_anndata(path), path)
+    var = table.var.set_axis([normalise_name(str(name)) for name in table.var], axis=1)
+    if "feature_types" in var:  # CytAssist's hold other kinds too
+        genes = (var["feature_types"] == "Gene Expression").to_numpy()
+        table, var = table[:, genes], var[genes]
+    ids = find_gene_names(var, ("gene_ids", *FEATURE_SPELLINGS["id"]))
+    names = find_gene_names(var, FEATURE_SPELLINGS["name"])
+    check_unique(ids, "gene id", path)
+    features = pd.DataFrame({"name": names.to_numpy()}, index=ids.to_numpy())
+    if "genome" in var:
+        features["genome"] = var["genome"].astype(str).to_numpy()
+    counts = scipy.sparse.csr_matrix(table.X)
+    return anndata.AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=features)
+
+
+def choose_counts(table, path):
+    """The AnnData whose X is the first of X, layers["counts"] and raw that holds counts.
+
+    Where none does it is the table as it stands, for check_counts to refuse.
+    """
+    if table.X is not None and holds_counts(table.X):
+        return table
+    if "counts" in table.layers:
+        print(f'{path}: X is not of raw counts: layers["counts"] is taken')
+        table.X = table.layers["counts"]
+    elif table.raw is not None:
+        print(f"{path}: X is not of raw counts: raw is taken")
+        table = table.raw.to_adata()
+    if table.X is None:
+        raise InputError(f"{path}: holds no X; raw counts are needed")
+    return table
+
+
+def find_gene_names(var, spellings):
+    """The first whole column of var that is spelt so, as texts; its index where there is none."""
+    for spelling in spellings:
+        if spelling in var and var[spelling].notna().all():
+            return var[spelling].astype(str)
+    return pd.Series(var.index.astype(str))
 
 
 def read_matrix_folder(folder):
@@ -1070,12 +1383,17 @@ def read_market_matrix(path):
 
 def check_counts(table, path):
     """InputError unless the counts are finite whole numbers from 0 on."""
-    values = table.X.data
-    if not np.isfinite(values).all() or (values < 0).any() or (values != np.rint(values)).any():
+    if not holds_counts(table.X):
         raise InputError(
             f"{path}: holds values that are no counts (negative, fractional or NaN); "
             "raw counts are needed"
         )
+
+
+def holds_counts(matrix):
+    """Whether a matrix, sparse or dense, holds finite whole numbers from 0 on alone."""
+    values = matrix.data if scipy.sparse.issparse(matrix) else np.asarray(matrix)
+    return bool(((values >= 0) & (values < np.inf) & (values == np.rint(values))).all())
 
 
 def align_genes(tables):
@@ -1174,6 +1492,12 @@ def read_spots(slide, positions, genome=""):
         table = leave_out(slide, table, table.obs["n_counts"] == 0, "without counts")
         if not table.n_obs:
             raise InputError(f"{slide.matrix}: no spot has a count")
+    if holds_patches(slide.image):
+        with open_hest_patches(slide.image) as (barcodes, _):
+            lost = ~table.obs_names.isin(barcodes)
+        if lost.all():
+            raise InputError(f"{slide.image}: no patch for barcode {table.obs_names[0]}, or others")
+        table = leave_out(slide, table, lost, "without a patch")
     table = table[np.lexsort([table.obs["array_col"], table.obs["array_row"]])].copy()
     table.obs["tissue_index"] = slide.tissue_index
     table.obs["donor"] = slide.donor
@@ -1866,8 +2190,11 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     """As read_patches, of patches (n, S, S, 3) whose pixels are um_per_px wide; 0: the slide's own.
 
     Larger or smaller patches are read into a file in the folder `scratch`, and resized.
+    Those of HEST-1k are taken as they are, without a thumbnail.
     Returns (SlideImage, Thumbnail or None, number of patches over the border).
     """
+    if holds_patches(slide.image):
+        return copy_hest_patches(slide, spots, patches, um_per_px), None, 0
     finer = slide.um_per_px / um_per_px if um_per_px else 1.0
     size = patches.shape[1]
     if 0.99 < finer < 1.01:
@@ -1911,8 +2238,10 @@ def warn_of_swap(slide, spots, patches, shape):
     """Print a warning where pxl_row and pxl_col look swapped.
 
     Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
-    colour, better the other way round.
+    colour, better the other way round. Patches that were made elsewhere cannot tell.
     """
+    if holds_patches(slide.image):
+        return
     inside = find_inside(spots, shape)
     spots, patches = spots[inside], patches[inside]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
