@@ -525,15 +525,7 @@ def check_slides(root, manifest):
 
 def check_slide(slide):
     """Print what one slide holds; returns its spots as AnnData."""
-    image = None
-    if slides.holds_patches(slide.image):
-        print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
-    else:
-        image = slides.open_image(slides.unpack(slide.image))
-        height, width = image.shape
-        tags = describe_tags(slide.image)
-        print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
-        print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {tags}")
+    image = check_image(slide)
     positions, _ = slides.place_spots(slide)
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
@@ -556,6 +548,18 @@ def check_slide(slide):
         depth = np.median(table.obs["n_counts"])
         print(f"  counts      {table.n_vars:,} genes, as {symbols}; median of {depth:,.0f} a spot")
     return table[inside].copy()
+
+
+def check_image(slide):
+    """Print what the image of a slide is; returns its SlideImage, None for patches of HEST."""
+    if slides.holds_patches(slide.image):
+        print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
+        return None
+    image = slides.open_image(slides.unpack(slide.image))
+    height, width = image.shape
+    print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
+    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
+    return image
 
 
 def describe_tags(path):
