@@ -158,8 +158,16 @@ shell.run_script(globals())
 
 # ------------------------------------------------------------------------------------------- ranks
 @pytest.mark.parametrize("rank", ["0", "3", "not a number"])
-def test_rank_and_world_size_of_a_pod_are_not_torchruns(simulated, tmp_path, monkeypatch, rank):
+def test_rank_and_world_size_of_a_pod_are_not_torchruns(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    command = [sys.executable, "-c", "import shell; print(shell.RANK, shell.RANKS)"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
+
+
+def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     options = TINY | {"epochs": 1, "target": "lognorm", "data_root": simulated}
     process = start([sys.executable, SCRIPTS["20"], *flags_of(options | {"out": tmp_path / "out"})])
