@@ -19,6 +19,7 @@ once each. JPEG and PNG have no such access and are decoded whole. How slides ar
 slides.py.
 """
 
+import samples
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -387,6 +388,7 @@ def write_patches(out, manifest, obs, thumbnails):
         thumbnail = thumbnails[slide.name]
         step = slides.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
         image, made, over = slides.read_resampled(slide, spots, own, UM_PER_PX, out, step)
+        samples.check_hires(slide, image.shape, made)
         over_border[slide.name] = over
         inside.append(slides.find_inside(spots, image.shape))
         size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
@@ -530,7 +532,7 @@ def check_slide(slide):
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
     if image is not None:
-        slides.check_hires(slide, image.shape)
+        samples.check_hires(slide, image.shape)
     table = slides.read_spots(slide, positions, GENOME)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
@@ -608,14 +610,14 @@ def link_hest(root):
         )
     wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
     filters = {column: value for column, value in wanted.items() if value}
-    samples = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
-    if not samples and not filters:
+    named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
+    if not named and not filters:
         raise InputError(
             "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "
             "--technology"
         )
     shell.hold_folder(root)
-    slides.write_hest_manifest(root, folder, list(dict.fromkeys(samples)), filters, HEST_PATCHES)
+    samples.write_hest_manifest(root, folder, list(dict.fromkeys(named)), filters, HEST_PATCHES)
 
 
 def main():
@@ -631,7 +633,7 @@ def main():
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
-        slides.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
+        samples.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     manifest = slides.read_manifest(root)
     shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}

@@ -17,6 +17,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
            of an AMD EPYC, 2026-11-24)
 """
 
+import samples
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -186,7 +187,7 @@ def choose_sample():
             "Visium HD, by microns_per_pixel; leave it out"
         )
     image = check_image() if IMAGE else None
-    return slides.read_space_ranger(Path(POSITIONS), image)
+    return samples.read_space_ranger(Path(POSITIONS), image)
 
 
 def check_image():
@@ -218,6 +219,7 @@ def read_slide(slide, positions, um_per_px, scratch):
     patches = slides.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
     step = slides.thumbnail_step(slide) if thumbnail is None else None
     image, made, over = slides.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
+    samples.check_hires(slide, image.shape, made)
     inside = slides.find_inside(spots.obs, image.shape)
     if not inside.all():
         spots, patches = spots[inside].copy(), patches[inside]
