@@ -178,7 +178,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
     code = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import common, torch
+import shell, torch
 for epoch in (1, 2):
     if epoch == 2:
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)

@@ -113,8 +113,6 @@ def test_what_ran_before_does_not_matter(little):
 
 def test_a_new_loss_is_one_function_that_a_constant_names(little, monkeypatch):
     monkeypatch.setitem(common.LOSSES, "l1", F.l1_loss)
-    monkeypatch.setitem(shell.ALLOWED, "LOSS", tuple(common.LOSSES))
-    shell.check_constants({"LOSS": "l1"})
     _, history, named = train(little, RECIPE | {"LOSS": "l1"})
     _, _, given = train(little, loss=F.l1_loss)
     _, usual, by_mse = train(little)
@@ -125,7 +123,7 @@ def test_a_new_loss_is_one_function_that_a_constant_names(little, monkeypatch):
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(shell.InputError, match="--loss huber: expected one of mse"):
-        shell.check_constants({"LOSS": "huber"})
+        shell.check_constants({"LOSS": "huber"}, runner.NAMED_IN_COMMON)
 
 
 @pytest.mark.parametrize("killed_after", [1, 2])
