@@ -19,7 +19,6 @@ once each. JPEG and PNG have no such access and are decoded whole. How slides ar
 slides.py.
 """
 
-import samples
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -43,6 +42,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 import common
+import samples
 import slides
 from common import PATCH_SIZE
 from shell import InputError

@@ -17,7 +17,6 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
            of an AMD EPYC, 2026-11-24)
 """
 
-import samples
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -38,6 +37,7 @@ from matplotlib.figure import Figure
 
 import common
 import runner
+import samples
 import slides
 from common import PATCH_SIZE
 from shell import InputError
