@@ -482,12 +482,14 @@ def show_further(run, rows):
 
 
 def name_metrics(rows):
-    """{column: heading} of the metrics of HEG that rows hold beside those of SCORES and FURTHER."""
+    """{column: heading} of the metrics of HEG that rows hold beside those of SCORES and FURTHER.
+    Moran's I is none: it is of the measured expression alone.
+    """
     columns = dict.fromkeys(name for row in rows for name in row if name.startswith("heg_"))
     return {
         name: name.replace("heg_", "HEG ")
         for name in columns
-        if name not in SCORES and name not in FURTHER
+        if name not in SCORES and name not in FURTHER and name != "heg_moran"
     }
 
 

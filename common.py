@@ -1,10 +1,10 @@
-"""One patch of H&E to one Pearson r, in the order in which the data flows: files -> device -> spot
-data -> gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction
--> ridge -> correlation -> intervals
+"""One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
+gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction ->
+ridge -> correlation -> intervals
 
-Arrays and tensors in, arrays and tensors out. What belongs to one start of a script (its command
-line, settings, result folders, tables) is in runner.py; how slides become patches and counts is in
-slides.py and script 19.
+Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in shell.py
+(command line, files) and runner.py (settings, result folders, tables); how slides become patches
+and counts is in slides.py and script 19.
 
 Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `recipe` is the plain
 dict of a script's constants.

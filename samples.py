@@ -1,6 +1,6 @@
 """Folders as Space Ranger, Visium HD and HEST-1k leave them, to the rows of a slides.csv.
 
-Space Ranger -> Visium HD -> HEST
+Space Ranger -> HEST -> Visium HD
 
 How the files themselves are read is in slides.py.
 """
@@ -18,8 +18,6 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.io
-import scipy.ndimage
 import scipy.sparse
 from PIL import Image
 
@@ -66,7 +64,7 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     if image is None:
         image = find_spatial(outs, "tissue_hires_image.png")
         scale = read_hires_scale(outs)
-        positions[slides.PLACE] = np.rint(positions[slides.PLACE] * scale).astype(int)
+        positions = scale_positions(positions, scale)
         um_per_px /= scale
         width = f"{PATCH_SIZE} px of it are {PATCH_SIZE * um_per_px:.0f} um"
         print(f"{name}: the hires image, {um_per_px:.2f} um/px: {width}")
@@ -74,6 +72,12 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
         check_images("the image", [folder], [image])
     um_per_px = round(um_per_px, 4)
     return slides.Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
+
+
+def scale_positions(positions, scale):
+    """The positions on an image that is `scale` times as wide, in whole px."""
+    places = np.rint(positions[slides.PLACE] * scale).astype(int)
+    return positions.assign(**places)
 
 
 def find_outs(folder):
@@ -175,7 +179,7 @@ def view_hires(folder):
 def check_hires(slide, shape, thumbnail=None):
     """InputError where an image is not the one of the hires image that lies beside the positions.
 
-    `shape` is its (height, width); its content is compared where its slides.Thumbnail is there.
+    `shape` is its (height, width); its content is compared where its Thumbnail is there.
     """
     if slide.positions is None:
         return
@@ -267,7 +271,10 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
     samples = read_samples(folders, images or [None] * len(folders), bin_um)
     if images:
         check_images("--images", folders, images)
-    linked = [name_links(slide, scaled=not images) for slide, _ in samples]
+    linked = [
+        name_links(slide, slide.positions.name if images else "positions_hires.csv")
+        for slide, _ in samples
+    ]
     table = pd.DataFrame([asdict(slide) for slide in linked])
     check_manifest_is_new(path, table, "--from-spaceranger")
     for (slide, positions), links in zip(samples, linked, strict=True):
@@ -301,14 +308,15 @@ def read_samples(folders, images, bin_um):
     return samples
 
 
-def name_links(slide, scaled):
-    """The slide with the paths that its files get in a data root; `scaled`: positions are made."""
+def name_links(slide, positions):
+    """The slide with the paths that its files get in a data root; `positions` is the name of the
+    file of positions there, or None.
+    """
     folder = Path("links", slide.name)
-    positions = "positions_hires.csv" if scaled else slide.positions.name
     return replace(
         slide,
         image=folder / slide.image.name,
-        positions=folder / positions,
+        positions=positions and folder / positions,
         matrix=folder / slide.matrix.name,
     )
 
@@ -350,7 +358,9 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
         read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
         for number, sample in enumerate(chosen, 1)
     ]
-    linked = [name_hest_links(slide) for slide in made]
+    linked = [name_links(slide, "positions_patches.csv" if use_patches else None) for slide in made]
+    if use_patches:
+        linked = [replace(links, um_per_px=HEST_UM_PER_PX) for links in linked]
     table = pd.DataFrame([asdict(slide) for slide in linked])
     check_manifest_is_new(path, table, "--from-hest")
     for slide, links in zip(made, linked, strict=True):
@@ -358,8 +368,7 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
         place_link(root / links.matrix, slide.matrix)
         if use_patches:
             positions = slides.read_positions(slide.matrix)
-            scale = slide.um_per_px / HEST_UM_PER_PX
-            positions[slides.PLACE] = np.rint(positions[slides.PLACE] * scale).astype(int)
+            positions = scale_positions(positions, slide.um_per_px / HEST_UM_PER_PX)
             shell.save_csv(root / links.positions, positions.reset_index())
     shell.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
@@ -456,15 +465,6 @@ def read_hest_json(folder, sample, row):
         raise InputError(
             f"{path}: no metadata of sample {sample} ({error}): fetch it, or the table HEST_v*.csv"
         ) from None
-
-
-def name_hest_links(slide):
-    """The slide with the paths that its files get in a data root."""
-    folder = Path("links", slide.name)
-    links = replace(slide, image=folder / slide.image.name, matrix=folder / slide.matrix.name)
-    if not slides.holds_patches(slide.image):
-        return links
-    return replace(links, positions=folder / "positions_patches.csv", um_per_px=HEST_UM_PER_PX)
 
 
 # -------------------------------------------------------------------------------- Visium HD

@@ -109,6 +109,7 @@ def fingerprint_of(meta_text):
     return hashlib.sha256(meta_text).hexdigest()[:16]
 
 
+# ---------------------------------------------------------------------------------------- constants
 # Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
 # part in what a record was made with. What "best" does was chosen on validation slides of HER2ST.
 RECIPES = {
@@ -159,7 +160,6 @@ TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
 
-# ---------------------------------------------------------------------------------------- constants
 def recipe_of(script):
     """{name: value} of the constants in a script's ruled block as they stand now, and of what its
     RECIPE sets beside them.
@@ -226,12 +226,17 @@ def build_parser(script):
     return parser
 
 
+def parse_command(script, argv):
+    """{name: value} of the constants that the command line gives."""
+    given = vars(build_parser(script).parse_args(argv))
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def override_constants(script, argv):
     """Set a script's constants from the command line, those of `--recipe` and `--quick` first.
     Prints what changed.
     """
-    given = vars(build_parser(script).parse_args(argv))
-    values = {name: value for name, value in given.items() if value is not None}
+    values = parse_command(script, argv)
     quick = values.get("QUICK", script.get("QUICK", False))
     if quick:
         values = script["QUICK_BUDGET"] | values
@@ -277,10 +282,7 @@ def check_command(path, *, files=(), dataset=False):
     choose_waiting()
     script = read_script(path)
     try:
-        given = vars(build_parser(script).parse_args(sys.argv[1:]))
-        for name, value in given.items():
-            if value is not None:
-                script[name] = value
+        script |= parse_command(script, sys.argv[1:])
         for name in files:
             if script[name] and not Path(script[name]).exists():
                 raise InputError(f"{flag_of(name)} {script[name]}: no such file or folder")

@@ -433,11 +433,11 @@ def read_positions(path):
     """
     if is_anndata(path):
         table = read_anndata_positions(path)
-    elif path.name.removesuffix(".gz").endswith(".parquet"):
-        table = read_parquet(path, POSITION_SPELLINGS)
-        check_position_columns(path, table)
     else:
-        table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
+        if path.name.removesuffix(".gz").endswith(".parquet"):
+            table = read_parquet(path, POSITION_SPELLINGS)
+        else:
+            table = read_table(path, POSITION_SPELLINGS, row_names="barcode")
         check_position_columns(path, table)
     return parse_positions(path, table[POSITION_COLUMNS].copy(), table.attrs["separator"])
 
@@ -471,7 +471,8 @@ def read_anndata_positions(path):
     obsm["spatial"] holds x, y in px of the full-resolution image. obs may hold array_row and
     array_col, and in_tissue; a spot of which nothing is said lies in the tissue.
     """
-    spots = read_anndata(path)
+    spots = read_anndata(path, backed="r")
+    spots.file.close()  # Of the positions nothing is left in it.
     if "spatial" not in spots.obsm:
         raise InputError(
             f'{path}: no obsm["spatial"] with x, y in px of the full-resolution image: add it, or '
@@ -637,12 +638,15 @@ def is_anndata(path):
     return path is not None and path.name.removesuffix(".gz").endswith(".h5ad")
 
 
-def read_anndata(path):
-    """An .h5ad, plain or gzipped, as it stands there; its barcodes are checked."""
+def read_anndata(path, backed=None):
+    """An .h5ad, plain or gzipped, as it stands there; its barcodes are checked.
+
+    `backed` "r" leaves the counts in the file, which is open then.
+    """
     try:
         # Names that stand there twice are refused below, and old formats read as well.
         with warnings.catch_warnings(action="ignore"):
-            table = anndata.read_h5ad(unpack(path))
+            table = anndata.read_h5ad(unpack(path), backed)
     except InputError:
         raise
     except Exception as error:  # h5py and anndata raise what they like
