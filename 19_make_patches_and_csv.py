@@ -2,10 +2,11 @@
 
 Question   Which pixels and which expression belong to each spot?
 Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
-Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, dataset.csv (the training
-           target), counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the
-           counting-noise ceiling and Moran's I of each gene; colour statistics of the patches),
-           meta.json, contact_sheet.png, thumbnail_<slide>.png
+Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, lognorm.npy and, with
+           Harmony, target.npy (N, G) float32 (what is learnt), dataset.csv (the same as a table),
+           counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the counting-noise
+           ceiling and Moran's I of each gene; colour statistics of the patches), meta.json,
+           contact_sheet.png, thumbnail_<slide>.png
 Prints     per slide: spots, image and how it is read, patches over its border; panel and target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
@@ -15,8 +16,8 @@ Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lo
            python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
-once each. JPEG and PNG have no such access and are decoded whole. How slides are read is in
-slides.py.
+once each. JPEG and PNG have no such access and are decoded whole. Counts are in memory one slide at
+a time. How slides are read is in slides.py.
 """
 
 import shell
@@ -29,10 +30,12 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import anndata
+import h5py
 import harmonypy
 import numpy as np
 import pandas as pd
@@ -81,7 +84,7 @@ FEW_GENES = 20  # as well, where the slides share fewer of their genes
 # -------------------------------------------------------------------------------- panel
 
 
-def published_panel(root, counts):
+def published_panel(root, genes):
     """Panel mask of the published preprocessing where hvg_union.npy is there, else None."""
     path = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
     if not path.is_file():
@@ -90,10 +93,10 @@ def published_panel(root, counts):
         mask = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
-    if mask.dtype != bool or mask.shape != (counts.n_vars,):
+    if mask.dtype != bool or mask.shape != (len(genes),):
         raise InputError(
             f"{path}: {mask.dtype} {mask.shape}; "
-            f"expected one bool for each of the {counts.n_vars} genes"
+            f"expected one bool for each of the {len(genes)} genes"
         )
     print(f"panel: the published {path.name}")
     return mask
@@ -128,83 +131,86 @@ def warn_of_lost_genes(genes, names):
     )
 
 
-def find_variable_genes(counts, lognorm):
-    """{"hvg_<slide>": mask over genes}: each slide's highly variable genes (scanpy, seurat)."""
+def find_variable_genes(counts):
+    """(G,) bool: the highly variable genes of the counts of one slide (scanpy, seurat)."""
     import scanpy  # Here, because numba takes seconds to load.
 
+    if counts.n_vars <= HVG_PER_SLIDE:
+        return np.ones(counts.n_vars, bool)
+    scale = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy())
+    lognorm = (scale @ scipy.sparse.csr_matrix(counts.X, dtype=np.float32)).log1p()
+    lognorm = scipy.sparse.csr_matrix(lognorm, dtype=np.float32)
+    part = anndata.AnnData(lognorm, var=pd.DataFrame(index=counts.var_names))
     threads = torch.get_num_threads()
-    masks = {}
-    for slide, spots in counts.obs.groupby("tissue_index").indices.items():
-        part = anndata.AnnData(lognorm[spots], var=pd.DataFrame(index=counts.var_names))
-        if part.n_vars <= HVG_PER_SLIDE:
-            masks[f"hvg_{slide}"] = np.ones(part.n_vars, bool)
-        else:
-            scanpy.pp.highly_variable_genes(part, flavor="seurat", n_top_genes=HVG_PER_SLIDE)
-            masks[f"hvg_{slide}"] = part.var["highly_variable"].to_numpy()
+    scanpy.pp.highly_variable_genes(part, flavor="seurat", n_top_genes=HVG_PER_SLIDE)
     torch.set_num_threads(threads)  # scanpy's numba takes all of them
-    return masks
+    return part.var["highly_variable"].to_numpy()
 
 
-def choose_panel(root, counts, lognorm):
-    """(panel mask over genes, table of var columns hvg_<slide> and MG).
+def choose_panel(root, genes, variable):
+    """The table of genes of the panel, with the columns hvg_<slide> of `variable` and MG.
 
     The panel is PANEL, or the published one, or the union of the slides' variable genes; the
     markers among the genes always belong to it.
     """
-    masks = find_variable_genes(counts, lognorm)
-    markers = counts.var_names.isin(common.MARKER_GENES)
-    panel = published_panel(root, counts)
+    markers = genes.index.isin(common.MARKER_GENES)
+    panel = published_panel(root, genes)
     if PANEL:
-        genes = read_panel(Path(PANEL))
-        panel = counts.var_names.isin(genes)
+        wanted = read_panel(Path(PANEL))
+        panel = genes.index.isin(wanted)
         markers = markers & panel
         if not panel.any():
             raise InputError(
-                f"{PANEL}: the slides hold none of its {len(genes)} genes, as {genes[0]}"
+                f"{PANEL}: the slides hold none of its {len(wanted)} genes, as {wanted[0]}"
             )
-        warn_of_lost_genes(genes, set(counts.var_names))
+        warn_of_lost_genes(wanted, set(genes.index))
     elif panel is None:
-        panel = np.any(list(masks.values()), axis=0)
-    return panel | markers, pd.DataFrame({**masks, "MG": markers}, index=counts.var_names)
+        panel = np.any(list(variable.values()), axis=0)
+    panel = panel | markers
+    print(
+        f"panel of {panel.sum():,} genes, {markers.sum()} of the {len(common.MARKER_GENES)} "
+        "markers among them"
+    )
+    return genes[["gene_ids"]].assign(**variable, MG=markers)[panel]
 
 
 # -------------------------------------------------------------------------------- target
 
 
-def harmonise(root, lognorm, counts, manifest):
+def harmonise(root, lognorm, obs, panel, manifest):
     """Harmony over all slides, of the log-normalised panel (N, G): (N, G) float32.
 
-    The published matrices are taken where they are.
+    The published matrices are taken where they are. Harmony holds all of it in memory.
     """
     published = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
     paths = [slide.matrix / "harmony_matrix.npy" for slide in manifest]
     if published.is_file() and all(path.is_file() for path in paths):
         print("target: the published harmony_matrix.npy of every slide")
-        return np.concatenate([read_harmony(slide, counts) for slide in manifest])
+        return np.concatenate([read_harmony(slide, obs, panel) for slide in manifest])
     if len(manifest) == 1:
         raise InputError(
             "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
         )
-    if counts.n_obs < LEAST_SPOTS:
+    if len(obs) < LEAST_SPOTS:
         raise InputError(
             f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
-            f"are {counts.n_obs}; use --target lognorm"
+            f"are {len(obs)}; use --target lognorm"
         )
-    batch = pd.DataFrame({"slide": counts.obs["tissue_index"].astype(str)})
+    batch = pd.DataFrame({"slide": obs["tissue_index"].astype(str)})
     result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=SEED, verbose=False).Z_corr
     if result.shape != lognorm.shape:  # versions of harmonypy differ
         result = result.T
     return np.ascontiguousarray(result, np.float32)
 
 
-def read_harmony(slide, counts):
-    """One slide's published matrix, (n, G) float32 in the order of `counts`.
+def read_harmony(slide, obs, panel):
+    """One slide's published matrix, (n, G) float32 in the order of `obs`.
 
     The file holds genes of the panel x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
     barcodes = slides.read_barcodes(slides.find_part(slide.matrix, "barcodes.tsv"))
-    expected = counts.n_vars, len(barcodes)
+    expected = len(panel), len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
         usable = matrix.shape == expected and np.isfinite(matrix).all()
@@ -215,28 +221,30 @@ def read_harmony(slide, counts):
             f"{path}: {matrix.shape}; "
             f"expected finite ({expected[0]} genes of the panel, {expected[1]} spots)"
         )
-    spots = counts.obs["barcode"][counts.obs["tissue_index"] == slide.tissue_index]
+    spots = obs["barcode"][obs["tissue_index"] == slide.tissue_index]
     return matrix[:, pd.Index(barcodes).get_indexer(spots)].T.astype(np.float32)
 
 
 # -------------------------------------------------------------------------------- trust
 
 
-def check_leaks(patches, counts, tables=()):
-    """InputError where two spots have the same pixels or the same counts.
-
-    A split could learn from one and be scored on the other. Blank patches, and spots of few counts,
-    may be the same by chance. `counts` are of the genes that all slides share; `tables` are the
-    slides as they were read, of which two of the same genes are compared by all of them.
-    """
+def check_patches(patches, names):
+    """InputError where two spots have the same pixels; blank patches may be the same by chance."""
     seen = {}
-    for spot, patch in zip(counts.obs_names, patches, strict=True):
+    for spot, patch in zip(names, patches, strict=True):
         if (patch != patch[0, 0]).any():
             refuse_twin(seen, spot, "pixels", patch.tobytes())
-    for table in (counts, *tables):
-        genes = "\n".join(table.var_names).encode()
-        for spot, content in tell_counts(table):
-            refuse_twin(seen, spot, "counts", genes + content)
+
+
+def check_counts(seen, table):
+    """InputError where a spot of the table has the same counts as one of the same genes before.
+
+    `seen` is empty at first, and remembers the spots. A split could learn from one of two such
+    spots and be scored on the other. Spots of few counts may be the same by chance.
+    """
+    genes = "\n".join(table.var_names).encode()
+    for spot, content in tell_counts(table):
+        refuse_twin(seen, spot, "counts", genes + content)
 
 
 def tell_counts(table):
@@ -257,7 +265,7 @@ def tell_counts(table):
 
 def refuse_twin(seen, spot, kind, content):
     """Note in `seen` that a spot has this content; InputError where another spot has it."""
-    digest = hashlib.blake2b(content).digest()
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     twin = seen.setdefault((kind, digest), spot)
     if twin != spot:
         raise InputError(
@@ -324,19 +332,20 @@ def morans_i(values, centres, pitch):
 
 
 def describe_genes(root, counts, lognorm):
-    """var columns of every slide: ceiling_<slide>, moran_<slide> and, simulated, image_ceiling_."""
-    columns = {}
-    for slide, at in counts.obs.groupby("tissue_index").indices.items():
-        spots, measured = counts.obs.iloc[at], lognorm[at]
-        columns[f"ceiling_{slide}"] = counting_ceiling(counts.X[at].toarray(), spots["n_counts"])
-        centres = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-        columns[f"moran_{slide}"] = morans_i(measured, centres, spots["pitch"].iloc[0])
-        if is_simulated(root):
-            truth = anndata.read_h5ad(root / "truth" / f"{slide}.h5ad")
-            truth = truth[spots["barcode"].to_numpy(), counts.var["gene_ids"].to_numpy()]
-            shown = truth.layers["visible"]
-            columns[f"image_ceiling_{slide}"] = common.pearson_per_gene(shown, measured)
-    return pd.DataFrame(columns, index=counts.var_names)
+    """{column of var: (G,)} of one slide: ceiling_, moran_ and, simulated, image_ceiling_."""
+    spots, slide = counts.obs, counts.obs["tissue_index"].iloc[0]
+    centres = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    columns = {
+        f"ceiling_{slide}": counting_ceiling(counts.X.toarray(), spots["n_counts"]),
+        f"moran_{slide}": morans_i(lognorm, centres, spots["pitch"].iloc[0]),
+    }
+    if is_simulated(root):
+        truth = anndata.read_h5ad(root / "truth" / f"{slide}.h5ad")
+        truth = truth[spots["barcode"].to_numpy(), counts.var["gene_ids"].to_numpy()]
+        columns[f"image_ceiling_{slide}"] = common.pearson_per_gene(
+            truth.layers["visible"], lognorm
+        )
+    return columns
 
 
 def is_simulated(root):
@@ -434,28 +443,78 @@ def draw_contact_sheet(patches, tissue_index):
     return sheet.resize((8 * 114, len(rows) * 114), Image.Resampling.BOX)
 
 
+def store_spots(path, table):
+    """The spots of a slide, their counts on disk from here on, as AnnData has it ("backed")."""
+    table.write_h5ad(path, convert_strings_to_categoricals=False)
+    return anndata.read_h5ad(path, backed="r")
+
+
+def keep_spots(table, ids):
+    """The stored spots of a slide without those whose id is not among `ids`."""
+    path = Path(table.filename).with_suffix(".kept.h5ad")
+    return store_spots(path, table[table.obs_names.isin(ids)].to_memory())
+
+
 def write_expression(root, out, tables, manifest):
-    """counts.h5ad and dataset.csv, from the spots of every slide as AnnData."""
-    counts = slides.align_genes(tables)
+    """counts.h5ad, lognorm.npy, target.npy and dataset.csv, from the spots of every slide as
+    AnnData, of which one is in memory at a time.
+    """
+    obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
-    check_leaks(patches, counts, tables)
-    scale = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy())
-    lognorm = (scale @ scipy.sparse.csr_matrix(counts.X, dtype=np.float32)).log1p()
-    panel, var = choose_panel(root, counts, scipy.sparse.csr_matrix(lognorm, dtype=np.float32))
-    counts = counts[:, panel].copy()
-    counts.var = counts.var[["gene_ids"]].join(var[panel])
-    counts.X = scipy.sparse.csr_matrix(counts.X, dtype=np.int32)
-    counts.obsm["spatial"] = counts.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    counts.obsm["colour"] = common.colour_statistics(patches)
-    target = lognorm = common.log_normalise(counts.X, counts.obs["n_counts"])
-    counts.var = counts.var.join(describe_genes(root, counts, lognorm))
+    check_patches(patches, obs.index)
+    genes = slides.share_genes(tables)
+    seen, variable = {}, {}
+    for slide, table in zip(manifest, tables, strict=True):
+        table = table.to_memory()
+        counts = slides.take_genes(table, genes)
+        check_counts(seen, table)
+        check_counts(seen, counts)
+        variable[f"hvg_{slide.tissue_index}"] = find_variable_genes(counts)
+    panel = choose_panel(root, genes, variable)
+    var = write_lognorm(root, out / "lognorm.npy", tables, panel)
+    values = common.map_array(out / "lognorm.npy")
     if TARGET == "harmony":
-        target = harmonise(root, lognorm, counts, manifest)
-    markers = f"{counts.var['MG'].sum()} of the {len(common.MARKER_GENES)} markers among them"
-    print(f"panel of {counts.n_vars:,} genes, {markers}")
-    counts.write_h5ad(out / "counts.h5ad", compression="lzf")
-    spots = counts.obs.reset_index(names="id")
-    common.save_expression(out / "dataset.csv", spots, target, counts.var_names.tolist())
+        values = harmonise(root, values, obs, panel, manifest)
+        np.save(out / "target.npy", values)
+    common.save_expression(
+        out / "dataset.csv", obs.reset_index(names="id"), values, panel.index.tolist()
+    )
+    annotations = anndata.AnnData(obs=obs, var=var)
+    annotations.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    annotations.obsm["colour"] = common.colour_statistics(patches)
+    write_counts(out / "counts.h5ad", annotations, tables, panel)
+
+
+def write_lognorm(root, path, tables, panel):
+    """Log-normalised counts of the panel, (N, G) float32; returns the panel with describe_genes's
+    columns.
+    """
+    shape = sum(table.n_obs for table in tables), len(panel)
+    lognorm = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    shell.reserve_disk(path)
+    first, columns = 0, {}
+    for table in tables:
+        counts = slides.take_genes(table, panel)
+        own = common.log_normalise(counts.X, counts.obs["n_counts"])
+        lognorm[first : first + len(own)] = own
+        first += len(own)
+        columns |= describe_genes(root, counts, own)
+    lognorm.flush()
+    return panel.assign(**columns)
+
+
+def write_counts(path, annotations, tables, panel):
+    """counts.h5ad: the annotations with the raw counts of the panel, a slide at a time."""
+    annotations.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        for table in tables:
+            counts = slides.take_genes(table, panel).X.astype(np.int32)
+            if "X" in file:
+                anndata.io.sparse_dataset(file["X"]).append(counts)
+                continue
+            counts.indptr = counts.indptr.astype(np.int64)  # All slides may have 2^31 counts.
+            options = {"compression": "lzf"}
+            anndata.io.write_elem(file, "X", counts, dataset_kwargs=options)
 
 
 def write_meta(root, out, manifest, target, over_border):
@@ -519,7 +578,7 @@ def check_slides(root, manifest):
             errors.append(error)
     if not errors and tables[0].X is not None:
         print()
-        check_genes(slides.align_genes(tables))
+        check_genes(slides.share_genes(tables))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
@@ -572,12 +631,12 @@ def describe_tags(path):
         return "its tags say nothing"
 
 
-def check_genes(counts):
+def check_genes(genes):
     """Print how many markers the slides have, and warn of genes of PANEL that they lack."""
-    markers = counts.var_names.isin(common.MARKER_GENES).sum()
+    markers = genes.index.isin(common.MARKER_GENES).sum()
     print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
     if PANEL:
-        warn_of_lost_genes(read_panel(Path(PANEL)), set(counts.var_names))
+        warn_of_lost_genes(read_panel(Path(PANEL)), set(genes.index))
 
 
 # -------------------------------------------------------------------------------- start
@@ -647,17 +706,18 @@ def main():
     if CHECK:
         check_slides(root, manifest)
         return
-    tables, thumbnails = [], {}
-    for slide in manifest:
-        positions, thumbnails[slide.name] = slides.place_spots(slide)
-        tables.append(slides.read_spots(slide, positions, GENOME))
-    obs = pd.concat([table.obs for table in tables])
     target = TARGET if True in have_counts else None
-    with whole_folder(root / "dataset") as out:
+    with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
+        tables, thumbnails = [], {}
+        for slide in manifest:
+            positions, thumbnails[slide.name] = slides.place_spots(slide)
+            table = slides.read_spots(slide, positions, GENOME)
+            tables.append(store_spots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
+        obs = pd.concat([table.obs for table in tables])
         over_border, inside = write_patches(out, manifest, obs, thumbnails)
         if not inside.all():
+            tables = [keep_spots(table, obs.index[inside]) for table in tables]
             obs = obs[inside]
-            tables = [table[table.obs_names.isin(obs.index)].copy() for table in tables]
         if target:
             write_expression(root, out, tables, manifest)
         else:

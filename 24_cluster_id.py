@@ -120,7 +120,7 @@ def describe_spots(data, train, recipe, seed):
     """(N, up to 50) principal components of the standardised image features, and (N, 64) positional
     codes, both scaled to a mean squared length of 1; fitted on the training spots.
     """
-    features = data.counts.obsm["colour"]
+    features = data.annotations.obsm["colour"]
     if recipe["FEATURES"]:
         plain = recipe | {"BACKBONE": recipe["FEATURES"], "POOL_STAGES": False}
         features, _ = common.encode_patches(data.patches, plain, seed)

@@ -35,7 +35,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
-from sklearn.linear_model import LinearRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -273,7 +272,8 @@ def training_mean(recipe, split, folder):
     """Each gene's mean over the training spots: constant, so r is undefined and MSE what is left to
     explain.
     """
-    mean = split.data.target[split.spots("train")].mean(0)
+    mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
+    mean = mean.astype(np.float32)
     return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
 
 
@@ -282,10 +282,10 @@ def ridge_on_colour_by_folds(recipe, split, folder):
     inside the training spots.
     """
     train = split.spots("train")
-    colour = split.data.counts.obsm["colour"]
+    colour = split.data.annotations.obsm["colour"]
     colour = StandardScaler().fit(colour[train]).transform(colour)
-    ridge, _ = runner.fit_ridge(split, colour, train)
-    return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": ridge.alpha}
+    ridge, alpha = runner.fit_ridge(split, colour, train)
+    return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": alpha}
 
 
 def depth_only(recipe, split, folder):
@@ -293,9 +293,10 @@ def depth_only(recipe, split, folder):
     image does not show.
     """
     train = split.spots("train")
-    depth = np.log(split.data.counts.obs["n_counts"].to_numpy(np.float64))[:, None]
-    line = LinearRegression().fit(depth[train], split.data.target[train])
-    return line.predict(depth[split.scored()]).astype(np.float32), {"weights": "none"}
+    depth = np.log(split.data.annotations.obs["n_counts"].to_numpy(np.float64))[:, None]
+    centred = common.Centred(depth, split.data.target, train, np.zeros(len(depth)))
+    line = common.solve_ridge(centred, train, penalty=0)
+    return line.predict(depth[split.scored()]), {"weights": "none"}
 
 
 def nearest_spot(recipe, split, folder):
@@ -330,15 +331,17 @@ def own_slide(recipe, split, folder):
     data = split.data
     features, _ = runner.freeze_features(recipe, split)
     slides = data.spots["tissue_index"].to_numpy()
-    predicted = np.full(data.target.shape, np.nan, np.float32)
+    scored = split.scored()
+    line_of = pd.Series(range(len(scored)), scored)
+    predicted = np.full((len(scored), len(data.genes)), np.nan, np.float32)
     for slide in split.slides("test"):
         here = split.spots("test")
         here = here[slides[here] == slide]
         for train, held_out in common.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
             ridge, _ = runner.fit_ridge(split, features, learn)
-            predicted[judge] = ridge.predict(features[judge])
-    return predicted[split.scored()], {"weights": runner.name_weights(recipe)}
+            predicted[line_of[judge]] = ridge.predict(features[judge])
+    return predicted, {"weights": runner.name_weights(recipe)}
 
 
 def average_networks(out, records):

@@ -271,13 +271,13 @@ def assemble(slide, spots, predicted, thumbnail, trained):
 
 def measure(slide, spots, genes):
     """Log-normalised counts of the genes, (n, G) float32; NaN for genes that the slide lacks."""
-    counts = slides.align_genes([spots])
-    known = counts.var_names.isin(genes)
+    measured = slides.share_genes([spots])
+    known = measured.index.isin(genes)
     if not known.any():
         raise InputError(
             f"{slide.matrix}: holds none of the model's {len(genes)} genes, as {genes[0]}"
         )
-    counts = counts[:, known]
+    counts = slides.take_genes(spots, measured[known])
     values = common.log_normalise(counts.X, counts.obs["n_counts"])
     table = pd.DataFrame(values, columns=counts.var_names)
     return table.reindex(columns=genes).to_numpy(np.float32)

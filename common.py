@@ -21,6 +21,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import anndata
 import h5py
@@ -56,6 +57,8 @@ MARGIN = 2  # pitches; under block, training spots this near to a validation spo
 DRAWS = 1000  # of the bootstrap
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
 READ_AHEAD = 2  # batches that are read while one is used
+SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
+GENES_AT_ONCE = 512
 
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and hold_folder keeps other runs out.
@@ -108,10 +111,11 @@ class SpotData:
     # N rows, ID_COLUMNS and SPOT_COLUMNS: pitch in px, block a square five pitches wide.
     spots: pd.DataFrame
     genes: list  # G names: the panel
-    target: np.ndarray  # (N, G) float32, what is trained on: Harmony or log-normalised
-    lognorm: np.ndarray  # (N, G) float32, log-normalised counts
-    # N x G raw counts; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide.
-    counts: anndata.AnnData
+    # (N, G) float32, memory-mapped: [spots] of either reads (n, G) into memory.
+    target: np.ndarray  # what is trained on: Harmony or log-normalised
+    lognorm: np.ndarray  # log-normalised counts
+    # N x G without values; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide.
+    annotations: anndata.AnnData
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
@@ -124,11 +128,16 @@ def save_expression(path, spots, values, genes):
     once would be held twice.
     """
     with shell.whole_file(path) as partial, open(partial, "wb") as file:
-        for start in range(0, len(spots), 1024):
-            part = spots.iloc[start : start + 1024]
-            table = polars.DataFrame({name: part[name].to_list() for name in ID_COLUMNS})
-            table = table.hstack(polars.from_numpy(values[start : start + 1024], genes))
-            table.write_csv(file, include_header=start == 0, batch_size=128)
+        for part in parts_of(len(spots), SPOTS_AT_ONCE):
+            columns = spots.iloc[part]
+            table = polars.DataFrame({name: columns[name].to_list() for name in ID_COLUMNS})
+            table = table.hstack(polars.from_numpy(values[part], genes))
+            table.write_csv(file, include_header=part.start == 0, batch_size=128)
+
+
+def parts_of(n, size):
+    """Slices of 0..n, `size` long but for the last."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def log_normalise(counts, totals):
@@ -137,12 +146,11 @@ def log_normalise(counts, totals):
     """
     scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
     result = np.empty(counts.shape, np.float32)
-    # In parts, because all rows at once would take four times the memory in float64.
-    for start in range(0, len(scale), 1024):
-        rows = slice(start, start + 1024)
-        part = counts[rows]
-        dense = part.toarray() if hasattr(part, "toarray") else np.asarray(part)
-        result[rows] = np.log1p(dense * scale[rows, None])
+    # In parts, because all spots at once would take four times the memory in float64.
+    for part in parts_of(len(scale), SPOTS_AT_ONCE):
+        counted = counts[part]
+        dense = counted.toarray() if hasattr(counted, "toarray") else np.asarray(counted)
+        result[part] = np.log1p(dense * scale[part, None])
     return result
 
 
@@ -158,27 +166,23 @@ def load_dataset(data_root, target):
         meta_text = (folder / "meta.json").read_bytes()
         meta = json.loads(meta_text)
         check_meta(meta, folder, target, command)
-        counts = anndata.read_h5ad(folder / "counts.h5ad")
-        genes = counts.var_names.tolist()
-        lognorm = log_normalise(counts.X, counts.obs["n_counts"])
-        trained_on = lognorm
-        if target == "harmony":
-            trained_on = read_target(folder / "dataset.csv", genes, command)
-        spots = counts.obs.reset_index(names="id")[ID_COLUMNS + SPOT_COLUMNS]
-        # Mode "c" keeps the file as it is; torch wants memory that could be written.
-        patches = np.load(folder / "patches.npy", mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, LookupError, TypeError, polars.exceptions.PolarsError) as error:
+        annotations = read_annotations(folder / "counts.h5ad")
+        lognorm = map_array(folder / "lognorm.npy")
+        trained_on = map_array(folder / "target.npy") if target == "harmony" else lognorm
+        spots = annotations.obs.reset_index(names="id")[ID_COLUMNS + SPOT_COLUMNS]
+        patches = map_array(folder / "patches.npy")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder} is damaged ({error}): run {command} again") from None
-    if not len(patches) == len(counts) == len(trained_on):
+    if not lognorm.shape == trained_on.shape == annotations.shape or len(patches) != len(spots):
         raise InputError(f"{folder}: not of one piece: run {command} again")
     return SpotData(
         root=root,
         patches=torch.from_numpy(patches),
         spots=spots,
-        genes=genes,
+        genes=annotations.var_names.tolist(),
         target=trained_on,
         lognorm=lognorm,
-        counts=counts,
+        annotations=annotations,
         meta=meta,
         fingerprint=shell.fingerprint_of(meta_text),
         label="SIMULATED slides: " if meta["simulated"] else "",
@@ -200,25 +204,53 @@ def check_meta(meta, folder, target, command):
         )
 
 
-def read_target(path, genes, command):
-    """(N, G) float32 of dataset.csv. InputError where its genes are others than those of
-    counts.h5ad.
+def read_annotations(path):
+    """A file of AnnData without its values: obs, obsm and var."""
+    with h5py.File(path) as file:
+        parts = {name: anndata.io.read_elem(file[name]) for name in ("obs", "obsm", "var")}
+    return anndata.AnnData(**parts)
+
+
+def map_array(path):
+    """The array of a .npy file, memory-mapped.
+
+    Mode "c" keeps the file as it is; torch wants memory that could be written.
     """
-    table = polars.scan_csv(path, schema_overrides=dict.fromkeys(genes, polars.Float32))
-    if table.collect_schema().names() != ID_COLUMNS + genes:
-        raise InputError(f"{path}: its genes are not those of counts.h5ad: run {command} again")
-    return table.select(genes).collect().to_numpy()
+    return np.load(path, mmap_mode="c", allow_pickle=False).view(np.ndarray)
+
+
+class GenesOf:
+    """Expression (N, G) of some of the genes of a memory-mapped array: [spots] reads (n, G)."""
+
+    def __init__(self, values, genes):
+        self.values = values
+        self.genes = genes  # their numbers
+        self.shape = (values.shape[0], len(genes))
+
+    def __getitem__(self, spots):
+        return self.values[spots][:, self.genes]
 
 
 @functools.cache
 def restrict_panel(data, slides):
     """The data with the panel that 19 would have chosen on these slides alone."""
     columns = ["MG", *(f"hvg_{slide}" for slide in slides)]
-    kept = data.counts.var[columns].any(axis=1).to_numpy()
-    counts = data.counts[:, kept].copy()
-    lognorm = data.lognorm[:, kept]
-    genes = counts.var_names.tolist()
-    return replace(data, genes=genes, counts=counts, lognorm=lognorm, target=lognorm)
+    kept = np.flatnonzero(data.annotations.var[columns].any(axis=1))
+    annotations = data.annotations[:, kept].copy()
+    lognorm = GenesOf(data.lognorm, kept)
+    genes = annotations.var_names.tolist()
+    return replace(data, genes=genes, annotations=annotations, lognorm=lognorm, target=lognorm)
+
+
+def mean_and_variance(values, spots):
+    """((G,), (G,)) float64 of expression (N, G) over these spots, given by their numbers."""
+    sums = squares = 0
+    for part in parts_of(len(spots), SPOTS_AT_ONCE):
+        read = values[spots[part]].astype(np.float64)
+        sums = sums + read.sum(0)
+        squares = squares + (read**2).sum(0)
+    mean = sums / len(spots)
+    return mean, (squares / len(spots) - mean**2).clip(0)
 
 
 # -------------------------------------------------------------------------------------- gene groups
@@ -257,14 +289,11 @@ def read_gene_sets(path):
 
 def rank_genes(data, spots):
     """Table group, gene: HEG and HVG are the 50 genes of the panel with the highest mean and
-    variance of log-normalised expression over `spots`, MG the markers.
+    variance of log-normalised expression over `spots` (numbers), MG the markers.
     """
-    ranked_by = {
-        "HEG": data.lognorm[spots].mean(0, np.float64),
-        "HVG": data.lognorm[spots].var(0, np.float64),
-    }
+    mean, variance = mean_and_variance(data.lognorm, spots)
     lists = {}
-    for group, values in ranked_by.items():
+    for group, values in {"HEG": mean, "HVG": variance}.items():
         best = np.argsort(-values, kind="stable")[:GROUP_SIZE]
         lists[group] = [data.genes[gene] for gene in best]
     lists["MG"] = MARKER_GENES
@@ -434,6 +463,18 @@ class MappedPatches:
         return F.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
 
 
+class MappedExpression:
+    """Expression as it lies on disk, for read_ahead: [spots] reads a (n, G) float32 tensor."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, spots):
+        return torch.from_numpy(self.values[spots.numpy()])
+
+
 @functools.lru_cache(maxsize=1)  # The trainings of a run share one copy.
 def place_patches(patches, size, device):
     """SpotData's patches for [spots]: on a GPU, if half of its free memory holds them; else
@@ -451,15 +492,15 @@ def place_patches(patches, size, device):
     return resident
 
 
-def read_ahead(patches, batches, device):
-    """Yield patches[spots] on the device for each of the batches; while one is used, a thread reads
-    the next two.
+def read_ahead(source, batches, device):
+    """Yield source[spots] on the device for each of the batches, source being patches or
+    MappedExpression; while one is used, a thread reads the next two.
     """
 
     def read(spots):
-        images = patches[spots.to(patches.device, non_blocking=True)]
-        on_its_way = images.device.type != device.type
-        return images.pin_memory() if on_its_way else images
+        values = source[spots.to(source.device, non_blocking=True)]
+        on_its_way = values.device.type != device.type
+        return values.pin_memory() if on_its_way else values
 
     # The reading thread gets one core, because the others are for the network.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
@@ -1109,8 +1150,8 @@ def fit(
 ):
     """Train; leave the weights of the best epoch in `model`; return the history, a dict an epoch.
 
-    patches (N, 3, S, S) uint8, target (N, G) float32 array, train_spots and valid_spots int64
-    arrays of spot numbers. `loss` and `optimise` are LOSS and adam_with_cosine unless given;
+    patches (N, 3, S, S) uint8, target (N, G) float32 as in SpotData, train_spots and valid_spots
+    int64 arrays of spot numbers. `loss` and `optimise` are LOSS and adam_with_cosine unless given;
     gene_weights (G,) say how much each gene counts in the loss. The best epoch has the lowest
     validation MSE or, by BEST_EPOCH, the highest r that valid_heg(predicted) gives; a network that
     starts as a ridge is judged before its first epoch, too. With `keep` there is no validation, and
@@ -1122,7 +1163,6 @@ def fit(
     optimiser, schedule = optimise(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
-    truth = torch.from_numpy(target).to(device)
     judge = functools.partial(validate, model, patches, target, valid_spots, valid_heg, dtype)
     history, best = resume(checkpoint, stateful, made_with, device)
     if history:
@@ -1143,7 +1183,7 @@ def fit(
         began = time.perf_counter()
         line = begin_line(epoch + 1, schedule)
         line["train_loss"] = train_epoch(
-            network, step, patches, truth, train_spots, recipe, seed, epoch
+            network, step, patches, target, train_spots, recipe, seed, epoch
         )
         schedule.step()
         line["images_per_s"] = len(train_spots) / (time.perf_counter() - began)
@@ -1189,8 +1229,12 @@ def weigh_genes(loss, gene_weights, device):
 def validate(model, patches, target, valid_spots, valid_heg, dtype):
     """{"valid_mse", "valid_heg"} of the validation spots."""
     predicted = predict(model, patches, valid_spots, dtype=dtype)
-    mse = float(mean_square(predicted, target[valid_spots]).mean())
-    return {"valid_mse": mse, "valid_heg": valid_heg(predicted) if valid_heg else None}
+    truth = target[valid_spots]
+    errors = []
+    for genes in parts_of(predicted.shape[1], GENES_AT_ONCE):
+        errors.append(mean_square(predicted[:, genes], truth[:, genes]))
+    valid_mse = float(np.concatenate(errors).mean())
+    return {"valid_mse": valid_mse, "valid_heg": valid_heg(predicted) if valid_heg else None}
 
 
 def choose_epoch(history, recipe):
@@ -1214,7 +1258,7 @@ def check_finite(line):
         )
 
 
-def train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch):
+def train_epoch(network, step, patches, target, train_spots, recipe, seed, epoch):
     """One pass over `train_spots`; returns the mean training loss.
 
     Everything random follows from (seed, epoch). Of several joined ranks each takes its share of
@@ -1234,15 +1278,17 @@ def train_epoch(network, step, patches, truth, train_spots, recipe, seed, epoch)
             f"{ranks} processes"
         )
     network.train()
-    total = torch.zeros((), device=truth.device)
+    device = next(network.parameters()).device
+    total = torch.zeros((), device=device)
     shares = [batch[rank::ranks] for batch in batches]
-    images_of = read_ahead(patches, [order[share] for share in shares], truth.device)
+    numbers = [order[share] for share in shares]
+    images_of = read_ahead(patches, numbers, device)
+    wanted_of = read_ahead(MappedExpression(target), numbers, device)
     progress = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
     for batch, share in zip(progress, shares, strict=True):
         images = augment(next(images_of), *(draw[share] for draw in draws))
-        wanted = truth[order[share].to(truth.device, non_blocking=True)]
         weight = len(share) * ranks / len(batch)  # Gradients are averaged over the ranks.
-        total += step(images, wanted, weight) * len(share)
+        total += step(images, next(wanted_of), weight) * len(share)
     if ranks > 1:
         dist.all_reduce(total)
         for buffer in network.buffers():  # BatchNorm's averages: each rank has seen its share.
@@ -1381,49 +1427,113 @@ class Ridge:
 
     weight: np.ndarray  # (F, G)
     bias: np.ndarray  # (G,)
-    alpha: float  # of ALPHAS
 
     def predict(self, features):
         """(n, F) features -> (n, G) float32 expression."""
-        return (features @ self.weight + self.bias).astype(np.float32)
+        predicted = np.empty((len(features), len(self.bias)), np.float32)
+        for part in parts_of(len(features), SPOTS_AT_ONCE):
+            predicted[part] = features[part] @ self.weight + self.bias
+        return predicted
 
 
-def fit_ridge(features, target, spots, chosen_by):
-    """(Ridge, (G,) share of each gene's variance that it predicts out of fold).
+class Moments(NamedTuple):
+    """Sums over spots of the products of features x and expression y: all that a ridge needs."""
 
-    features (n, F) and target (n, G) of training spots, whose table is `spots`. Both are centred
-    within every slide, since slides differ in staining and depth. Alpha has the least squared error
-    of the genes `chosen_by` (numbers; those that are reported) in five folds of spatial blocks.
+    xx: np.ndarray  # (F, F)
+    xy: np.ndarray  # (F, G)
+    yy: np.ndarray  # (G,)
+
+
+class Centred:
+    """Features (N, F) and expression (N, G) minus their means over the `spots` (numbers) of each of
+    the `groups` (N,); the expression of a few spots is in memory at a time.
     """
-    slides = spots["tissue_index"].to_numpy()
-    x = centre_within(features, slides)
-    y = centre_within(target, slides)
-    penalties = ALPHAS * (x**2).sum(1).mean()
-    squares = np.zeros((len(ALPHAS), y.shape[1]))
-    for train, held_out in choose_folds(spots):
-        sizes, axes, moments = decompose(x[train], y[train])
-        seen = x[held_out] @ axes.T
-        for i, penalty in enumerate(penalties):
-            predicted = seen @ shrink(sizes, moments, penalty)
-            squares[i] += ((predicted - y[held_out]) ** 2).sum(0)
-    best = int(squares[:, chosen_by].sum(1).argmin())
-    total = (y**2).sum(0)
-    explained = np.where(total > 1e-12, 1 - squares[best] / np.maximum(total, 1e-12), 0)
-    sizes, axes, moments = decompose(x, y)
-    weight = axes.T @ shrink(sizes, moments, penalties[best])
-    bias = target.mean(0, np.float64) - features.mean(0, np.float64) @ weight
-    return Ridge(weight, bias, float(ALPHAS[best])), explained.clip(0)
+
+    def __init__(self, features, target, spots, groups):
+        self.features = features
+        self.target = target
+        names, self.group_of = np.unique(groups, return_inverse=True)
+        self.x_means = np.zeros((len(names), features.shape[1]))
+        self.y_means = np.zeros((len(names), target.shape[1]))
+        squares = 0
+        for group in np.unique(self.group_of[spots]):
+            inside = spots[self.group_of[spots] == group]
+            self.x_means[group], variance = mean_and_variance(features, inside)
+            self.y_means[group], _ = mean_and_variance(target, inside)
+            squares += len(inside) * variance.sum()
+        # Of the features, the unit of alpha; not quite 0 where none varies, so that a ridge exists.
+        self.mean_squared_length = max(squares / len(spots), 1e-12)
+
+    def parts(self, spots):
+        """Yield ((n, F), (n, G)) float64, a part of these spots at a time."""
+        for part in parts_of(len(spots), SPOTS_AT_ONCE):
+            at = spots[part]
+            group = self.group_of[at]
+            yield self.features[at] - self.x_means[group], self.target[at] - self.y_means[group]
+
+    def moments(self, spots):
+        """Moments over these spots."""
+        xx = xy = yy = 0
+        for x, y in self.parts(spots):
+            xx = xx + x.T @ x
+            xy = xy + x.T @ y
+            yy = yy + (y**2).sum(0)
+        return Moments(xx, xy, yy)
 
 
-def decompose(x, y):
-    """Singular sizes (k,) and axes (k, F) of x (n, F), and what y (n, G) has along them, (k, G)."""
-    left, sizes, axes = scipy.linalg.svd(x, full_matrices=False)
-    return sizes, axes, left.T @ y
+def fit_ridge(features, target, spots, table, chosen_by):
+    """(Ridge of expression (N, G) on features (N, F), its alpha), learnt on `spots` (numbers) of
+    the `table`.
+
+    Both are centred within every slide, since slides differ in staining and depth. Alpha is
+    choose_alpha's by the genes `chosen_by` (numbers; those that are reported).
+    """
+    slides = table["tissue_index"].to_numpy()
+    alpha = choose_alpha(Centred(features, GenesOf(target, chosen_by), spots, slides), spots, table)
+    centred = Centred(features, target, spots, slides)
+    return solve_ridge(centred, spots, alpha * centred.mean_squared_length), alpha
 
 
-def shrink(sizes, moments, penalty):
-    """(k, G) coefficients of ridge regression along the axes of decompose."""
-    return (sizes / (sizes**2 + penalty))[:, None] * moments
+def choose_alpha(centred, spots, table):
+    """The one of ALPHAS with the least squared error of all genes in folds of spatial blocks."""
+    errors = np.zeros(len(ALPHAS))
+    for train, held_out in choose_folds(table.iloc[spots]):
+        learnt = centred.moments(spots[train])
+        judged = centred.moments(spots[held_out])
+        # Along the axes of learnt.xx every penalty is a division.
+        sizes, axes = scipy.linalg.eigh(learnt.xx)
+        learnt_xy = axes.T @ learnt.xy
+        judged_xx = axes.T @ judged.xx @ axes
+        judged_xy = axes.T @ judged.xy
+        for i, penalty in enumerate(ALPHAS * centred.mean_squared_length):
+            weight = learnt_xy / (sizes.clip(0) + penalty)[:, None]
+            explained = 2 * weight * judged_xy - weight * (judged_xx @ weight)
+            errors[i] += judged.yy.sum() - explained.sum()
+    return float(ALPHAS[errors.argmin()])
+
+
+def solve_ridge(centred, spots, penalty):
+    """The Ridge that is learnt on `spots` (numbers)."""
+    moments = centred.moments(spots)
+    penalised = moments.xx + penalty * np.eye(len(moments.xx))
+    weight = scipy.linalg.solve(penalised, moments.xy, assume_a="pos")
+    mean_x, _ = mean_and_variance(centred.features, spots)
+    mean_y, _ = mean_and_variance(centred.target, spots)
+    return Ridge(weight, mean_y - mean_x @ weight)
+
+
+def explain_genes(features, target, spots, table, alpha):
+    """(G,) share of each gene's variance within slides that the ridge predicts out of fold."""
+    centred = Centred(features, target, spots, table["tissue_index"].to_numpy())
+    penalty = alpha * centred.mean_squared_length
+    error = 0
+    for train, held_out in choose_folds(table.iloc[spots]):
+        weight = solve_ridge(centred, spots[train], penalty).weight
+        for x, y in centred.parts(spots[held_out]):
+            error = error + ((x @ weight - y) ** 2).sum(0)
+    total = centred.moments(spots).yy
+    varies = total > 1e-12
+    return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)
 
 
 def choose_folds(spots):
@@ -1436,12 +1546,6 @@ def choose_folds(spots):
     except InputError:  # A fold would be empty, or its margin would take all others.
         folds = split_folds(spots, numbers, "paper", min(FOLDS, len(spots)), 0)
     return [(roles == "train", roles == "valid") for roles in folds]
-
-
-def centre_within(values, slides):
-    """(n, k) float64: the values minus their mean over each slide."""
-    values = pd.DataFrame(np.asarray(values, np.float64))
-    return (values - values.groupby(slides).transform("mean")).to_numpy()
 
 
 def balance_stages(features, widths):
@@ -1533,19 +1637,26 @@ def average_slides(metric, predicted, truth, slides):
 
 
 def score_genes(predicted, truth, slides):
-    """{name: (G,)}: the mean over slides of every metric; r_pooled and mse over all spots."""
-    scores = {
-        name: average_slides(metric, predicted, truth, slides) for name, metric in METRICS.items()
-    }
-    scores["r_pooled"] = pearson_per_gene(predicted, truth)
-    scores["mse"] = mean_square(predicted, truth)
-    return scores
+    """{name: (G,)}: the mean over slides of every metric; r_pooled and mse over all spots.
+
+    A part of the genes at a time, since metrics take several copies of it in float64.
+    """
+    parts = []
+    for genes in parts_of(predicted.shape[1], GENES_AT_ONCE):
+        x, y = predicted[:, genes], truth[:, genes]
+        scores = {name: average_slides(metric, x, y, slides) for name, metric in METRICS.items()}
+        scores["r_pooled"] = pearson_per_gene(x, y)
+        scores["mse"] = mean_square(x, y)
+        parts.append(scores)
+    return {name: np.concatenate([scores[name] for scores in parts]) for name in parts[0]}
 
 
 def correlate_spots(predicted, truth, usual):
     """Mean over spots of r over genes, after each gene's `usual` (G,) expression is taken off."""
-    r = pearson_per_gene((predicted - usual).T, (truth - usual).T)
-    return pd.Series(r).mean()
+    parts = []
+    for part in parts_of(len(predicted), SPOTS_AT_ONCE):
+        parts.append(pearson_per_gene((predicted[part] - usual).T, (truth[part] - usual).T))
+    return pd.Series(np.concatenate(parts)).mean()
 
 
 # ---------------------------------------------------------------------------------------- intervals
@@ -1565,16 +1676,25 @@ def bootstrap_means(predicted, truth, spots, genes, members):
         """(DRAWS, G) mean over the spots that were drawn."""
         return drawn @ (inside @ values) / n_spots
 
+    parts = []
+    for part in parts_of(len(genes), GENES_AT_ONCE):
+        parts.append(correlate_draws(predicted[:, part], truth[:, part], mean))
+    r = np.concatenate(parts, axis=1)
+    if n_blocks == 1:  # One block says nothing of others.
+        r[:] = np.nan
+    r = pd.DataFrame(r, range(DRAWS), genes)
+    return pd.DataFrame({key: r[group].mean(axis=1) for key, group in members.items()})
+
+
+def correlate_draws(predicted, truth, mean):
+    """(DRAWS, G) r of predicted and truth (n, G) over the spots of each draw, whose mean of values
+    (n, G) is `mean(values)`; NaN for a gene that is constant in a draw.
+    """
     x = predicted.astype(np.float64) - predicted.mean(0, np.float64)
     y = truth.astype(np.float64) - truth.mean(0, np.float64)
     mean_x = mean(x)
     mean_y = mean(y)
     spread = (mean(x**2) - mean_x**2) * (mean(y**2) - mean_y**2)
-    # A gene that is constant in a draw has no r there.
     defined = spread > 1e-9 * (x**2).mean(0) * (y**2).mean(0)
     covariance = mean(x * y) - mean_x * mean_y
-    r = np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1)), np.nan)
-    if n_blocks == 1:  # One block says nothing of others.
-        r = np.nan
-    r = pd.DataFrame(r, range(DRAWS), genes)
-    return pd.DataFrame({key: r[group].mean(axis=1) for key, group in members.items()})
+    return np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1)), np.nan)

@@ -29,7 +29,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sklearn import linear_model
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
 
@@ -106,10 +106,11 @@ def make_split(data, roles, protocol, seed, fold):
     """The Split of these roles. But for the published protocol, its panel and gene groups follow
     from training spots.
     """
-    train = roles == "train"
+    train = np.flatnonzero(roles == "train")
     published = protocol == "paper"
     if not published:
-        data = common.restrict_panel(data, tuple(np.unique(data.spots["tissue_index"][train])))
+        slides = np.unique(data.spots["tissue_index"].to_numpy()[train])
+        data = common.restrict_panel(data, tuple(slides))
     groups = common.choose_gene_groups(data, train, published)
     return Split(data, roles, groups, seed, fold)
 
@@ -213,8 +214,8 @@ def start_training(recipe, split, patches, device):
         optimise = common.adamw_with_two_rates
     training = Training(model, model, patches, optimise=optimise)
     if recipe["HEAD_START"] == "mean":
-        mean = torch.from_numpy(target[train].mean(0))
-        model.head[-1].bias.data.copy_(mean)
+        mean, _ = common.mean_and_variance(target, train)
+        model.head[-1].bias.data.copy_(torch.from_numpy(mean))
     as_ridge = recipe["HEAD_START"] == "ridge"
     if recipe["GENE_WEIGHTS"] == "predictable" and not (as_ridge and recipe["LOSS"] == "mse"):
         raise InputError(
@@ -228,12 +229,16 @@ def start_training(recipe, split, patches, device):
             f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
         )
     features, scale = freeze_features(recipe, split)
-    ridge, explained = fit_ridge(split, features, train)
+    ridge, alpha = fit_ridge(split, features, train)
     common.start_as_ridge(model, ridge, scale)
-    training = replace(training, more={"alpha": ridge.alpha})
-    if recipe["GENE_WEIGHTS"] == "predictable" and explained.any():
-        return replace(training, gene_weights=explained / explained.mean())
-    return training
+    training = replace(training, more={"alpha": alpha})
+    if recipe["GENE_WEIGHTS"] == "equal":
+        return training
+    spots = split.data.spots
+    explained = common.explain_genes(features, target, train, spots, alpha)
+    if not explained.any():
+        return training
+    return replace(training, gene_weights=explained / explained.mean())
 
 
 def freeze_features(recipe, split):
@@ -250,18 +255,15 @@ def freeze_features(recipe, split):
 
 def fit_ridge(split, features, spots):
     """common.fit_ridge of the expression on the features (N, F) at these spots alone."""
-    data = split.data
-    return common.fit_ridge(
-        features[spots], data.target[spots], data.spots.iloc[spots], split.reported
-    )
+    return common.fit_ridge(features, split.data.target, spots, split.data.spots, split.reported)
 
 
 def ridge_on_features(recipe, split, folder):
     """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
     features, _ = freeze_features(recipe, split)
-    ridge, _ = fit_ridge(split, features, split.spots("train"))
+    ridge, alpha = fit_ridge(split, features, split.spots("train"))
     predicted = ridge.predict(features[split.scored()])
-    return predicted, {"weights": name_weights(recipe), "alpha": ridge.alpha}
+    return predicted, {"weights": name_weights(recipe), "alpha": alpha}
 
 
 def mean_heg(split, predicted):
@@ -323,7 +325,7 @@ def save_weights(path, model, split, made_with, predicted):
         "std": model.std.tolist(),
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": without_nan(validate_genes(split, predicted[valid], data.lognorm)),
-        "ceiling": without_nan(data.counts.var.reindex(columns=ceilings).mean(axis=1)),
+        "ceiling": without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
@@ -372,13 +374,13 @@ def predict_again(out, trained, restained=False):
 PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
 
 
-def ridge_on_colour(recipe, split, folder, alpha=100.0):
+def ridge_on_colour(recipe, split, folder, penalty=100.0):
     """`compute` of compute_records: ridge on standardised colour statistics."""
-    colour = split.data.counts.obsm["colour"]
-    return predict_by_colour(split, colour[split.scored()], alpha), {"weights": "none"}
+    colour = split.data.annotations.obsm["colour"]
+    return predict_by_colour(split, colour[split.scored()], penalty), {"weights": "none"}
 
 
-def ridge_on_other_colours(recipe, split, folder, alpha=100.0):
+def ridge_on_other_colours(recipe, split, folder, penalty=100.0):
     """ridge_on_colour of slides that another laboratory would have stained."""
     patches = common.MappedPatches(split.data.patches, common.PATCH_SIZE)
     patches = common.RestainedPatches(patches, common.OTHER_STAINING)
@@ -386,17 +388,17 @@ def ridge_on_other_colours(recipe, split, folder, alpha=100.0):
     for spots in torch.from_numpy(split.scored()).split(64):
         colour.append(common.colour_statistics(patches[spots].permute(0, 2, 3, 1).numpy()))
     colour = np.concatenate(colour)
-    return predict_by_colour(split, colour, alpha), {"weights": "none"}
+    return predict_by_colour(split, colour, penalty), {"weights": "none"}
 
 
-def predict_by_colour(split, colour, alpha):
+def predict_by_colour(split, colour, penalty):
     """(n, G) float32 expression by (n, 40) colour statistics, learnt on the training spots."""
-    train = split.spots("train")
-    known = split.data.counts.obsm["colour"][train]
-    mean = known.mean(0)
-    sd = np.maximum(known.std(0), 1e-12)
-    ridge = linear_model.Ridge(alpha).fit((known - mean) / sd, split.data.target[train])
-    return ridge.predict((colour - mean) / sd).astype(np.float32)
+    data, train = split.data, split.spots("train")
+    scaler = StandardScaler().fit(data.annotations.obsm["colour"][train])
+    known = scaler.transform(data.annotations.obsm["colour"])
+    centred = common.Centred(known, data.target, train, np.zeros(len(known)))
+    ridge = common.solve_ridge(centred, train, penalty)
+    return ridge.predict(scaler.transform(colour))
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -451,8 +453,8 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     roles = pd.DataFrame({"id": data.spots["id"], "role": split.roles, "fold": split.fold})
     obs = data.spots.iloc[scored].set_index("id").assign(role=split.roles[scored])
     table = anndata.AnnData(predicted, obs, per_gene.set_index("gene"))
-    table.layers["lognorm"] = data.lognorm[scored]
-    table.layers["target"] = data.target[scored]
+    table.layers["lognorm"] = lognorm = data.lognorm[scored]
+    table.layers["target"] = lognorm if data.target is data.lognorm else data.target[scored]
     table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     shell.save_csv(folder / "per_gene.csv", per_gene)
     shell.save_csv(folder / "split.csv", roles[split.roles != ""])
@@ -478,6 +480,7 @@ def score_split(setting, recipe, split, predicted, more):
     for role, (truth, values) in itertools.product(roles, truths.items()):
         at = split.roles[scored] == role
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
+        usual, _ = common.mean_and_variance(values, usual_spots)
         genes = score_genes(data, x, y, spots, truth)
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
@@ -487,7 +490,7 @@ def score_split(setting, recipe, split, predicted, more):
         record["recipe"] = recipe.get("RECIPE")
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
-        record["spot_r"] = common.correlate_spots(x, y, values[usual_spots].mean(0))
+        record["spot_r"] = common.correlate_spots(x, y, usual)
         if role == "test":
             means = common.bootstrap_means(x, y, spots, data.genes, split.members)
             draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
@@ -512,7 +515,7 @@ def score_genes(data, predicted, truth, spots, truth_name):
         columns = []
         if truth_name == "lognorm":
             columns = [f"{name}_{slide}" for slide in np.unique(slides)]
-        genes[name] = data.counts.var.reindex(columns=columns).mean(axis=1)
+        genes[name] = data.annotations.var.reindex(columns=columns).mean(axis=1)
     return genes
 
 
@@ -914,7 +917,7 @@ def describe_run(recipe, splits):
     split = splits[0]
     data = split.data
     slides = data.spots["tissue_index"].nunique()
-    n_spots, n_genes = data.counts.shape
+    n_spots, n_genes = data.annotations.shape
     protocol = PROTOCOLS[recipe["PROTOCOL"]]
     if recipe["PROTOCOL"] == "loso":
         one_donor = data.spots["donor"].nunique() == 1

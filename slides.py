@@ -619,7 +619,7 @@ def read_h5_matrix(path):
     import scanpy  # Here, because numba takes seconds to load.
 
     try:
-        # Names that several genes share are warned of; align_genes makes them unique.
+        # Names that several genes share are warned of; share_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             table = scanpy.read_10x_h5(unpack(path), gex_only=True)
     except InputError:
@@ -806,44 +806,47 @@ def holds_counts(matrix):
     return bool(((values >= 0) & (values < np.inf) & (values == np.rint(values))).all())
 
 
-def align_genes(tables):
-    """The spots of all slides and the genes that they share, as one AnnData.
+def share_genes(tables):
+    """The genes that all slides share: a table gene_ids and name, by the symbols, made unique.
 
-    Genes are matched by id and stand in the first slide's order; var_names are their symbols, made
-    unique.
+    Genes are matched by id and stand in the first slide's order.
     """
     ids = tables[0].var_names
     shared = ids[np.all([ids.isin(table.var_names) for table in tables], axis=0)]
     if not len(shared):
         raise InputError("the slides share no gene id: are they of one species and one annotation?")
-    counts = anndata.concat([table[:, shared] for table in tables], join="inner")
-    symbols = tables[0][:, shared].var["name"].to_numpy()
-    counts.var = pd.DataFrame({"gene_ids": shared, "name": symbols}, index=shared)
-    name_genes(counts)
+    symbols = tables[0].var["name"][shared].astype(str).to_numpy()
+    genes = pd.DataFrame({"gene_ids": shared, "name": symbols}, index=name_genes(symbols))
     most = max(table.n_vars for table in tables)
     message = f"{len(shared):,} genes in every slide"
     if most > len(shared):
         message += f" (of up to {most:,})"
     print(message)
-    return counts
+    return genes
 
 
-def name_genes(counts):
-    """Make the symbols in var["name"] the var_names, each of them unique."""
-    twice = counts.var["name"][counts.var["name"].duplicated()]
+def take_genes(table, genes):
+    """The spots of one slide with these genes, a part of share_genes's table, in memory."""
+    taken = table[:, genes["gene_ids"].to_numpy()].to_memory()
+    taken.var = genes
+    return taken
+
+
+def name_genes(symbols):
+    """Symbols as an index in which each is unique; InputError where one is a column's name."""
+    names = pd.Index(symbols)
+    twice = names[names.duplicated()]
     if len(twice):
         print(
-            f"{len(twice)} gene names stand for several ids and were made unique, "
-            f"as {twice.iloc[0]}-1"
+            f"{len(twice)} gene names stand for several ids and were made unique, as {twice[0]}-1"
         )
-    counts.var_names = counts.var["name"].astype(str).to_numpy()
-    counts.var_names_make_unique()
-    clash = sorted(set(common.ID_COLUMNS) & set(counts.var_names))
+    clash = sorted(set(common.ID_COLUMNS) & set(names))
     if clash:
         raise InputError(
             f"a gene is called {clash[0]!r}, as a column of dataset.csv: "
             "rename it in the features table"
         )
+    return anndata.utils.make_index_unique(names)
 
 
 # -------------------------------------------------------------------------------- spots

@@ -348,7 +348,9 @@ def compare_scoring(folder):
 
 
 def compare_table(folder):
-    """dataset.csv as script 19 writes it and as common.load_dataset reads it, against pandas."""
+    """dataset.csv as script 19 writes it, against pandas, and the same expression as the .npy that
+    scripts read.
+    """
     path = folder / "dataset.csv"
     repeats = min(REPEATS, 3)
     values = np.random.default_rng(0).normal(2, 1, (SPOTS, GENES)).astype(np.float32)
@@ -363,11 +365,13 @@ def compare_table(folder):
     def write_here():
         common.save_expression(path, spots, values, genes)
 
+    np.save(folder / "lognorm.npy", values)
+
     def read_conventionally():
         return pd.read_csv(path)[genes].to_numpy(np.float32)
 
     def read_here():
-        return common.read_target(path, genes, "")
+        return np.array(common.map_array(folder / "lognorm.npy"))
 
     pairs = alternate(repeats, write_conventionally, write_here)
     lines = [line(f"dataset.csv {SPOTS:,} x {GENES:,}, write", "s", pairs, 1, ">= 4")]

@@ -1,16 +1,15 @@
-"""How time and memory of scripts 19 and 20 grow with the number of spots: 1, 4 and 16 slides' worth
-of 2,300.
+"""How time and memory of scripts 19 and 20 grow with the number of spots, on slides of 2,500.
 
-Question   Does anything hold a slide, or all patches, in memory?
+Question   Does anything hold a slide, all patches or all expression in memory?
 Reads      nothing
-Writes     <OUT>/growth.csv and machine.json; slides made for it under OUT (up to 20 GB, removed at
-           the end)
-Prints     a line a size: patches on disk, and for 19 and 20 seconds and peak memory; then one
-           epoch's images/s
+Writes     <OUT>/growth.csv and machine.json; slides made for it under OUT (22 GB for 100,000 spots,
+           removed at the end)
+Prints     a line a size: patches and expression on disk, and for 19 and 20 seconds and peak memory;
+           then one epoch's images/s
 Command    python benchmarks/measure_growth.py
-Override   python benchmarks/measure_growth.py --sizes 16 --keep
+Override   python benchmarks/measure_growth.py --sizes 100000 --keep
 
-Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped patches are the file's own.
+Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped files are the files' own.
 """
 
 import json
@@ -35,16 +34,17 @@ import shell  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
-SIZES = (1, 4, 16)  # slides' worth of spots
+SIZES = (10_000, 30_000, 100_000)  # spots
+GENES = 3_467  # of the panel, as GSE240429's
 IMAGE_SIZE = 64  # px of 20's network
 EPOCHS = 1
 KEEP = False  # true = leave the data root of the last size, OUT/growth_data
 # --------------------------------------------------------------------------------------------------
 
-SPOTS = 2_300  # a slide
+SPOTS = 2_500  # a slide
 FEATURES = 36_601
 VARIABLE = 3_000  # features that vary as a highly variable gene does
-HEIGHT, WIDTH = 17_200, 16_400  # px: 2,300 spots at a pitch of 329 px, 1.7 GB of pixels a slide
+HEIGHT, WIDTH = 16_000, 17_500  # px: 50 x 50 spots at a pitch of 329 px, 0.84 GB of pixels
 
 
 def make_image(path):
@@ -87,21 +87,19 @@ def write_counts(path, spots, random, rates):
 
 
 def make_root(root, size):
-    """A data root of `size` slides' worth of spots on `size` slides, two at least. They show one
-    image, shifted.
-    """
-    slides = max(size, 2)
+    """A data root of `size` spots on slides that show one image, shifted, and a panel of GENES."""
     random = np.random.default_rng(1)
     rates = random.lognormal(-3.2, 1.7, FEATURES)
     root.mkdir(parents=True)
     make_image(root / "slide.tif")
-    rows, columns = (axis.ravel() for axis in np.mgrid[0:50, 0:46])
+    panel = pd.DataFrame({"gene": [f"G{g}" for g in range(GENES)]})
+    panel.to_csv(root / "panel.csv", index=False)
+    rows, columns = (axis.ravel() for axis in np.mgrid[0:50, 0:50])
     lines = []
-    for slide in range(1, slides + 1):
+    for slide in range(1, size // SPOTS + 1):
         spots = pd.DataFrame({"array_row": rows, "array_col": columns * 2 + rows % 2})
         spots["pxl_row"] = 500 + 285 * rows + 7 * slide
         spots["pxl_col"] = 500 + 329 * columns + 164 * (rows % 2) + 5 * slide
-        spots = spots.iloc[: SPOTS * size // slides]
         spots.insert(0, "barcode", [f"SPOT{i:05d}-1" for i in range(len(spots))])
         spots.insert(1, "in_tissue", 1)
         positions, matrix = f"positions{slide}.csv", f"matrix{slide}.h5"
@@ -137,11 +135,12 @@ def watch(*command):
 def measure(root, size):
     """A line of the table: what 19 and 20 take on a data root of this size."""
     shared = ["--data-root", root, "--target", "lognorm"]
-    seconds, memory, made = watch(REPOSITORY / "19_make_patches_and_csv.py", *shared)
-    patches = (root / "dataset" / "patches.npy").stat().st_size
-    line = {"slides": size, "spots": size * SPOTS}
-    line["genes"] = re.search(r"panel of ([\d,]+) genes", made)[1]
-    line |= {"patches, GB": patches / 2**30, "19, s": seconds, "19, GB": memory}
+    panel = ["--panel", root / "panel.csv"]
+    seconds, memory, _ = watch(REPOSITORY / "19_make_patches_and_csv.py", *shared, *panel)
+    line = {"spots": size}
+    for name in ("patches", "lognorm"):
+        line[f"{name}, GB"] = (root / "dataset" / f"{name}.npy").stat().st_size / 2**30
+    line |= {"19, s": seconds, "19, GB": memory}
     network = ["--epochs", EPOCHS, "--image-size", IMAGE_SIZE, "--pretrained", "false"]
     options = [*shared, *network, "--test-slide", 2, "--out", root / "run"]
     seconds, memory, trained = watch(REPOSITORY / "20_train_effb0_sota_split8020.py", *options)

@@ -494,7 +494,9 @@ def test_positions_without_tissue(tmp_path, capsys):
     check_one_line(capsys, ["positions1.csv", "no spot is in_tissue"])
 
 
-@pytest.mark.parametrize("name", ["patches.npy", "counts.h5ad", "meta.json", "dataset.csv"])
+@pytest.mark.parametrize(
+    "name", ["patches.npy", "counts.h5ad", "meta.json", "lognorm.npy", "target.npy"]
+)
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
     shutil.copytree(simulated / "dataset", tmp_path / "dataset")
@@ -680,7 +682,7 @@ def test_one_slide_alone_is_a_dataset_but_no_experiment(tmp_path, capsys):
 
 def test_a_test_slide_of_one_spot_has_a_prediction_and_no_r(tmp_path, capsys):
     two_slides(tmp_path, spots=(9, 1))
-    assert make_dataset(tmp_path).counts.var["ceiling_2"].isna().all()
+    assert make_dataset(tmp_path).annotations.var["ceiling_2"].isna().all()
     code, (rows,) = network_of(tmp_path, "--test-slide", 2)
     row = next(row for row in json.loads(rows.read_text()) if row["split"] == "test")
     assert code == 0 and row["n_spots"] == 1 and row["heg"] is None and row["heg_n"] == 0

@@ -93,7 +93,7 @@ def test_missing_and_constant_genes_lower_the_count_and_never_the_mean(paper_spl
     r = scipy_r(predicted[-len(measured) :, :2], measured[:, :2])
     assert record["heg"] == pytest.approx(r[0], abs=1e-6)
     assert record["heg_n"] == 1
-    ceiling = data.counts.var.loc[varied, "ceiling_3"]
+    ceiling = data.annotations.var.loc[varied, "ceiling_3"]
     assert record["heg_ceiling"] == pytest.approx(ceiling), "of the genes that have an r"
     for group in ("hvg", "mg"):
         assert record[group] is None

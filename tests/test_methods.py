@@ -34,11 +34,11 @@ CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": Fal
 def changed_split(paper_split):
     """paper_split with other expression, counts and depth on the test slide."""
     data, test = paper_split.data, paper_split.roles == "test"
-    target, counts = data.target.copy(), data.counts.copy()
+    target, annotations = data.target.copy(), data.annotations.copy()
     shape = test.sum(), target.shape[1]
     target[test] = np.random.default_rng(0).random(shape, np.float32) * 9
-    counts.obs.loc[test, "n_counts"] = 7.0
-    data = dataclasses.replace(data, target=target, lognorm=target, counts=counts)
+    annotations.obs.loc[test, "n_counts"] = 7.0
+    data = dataclasses.replace(data, target=target, lognorm=target, annotations=annotations)
     return dataclasses.replace(paper_split, data=data)
 
 
@@ -277,7 +277,7 @@ def test_the_ridge_on_features_learns_from_training_spots(paper_split):
 def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
     compute, data = load_script("25").depth_only, paper_split.data
     predicted, _ = compute({}, paper_split, None)
-    depth = np.log(data.counts.obs["n_counts"].to_numpy(float))
+    depth = np.log(data.annotations.obs["n_counts"].to_numpy(float))
     train, scored = paper_split.spots("train"), paper_split.scored()
     for g in (0, 100):
         slope, intercept = np.polyfit(depth[train], data.target[train, g], 1)
@@ -395,7 +395,7 @@ def grid_of_spots(n_slides=3, side=14):
     quarter = (spots["array_row"] // half * 2 + spots["array_col"] // half).to_numpy(int)
     colour = np.eye(4)[quarter] * 10 + np.random.default_rng(0).normal(size=(len(spots), 4))
     values = np.random.default_rng(1).random((len(spots), 3))
-    counts = anndata.AnnData(values, obsm={"colour": colour})
+    annotations = anndata.AnnData(values, obsm={"colour": colour})
     data = common.SpotData(
         root=None,
         patches=None,
@@ -403,7 +403,7 @@ def grid_of_spots(n_slides=3, side=14):
         genes=list("abc"),
         target=values,
         lognorm=values,
-        counts=counts,
+        annotations=annotations,
         meta={},
         fingerprint="",
         label="",

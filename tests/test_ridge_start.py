@@ -48,11 +48,11 @@ def ridge_problem(n=60, width=5, n_genes=4):
 
 def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
     features, target, spots = ridge_problem()
-    ridge, _ = common.fit_ridge(features, target, spots, [0, 1])
+    ridge, alpha = common.fit_ridge(features, target, np.arange(60), spots, [0, 1])
     centred = [pd.DataFrame(v).groupby(spots["tissue_index"]) for v in (features, target)]
     x, y = ((pd.DataFrame(v) - g.transform("mean")).to_numpy() for v, g in
             zip((features, target), centred, strict=True))  # fmt: skip
-    penalty = ridge.alpha * (x**2).sum(1).mean()
+    penalty = alpha * (x**2).sum(1).mean()
     expected = Ridge(penalty, fit_intercept=False).fit(x, y).coef_.T
     np.testing.assert_allclose(ridge.weight, expected, rtol=1e-6)
     predicted = ridge.predict(features)
@@ -62,9 +62,12 @@ def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
 def test_alpha_is_inside_the_grid_and_grows_with_noise():
     features, target, spots = ridge_problem()
     noise = np.random.default_rng(1).normal(scale=8, size=target.shape)
-    little, explained = common.fit_ridge(features, target, spots, np.arange(4))
-    much, explained_then = common.fit_ridge(features, target + noise, spots, np.arange(4))
-    assert common.ALPHAS[0] < little.alpha < much.alpha < common.ALPHAS[-1]
+    every = np.arange(60)
+    _, little = common.fit_ridge(features, target, every, spots, np.arange(4))
+    _, much = common.fit_ridge(features, target + noise, every, spots, np.arange(4))
+    assert common.ALPHAS[0] < little < much < common.ALPHAS[-1]
+    explained = common.explain_genes(features, target, every, spots, little)
+    explained_then = common.explain_genes(features, target + noise, every, spots, much)
     assert (explained_then < explained).all()
 
 
