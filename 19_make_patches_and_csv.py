@@ -3,16 +3,17 @@
 Question   Which pixels and which expression belong to each spot?
 Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
 Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, lognorm.npy and, with
-           Harmony, target.npy (N, G) float32 (what is learnt), dataset.csv (the same as a table),
-           counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the counting-noise
-           ceiling and Moran's I of each gene; colour statistics of the patches), meta.json,
-           contact_sheet.png, thumbnail_<slide>.png
+           Harmony or log1p, target.npy (N, G) float32 (what is learnt), dataset.csv (the same as a
+           table), counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the
+           counting-noise ceiling and Moran's I of each gene; colour statistics of the patches),
+           meta.json, contact_sheet.png, thumbnail_<slide>.png
 Prints     per slide: spots, image and how it is read, patches over its border; panel and target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
            python 19_make_patches_and_csv.py --data-root mine --from-spaceranger A/outs,B/outs
            --images A.tif,B.tif
            python 19_make_patches_and_csv.py --data-root liver --from-hest hest_data --organ Liver
+           python 19_make_patches_and_csv.py --data-root IDC --from-hest tasks/IDC
            python 19_make_patches_and_csv.py --data-root mine --check
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
@@ -52,7 +53,7 @@ from shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv
-TARGET = "harmony"  # harmony (the paper's: Harmony over all slides) or lognorm
+TARGET = "harmony"  # harmony (the paper's: over all slides) or lognorm; HEST-Benchmark has log1p
 HVG_PER_SLIDE = 1000  # highly variable genes of each slide; their union is the panel
 SEED = 42  # of Harmony's clustering
 PANEL = ""  # CSV with a column gene: the panel, in place of variable genes
@@ -61,7 +62,7 @@ FROM_SPACERANGER = ""  # folders outs/, or of samples, comma-separated: write sl
 IMAGES = ""  # their full-resolution images, in the same order
 USE_HIRES = False  # true = read tissue_hires_image.png, where there is no full-resolution image
 BIN_UM = 56.0  # spots to which the bins of Visium HD are summed; a multiple of the bins' 8 or 16 um
-FROM_HEST = ""  # folder of HEST-1k, with st/, wsis/ and metadata/: write slides.csv first
+FROM_HEST = ""  # folder of HEST-1k, or of a task of HEST-Benchmark: write slides.csv first
 SAMPLES = ""  # of it, comma-separated, as NCBI826,NCBI827; or those that the next three choose
 ORGAN = ""  # as Liver
 SPECIES = ""  # as "Homo sapiens"
@@ -113,8 +114,8 @@ def read_panel(path):
     return genes
 
 
-def warn_of_lost_genes(genes, names):
-    """Warn of the genes of the panel that no gene of the slides is called."""
+def warn_of_lost_genes(path, genes, names):
+    """Warn of the genes of the panel in a file that no gene of the slides is called."""
     lost = [gene for gene in genes if gene not in names]
     if not lost:
         return
@@ -126,9 +127,7 @@ def warn_of_lost_genes(genes, names):
     hint = "spell them as the features table does"
     if similar:
         hint += f", as {similar[0]}"
-    slides.warn(
-        f"{PANEL}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}"
-    )
+    slides.warn(f"{path}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}")
 
 
 def find_variable_genes(counts):
@@ -147,23 +146,31 @@ def find_variable_genes(counts):
     return part.var["highly_variable"].to_numpy()
 
 
+def find_panel(root):
+    """The file of the panel: PANEL, or the genes of a task of HEST-Benchmark; "" for neither."""
+    if is_task(root):
+        return str(root / common.TASK_GENES)
+    return PANEL
+
+
 def choose_panel(root, genes, variable):
     """The table of genes of the panel, with the columns hvg_<slide> of `variable` and MG.
 
-    The panel is PANEL, or the published one, or the union of the slides' variable genes; the
-    markers among the genes always belong to it.
+    The panel is that of find_panel, or the published one, or the union of the slides' variable
+    genes; the markers among the genes belong to the last two.
     """
     markers = genes.index.isin(common.MARKER_GENES)
     panel = published_panel(root, genes)
-    if PANEL:
-        wanted = read_panel(Path(PANEL))
+    path = find_panel(root)
+    if path:
+        wanted = read_panel(Path(path))
         panel = genes.index.isin(wanted)
         markers = markers & panel
         if not panel.any():
             raise InputError(
-                f"{PANEL}: the slides hold none of its {len(wanted)} genes, as {wanted[0]}"
+                f"{path}: the slides hold none of its {len(wanted)} genes, as {wanted[0]}"
             )
-        warn_of_lost_genes(wanted, set(genes.index))
+        warn_of_lost_genes(path, wanted, set(genes.index))
     elif panel is None:
         panel = np.any(list(variable.values()), axis=0)
     panel = panel | markers
@@ -348,6 +355,40 @@ def describe_genes(root, counts, lognorm):
     return columns
 
 
+def describe_folds(root, tables, panel):
+    """{"ceiling_fold_<fold>": (G,)}: of each fold of a task of HEST-Benchmark the ceiling of r over
+    all its test spots at once, against log1p of their raw counts.
+
+    A spot's own depth is no more known to a model than its rate: both are one intensity of counts,
+    which is a rate at a depth that is the same for all spots.
+    """
+    counts = {}
+    for table in tables:
+        slide = table.obs["tissue_index"].iloc[0]
+        counts[slide] = slides.take_genes(table, panel).X.toarray()
+    columns = {}
+    folds = common.read_task_folds(root)
+    for fold, tested in folds[folds["role"] == "test"].groupby("fold"):
+        pooled = np.concatenate([counts[slide] for slide in tested["tissue_index"]])
+        same_depth = np.full(len(pooled), 1e4)
+        columns[f"ceiling_fold_{fold}"] = counting_ceiling(pooled, same_depth)
+    return columns
+
+
+def read_log_counts(tables, panel):
+    """log1p of the raw counts of the panel, (N, G) float32: the target of HEST-Benchmark."""
+    parts = []
+    for table in tables:
+        counts = slides.take_genes(table, panel).X.toarray().astype(np.float64)
+        parts.append(np.log1p(counts).astype(np.float32))
+    return np.concatenate(parts)
+
+
+def is_task(root):
+    """Whether the slides of a data root are a task of HEST-Benchmark."""
+    return (root / common.TASK_FOLDS).is_file()
+
+
 def is_simulated(root):
     """Whether script 18 made the slides of a data root."""
     return (root / "simulation.json").is_file()
@@ -473,7 +514,11 @@ def write_expression(root, out, tables, manifest):
     panel = choose_panel(root, genes, variable)
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
-    if TARGET == "harmony":
+    if is_task(root):
+        var = var.assign(**describe_folds(root, tables, panel))
+        values = read_log_counts(tables, panel)
+        np.save(out / "target.npy", values)
+    elif TARGET == "harmony":
         values = harmonise(root, values, obs, panel, manifest)
         np.save(out / "target.npy", values)
     common.save_expression(
@@ -578,7 +623,7 @@ def check_slides(root, manifest):
             errors.append(error)
     if not errors and tables[0].X is not None:
         print()
-        check_genes(slides.share_genes(tables))
+        check_genes(root, slides.share_genes(tables))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
@@ -631,12 +676,13 @@ def describe_tags(path):
         return "its tags say nothing"
 
 
-def check_genes(genes):
-    """Print how many markers the slides have, and warn of genes of PANEL that they lack."""
+def check_genes(root, genes):
+    """Print how many markers the slides have, and warn of genes of the panel that they lack."""
     markers = genes.index.isin(common.MARKER_GENES).sum()
     print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
-    if PANEL:
-        warn_of_lost_genes(read_panel(Path(PANEL)), set(genes.index))
+    path = find_panel(root)
+    if path:
+        warn_of_lost_genes(path, read_panel(Path(path)), set(genes.index))
 
 
 # -------------------------------------------------------------------------------- start
@@ -659,7 +705,9 @@ def split_paths(flag, text):
 
 
 def link_hest(root):
-    """Write slides.csv for the samples of HEST-1k that the constants choose."""
+    """Write slides.csv for the samples of HEST-1k that the constants choose, or for a task of
+    HEST-Benchmark.
+    """
     folder = Path(FROM_HEST)
     if not folder.is_dir():
         raise InputError(f"--from-hest {FROM_HEST}: no such folder")
@@ -670,6 +718,15 @@ def link_hest(root):
     wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
     filters = {column: value for column, value in wanted.items() if value}
     named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
+    if samples.is_task(folder):
+        if named or filters:
+            raise InputError(
+                f"--from-hest {FROM_HEST}: a task of HEST-Benchmark, whose splits/ names its "
+                "samples: leave out --samples, --organ, --species and --technology"
+            )
+        shell.hold_folder(root)
+        samples.write_task(root, folder)
+        return
     if not named and not filters:
         raise InputError(
             "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "
@@ -677,6 +734,36 @@ def link_hest(root):
         )
     shell.hold_folder(root)
     samples.write_hest_manifest(root, folder, list(dict.fromkeys(named)), filters, HEST_PATCHES)
+
+
+def choose_target(root):
+    """The target to write: TARGET, but log1p for a task of HEST-Benchmark."""
+    if is_task(root):
+        return "log1p"
+    if TARGET == "log1p":
+        raise InputError(
+            "--target log1p: is that of a task of HEST-Benchmark (--from-hest FOLDER_OF_A_TASK): "
+            "use --target lognorm"
+        )
+    return TARGET
+
+
+def check_task(root, manifest, tables):
+    """InputError where a sample of a task of HEST-Benchmark lacks one of its genes."""
+    if PANEL:
+        raise InputError(
+            f"--panel {PANEL}: {root} is a task of HEST-Benchmark, which has genes of its own: "
+            "leave it out"
+        )
+    genes = read_panel(root / common.TASK_GENES)
+    for slide, table in zip(manifest, tables, strict=True):
+        names = set(table.var["name"])
+        lost = [gene for gene in genes if gene not in names]
+        if lost:
+            raise InputError(
+                f"{slide.matrix}: sample {slide.name} lacks the gene {lost[0]} "
+                f"({len(lost)} of the {len(genes)} genes of the task): fetch it again"
+            )
 
 
 def main():
@@ -693,6 +780,7 @@ def main():
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
         samples.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
+    target = choose_target(root)
     manifest = slides.read_manifest(root)
     shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
@@ -706,13 +794,15 @@ def main():
     if CHECK:
         check_slides(root, manifest)
         return
-    target = TARGET if True in have_counts else None
+    target = target if True in have_counts else None
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
         tables, thumbnails = [], {}
         for slide in manifest:
             positions, thumbnails[slide.name] = slides.place_spots(slide)
             table = slides.read_spots(slide, positions, GENOME)
             tables.append(store_spots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
+        if is_task(root):
+            check_task(root, manifest, tables)
         obs = pd.concat([table.obs for table in tables])
         over_border, inside = write_patches(out, manifest, obs, thumbnails)
         if not inside.all():

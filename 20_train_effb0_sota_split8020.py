@@ -33,9 +33,9 @@ import runner
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
-TARGET = "harmony"  # harmony (the paper's) or lognorm
+TARGET = "harmony"  # harmony (the paper's), lognorm or, of protocol hest, log1p
 COMPARE_TARGETS = False  # true = train on the other target, lognorm, as well
-PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (spatial folds)
+PROTOCOL = "paper"  # paper, loso (each slide tests once), block (spatial folds) or hest
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -119,6 +119,10 @@ def compute_methods(run, recipe, split, suffix=""):
         baseline |= {name: recipe[name] for name in own}
         ridge = f"ridge ({recipe['BACKBONE']}){suffix}"
         records += run.compute(ridge, baseline, split, runner.ridge_on_features)
+        if PROTOCOL == "hest":
+            probe = f"hest probe ({recipe['BACKBONE']})"
+            plain = baseline | {"POOL_STAGES": False}
+            records += run.compute(probe, plain, split, runner.hest_probe)
     return records
 
 

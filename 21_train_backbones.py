@@ -34,8 +34,8 @@ import runner
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
-TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (spatial folds)
+TARGET = "harmony"  # harmony (the paper's), lognorm or, of protocol hest, log1p
+PROTOCOL = "paper"  # paper, loso (each slide tests once), block (spatial folds) or hest
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
@@ -121,19 +121,20 @@ def add_costs(resnet, records):
 
 
 def draw_figure(path, title, records):
-    """HEG r on the test slide, log-normalised truth, against the backbone's parameters."""
+    """The headline's r on the test slides against the backbone's parameters."""
+    headline = runner.headline_of(records)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
     for setting, of in runner.select_records(records).groupby("setting", sort=False):
         x = of["parameters_backbone"].iloc[0] / 1e6
-        y = of["heg"].astype(float)
+        y = of[headline.column].astype(float)
         sd = y.std() if len(of) > 1 else None
         frozen = setting.endswith(" frozen")
         face = "none" if frozen else "C0"  # hollow = frozen
         ax.errorbar(x, y.mean(), sd, fmt="o", color="C0", markerfacecolor=face)
         ax.annotate(setting, (x, y.mean()), (4, 5), textcoords="offset points", size=8)
     ax.set(xscale="log", xlabel="parameters of the backbone, millions")
-    ax.set(ylabel="mean Pearson r, HEG", title=title)
+    ax.set(ylabel=f"mean Pearson r, {headline.name}", title=title)
     ax.margins(x=0.3, y=0.15)
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")

@@ -50,8 +50,8 @@ import runner
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
-TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # paper, loso (each slide is once the test slide) or block (spatial folds)
+TARGET = "harmony"  # harmony (the paper's), lognorm or, of protocol hest, log1p
+PROTOCOL = "paper"  # paper, loso (each slide tests once), block (spatial folds) or hest
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots

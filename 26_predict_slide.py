@@ -58,7 +58,11 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}  # of recipe
 SPOT = 55.0  # um, the diameter that is drawn
-UNITS = {"lognorm": "log1p of counts per 10,000", "harmony": "Harmony's values"}
+UNITS = {
+    "lognorm": "log1p of counts per 10,000",
+    "harmony": "Harmony's values",
+    "log1p": "log1p of counts",
+}
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 

@@ -64,6 +64,19 @@ SCORES = {
     "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
     "per_gene": "each gene",
 }
+SCORES_OF_HEST = {
+    "setting": "setting",
+    "slide": "slides",
+    "seed": "seed",
+    "fold": "fold",
+    "n_spots": "spots",
+    "all_pooled": "HEST r",
+    "all_pooled_ci": "[95 %]",
+    "of_ceiling": "of ceiling",
+    "all": "in slides",
+    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
+    "per_gene": "each gene",
+}
 FURTHER = {
     "setting": "setting",
     "split": "split",
@@ -102,6 +115,11 @@ ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variab
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
 as a share of its ceiling, the r that a prediction free of error would reach against counts with
 their noise."""
+ABOUT_HEST = """HEST r is the mean over the genes of Pearson's r over all test spots of a
+fold at once; its mean over the folds is what the benchmark's tables hold. [95 %] is an interval
+over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is
+HEST r as a share of its ceiling, the r that a prediction free of error would reach
+against counts with their noise."""
 ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with split and truth
 (test_lognorm_: the test slide, against log-normalised counts), in which r and spearman are
 Pearson's and Spearman's correlation over the spots of a slide, r_pooled is Pearson's over all
@@ -173,9 +191,9 @@ def choose_genes(r, groups):
 def draw_maps(path, table, groups, thumbnail, title):
     """The slide's H&E, and on it measured beside predicted expression of a few genes.
 
-    `table` holds the test slide's spots; `thumbnail` is what read_thumbnail gives.
+    `table` holds the test slide's spots, with r in var; `thumbnail` is what read_thumbnail gives.
     """
-    genes = choose_genes(table.var["test_lognorm_r"], groups)
+    genes = choose_genes(table.var["r"], groups)
     (left, right), (top, bottom) = view_of(table)
     map_height = 2.6 * min(1.2, max(0.4, (bottom - top) / (right - left)))  # inches
     lines = max(1, len(genes))
@@ -198,7 +216,7 @@ def draw_maps(path, table, groups, thumbnail, title):
 
 def draw_gene(axes, table, thumbnail, gene, label):
     """Maps of a gene's measured and predicted expression on two axes."""
-    r = table.var["test_lognorm_r"][gene]
+    r = table.var["r"][gene]
     known = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
     titles = f"{gene} ({label}), measured", f"{gene}, predicted, {known}"
     for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
@@ -283,8 +301,8 @@ def draw_map(ax, table, thumbnail, values):
 def draw_scores(path, genes, groups, history, kept, title):
     """r of the genes beside their ceilings, against Moran's I and mean expression; loss curves.
 
-    `genes` holds the test_lognorm_ columns of per_gene.csv without that prefix; `history` is None
-    where no network was trained.
+    `genes` holds the test_lognorm_ (of protocol hest test_log1p_) columns of per_gene.csv without
+    that prefix; `history` is None where no network was trained.
     """
     figure = Figure(figsize=(9.5, 6.2), layout="constrained")
     ((ranks, losses), (smooth, high)) = figure.subplots(2, 2)
@@ -358,7 +376,8 @@ def draw_row(folder, data_root, title):
     table = anndata.read_h5ad(folder / "predictions.h5ad")
     table = table[table.obs["role"] == "test"]
     groups = pd.read_csv(folder / "genes.csv")
-    prefix = "test_lognorm_"
+    made_with = json.loads((folder / "recipe.json").read_text())
+    prefix = f"test_{truth_of(made_with['PROTOCOL'])}_"
     genes = table.var.filter(like=prefix)
     genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
     history = None
@@ -367,8 +386,9 @@ def draw_row(folder, data_root, title):
     record = json.loads((folder / "rows.json").read_text())[0]
     kept = record.get("best_epoch")
     draw_scores(folder / "scores.png", genes, groups, history, kept, title)
-    made_with = json.loads((folder / "recipe.json").read_text())
     slide = int(table.obs["tissue_index"].iloc[0])
+    table = table[table.obs["tissue_index"] == slide].copy()  # A fold may test on several.
+    table.var["r"] = table.var[f"{prefix}r"]
     thumbnail = read_thumbnail(data_root, slide, made_with["data"])
     draw_maps(folder / "maps.png", table, groups, thumbnail, title)
 
@@ -443,8 +463,13 @@ def derive(row):
     derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
     if row["heg_ci"] is not None:
         derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
-    if row["heg"] is not None and row["heg_ceiling"]:
-        derived["of_ceiling"] = f"{100 * row['heg'] / row['heg_ceiling']:.0f} %"
+    if row.get("all_pooled_ci") is not None:
+        derived["all_pooled_ci"] = "[{:.2f}, {:.2f}]".format(*row["all_pooled_ci"])
+    column, ceiling = "heg", "heg_ceiling"
+    if row["protocol"] == "hest":
+        column, ceiling = "all_pooled", "all_ceiling"
+    if row[column] is not None and row[ceiling]:
+        derived["of_ceiling"] = f"{100 * row[column] / row[ceiling]:.0f} %"
     return derived
 
 
@@ -456,15 +481,24 @@ def show_warnings(warnings):
     return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
 
 
+def truth_of(protocol):
+    """The truth against which a protocol's headline is scored."""
+    return "log1p" if protocol == "hest" else "lognorm"
+
+
 def show_scores(rows):
     """The table that a reader wants first, as the parts of a page."""
-    scored = [row for row in rows if row["split"] != "valid" and row["truth"] == "lognorm"]
+    protocol = rows[0]["protocol"]
+    scored = []
+    for row in rows:
+        if row["split"] != "valid" and row["truth"] == truth_of(protocol):
+            scored.append(row)
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
-    return [
-        score_table(caption, scored, SCORES),
-        as_paragraph(ABOUT_SCORES),
-        as_paragraph(ABOUT_GENES),
-    ]
+    columns, about = SCORES, ABOUT_SCORES
+    if protocol == "hest":
+        caption = "Mean Pearson r over all test spots of a fold, against log1p of raw counts"
+        columns, about = SCORES_OF_HEST, ABOUT_HEST
+    return [score_table(caption, scored, columns), as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
 def show_further(run, rows):
@@ -472,7 +506,9 @@ def show_further(run, rows):
     parts = []
     path = run / "paired_differences.csv"
     if path.is_file():
-        differences = pd.read_csv(path).query("group == 'HEG'").to_dict("records")
+        group = "all" if rows[0]["protocol"] == "hest" else "HEG"
+        table = pd.read_csv(path)
+        differences = table[table["group"] == group].to_dict("records")
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
             parts.append(as_table(caption, differences))

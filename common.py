@@ -53,6 +53,8 @@ POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row",
 ROLES = ("train", "oof", "valid", "test")  # of a spot; oof = out of fold; "" takes no part
 SCORED = ("oof", "valid", "test")  # the roles whose spots are predicted and scored
 FOLDS = 5  # of PROTOCOL block
+TASK_FOLDS = "folds.csv"  # in a data root that 19 made of a task of HEST-Benchmark
+TASK_GENES = "hest_genes.csv"  # there as well: the task's genes, which are the panel
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
 DRAWS = 1000  # of the bootstrap
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
@@ -112,7 +114,7 @@ class SpotData:
     spots: pd.DataFrame
     genes: list  # G names: the panel
     # (N, G) float32, memory-mapped: [spots] of either reads (n, G) into memory.
-    target: np.ndarray  # what is trained on: Harmony or log-normalised
+    target: np.ndarray  # what is trained on: that of TARGET
     lognorm: np.ndarray  # log-normalised counts
     # N x G without values; obs n_counts; obsm colour (N, 40); var ceilings and Moran's I by slide.
     annotations: anndata.AnnData
@@ -168,7 +170,7 @@ def load_dataset(data_root, target):
         check_meta(meta, folder, target, command)
         annotations = read_annotations(folder / "counts.h5ad")
         lognorm = map_array(folder / "lognorm.npy")
-        trained_on = map_array(folder / "target.npy") if target == "harmony" else lognorm
+        trained_on = lognorm if target == "lognorm" else map_array(folder / "target.npy")
         spots = annotations.obs.reset_index(names="id")[ID_COLUMNS + SPOT_COLUMNS]
         patches = map_array(folder / "patches.npy")
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -198,7 +200,18 @@ def check_meta(meta, folder, target, command):
             f"{folder} holds patches alone: its slides.csv names no matrix, "
             "so nothing can be learnt"
         )
-    if target == "harmony" and meta["target"] != "harmony":
+    if target in ("lognorm", meta["target"]):
+        return
+    if meta["target"] == "log1p":
+        raise InputError(
+            f"{folder} is of a task of HEST-Benchmark: use --protocol hest --target log1p"
+        )
+    if target == "log1p":
+        raise InputError(
+            f"{folder} is of no task of HEST-Benchmark, which --protocol hest is for: make a data "
+            "root with 19_make_patches_and_csv.py --from-hest FOLDER_OF_A_TASK"
+        )
+    if target == "harmony":
         raise InputError(
             f"{folder} was made with target {meta['target']}: run {command} --target harmony first"
         )
@@ -313,9 +326,12 @@ def split_spots(spots, recipe, seed):
 
     paper: VALID_FRACTION of the training slides' spots validate. block: a fifth of their blocks in
     turn. Both test on TEST_SLIDE. loso: every slide (of TRAIN_SLIDES, if any) is once the test
-    slide.
+    slide. hest: the folds of the task of HEST-Benchmark in DATA_ROOT.
     """
     slides = spots["tissue_index"].to_numpy()
+    if recipe["PROTOCOL"] == "hest":
+        folds = read_task_folds(Path(recipe["DATA_ROOT"]))
+        return split_task(slides, folds, recipe["VALID_FRACTION"], seed)
     if recipe["PROTOCOL"] == "loso":
         return split_slides(spots, choose_train_slides(slides, recipe, ()))
     test = recipe["TEST_SLIDE"]
@@ -383,6 +399,36 @@ def split_slides(spots, slides):
         roles[np.isin(slide_of, others)] = "train"
         roles[slide_of == min(after or others)] = "valid"
         roles[slide_of == test] = "test"
+        trainings.append(roles)
+    return trainings
+
+
+def read_task_folds(root):
+    """Table fold, role (train or test), tissue_index of a data root; InputError without one."""
+    path = root / TASK_FOLDS
+    command = f"python 19_make_patches_and_csv.py --data-root {root} --from-hest FOLDER_OF_A_TASK"
+    if not path.is_file():
+        raise InputError(
+            f"no {path}: --protocol hest is for a task of HEST-Benchmark: run {command} first"
+        )
+    table = pd.read_csv(path)
+    if not {"fold", "role", "tissue_index"} <= set(table):
+        raise InputError(f"{path}: expected the columns fold, role, tissue_index: run {command}")
+    return table
+
+
+def split_task(slides, folds, valid_fraction, seed):
+    """One array (N,) of roles for each fold of the table `folds`, of (N,) tissue_index `slides`.
+
+    The benchmark has no validation: a random share of the training slides' spots is held out for
+    it, and a fold's test slides take no part in that.
+    """
+    trainings = []
+    for _, fold in folds.groupby("fold"):
+        slides_of = fold.groupby("role")["tissue_index"].apply(list)
+        pool = np.flatnonzero(np.isin(slides, slides_of["train"]))
+        roles = split_random(len(slides), pool, valid_fraction, seed)
+        roles[np.isin(slides, slides_of["test"])] = "test"
         trainings.append(roles)
     return trainings
 
@@ -1660,30 +1706,47 @@ def correlate_spots(predicted, truth, usual):
 
 
 # ---------------------------------------------------------------------------------------- intervals
-def bootstrap_means(predicted, truth, spots, genes, members):
-    """(DRAWS, 4) table heg, hvg, mg, all: group means of r when whole blocks of one slide's spots
-    are drawn with replacement. The draws follow from the spots alone, so those of two methods are
-    paired.
+def bootstrap_means(predicted, truth, spots, genes, members, pooled=False):
+    """(DRAWS, 4) table heg, hvg, mg, all: group means of r when whole blocks of spots are drawn
+    with replacement, on each slide as many as it has. The draws follow from the spots alone, so
+    those of two methods are paired.
+
+    Of several slides r is the mean over them or, `pooled`, that over all their spots at once.
     """
-    block, names = pd.factorize(spots["block"], sort=True)
-    n_blocks = len(names)
-    inside = (np.arange(n_blocks)[:, None] == block).astype(np.float64)  # (blocks, n)
-    random = np.random.default_rng(shell.seed_of("bootstrap", *names))
-    drawn = random.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), DRAWS).astype(np.float64)
-    n_spots = (drawn @ inside.sum(1))[:, None]
+    slides = spots["tissue_index"].to_numpy()
+    if pooled:
+        r = bootstrap_r(predicted, truth, spots)
+    else:
+        by_slide = []
+        for slide in np.unique(slides):
+            at = slides == slide
+            by_slide.append(bootstrap_r(predicted[at], truth[at], spots[at]))
+        r = mean_of_defined(by_slide)
+    r = pd.DataFrame(r, range(DRAWS), genes)
+    return pd.DataFrame({key: r[group].mean(axis=1) for key, group in members.items()})
+
+
+def bootstrap_r(predicted, truth, spots):
+    """(DRAWS, G) r over all spots of each draw of whole blocks; NaN where no slide has two."""
+    slides, drawn = draw_blocks(spots)
+
+    def add_up(values):
+        """Sums of (n, k) values over the spots of each block, (blocks, k)."""
+        return np.concatenate([inside @ values[at] for at, inside in slides])
+
+    n_spots = drawn @ add_up(np.ones((len(spots), 1)))
 
     def mean(values):
         """(DRAWS, G) mean over the spots that were drawn."""
-        return drawn @ (inside @ values) / n_spots
+        return drawn @ add_up(values) / n_spots
 
     parts = []
-    for part in parts_of(len(genes), GENES_AT_ONCE):
+    for part in parts_of(predicted.shape[1], GENES_AT_ONCE):
         parts.append(correlate_draws(predicted[:, part], truth[:, part], mean))
     r = np.concatenate(parts, axis=1)
-    if n_blocks == 1:  # One block says nothing of others.
+    if drawn.shape[1] == len(slides):  # One block says nothing of others.
         r[:] = np.nan
-    r = pd.DataFrame(r, range(DRAWS), genes)
-    return pd.DataFrame({key: r[group].mean(axis=1) for key, group in members.items()})
+    return r
 
 
 def correlate_draws(predicted, truth, mean):
@@ -1698,3 +1761,26 @@ def correlate_draws(predicted, truth, mean):
     defined = spread > 1e-9 * (x**2).mean(0) * (y**2).mean(0)
     covariance = mean(x * y) - mean_x * mean_y
     return np.where(defined, covariance / np.sqrt(np.where(defined, spread, 1)), np.nan)
+
+
+def draw_blocks(spots):
+    """([(numbers of a slide's spots, (blocks, spots) 1 where a spot lies in a block)] of all
+    slides, (DRAWS, blocks of all slides) how often each is drawn).
+
+    Blocks of a slide are drawn among themselves, by a seed of their own.
+    """
+    slides, drawn = [], []
+    for at in spots.groupby("tissue_index").indices.values():
+        block, names = pd.factorize(spots["block"].iloc[at], sort=True)
+        n_blocks = len(names)
+        slides.append((at, (np.arange(n_blocks)[:, None] == block).astype(np.float64)))
+        random = np.random.default_rng(shell.seed_of("bootstrap", *names))
+        drawn.append(random.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), DRAWS))
+    return slides, np.concatenate(drawn, axis=1).astype(np.float64)
+
+
+def mean_of_defined(arrays):
+    """The mean of arrays of one shape, element by element, over those that are not NaN."""
+    arrays = np.stack(arrays)
+    count = (~np.isnan(arrays)).sum(0)
+    return np.where(count, np.nansum(arrays, axis=0) / np.maximum(count, 1), np.nan)

@@ -29,6 +29,9 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from sklearn import linear_model
+from sklearn.decomposition import PCA
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from tqdm import tqdm
@@ -103,15 +106,14 @@ class Split:
 
 
 def make_split(data, roles, protocol, seed, fold):
-    """The Split of these roles. But for the published protocol, its panel and gene groups follow
-    from training spots.
+    """The Split of these roles. But for the published protocol, gene groups follow from training
+    spots; so does the panel, but for that and the genes of HEST-Benchmark.
     """
     train = np.flatnonzero(roles == "train")
-    published = protocol == "paper"
-    if not published:
+    if protocol in ("loso", "block"):
         slides = np.unique(data.spots["tissue_index"].to_numpy()[train])
         data = common.restrict_panel(data, tuple(slides))
-    groups = common.choose_gene_groups(data, train, published)
+    groups = common.choose_gene_groups(data, train, published=protocol == "paper")
     return Split(data, roles, groups, seed, fold)
 
 
@@ -264,6 +266,40 @@ def ridge_on_features(recipe, split, folder):
     ridge, alpha = fit_ridge(split, features, split.spots("train"))
     predicted = ridge.predict(features[split.scored()])
     return predicted, {"weights": name_weights(recipe), "alpha": alpha}
+
+
+PROBE_COMPONENTS = 256
+PROBE_SEED = 1  # of the benchmark's runs
+
+
+def hest_probe(recipe, split, folder):
+    """`compute` of compute_records: the probe of HEST-Benchmark on frozen features of BACKBONE.
+
+    Features of the last stage, of the patch as it is; of all spots of the training slides, since
+    the probe needs no validation. In the repository mahmoodlab/HEST, src/hest/bench, benchmark.py
+    and trainer.py do this, and st_dataset.py takes log1p of raw counts without a normalisation by
+    depth: StandardScaler, PCA to 256 of seed 1, in single precision from there on, then for all
+    genes at once Ridge without intercept, solver lsqr of at most 1,000 steps and
+    scikit-learn's tolerance, alpha = 100 / (columns x genes).
+
+    What differs: spots stand in the order of the slides' numbers and not of a fold's file, on which
+    the random steps of PCA depend a little; of fewer than 256 spots or features as many components
+    are taken as there can be. The benchmark's row ResNet50 ends after the third of the four stages
+    of timm's resnet50.tv_in1k (inference_models.py), so that of resnet50 here is another one.
+    """
+    target = split.data.target
+    plain = recipe | {"POOL_STAGES": False}
+    features, _ = common.encode_patches(split.data.patches, plain, split.seed)
+    known = np.sort(split.spots("train", "valid"))
+    n_components = min(PROBE_COMPONENTS, len(known), features.shape[1])
+    reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
+    reduced = reduce.fit_transform(features[known]).astype(np.float32)
+    alpha = 100 / (n_components * target.shape[1])
+    ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
+    ridge.fit(reduced, target[known])
+    seen = reduce.transform(features[split.scored()]).astype(np.float32)
+    more = {"weights": name_weights(recipe), "alpha": alpha}
+    return ridge.predict(seen).astype(np.float32), more
 
 
 def mean_heg(split, predicted):
@@ -481,7 +517,7 @@ def score_split(setting, recipe, split, predicted, more):
         at = split.roles[scored] == role
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         usual, _ = common.mean_and_variance(values, usual_spots)
-        genes = score_genes(data, x, y, spots, truth)
+        genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
@@ -493,6 +529,9 @@ def score_split(setting, recipe, split, predicted, more):
         record["spot_r"] = common.correlate_spots(x, y, usual)
         if role == "test":
             means = common.bootstrap_means(x, y, spots, data.genes, split.members)
+            if recipe["PROTOCOL"] == "hest":
+                pooled = common.bootstrap_means(x, y, spots, data.genes, split.members, pooled=True)
+                means = means.join(pooled.add_suffix("_pooled"))
             draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
             for key in means.dropna(axis=1):
                 record[f"{key}_ci"] = means[key].quantile([0.025, 0.975]).tolist()
@@ -504,17 +543,26 @@ def score_split(setting, recipe, split, predicted, more):
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
 
 
-def score_genes(data, predicted, truth, spots, truth_name):
-    """A line a gene: common.score_genes, its mean expression and, for whole log-normalised slides,
-    GENE_COLUMNS.
+def name_ceilings(recipe, split, role, truth):
+    """The endings of the var columns that tell GENE_COLUMNS of these spots: for log-normalised
+    counts one a slide, for a test fold of HEST-Benchmark the fold's.
+    """
+    if truth == "lognorm":
+        return [str(slide) for slide in split.slides(role)]
+    if recipe["PROTOCOL"] == "hest" and role == "test":
+        return [f"fold_{split.fold}"]
+    return []
+
+
+def score_genes(data, predicted, truth, spots, ceilings):
+    """A line a gene: common.score_genes, its mean expression and GENE_COLUMNS, the mean over the
+    var columns with the endings `ceilings`.
     """
     slides = spots["tissue_index"].to_numpy()
     genes = pd.DataFrame(common.score_genes(predicted, truth, slides), data.genes)
     genes["mean"] = truth.mean(0)
     for name in GENE_COLUMNS:
-        columns = []
-        if truth_name == "lognorm":
-            columns = [f"{name}_{slide}" for slide in np.unique(slides)]
+        columns = [f"{name}_{ending}" for ending in ceilings]
         genes[name] = data.annotations.var.reindex(columns=columns).mean(axis=1)
     return genes
 
@@ -547,6 +595,34 @@ def none_for_nan(value):
     return value
 
 
+# ----------------------------------------------------------------------------------------- headline
+@dataclass(frozen=True)
+class Headline:
+    """The number by which a protocol compares settings."""
+
+    name: str  # head of its column
+    truth: str  # of the records that hold it
+    group: str  # of the genes
+    ending: str  # of the columns <group><ending> of records and draws
+    unit: str  # column of the records: their mean within it, then over it
+
+    @property
+    def column(self):
+        """The column of the records that holds it."""
+        return f"{self.group.lower()}{self.ending}"
+
+
+HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
+# Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
+OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
+
+
+def headline_of(records):
+    """The Headline of these records, dicts or a table."""
+    protocols = set(pd.DataFrame(records)["protocol"])
+    return OF_HEST if protocols == {"hest"} else HEG
+
+
 # -------------------------------------------------------------------------------------- differences
 def record_of(records, setting, split):
     """The first record of a setting that was trained on this split."""
@@ -557,9 +633,12 @@ def record_of(records, setting, split):
     raise LookupError(f"no record of {setting}")
 
 
-def select_records(records, role="test", truth="lognorm"):
-    """Table of the records of this role and truth, in the order of the trainings."""
+def select_records(records, role="test", truth=None):
+    """Table of the records of this role and truth, by default the headline's, in the order of the
+    trainings.
+    """
     table = pd.DataFrame(records)
+    truth = truth or headline_of(table).truth
     chosen = (table["split"] == role) & (table["truth"] == truth)
     table = table[chosen].copy()
     empty = table.columns[table.isna().all()]
@@ -568,15 +647,19 @@ def select_records(records, role="test", truth="lognorm"):
 
 
 def join_draws(records, out):
-    """(DRAWS, 4) draws, as common.bootstrap_means, of a setting's mean over its test slides.
+    """(DRAWS, 4) draws, as common.bootstrap_means, of a setting's mean over its test slides, or
+    over the folds of HEST-Benchmark.
 
-    Of several trainings on one slide, as many are drawn with replacement; those of two settings
+    Of several trainings on one of them, as many are drawn with replacement; those of two settings
     stay paired.
     """
     means = []
-    for _, folders in records.sort_values(["seed", "fold"]).groupby("slide")["folder"]:
+    headline = headline_of(records)
+    keys = [group.lower() for group in (*GROUPS, "all")]
+    columns = [f"{headline.truth}_{key}{headline.ending}" for key in keys]
+    for _, folders in records.sort_values(["seed", "fold"]).groupby(headline.unit)["folder"]:
         tables = [pd.read_csv(out / folder / "bootstrap.csv") for folder in folders]
-        draws = np.stack([table.filter(like="lognorm_") for table in tables], axis=1)
+        draws = np.stack([table[columns] for table in tables], axis=1)
         random = np.random.default_rng(shell.seed_of("trainings"))
         picked = random.integers(draws.shape[1], size=draws.shape[:2])
         means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
@@ -585,11 +668,12 @@ def join_draws(records, out):
 
 def pair_differences(records, out, minus):
     """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
-    against log-normalised truth: table setting, minus, group, n, difference, low, high (95 %).
+    against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).
 
     NaN where r is not defined for equally many genes.
     """
     table = select_records(records).sort_values(["seed", "fold"])
+    ending = headline_of(records).ending
     lines = []
     for setting, other in minus.items():
         ones = table[table["setting"] == setting].reset_index()
@@ -602,7 +686,7 @@ def pair_differences(records, out, minus):
             line |= {"difference": np.nan, "low": np.nan, "high": np.nan}
             same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
             if same_genes and ones[f"{key}_n"].all():
-                line["difference"] = (ones[key] - others[key]).mean()
+                line["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
                 line |= {"low": low[place], "high": high[place]}
             lines.append(line)
     columns = ["setting", "minus", "group", "n", "difference", "low", "high"]
@@ -686,11 +770,31 @@ def describe_setting(records, sizes, out):
     return line
 
 
-def describe_differences(table, settings):
-    """The column that tells HEG r of each setting minus another's; the name of the other stands in
-    the head where it is the same for all.
+def describe_hest(records, n_genes, out):
+    """As describe_setting, of a task of HEST-Benchmark, whose panel has `n_genes`: first the number
+    that its published tables hold, over all test spots of a fold at once; `in slides` is the same
+    slide by slide.
     """
-    of = table[table["group"] == "HEG"].set_index("setting")
+    low = high = np.nan
+    if (records["split"] == "test").all():
+        low, high = np.quantile(join_draws(records, out)[:, -1], [0.025, 0.975])
+    mean = format_mean(records.groupby(OF_HEST.unit)[OF_HEST.column].mean())
+    defined = int(records["all_n"].min())
+    line = {"setting": cut(records["setting"].iloc[0], 32)}
+    line[OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
+    line["[95 %]"] = format_interval(low, high)
+    share = records[OF_HEST.column].mean() / records["all_ceiling"].mean()
+    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    line["in slides"] = format_mean(records.groupby(OF_HEST.unit)["all"].mean())
+    line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    return line
+
+
+def describe_differences(table, settings, headline=HEG):
+    """The column that tells the headline of each setting minus another's; the name of the other
+    stands in the head where it is the same for all.
+    """
+    of = table[table["group"] == headline.group].set_index("setting")
     others = of["minus"].unique()
     texts = []
     for setting in settings:
@@ -703,7 +807,9 @@ def describe_differences(table, settings):
             continue
         text = f"{difference:+.3f} {format_interval(low, high, '{:+.3f}')}"
         texts.append(text if len(others) == 1 else f"{text} {other}")
-    name = f"HEG minus {others[0]}" if len(others) == 1 else "HEG minus"
+    name = f"{headline.name} minus"
+    if len(others) == 1:
+        name = f"{name} {others[0]}"
     return justify_left(pd.Series(texts, name=name))
 
 
@@ -711,7 +817,11 @@ def describe_scored(records):
     """Which spots and which truth a table of scores is about."""
     slides = records["slide"].unique()
     roles = {"test": "test slide", "oof": "out of fold, slide", "valid": "validation, slide"}
-    truths = {"lognorm": "log-normalised counts", "harmony": "Harmony's values"}
+    truths = {
+        "lognorm": "log-normalised counts",
+        "harmony": "Harmony's values",
+        "log1p": "log1p of raw counts",
+    }
     first = records.drop_duplicates(["slide", "fold"])
     n_spots = first.groupby("slide")["n_spots"].max().sum()
     n_trainings = len(records.drop_duplicates(["seed", "fold"]))
@@ -860,20 +970,27 @@ class Run:
         return list(itertools.chain(*(records[number] for number in sorted(records))))
 
     def print_scores(
-        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth="lognorm"
+        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth=None
     ):
         """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
 
-        pair_differences with `minus` {setting: another} is saved, and its HEG shown. add(records of
-        a setting) may give further columns {name: text}, for which others are to `leave_out`.
+        pair_differences with `minus` {setting: another} is saved, and its headline shown. add(
+        records of a setting) may give further columns {name: text}, for which others are to
+        `leave_out`.
         """
         chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
+        headline = headline_of(chosen)
+        if headline is OF_HEST:
+            title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
         for _, of in chosen.groupby("setting", sort=False):
-            line = describe_setting(of, sizes, self.out)
+            if headline is OF_HEST:
+                line = describe_hest(of, len(self.data.genes), self.out)
+            else:
+                line = describe_setting(of, sizes, self.out)
             for name in leave_out:
-                del line[name]
+                line.pop(name, None)
             if add:
                 line |= add(of)
             lines.append(line)
@@ -882,7 +999,8 @@ class Run:
         if minus:
             differences = pair_differences(records, self.out, minus)
             shell.save_csv(self.out / "paired_differences.csv", differences)
-            columns.append(describe_differences(differences, chosen["setting"].unique()))
+            settings = chosen["setting"].unique()
+            columns.append(describe_differences(differences, settings, headline))
         table = pd.concat(columns, axis=1)
         print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)
 
@@ -905,10 +1023,13 @@ PROTOCOLS = {
     "loso": "every slide once the test slide, of which nothing else is used",
     "block": f"{common.FOLDS} folds of spatial blocks, then the test slide, of which nothing else "
     "is used",
+    "hest": "folds and genes of HEST-Benchmark, which has no validation: random spots of the "
+    "training slides are held out for it; the genes were chosen on all slides, so transductive",
 }
 TARGETS = {
     "harmony": "Harmony over all slides, the test slide included",
     "lognorm": "log1p of counts per 10,000",
+    "log1p": "log1p of raw counts, as in HEST-Benchmark",
 }
 
 
@@ -980,6 +1101,23 @@ def choose_out(script, root):
     return out
 
 
+def check_target(protocol, target):
+    """InputError where a protocol does not go with a target."""
+    if protocol == "hest" and target != "log1p":
+        raise InputError(
+            "--protocol hest needs --target log1p: HEST-Benchmark predicts log1p of raw counts"
+        )
+    if protocol != "hest" and target == "log1p":
+        raise InputError(
+            f"--target log1p goes with --protocol hest alone: --protocol {protocol} needs "
+            "--target lognorm"
+        )
+    if protocol in ("loso", "block") and target != "lognorm":
+        raise InputError(
+            f"--protocol {protocol} needs --target lognorm: Harmony has seen the test slide"
+        )
+
+
 def open_run(script, split=common.split_spots):
     """The Run of a script's constants; `--quick` has its slides made where they are missing.
 
@@ -989,11 +1127,7 @@ def open_run(script, split=common.split_spots):
     recipe = shell.recipe_of(script)
     if not recipe["SEEDS"]:
         raise InputError("--seeds: expected one number at least")
-    if recipe["PROTOCOL"] != "paper" and recipe["TARGET"] != "lognorm":
-        raise InputError(
-            f"--protocol {recipe['PROTOCOL']} needs --target lognorm: "
-            "Harmony has seen the test slide"
-        )
+    check_target(recipe["PROTOCOL"], recipe["TARGET"])
     root = Path(recipe["DATA_ROOT"])
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])

@@ -1,6 +1,6 @@
 """Folders as Space Ranger, Visium HD and HEST-1k leave them, to the rows of a slides.csv.
 
-Space Ranger -> HEST -> Visium HD
+Space Ranger -> HEST -> tasks of HEST-Benchmark -> Visium HD
 
 How the files themselves are read is in slides.py.
 """
@@ -434,21 +434,27 @@ def read_hest_sample(folder, number, sample, row, use_patches):
                 "other samples with --samples"
             )
     facts = row | read_hest_json(folder, sample, row)
+    if facts.get("patient", "") in slides.NO_FILE:
+        slides.warn(
+            f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
+            "mend donor in slides.csv where two samples are of one person"
+        )
     um_per_px = pd.to_numeric(facts.get("pixel_size_um_estimated"), errors="coerce")
     if um_per_px is None or not 0.05 <= um_per_px <= 20:
         raise InputError(
             f"{folder}: pixel_size_um_estimated of sample {sample} is "
             f"{facts.get('pixel_size_um_estimated')}; expected a number from 0.05 to 20"
         )
-    donor, patient = sample, facts.get("patient", "")
-    if patient in slides.NO_FILE:
-        slides.warn(
-            f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
-            "mend donor in slides.csv where two samples are of one person"
-        )
-    else:
-        donor = f"{facts.get('dataset_title', '')} {patient}".strip()
+    donor = name_donor(sample, facts)
     return slides.Slide(number, sample, donor, image, float(um_per_px), None, matrix)
+
+
+def name_donor(sample, facts):
+    """The patient that the metadata {name: text} of a sample name, or else the sample."""
+    patient = facts.get("patient", "")
+    if patient in slides.NO_FILE:
+        return sample
+    return f"{facts.get('dataset_title', '')} {patient}".strip()
 
 
 def read_hest_json(folder, sample, row):
@@ -465,6 +471,126 @@ def read_hest_json(folder, sample, row):
         raise InputError(
             f"{path}: no metadata of sample {sample} ({error}): fetch it, or the table HEST_v*.csv"
         ) from None
+
+
+# -------------------------------------------------------------------------------- HEST-Benchmark
+
+
+def is_task(folder):
+    """Whether a folder is a task of HEST-Benchmark, which holds splits/."""
+    return (folder / "splits").is_dir()
+
+
+def write_task(root, folder):
+    """slides.csv, folds.csv and hest_genes.csv for a task of HEST-Benchmark, and root/links/.
+
+    Its spots are those that have a patch.
+    """
+    splits = read_splits(folder)
+    genes = read_task_genes(folder)
+    metadata = read_hest_metadata(folder)
+    made, linked = [], []
+    rows = splits.drop_duplicates("sample_id").sort_values("sample_id").to_dict("records")
+    for number, row in enumerate(rows, 1):
+        slide = read_task_sample(folder, number, row, metadata)
+        made.append(slide)
+        linked.append(name_links(slide, "positions_patches.csv"))
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    check_manifest_is_new(root / "slides.csv", table, "--from-hest")
+    for slide, links in zip(made, linked, strict=True):
+        place_link(root / links.image, slide.image)
+        place_link(root / links.matrix, slide.matrix)
+        shell.save_csv(root / links.positions, place_patches(slide).reset_index())
+    numbers = {slide.name: slide.tissue_index for slide in made}
+    splits["tissue_index"] = splits["sample_id"].map(numbers)
+    shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
+    shell.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])
+    shell.save_csv(root / "slides.csv", table)
+    n_folds = splits["fold"].nunique()
+    print(f"wrote {root / 'slides.csv'}: {len(table)} slides, {n_folds} folds, {len(genes)} genes")
+
+
+def read_splits(folder):
+    """Table fold, role (train or test), sample_id, patches_path, expr_path of a task's splits/.
+
+    InputError where a file of a fold is missing, or a sample has both roles in one.
+    """
+    numbers = []
+    for path in (folder / "splits").glob("*.csv"):
+        numbers += re.findall(r"^(?:train|test)_(\d+)$", path.stem)
+    n_folds = max(map(int, numbers), default=0) + 1
+    parts = []
+    for fold in range(n_folds):
+        roles = {role: read_split(folder, role, fold) for role in ("train", "test")}
+        twice = set(roles["train"]["sample_id"]) & set(roles["test"]["sample_id"])
+        if twice:
+            raise InputError(
+                f"{folder / 'splits'}: sample {min(twice)} is both in train_{fold}.csv and in "
+                f"test_{fold}.csv: fetch the task again"
+            )
+        parts += [part.assign(fold=fold, role=role) for role, part in roles.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_split(folder, role, fold):
+    """Table sample_id, patches_path, expr_path of a file of a task's splits/."""
+    path = folder / "splits" / f"{role}_{fold}.csv"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file: a fold needs train_{fold}.csv and test_{fold}.csv; fetch the "
+            "task again"
+        )
+    columns = ["sample_id", "patches_path", "expr_path"]
+    table = slides.read_table(path, {column: (column,) for column in columns})
+    missing = [column for column in columns if column not in table or not table.attrs["named"]]
+    if missing or table.empty:
+        raise InputError(f"{path}: expected the columns {', '.join(columns)} and a row a sample")
+    slides.check_unique(table["sample_id"], "sample", path)
+    return table[columns]
+
+
+def read_task_genes(folder):
+    """The genes that a task of HEST-Benchmark predicts."""
+    path = folder / "var_50genes.json"
+    try:
+        genes = json.loads(slides.decode_text(path.read_bytes()))["genes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no list of genes ({error}): fetch the task again") from None
+    if not isinstance(genes, list) or not genes:
+        raise InputError(f"{path}: genes is {genes!r}; expected a list of names")
+    slides.check_unique(genes, "gene", path)
+    return genes
+
+
+def read_task_sample(folder, number, row, metadata):
+    """The Slide of a sample, of its row in a task's splits and of {sample: its metadata}."""
+    sample = row["sample_id"]
+    image, matrix = folder / row["patches_path"], folder / row["expr_path"]
+    for path in (image, matrix):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file, which splits/ names for sample {sample}: fetch the task "
+                "again from the data set MahmoodLab/hest-bench"
+            )
+    known = {"id": sample} | metadata.get(sample, {})
+    donor = name_donor(sample, known | read_hest_json(folder, sample, known))
+    return slides.Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
+
+
+def place_patches(slide):
+    """The positions of a task's sample, in px of its whole image, whose size nobody states.
+
+    Those spots count as tissue that have a patch.
+    """
+    positions = slides.read_positions(slide.matrix)
+    with slides.open_hest_patches(slide.image) as (barcodes, _):
+        lost = barcodes[~barcodes.isin(positions.index)]
+        if len(lost):
+            raise InputError(
+                f"{slide.image}: {slide.matrix} has no barcode {lost[0]}: the two files are not of "
+                "one sample"
+            )
+        return positions.assign(in_tissue=positions.index.isin(barcodes).astype(int))
 
 
 # -------------------------------------------------------------------------------- Visium HD

@@ -138,8 +138,8 @@ RECIPES = {
 # What a constant that several scripts have may be: one of these words, or a number from the least
 # to the greatest. A script has an ALLOWED of its own for its other constants.
 ALLOWED = {
-    "TARGET": ("harmony", "lognorm"),
-    "PROTOCOL": ("paper", "loso", "block"),
+    "TARGET": ("harmony", "lognorm", "log1p"),
+    "PROTOCOL": ("paper", "loso", "block", "hest"),
     "RECIPE": tuple(RECIPES),
     "HEAD_START": ("zero", "mean", "ridge"),
     "GENE_WEIGHTS": ("equal", "predictable"),

@@ -336,10 +336,10 @@ def test_a_folder_of_hest_that_is_not_there_is_named(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------ patches
-def make_patches(folder, sample="NCBI1", size=224, spots=30):
+def make_patches(folder, sample="NCBI1", size=224, spots=30, seed=5):
     """patches/<sample>.h5 of the first spots, in another order; returns their images by barcode."""
     barcodes = spot_array()["barcode"][:spots][::-1]
-    images = np.random.default_rng(5).integers(0, 255, (spots, size, size, 3), np.uint8)
+    images = np.random.default_rng(seed).integers(0, 255, (spots, size, size, 3), np.uint8)
     (folder / "patches").mkdir(exist_ok=True)
     with h5py.File(folder / "patches" / f"{sample}.h5", "w") as file:
         file["img"] = images

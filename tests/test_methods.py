@@ -587,7 +587,7 @@ def write_record(out, setting, seed, draws, heg, n_genes):
     folder.mkdir()
     pd.DataFrame(draws).add_prefix("lognorm_").to_csv(folder / "bootstrap.csv", index=False)
     record = {"setting": setting, "seed": seed, "fold": 0, "slide": "3", "folder": folder.name}
-    record |= {"split": "test", "truth": "lognorm"}
+    record |= {"split": "test", "truth": "lognorm", "protocol": "paper"}
     record |= dict.fromkeys(KEYS, 0.2) | {"heg": heg}
     return record | {f"{key}_n": n_genes for key in KEYS}
 

@@ -1,0 +1,389 @@
+"""A task of HEST-Benchmark from its folder to the number of its tables: folds, genes, target, probe
+and statistic, each held against a few lines of its own.
+"""
+
+import json
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import scipy.stats
+from conftest import TINY, load_script, printed_table, run_script, stdout_of, table_of
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+from test_bad_input import check_one_line
+from test_files import GENES
+from test_hest import make_anndata, make_patches
+from test_weights import SMALL, pretend
+
+import common
+import runner
+
+SAMPLES = ("TENX1", "NCBI2", "MEND3")
+TASK_GENES = GENES[10:16]
+SPOTS = 34  # of the 36 of a sample have a patch
+# Samples that train and those that test.
+SPLITS = ((SAMPLES[:2], SAMPLES[2:]), (SAMPLES[2:], SAMPLES[:2]))
+HEST = {"protocol": "hest", "target": "log1p"}
+NETWORK = TINY | HEST | {"backbone": SMALL, "hidden": 0, "epochs": 2}
+
+
+# -------------------------------------------------------------------------------- an invented task
+def write_split(folder, role, fold, samples):
+    rows = [[name, f"patches/{name}.h5", f"adata/{name}.h5ad"] for name in samples]
+    table = pd.DataFrame(rows, columns=["sample_id", "patches_path", "expr_path"])
+    (folder / "splits").mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "splits" / f"{role}_{fold}.csv", index=False)
+
+
+def make_task(folder, genes=TASK_GENES):
+    """A task of three samples and two folds; the second one tests on two samples."""
+    for fold, (train, test) in enumerate(SPLITS):
+        write_split(folder, "train", fold, train)
+        write_split(folder, "test", fold, test)
+    (folder / "adata").mkdir()
+    for seed, name in enumerate(SAMPLES, 1):
+        make_anndata(seed).write_h5ad(folder / "adata" / f"{name}.h5ad")
+        make_patches(folder, name, spots=SPOTS, seed=seed)
+    (folder / "var_50genes.json").write_text(json.dumps({"genes": genes}))
+    return folder
+
+
+def weights_of(folder):
+    """A folder of weights for the small backbone, at random."""
+    folder.mkdir()
+    safetensors.torch.save_file(pretend(SMALL).state_dict(), folder / f"{SMALL}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return make_task(tmp_path_factory.mktemp("tasks") / "IDC")
+
+
+@pytest.fixture(scope="module")
+def root(task, tmp_path_factory):
+    """The data root that script 19 makes of the task."""
+    root = tmp_path_factory.mktemp("data") / "IDC"
+    printed = stdout_of("19", data_root=root, from_hest=task)
+    assert "panel of 6 genes" in printed
+    assert "warning" not in printed
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    return common.load_dataset(root, "log1p")
+
+
+@pytest.fixture(scope="module")
+def splits(root, data):
+    recipe = {"PROTOCOL": "hest", "DATA_ROOT": str(root), "VALID_FRACTION": 0.2}
+    roles = common.split_spots(data.spots, recipe, 42)
+    return [runner.make_split(data, own, "hest", 42, fold) for fold, own in enumerate(roles)]
+
+
+@pytest.fixture(scope="module")
+def scored(root, tmp_path_factory):
+    """(output folder, what script 20 printed) of a tiny network beside the probe."""
+    out = tmp_path_factory.mktemp("runs")
+    weights = weights_of(out / "weights")
+    return out, stdout_of("20", data_root=root, out=out, **(NETWORK | {"pretrained": weights}))
+
+
+def counts_of(task, data):
+    """(N, G) raw counts of the data's spots and genes, as the task's own files hold them."""
+    names = pd.read_csv(data.root / "slides.csv").set_index("tissue_index")["name"]
+    rows = []
+    for slide, barcode in data.spots[["tissue_index", "barcode"]].to_numpy():
+        rows.append((names[slide], barcode))
+    tables = {name: anndata.read_h5ad(task / "adata" / f"{name}.h5ad").to_df() for name in SAMPLES}
+    return np.array([tables[name].loc[barcode, data.genes] for name, barcode in rows])
+
+
+# ------------------------------------------------------------------------------------------ folds
+def test_spots_are_those_that_have_a_patch_and_genes_are_the_tasks(data):
+    assert data.spots.groupby("tissue_index").size().tolist() == [SPOTS] * 3
+    assert sorted(data.genes) == sorted(TASK_GENES)
+    assert set(data.meta["um_per_px"].values()) == {0.5}
+
+
+def test_folds_are_the_benchmarks_and_no_test_spot_trains(root, splits):
+    names = pd.read_csv(root / "slides.csv").set_index("tissue_index")["name"]
+    assert len(splits) == len(SPLITS)
+    for split, (train, test) in zip(splits, SPLITS, strict=True):
+        assert set(names[split.slides("train", "valid")]) == set(train)
+        assert set(names[split.slides("test")]) == set(test)
+        assert len(split.spots("train", "valid", "test")) == 3 * SPOTS
+        assert len(split.spots("valid")) == round(0.2 * SPOTS * len(train))
+        assert split.members["all"] == split.data.genes
+
+
+def test_target_is_log1p_of_raw_counts(task, root, data):
+    expected = np.log1p(counts_of(task, data))
+    np.testing.assert_allclose(data.target, expected, rtol=1e-6)
+    written = pd.read_csv(root / "dataset" / "dataset.csv")[data.genes]
+    np.testing.assert_allclose(written, expected, rtol=1e-6)
+
+
+def test_a_second_start_without_the_task_keeps_its_genes_and_target(task, root, data, tmp_path):
+    again = tmp_path / "again"
+    stdout_of("19", data_root=again, from_hest=task)
+    assert "target log1p" in stdout_of("19", data_root=again)
+    assert common.load_dataset(again, "log1p").genes == data.genes
+
+
+def test_donor_is_the_patient_that_metadata_name(task, tmp_path):
+    rows = {"id": SAMPLES, "patient": ["P1", "P1", ""], "dataset_title": "A title"}
+    path = task / "HEST_v1_1_0.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    stdout_of("19", data_root=tmp_path / "mine", from_hest=task, check=True)
+    path.unlink()
+    manifest = pd.read_csv(tmp_path / "mine" / "slides.csv").set_index("name")
+    expected = {"TENX1": "A title P1", "NCBI2": "A title P1", "MEND3": "MEND3"}
+    assert manifest["donor"].to_dict() == expected
+
+
+# ------------------------------------------------------------------------------------------ scores
+def test_the_statistic_is_the_mean_over_folds_of_r_over_all_their_test_spots(scored):
+    out, stdout = scored
+    rows = table_of(stdout).query("split == 'test' and truth == 'log1p'")
+    folders = rows[rows["setting"] == SMALL].sort_values("fold")["folder"]
+    means = []
+    for folder in folders:
+        table = anndata.read_h5ad(out / folder / "predictions.h5ad")
+        table = table[table.obs["role"] == "test"]
+        r = [
+            scipy.stats.pearsonr(x, y)[0]
+            for x, y in zip(table.X.T, table.layers["target"].T, strict=True)
+        ]
+        means.append(np.mean(r))
+    assert len(means) == 2
+    head, lines = printed_table(stdout, "mean Pearson r")
+    assert head.split()[1:3] == ["HEST", "r"]
+    (line,) = [line for line in lines if line.startswith(SMALL)]
+    assert line.split()[1] == f"{np.mean(means):.3f}±{np.std(means, ddof=1):.3f}"
+    np.testing.assert_allclose(rows[rows["setting"] == SMALL]["all_pooled"], means, atol=1e-6)
+
+
+def test_the_table_has_the_probe_intervals_ceilings_and_differences(scored):
+    head, lines = printed_table(scored[1], "mean Pearson r")
+    assert "of ceiling" in head
+    assert "HEST r minus ridge (colour)" in head
+    (line,) = [line for line in lines if line.startswith("hest probe (")]
+    assert "[" in line and "%" in line
+
+
+def test_the_header_says_what_the_protocol_sees(scored):
+    printed = " ".join(scored[1].split())
+    assert "hest (folds and genes of HEST-Benchmark" in printed
+    assert "random spots of the training slides are held out" in printed
+    assert "log1p (log1p of raw counts" in printed
+
+
+def test_a_report_is_of_the_benchmarks_number(scored):
+    out, _ = scored
+    assert run_script("27", run=out) == 0
+    page = (out / "report.html").read_text()
+    assert "HEST r is the mean over the genes" in page
+    assert "log1p of raw counts" in page
+
+
+def test_prior_methods_stand_beside_the_probe(root, tmp_path):
+    weights = weights_of(tmp_path / "weights")
+    small = {"features": SMALL, "only": f"hest probe ({SMALL})", "pretrained": weights}
+    stdout = stdout_of("25", data_root=root, out=tmp_path / "runs", **(NETWORK | small))
+    assert printed_table(stdout, "methods")[0].split()[1:3] == ["HEST", "r"]
+
+
+def test_random_weights_train_and_have_no_probe(root, tmp_path):
+    options = NETWORK | {"hidden": 4, "epochs": 1}
+    stdout = stdout_of("20", data_root=root, out=tmp_path, **options)
+    assert set(table_of(stdout)["setting"]) == {SMALL, "ridge (colour)"}
+
+
+# ------------------------------------------------------------------------------------------- probe
+def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path):
+    recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights_of(tmp_path / "weights"))}
+    recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
+    features, _ = common.encode_patches(data.patches, recipe, 42)
+    for split in splits:
+        known = np.isin(split.roles, ["train", "valid"])
+        scaler = StandardScaler().fit(features[known])
+        pca = PCA(n_components=min(256, known.sum()), random_state=1)
+        x = pca.fit_transform(scaler.transform(features[known]))
+        ridge = Ridge(100 / (x.shape[1] * 6), fit_intercept=False, solver="lsqr", max_iter=1000)
+        ridge.fit(x.astype(np.float32), data.target[known])
+        test = features[split.roles == "test"]
+        expected = ridge.predict(pca.transform(scaler.transform(test)).astype(np.float32))
+        predicted, more = runner.hest_probe(recipe, split, tmp_path)
+        found = predicted[split.roles[split.scored()] == "test"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert more["alpha"] == ridge.alpha
+
+
+# --------------------------------------------------------------------------- intervals and ceilings
+def make_blocks(n_slides, n=100):
+    """A table of spots on slides of ten blocks, and (n_slides * n, 1) predicted and measured."""
+    random = np.random.default_rng(0)
+    slides = np.repeat(np.arange(n_slides), n)
+    blocks = [f"{slide}:{spot % n // 10}:0" for spot, slide in enumerate(slides)]
+    spots = pd.DataFrame({"tissue_index": slides, "block": blocks})
+    predicted = random.normal(size=(len(spots), 1)) + 3 * slides[:, None]
+    return spots, predicted, predicted + random.normal(size=predicted.shape)
+
+
+def bootstrap(spots, predicted, truth, pooled):
+    genes = {"all": ["g"]}
+    return common.bootstrap_means(predicted, truth, spots, ["g"], genes, pooled=pooled)["all"]
+
+
+def test_every_draw_holds_as_many_blocks_of_each_slide_as_it_has():
+    spots, _, _ = make_blocks(3)
+    slides, drawn = common.draw_blocks(spots)
+    assert [len(at) for at, _ in slides] == [100] * 3
+    for slide in range(3):
+        assert (drawn[:, 10 * slide : 10 * slide + 10].sum(1) == 10).all()
+
+
+def test_a_pooled_draw_is_r_over_the_blocks_of_all_slides_drawn_by_hand():
+    spots, predicted, truth = make_blocks(3)
+    _, drawn = common.draw_blocks(spots)
+    means = bootstrap(spots, predicted, truth, pooled=True)
+    for i in (0, 999):
+        chosen = np.repeat(np.unique(spots["block"]), drawn[i].astype(int))
+        at = np.concatenate([np.flatnonzero(spots["block"] == name) for name in chosen])
+        r = scipy.stats.pearsonr(predicted[at, 0], truth[at, 0])[0]
+        assert means[i] == pytest.approx(r)
+
+
+def test_draws_over_slides_are_means_of_each_slides_own():
+    spots, predicted, truth = make_blocks(2)
+    means = bootstrap(spots, predicted, truth, pooled=False)
+    own = []
+    for slide in (0, 1):
+        at = (spots["tissue_index"] == slide).to_numpy()
+        own.append(bootstrap(spots[at], predicted[at], truth[at], pooled=True))
+    np.testing.assert_allclose(means, np.mean(own, axis=0))
+
+
+def test_differences_between_slides_raise_the_pooled_r_alone():
+    spots, predicted, truth = make_blocks(3)
+    pooled = bootstrap(spots, predicted, truth, pooled=True)
+    within = bootstrap(spots, predicted, truth, pooled=False)
+    assert pooled.quantile(0.025) > within.quantile(0.975)
+
+
+def test_slides_of_one_block_each_have_no_interval():
+    spots, predicted, truth = make_blocks(2)
+    spots["block"] = spots["tissue_index"].astype(str)
+    assert bootstrap(spots, predicted, truth, pooled=True).isna().all()
+
+
+def test_the_ceiling_of_raw_counts_is_the_r_of_knowing_every_intensity():
+    random = np.random.default_rng(0)
+    intensity = np.exp(random.normal(1, 0.7, (3000, 1)) * [1, 0.5, 1.5])
+    counts = random.poisson(intensity)
+    found = load_script("19").counting_ceiling(counts, np.full(3000, 1e4))
+    for gene in range(3):
+        r = scipy.stats.pearsonr(np.log1p(intensity[:, gene]), np.log1p(counts[:, gene]))[0]
+        assert found[gene] == pytest.approx(r, abs=0.05)
+
+
+def test_the_ceiling_of_a_fold_is_over_all_its_test_spots(root, data, scored):
+    ceiling = load_script("19").counting_ceiling
+    slides = pd.read_csv(root / "slides.csv").set_index("name")["tissue_index"]
+    at = np.isin(data.spots["tissue_index"], slides[list(SPLITS[1][1])])
+    counts = anndata.read_h5ad(root / "dataset" / "counts.h5ad").X[at].toarray()
+    expected = ceiling(counts, np.full(at.sum(), 1e4))
+    np.testing.assert_allclose(data.annotations.var["ceiling_fold_1"], expected)
+    rows = table_of(scored[1]).query("split == 'test' and truth == 'log1p' and fold == 1")
+    assert rows["all_ceiling"].iloc[0] == pytest.approx(np.nanmean(expected))
+
+
+# ---------------------------------------------------------------------------------------- refusals
+def without_test_file(task):
+    (task / "splits" / "test_1.csv").unlink()
+
+
+def with_a_sample_twice(task):
+    write_split(task, "test", 0, ["MEND3", "TENX1"])
+
+
+def with_other_columns(task):
+    (task / "splits" / "train_0.csv").write_text("sample,patches\nTENX1,patches/TENX1.h5\n")
+
+
+def without_a_gene(task):
+    path = task / "adata" / "NCBI2.h5ad"
+    table = anndata.read_h5ad(path)
+    table[:, [gene for gene in GENES if gene != TASK_GENES[0]]].copy().write_h5ad(path)
+
+
+def without_genes(task):
+    (task / "var_50genes.json").write_text("[]")
+
+
+def without_patches(task):
+    (task / "patches" / "MEND3.h5").unlink()
+
+
+def with_a_barcode_too_many(task):
+    path = task / "adata" / "NCBI2.h5ad"
+    anndata.read_h5ad(path)[1:].copy().write_h5ad(path)
+
+
+@pytest.mark.parametrize(
+    "change, options, words",
+    [
+        (without_test_file, {}, ["test_1.csv", "no such file"]),
+        (with_a_sample_twice, {}, ["TENX1", "train_0.csv", "test_0.csv"]),
+        (with_other_columns, {}, ["train_0.csv", "sample_id, patches_path, expr_path"]),
+        (without_a_gene, {}, ["NCBI2", TASK_GENES[0], "1 of the 6 genes"]),
+        (without_genes, {}, ["var_50genes.json", "no list of genes"]),
+        (without_patches, {}, ["MEND3.h5", "no such file"]),
+        (with_a_barcode_too_many, {}, ["NCBI2.h5", "no barcode"]),
+        (lambda task: None, {"samples": "TENX1"}, ["--samples", "splits/"]),
+        (lambda task: None, {"panel": "genes.csv"}, ["--panel genes.csv", "leave it out"]),
+    ],
+)
+def test_a_task_in_doubt_is_refused(tmp_path, capsys, change, options, words):
+    task = make_task(tmp_path / "IDC")
+    change(task)
+    root = tmp_path / "mine"
+    assert run_script("19", data_root=root, from_hest=task, **options) == 2
+    check_one_line(capsys, words)
+    assert not (root / "dataset").exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"protocol": "hest", "target": "lognorm"}, ["--protocol hest", "--target log1p"]),
+        ({"protocol": "hest", "target": "harmony"}, ["--protocol hest", "--target log1p"]),
+        ({"protocol": "paper", "target": "log1p"}, ["--target log1p", "--protocol hest"]),
+        ({"protocol": "loso", "target": "log1p"}, ["--target log1p", "--target lognorm"]),
+        ({"protocol": "hest", "target": "log1p"}, ["no task of HEST-Benchmark", "--from-hest"]),
+    ],
+)
+def test_other_data_and_targets_are_refused(simulated, tmp_path, capsys, options, words):
+    assert run_script("20", data_root=simulated, out=tmp_path, **(TINY | options)) == 2
+    check_one_line(capsys, words)
+
+
+def test_harmony_over_a_task_is_refused_with_what_to_use(root, tmp_path, capsys):
+    assert run_script("20", data_root=root, out=tmp_path, **TINY) == 2
+    check_one_line(capsys, ["task of HEST-Benchmark", "--protocol hest --target log1p"])
+
+
+def test_log1p_is_no_target_of_other_slides(simulated, capsys):
+    assert run_script("19", data_root=simulated, target="log1p") == 2
+    check_one_line(capsys, ["--target log1p", "--target lognorm"])
+
+
+def test_the_search_has_folds_of_its_own(root, tmp_path, capsys):
+    assert run_script("22", data_root=root, out=tmp_path, protocol="hest") == 2
+    check_one_line(capsys, ["--protocol hest", "paper, loso, block"])
