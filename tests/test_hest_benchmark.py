@@ -299,9 +299,9 @@ def test_the_ceiling_of_a_fold_is_over_all_its_test_spots(root, data, scored):
     at = np.isin(data.spots["tissue_index"], slides[list(SPLITS[1][1])])
     counts = anndata.read_h5ad(root / "dataset" / "counts.h5ad").X[at].toarray()
     expected = ceiling(counts, np.full(at.sum(), 1e4))
-    np.testing.assert_allclose(data.annotations.var["ceiling_fold_1"], expected)
+    np.testing.assert_allclose(data.annotations.var["ceiling_fold_1"], expected, atol=1e-3)
     rows = table_of(scored[1]).query("split == 'test' and truth == 'log1p' and fold == 1")
-    assert rows["all_ceiling"].iloc[0] == pytest.approx(np.nanmean(expected))
+    assert rows["all_ceiling"].iloc[0] == pytest.approx(np.nanmean(expected), abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------- refusals
