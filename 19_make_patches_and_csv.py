@@ -794,7 +794,8 @@ def main():
     if CHECK:
         check_slides(root, manifest)
         return
-    target = target if True in have_counts else None
+    if True not in have_counts:
+        target = None
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
         tables, thumbnails = [], {}
         for slide in manifest:

@@ -8,11 +8,12 @@ Prints     header, the table with parameters, minutes and gain over BLEEP, one J
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget: no evidence)
+           python 25_compare_prior_methods.py --data-root IDC --protocol hest --target log1p
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
            cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
            The ridge on frozen features follows HEST-Benchmark (Jaume et al., NeurIPS 2024), with
-           alpha by cross-validation
+           alpha by cross-validation; its own probe stands beside it under protocol hest
 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is

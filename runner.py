@@ -974,8 +974,8 @@ class Run:
     ):
         """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
 
-        pair_differences with `minus` {setting: another} is saved, and its headline shown. add(
-        records of a setting) may give further columns {name: text}, for which others are to
+        pair_differences with `minus` {setting: another} is saved, and its headline shown.
+        add(records of a setting) may give further columns {name: text}, for which others are to
         `leave_out`.
         """
         chosen = select_records(records, role, truth)
@@ -1109,7 +1109,7 @@ def check_target(protocol, target):
         )
     if protocol != "hest" and target == "log1p":
         raise InputError(
-            f"--target log1p goes with --protocol hest alone: --protocol {protocol} needs "
+            f"--target log1p goes with --protocol hest alone, and not with {protocol}: use "
             "--target lognorm"
         )
     if protocol in ("loso", "block") and target != "lognorm":

@@ -500,7 +500,7 @@ def write_task(root, folder):
     for slide, links in zip(made, linked, strict=True):
         place_link(root / links.image, slide.image)
         place_link(root / links.matrix, slide.matrix)
-        shell.save_csv(root / links.positions, place_patches(slide).reset_index())
+        shell.save_csv(root / links.positions, read_task_positions(slide).reset_index())
     numbers = {slide.name: slide.tissue_index for slide in made}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
     shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
@@ -577,7 +577,7 @@ def read_task_sample(folder, number, row, metadata):
     return slides.Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
 
 
-def place_patches(slide):
+def read_task_positions(slide):
     """The positions of a task's sample, in px of its whole image, whose size nobody states.
 
     Those spots count as tissue that have a patch.
