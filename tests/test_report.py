@@ -163,7 +163,7 @@ def slide():
     random = np.random.default_rng(0)
     table = anndata.AnnData(random.random((30, 3), np.float32))
     table.var_names = ["A", "B", "HAL"]
-    table.var["test_lognorm_r"] = [0.2, 0.6, 0.1]
+    table.var["r"] = [0.2, 0.6, 0.1]
     table.layers["target"] = random.random((30, 3), np.float32)
     table.obsm["spatial"] = 300.0 + 100 * places
     table.obs["pitch"] = 100.0
@@ -233,9 +233,9 @@ def test_genes_of_the_maps(r, chosen):
 
 def test_a_constant_prediction_is_drawn(slide, tmp_path):
     slide.X = np.ones_like(slide.X)
-    slide.var["test_lognorm_r"] = np.nan
+    slide.var["r"] = np.nan
     assert draw(tmp_path, slide, None).is_file()
-    genes = slide.var.rename(columns={"test_lognorm_r": "r"}).assign(ceiling=0.5, moran=0.1, mean=1)
+    genes = slide.var.assign(ceiling=0.5, moran=0.1, mean=1)
     load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, None, "a title")
     assert (tmp_path / "scores.png").is_file()
 
