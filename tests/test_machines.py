@@ -221,7 +221,16 @@ def test_help_loads_no_package(number):
     [
         ("20", ["--epoch", "3"], "--help lists"),
         ("21", ["--epochs", "three"], "invalid int value"),
+        ("17", ["--dataset", "GSE1"], "--dataset GSE1: expected one of GSE240429, HER2ST"),
+        ("18", ["--spots", "1"], "--spots 1: expected a number from 2 to 1000000"),
+        ("19", ["--data-root", "nowhere"], "no nowhere/slides.csv: make it with"),
+        ("19", ["--um-per-px", "99"], "--um-per-px 99.0: expected a number from 0 to 20"),
+        ("19", ["--panel", "nowhere.csv"], "--panel nowhere.csv: no such file or folder"),
+        ("19", ["--from-hest", "nowhere"], "--from-hest nowhere: no such file or folder"),
+        ("20", ["--epochs", "0"], "--epochs 0: expected a number from 1 to 1000000"),
         ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
+        ("22", ["--folds", "1"], "--folds 1: expected a number from 2 to 1000000"),
+        ("25", ["--micro-batch", "2"], "--micro-batch 2: expected a number from 3 to 999"),
         ("26", ["--weights", "nowhere"], "--weights nowhere: no such file or folder"),
         ("27", ["--run", "nowhere"], "--run nowhere: no such file or folder"),
     ],
@@ -231,6 +240,13 @@ def test_a_mistake_in_the_command_is_told_before_any_package_is_loaded(number, f
     assert code == 2
     assert words in stderr
     assert not modules & SLOW
+
+
+@pytest.mark.parametrize("flag", ["--from-spaceranger", "--from-hest"])
+def test_where_script_19_writes_slides_csv_it_need_not_be_there(monkeypatch, tmp_path, flag):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # so that what check_command sets is undone
+    monkeypatch.setattr(sys, "argv", ["19", "--data-root", str(tmp_path), flag, str(tmp_path)])
+    shell.check_command(COMMANDS["19"], files=("FROM_HEST",), manifest=True)
 
 
 @pytest.mark.parametrize("number", ["17", "27"])
