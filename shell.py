@@ -337,8 +337,10 @@ def read_script(path):
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
     constants = read_comments(script)
     for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id in constants:
-            script[node.targets[0].id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+            if name in constants:
+                script[name] = ast.literal_eval(node.value)
     return script
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -111,29 +112,37 @@ def test_script_19_runs_without_a_home_and_with_packages_that_it_cannot_write(fo
 
 
 # ----------------------------------------------------------------------------------------- signals
+# (what a script imports, how it waits); torch takes seconds to load, so that only a wait in it does.
 WAITS = {
-    "a row of another rank": "time.sleep(600)",
-    "a library": "torch.distributed.HashStore().wait(['never'], timedelta(seconds=600))",
-    "threads that decode": """
+    "a row of another rank": ("time", "time.sleep(600)"),
+    "a library": (
+        "datetime, torch.distributed",
+        "torch.distributed.HashStore().wait(['never'], datetime.timedelta(seconds=600))",
+    ),
+    "threads that decode": (
+        "slides, time",
+        """
 with slides.decoding_threads() as pool:
     list(pool.map(lambda number: time.sleep(0.1), range(6000)))""",
-    "a bar": """
-for _ in tqdm(range(6000)):
+    ),
+    "a bar": (
+        "time, tqdm",
+        """
+for _ in tqdm.tqdm(range(6000)):
     time.sleep(0.1)""",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_signal_ends_a_process_whatever_it_waits_for(tmp_path, wait, kind):
-    body = "\n".join("    " + line for line in WAITS[wait].strip().splitlines())
+    modules, body = WAITS[wait]
+    body = textwrap.indent(body.strip(), "    ")
     (tmp_path / "script.py").write_text(f"""
-import sys, time
-from datetime import timedelta
+import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import torch.distributed
-from tqdm import tqdm
-import shell, slides
+import shell, {modules}
 # {"-" * 40}
 # {"-" * 40}
 def main():

@@ -183,7 +183,7 @@ def disturbed(simulated, tmp_path_factory):
 
 
 SMALL = TINY | {"target": "lognorm", "epochs": 1}
-BLEEP = {"only": "BLEEP", "bleep_epochs": 1}
+BLEEP = {"only": "BLEEP (resnet10t)", "bleep_backbone": "resnet10t", "bleep_epochs": 1}
 
 
 @pytest.mark.parametrize(
