@@ -8,7 +8,7 @@ Prints     a line a way of waiting: median images/s of training EfficientNet-B0,
            share of the best when idle and as a multiple of "as it comes" when busy; then the median
            seconds of script 19, idle and busy, and their ratio
 Command    python benchmarks/compare_waiting.py
-Override   python benchmarks/compare_waiting.py --rounds 1 --seconds 3 --spots 140
+Override   python benchmarks/compare_waiting.py --only training --rounds 3
 
 Each number is of a process of its own, since OpenMP reads its settings when it is loaded; the ways
 take turns in every round. The busy process is a loop in Python, which takes one core.
@@ -44,7 +44,8 @@ OUT = "runs/benchmarks"
 ROUNDS = 5  # in each, every way of waiting has its turn
 SECONDS = 8.0  # of training that a process times
 IMAGE_SIZE = 96  # px
-SPOTS = 2300  # on the simulated slide of script 19, minutes of work for 18; 0 = training alone
+SPOTS = 2300  # on the simulated slide of script 19, made by 18 in some minutes
+ONLY = ""  # training or 19; empty = both
 # --------------------------------------------------------------------------------------------------
 
 AS_IT_COMES = "as it comes"
@@ -129,7 +130,7 @@ def run(script, *flags):
 
 
 def time_script_19(root):
-    """Median seconds of script 19 on a slide, idle and busy, and their ratio."""
+    """Median seconds of script 19 on a slide that 18 makes, idle and busy, and their ratio."""
     run("18_simulate_slides.py", "--data-root", root, "--slides", 1, "--spots", SPOTS)
     make_patches = ("19_make_patches_and_csv.py", "--data-root", root, "--target", "lognorm")
     records = []
@@ -151,20 +152,20 @@ def show(title, table):
 
 def main():
     out = Path(OUT)
-    ways = compare_ways()
-    show(f"training at {IMAGE_SIZE} px, images/s", ways)
-    shell.save_csv(out / "waiting.csv", ways)
-    shell.save_json(out / "machine.json", describe_machine())
-    if not SPOTS:
-        return
-    root = out / "work-waiting"
-    shutil.rmtree(root, ignore_errors=True)
-    try:
-        seconds = time_script_19(root)
-    finally:
+    if ONLY in ("", "training"):
+        ways = compare_ways()
+        show(f"training at {IMAGE_SIZE} px, images/s", ways)
+        shell.save_csv(out / "waiting.csv", ways)
+    if ONLY in ("", "19"):
+        root = out / "work-waiting"
         shutil.rmtree(root, ignore_errors=True)
-    show("script 19, seconds", seconds)
-    shell.save_csv(out / "waiting_19.csv", seconds)
+        try:
+            seconds = time_script_19(root)
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+        show("script 19, seconds", seconds)
+        shell.save_csv(out / "waiting_19.csv", seconds)
+    shell.save_json(out / "machine.json", describe_machine())
 
 
 if __name__ == "__main__":
