@@ -52,8 +52,6 @@ SOURCE = ""  # empty = the public site; else a local mirror's folder or its addr
 SECTIONS = ("C2", "C3", "C4", "C5")  # of HER2ST; tissue_index is the place in this list, from 1
 # --------------------------------------------------------------------------------------------------
 
-ALLOWED = {"DATASET": ("GSE240429", "HER2ST")}
-
 GEO = "https://ftp.ncbi.nlm.nih.gov"
 GITHUB = "https://api.github.com"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

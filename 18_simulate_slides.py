@@ -59,8 +59,6 @@ DISPERSION = 0.02  # squared coefficient of variation of the gamma in the negati
 SLIDE_SD = 0.25  # sd of a gene's log fold change from slide to slide
 # --------------------------------------------------------------------------------------------------
 
-ALLOWED = {"SLIDES": (1, 1000), "SPOTS": (2, 10**6), "DEPTH": (1, 10**6), "DISPERSION": (0, 100)}
-
 PITCH = 329  # px between neighbouring spots: 100 um at 0.304 um/px, as in GSE240429
 UM_PER_PX = 0.304
 SPOT_RADIUS = 90  # px; 55 um diameter

@@ -24,7 +24,7 @@ a time. How slides are read is in slides.py.
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__)
+    shell.check_command(__file__, files=("PANEL", "FROM_HEST"), manifest=True)
 
 
 import contextlib
@@ -72,8 +72,6 @@ GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
-
-ALLOWED = {"HVG_PER_SLIDE": (1, 10**6), "BIN_UM": (2, 2000)}
 
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all

@@ -135,8 +135,8 @@ RECIPES = {
         "TTA": True,
     },
 }
-# What a constant that several scripts have may be: one of these words, or a number from the least
-# to the greatest. A script has an ALLOWED of its own for its other constants.
+# What a constant may be: one of these words, or a number from the least to the greatest. They stand
+# here and not in their scripts, so that a mistake is told before a script loads its packages.
 ALLOWED = {
     "TARGET": ("harmony", "lognorm", "log1p"),
     "PROTOCOL": ("paper", "loso", "block", "hest"),
@@ -155,6 +155,24 @@ ALLOWED = {
     "BATCH_SIZE": (2, 10**6),
     "EPOCHS": (1, 10**6),
     "UM_PER_PX": (0, 20),
+    # of 17 to 19
+    "DATASET": ("GSE240429", "HER2ST"),
+    "SLIDES": (1, 1000),
+    "SPOTS": (2, 10**6),
+    "DEPTH": (1, 10**6),
+    "DISPERSION": (0, 100),
+    "HVG_PER_SLIDE": (1, 10**6),
+    "BIN_UM": (2, 2000),
+    # of 22, 24 and 25
+    "FOLDS": (2, 10**6),
+    "VIEWS": (0, 1000),
+    "MIN_CLUSTER": (0, 1),
+    "NEIGHBOURS": (2, 10**6),
+    "EMBEDDING": (1, 10**6),
+    "STNET_EPOCHS": (1, 10**6),
+    "BLEEP_EPOCHS": (1, 10**6),
+    "BLEEP_BATCH": (2, 10**6),
+    "MICRO_BATCH": (3, 999),
 }
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
@@ -272,20 +290,23 @@ def check_constants(script, allowed):
 
 
 # ------------------------------------------------------------------------ start and end of a script
-def check_command(path, *, files=(), dataset=False):
+def check_command(path, *, files=(), manifest=False, dataset=False):
     """Answer --help, and end the process with 2 where the command line of the script at `path`
     holds a mistake, before the script loads torch.
 
-    Where one of the constants `files` names a file or folder, it must be there; with `dataset` the
-    data root must have been through script 19.
+    Where one of the constants `files` names a file or folder, it must be there; with `manifest` the
+    data root must have a slides.csv, and with `dataset` it must have been through script 19.
     """
     choose_waiting()
     script = read_script(path)
     try:
         script |= parse_command(script, sys.argv[1:])
+        check_constants(script, ALLOWED)
         for name in files:
             if script[name] and not Path(script[name]).exists():
                 raise InputError(f"{flag_of(name)} {script[name]}: no such file or folder")
+        if manifest and not (script["FROM_SPACERANGER"] or script["FROM_HEST"]):  # They write it.
+            find_manifest(script["DATA_ROOT"])
         if dataset and not script["QUICK"]:  # --quick makes its slides.
             find_dataset(script["DATA_ROOT"])
     except InputError as error:
@@ -316,9 +337,22 @@ def read_script(path):
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
     constants = read_comments(script)
     for node in tree.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id in constants:
-            script[node.targets[0].id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+            if name in constants:
+                script[name] = ast.literal_eval(node.value)
     return script
+
+
+def find_manifest(data_root):
+    """The slides.csv of a data root. InputError with how to make it where there is none."""
+    path = Path(data_root, "slides.csv")
+    if not path.is_file():
+        raise InputError(
+            f"no {path}: make it with 17_download_data.py or 18_simulate_slides.py, or with "
+            "--from-spaceranger or --from-hest, or write it by hand"
+        )
+    return path
 
 
 def find_dataset(data_root):

@@ -310,12 +310,7 @@ def read_manifest(root):
     Raises InputError for a missing column, a value out of range, or a file that is missing or lies
     outside `root`.
     """
-    path = root / "slides.csv"
-    if not path.is_file():
-        raise InputError(
-            f"no {path}: make it with 17_download_data.py or 18_simulate_slides.py, "
-            "or write it by hand"
-        )
+    path = shell.find_manifest(root)
     table = read_table(path, {column: (column,) for column in MANIFEST})
     missing = [column for column in MANIFEST if column not in table or not table.attrs["named"]]
     if missing:

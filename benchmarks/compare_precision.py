@@ -16,8 +16,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-import runner  # noqa: E402
-import shell  # noqa: E402
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__)
+
+
+import runner
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/

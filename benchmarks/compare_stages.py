@@ -13,17 +13,28 @@ Command    python benchmarks/compare_stages.py --positions tissue_positions_list
 Override   python benchmarks/compare_stages.py --only training --repeats 7
 """
 
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__)
+
+
 import functools
 import json
 import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
+import conventional
 import numpy as np
 import pandas as pd
 import tifffile
@@ -31,15 +42,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-
-import conventional  # noqa: E402
-
-import common  # noqa: E402
-import runner  # noqa: E402
-import shell  # noqa: E402
-import slides  # noqa: E402
+import common
+import runner
+import slides
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"

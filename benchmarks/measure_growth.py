@@ -12,25 +12,29 @@ Override   python benchmarks/measure_growth.py --sizes 100000 --keep
 Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped files are the files' own.
 """
 
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import shell
+
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__)
+
+
 import json
 import re
 import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import tifffile
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-
-from compare_stages import describe_machine  # noqa: E402
-
-import shell  # noqa: E402
+from compare_stages import describe_machine
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"

@@ -11,19 +11,23 @@ Command    python benchmarks/measure_prediction.py --weights weights.safetensors
 Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped patches are the file's own.
 """
 
-import shutil
 import sys
 from pathlib import Path
-
-import pandas as pd
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from compare_stages import HEIGHT, WIDTH, describe_machine, make_slides  # noqa: E402
-from measure_growth import watch  # noqa: E402
+import shell
 
-import shell  # noqa: E402
+if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+    shell.check_command(__file__, files=("WEIGHTS",))
+
+
+import shutil
+
+import pandas as pd
+from compare_stages import HEIGHT, WIDTH, describe_machine, make_slides
+from measure_growth import watch
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"

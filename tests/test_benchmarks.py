@@ -20,7 +20,8 @@ def load_benchmark(name):
     return module
 
 
-BENCHMARKS = ["compare_stages", "compare_precision", "measure_growth", "measure_prediction"]
+BENCHMARKS = ["compare_stages", "compare_precision", "compare_waiting"]
+BENCHMARKS += ["measure_growth", "measure_prediction"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -298,7 +298,6 @@ def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_pa
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import runner
 import shell
 shell.hold_folder(pathlib.Path({str(held)!r}))
 print("held", flush=True)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -111,29 +112,37 @@ def test_script_19_runs_without_a_home_and_with_packages_that_it_cannot_write(fo
 
 
 # ----------------------------------------------------------------------------------------- signals
+# (what a script imports, how it waits); torch takes seconds to load, so that only a wait in it does.
 WAITS = {
-    "a row of another rank": "time.sleep(600)",
-    "a library": "torch.distributed.HashStore().wait(['never'], timedelta(seconds=600))",
-    "threads that decode": """
+    "a row of another rank": ("time", "time.sleep(600)"),
+    "a library": (
+        "datetime, torch.distributed",
+        "torch.distributed.HashStore().wait(['never'], datetime.timedelta(seconds=600))",
+    ),
+    "threads that decode": (
+        "slides, time",
+        """
 with slides.decoding_threads() as pool:
     list(pool.map(lambda number: time.sleep(0.1), range(6000)))""",
-    "a bar": """
-for _ in tqdm(range(6000)):
+    ),
+    "a bar": (
+        "time, tqdm",
+        """
+for _ in tqdm.tqdm(range(6000)):
     time.sleep(0.1)""",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_signal_ends_a_process_whatever_it_waits_for(tmp_path, wait, kind):
-    body = "\n".join("    " + line for line in WAITS[wait].strip().splitlines())
+    modules, body = WAITS[wait]
+    body = textwrap.indent(body.strip(), "    ")
     (tmp_path / "script.py").write_text(f"""
-import sys, time
-from datetime import timedelta
+import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import torch.distributed
-from tqdm import tqdm
-import shell, slides
+import shell, {modules}
 # {"-" * 40}
 # {"-" * 40}
 def main():
@@ -221,7 +230,16 @@ def test_help_loads_no_package(number):
     [
         ("20", ["--epoch", "3"], "--help lists"),
         ("21", ["--epochs", "three"], "invalid int value"),
+        ("17", ["--dataset", "GSE1"], "--dataset GSE1: expected one of GSE240429, HER2ST"),
+        ("18", ["--spots", "1"], "--spots 1: expected a number from 2 to 1000000"),
+        ("19", ["--data-root", "nowhere"], "no nowhere/slides.csv: make it with"),
+        ("19", ["--um-per-px", "99"], "--um-per-px 99.0: expected a number from 0 to 20"),
+        ("19", ["--panel", "nowhere.csv"], "--panel nowhere.csv: no such file or folder"),
+        ("19", ["--from-hest", "nowhere"], "--from-hest nowhere: no such file or folder"),
+        ("20", ["--epochs", "0"], "--epochs 0: expected a number from 1 to 1000000"),
         ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
+        ("22", ["--folds", "1"], "--folds 1: expected a number from 2 to 1000000"),
+        ("25", ["--micro-batch", "2"], "--micro-batch 2: expected a number from 3 to 999"),
         ("26", ["--weights", "nowhere"], "--weights nowhere: no such file or folder"),
         ("27", ["--run", "nowhere"], "--run nowhere: no such file or folder"),
     ],
@@ -231,6 +249,13 @@ def test_a_mistake_in_the_command_is_told_before_any_package_is_loaded(number, f
     assert code == 2
     assert words in stderr
     assert not modules & SLOW
+
+
+@pytest.mark.parametrize("flag", ["--from-spaceranger", "--from-hest"])
+def test_where_script_19_writes_slides_csv_it_need_not_be_there(monkeypatch, tmp_path, flag):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # so that what check_command sets is undone
+    monkeypatch.setattr(sys, "argv", ["19", "--data-root", str(tmp_path), flag, str(tmp_path)])
+    shell.check_command(COMMANDS["19"], files=("FROM_HEST",), manifest=True)
 
 
 @pytest.mark.parametrize("number", ["17", "27"])

@@ -29,6 +29,7 @@ RECIPE = NETWORK | {
     "LOSS": "mse",
 }
 SPOTS, GENES = 11, 5
+RANKS = 3
 
 
 def torchrun(ranks, script, **options):
@@ -69,15 +70,19 @@ def test_one_network_is_trained_by_two_ranks_and_goes_on_after_one_died(simulate
     assert results(folder) == results(other), "the same bits as without the death"
 
 
-def in_ranks(work, ranks, *arguments):
-    """work(rank, *arguments) in as many processes that joined each other."""
-    torch.multiprocessing.spawn(_joined, (ranks, work, *arguments), ranks)
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """The folder in which three processes that joined each other saved what they computed."""
+    folder = tmp_path_factory.mktemp("joined")
+    torch.multiprocessing.spawn(compute_joined, (folder,), RANKS)
+    return folder
 
 
-def _joined(rank, ranks, work, *arguments):
+def compute_joined(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{arguments[0]}/meet", rank=rank, world_size=ranks)
-    work(rank, *arguments)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    save_gradient(rank, folder)
+    save_prediction(rank, folder)
     dist.destroy_process_group()
 
 
@@ -94,7 +99,7 @@ def little():
 
 
 def save_gradient(rank, folder):
-    """Save (mean loss, gradient) of one batch, of which two ranks take 4 and 3 spots."""
+    """Save (mean loss, gradient) of one batch, of which the ranks take 3, 2 and 2 spots."""
     model, patches, target = little()
     network = torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     optimiser = torch.optim.SGD(model.parameters(), 0.0)
@@ -107,13 +112,12 @@ def save_gradient(rank, folder):
     torch.save((loss, gradient), f"{folder}/gradient{rank}.pt")
 
 
-def test_the_gradient_of_one_batch_from_two_ranks_is_that_of_one_process(tmp_path):
-    in_ranks(save_gradient, 2, tmp_path)
+def test_the_gradient_of_one_batch_from_three_ranks_is_that_of_one_process(joined, tmp_path):
     save_gradient("alone", tmp_path)
     loss, alone = torch.load(tmp_path / "gradientalone.pt")
     assert alone.abs().max() > 1e-3
-    for rank in (0, 1):
-        its_loss, gradient = torch.load(tmp_path / f"gradient{rank}.pt")
+    for rank in range(RANKS):
+        its_loss, gradient = torch.load(joined / f"gradient{rank}.pt")
         assert its_loss == pytest.approx(loss, abs=1e-5)
         torch.testing.assert_close(gradient, alone, rtol=0, atol=1e-5)
 
@@ -139,10 +143,9 @@ def save_prediction(rank, folder):
     assert two[:, 0].tolist() == [8, 3]
 
 
-def test_a_prediction_gathered_from_three_ranks_is_that_of_one(tmp_path):
-    in_ranks(save_prediction, 3, tmp_path)
-    for rank in range(3):
-        predicted = np.load(tmp_path / f"prediction{rank}.npy")
+def test_a_prediction_gathered_from_three_ranks_is_that_of_one(joined):
+    for rank in range(RANKS):
+        predicted = np.load(joined / f"prediction{rank}.npy")
         assert predicted.tolist() == [[spot] * 3 for spot in PREDICTED]
 
 

@@ -183,7 +183,7 @@ def disturbed(simulated, tmp_path_factory):
 
 
 SMALL = TINY | {"target": "lognorm", "epochs": 1}
-BLEEP = {"only": "BLEEP", "bleep_epochs": 1}
+BLEEP = {"only": "BLEEP (resnet10t)", "bleep_backbone": "resnet10t", "bleep_epochs": 1}
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,7 @@ def test_loso_shows_every_slide_and_their_mean(disturbed, tmp_path):
 def test_search_chooses_for_every_test_slide_on_its_own(disturbed, tmp_path):
     options = {name: value for name, value in TINY_SEARCH.items() if name != "folds"}
     options |= {"epochs": 1, "protocol": "loso", "STAGES": (0,), "HIDDENS": (0, 4)}
+    options |= {"backbone": "mobilenetv3_small_050"}  # of 28 trainings
     rows = table_of(stdout_of("22", data_root=disturbed[0], out=tmp_path, **options))
     rows = rows.astype({"heg": float, "hvg": float})
     counts = {"valid": 2 * 4 * 3, "oof": 2 * 4, "test": 4}
