@@ -303,7 +303,7 @@ def compare_training(folder):
         conventional.train_epoch(slow, loader, plain, device)
 
     def here():
-        common.train_epoch(fast, step, images, truth, np.arange(count), TRAINED_BY, 42, 0)
+        common.train_epoch(fast, step, images, target, np.arange(count), TRAINED_BY, 42, 0)
 
     pairs = alternate(REPEATS, conventionally, here)
     name = f"training, EfficientNet-B0, {str(dtype).removeprefix('torch.')}"
