@@ -363,7 +363,7 @@ def describe_folds(root, tables, panel):
     counts = {}
     for table in tables:
         slide = table.obs["tissue_index"].iloc[0]
-        counts[slide] = slides.take_genes(table, panel).X.toarray()
+        counts[slide] = slides.take_genes(table.read(), panel).X.toarray()
     columns = {}
     folds = common.read_task_folds(root)
     for fold, tested in folds[folds["role"] == "test"].groupby("fold"):
@@ -377,7 +377,7 @@ def read_log_counts(tables, panel):
     """log1p of the raw counts of the panel, (N, G) float32: the target of HEST-Benchmark."""
     parts = []
     for table in tables:
-        counts = slides.take_genes(table, panel).X.toarray().astype(np.float64)
+        counts = slides.take_genes(table.read(), panel).X.toarray().astype(np.float64)
         parts.append(np.log1p(counts).astype(np.float32))
     return np.concatenate(parts)
 
@@ -482,31 +482,41 @@ def draw_contact_sheet(patches, tissue_index):
     return sheet.resize((8 * 114, len(rows) * 114), Image.Resampling.BOX)
 
 
-def store_spots(path, table):
-    """The spots of a slide, their counts on disk from here on, as AnnData has it ("backed")."""
-    table.write_h5ad(path, convert_strings_to_categoricals=False)
-    return anndata.read_h5ad(path, backed="r")
+class StoredSpots:
+    """The spots of a slide as AnnData on disk; of all slides only obs is in memory."""
 
+    def __init__(self, path, table):
+        table.write_h5ad(path, convert_strings_to_categoricals=False)
+        self.path = path
+        self.obs = table.obs
 
-def keep_spots(table, ids):
-    """The stored spots of a slide without those whose id is not among `ids`."""
-    path = Path(table.filename).with_suffix(".kept.h5ad")
-    return store_spots(path, table[table.obs_names.isin(ids)].to_memory())
+    def read(self):
+        """All of it, as AnnData."""
+        return anndata.read_h5ad(self.path)
+
+    def read_features(self):
+        """var: a line a gene."""
+        return common.read_annotations(self.path).var
+
+    def keep(self, ids):
+        """The same without the spots whose id is not among `ids`."""
+        table = self.read()
+        return StoredSpots(self.path, table[table.obs_names.isin(ids)].copy())
 
 
 def write_expression(root, out, tables, manifest):
-    """counts.h5ad, lognorm.npy, target.npy and dataset.csv, from the spots of every slide as
-    AnnData, of which one is in memory at a time.
+    """counts.h5ad, lognorm.npy, target.npy and dataset.csv, from the StoredSpots of every slide, of
+    which one is in memory at a time.
     """
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_patches(patches, obs.index)
-    genes = slides.share_genes(tables)
+    genes = slides.share_genes(table.read_features() for table in tables)
     seen, variable = {}, {}
-    for slide, table in zip(manifest, tables, strict=True):
-        table = table.to_memory()
-        counts = slides.take_genes(table, genes)
+    for slide, stored in zip(manifest, tables, strict=True):
+        table = stored.read()
         check_counts(seen, table)
+        counts = slides.take_genes(table, genes)
         check_counts(seen, counts)
         variable[f"hvg_{slide.tissue_index}"] = find_variable_genes(counts)
     panel = choose_panel(root, genes, variable)
@@ -532,12 +542,12 @@ def write_lognorm(root, path, tables, panel):
     """Log-normalised counts of the panel, (N, G) float32; returns the panel with describe_genes's
     columns.
     """
-    shape = sum(table.n_obs for table in tables), len(panel)
+    shape = sum(len(table.obs) for table in tables), len(panel)
     lognorm = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     shell.reserve_disk(path)
     first, columns = 0, {}
     for table in tables:
-        counts = slides.take_genes(table, panel)
+        counts = slides.take_genes(table.read(), panel)
         own = common.log_normalise(counts.X, counts.obs["n_counts"])
         lognorm[first : first + len(own)] = own
         first += len(own)
@@ -551,7 +561,7 @@ def write_counts(path, annotations, tables, panel):
     annotations.write_h5ad(path)
     with h5py.File(path, "r+") as file:
         for table in tables:
-            counts = slides.take_genes(table, panel).X.astype(np.int32)
+            counts = slides.take_genes(table.read(), panel).X.astype(np.int32)
             if "X" in file:
                 anndata.io.sparse_dataset(file["X"]).append(counts)
                 continue
@@ -621,7 +631,7 @@ def check_slides(root, manifest):
             errors.append(error)
     if not errors and tables[0].X is not None:
         print()
-        check_genes(root, slides.share_genes(tables))
+        check_genes(root, slides.share_genes(table.var for table in tables))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
@@ -755,7 +765,7 @@ def check_task(root, manifest, tables):
         )
     genes = read_panel(root / common.TASK_GENES)
     for slide, table in zip(manifest, tables, strict=True):
-        names = set(table.var["name"])
+        names = set(table.read_features()["name"])
         lost = [gene for gene in genes if gene not in names]
         if lost:
             raise InputError(
@@ -799,13 +809,13 @@ def main():
         for slide in manifest:
             positions, thumbnails[slide.name] = slides.place_spots(slide)
             table = slides.read_spots(slide, positions, GENOME)
-            tables.append(store_spots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
+            tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if is_task(root):
             check_task(root, manifest, tables)
         obs = pd.concat([table.obs for table in tables])
         over_border, inside = write_patches(out, manifest, obs, thumbnails)
         if not inside.all():
-            tables = [keep_spots(table, obs.index[inside]) for table in tables]
+            tables = [table.keep(obs.index[inside]) for table in tables]
             obs = obs[inside]
         if target:
             write_expression(root, out, tables, manifest)

@@ -801,18 +801,22 @@ def holds_counts(matrix):
     return bool(((values >= 0) & (values < np.inf) & (values == np.rint(values))).all())
 
 
-def share_genes(tables):
+def share_genes(features):
     """The genes that all slides share: a table gene_ids and name, by the symbols, made unique.
 
-    Genes are matched by id and stand in the first slide's order.
+    `features` gives the var of every slide, one at a time. Genes are matched by id and stand in the
+    first slide's order.
     """
-    ids = tables[0].var_names
-    shared = ids[np.all([ids.isin(table.var_names) for table in tables], axis=0)]
+    features = iter(features)
+    first = next(features)
+    shared, most = first.index, len(first)
+    for var in features:
+        shared = shared[shared.isin(var.index)]
+        most = max(most, len(var))
     if not len(shared):
         raise InputError("the slides share no gene id: are they of one species and one annotation?")
-    symbols = tables[0].var["name"][shared].astype(str).to_numpy()
+    symbols = first["name"][shared].astype(str).to_numpy()
     genes = pd.DataFrame({"gene_ids": shared, "name": symbols}, index=name_genes(symbols))
-    most = max(table.n_vars for table in tables)
     message = f"{len(shared):,} genes in every slide"
     if most > len(shared):
         message += f" (of up to {most:,})"
@@ -821,8 +825,8 @@ def share_genes(tables):
 
 
 def take_genes(table, genes):
-    """The spots of one slide with these genes, a part of share_genes's table, in memory."""
-    taken = table[:, genes["gene_ids"].to_numpy()].to_memory()
+    """The spots of one slide with these genes, a part of share_genes's table."""
+    taken = table[:, genes["gene_ids"].to_numpy()].copy()
     taken.var = genes
     return taken
 
