@@ -78,9 +78,8 @@ QUICK = False  # the small budget below, on simulated slides
 # first, so that the time left is not told too short.
 STAGES = (9, 7, 5, 3, 1, 0)
 HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
-ALLOWED = {"FOLDS": (2, 10**6), "VIEWS": (0, 1000)}
 # The folds of HEST-Benchmark are no search.
-ALLOWED |= {"PROTOCOL": ("paper", "loso", "block"), "TARGET": ("harmony", "lognorm")}
+ALLOWED = {"PROTOCOL": ("paper", "loso", "block"), "TARGET": ("harmony", "lognorm")}
 
 QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",

@@ -83,7 +83,6 @@ QUICK = False  # the small budget below, on simulated slides
 # Of image features and of positions.
 WEIGHTS = ((1, 0), (1, 0.25), (1, 0.5), (1, 1), (0.5, 1), (0, 1))
 SETTINGS = ("no id", "cluster id", "shuffled id")
-ALLOWED = {"MIN_CLUSTER": (0, 1), "NEIGHBOURS": (2, 10**6), "EMBEDDING": (1, 10**6)}
 MOST_CLUSTERS = 256  # an id travels as a byte
 
 QUICK_BUDGET = {

@@ -93,10 +93,6 @@ QUICK_BUDGET = {
 }
 
 
-ALLOWED = dict.fromkeys(("STNET_EPOCHS", "BLEEP_EPOCHS"), (1, 10**6))
-ALLOWED |= {"BLEEP_BATCH": (2, 10**6), "MICRO_BATCH": (3, 999)}
-
-
 STNET_BACKBONE = "densenet121"
 
 
