@@ -744,15 +744,16 @@ def colour_statistics(patches):
     """
     dyes = torch.tensor(DYES)
     unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
-    parts = []
-    for start in range(0, len(patches), 64):
-        rgb = torch.from_numpy(patches[start : start + 64]).permute(0, 3, 1, 2).float().div(255)
+    # Filled in place: small results kept between large ones would keep the memory of all of them.
+    statistics = np.empty((len(patches), 40))
+    for part in parts_of(len(patches), 64):
+        rgb = torch.from_numpy(patches[part]).permute(0, 3, 1, 2).float().div(255)
         rgb = F.avg_pool2d(rgb, 2)
         density = -torch.log(rgb.clamp_min(1 / 255))
         stains = torch.einsum("bchw,cd->bdhw", density, unmix)
         colours = describe_colours(torch.cat([rgb, stains], 1).flatten(2))
-        parts.append(torch.cat([colours, describe_texture(rgb, stains)], 1))
-    return torch.cat(parts).double().numpy()
+        statistics[part] = torch.cat([colours, describe_texture(rgb, stains)], 1).numpy()
+    return statistics
 
 
 def describe_colours(values):
