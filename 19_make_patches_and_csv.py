@@ -353,7 +353,7 @@ def describe_genes(root, counts, lognorm):
     return columns
 
 
-def describe_folds(root, tables, panel):
+def describe_folds(root, tables):
     """{"ceiling_fold_<fold>": (G,)}: of each fold of a task of HEST-Benchmark the ceiling of r over
     all its test spots at once, against log1p of their raw counts.
 
@@ -363,7 +363,7 @@ def describe_folds(root, tables, panel):
     counts = {}
     for table in tables:
         slide = table.obs["tissue_index"].iloc[0]
-        counts[slide] = slides.take_genes(table.read(), panel).X.toarray()
+        counts[slide] = table.read().X.toarray()
     columns = {}
     folds = common.read_task_folds(root)
     for fold, tested in folds[folds["role"] == "test"].groupby("fold"):
@@ -373,11 +373,11 @@ def describe_folds(root, tables, panel):
     return columns
 
 
-def read_log_counts(tables, panel):
-    """log1p of the raw counts of the panel, (N, G) float32: the target of HEST-Benchmark."""
+def read_log_counts(tables):
+    """log1p of raw counts, (N, G) float32: the target of HEST-Benchmark."""
     parts = []
     for table in tables:
-        counts = slides.take_genes(table.read(), panel).X.toarray().astype(np.float64)
+        counts = table.read().X.toarray().astype(np.float64)
         parts.append(np.log1p(counts).astype(np.float32))
     return np.concatenate(parts)
 
@@ -503,6 +503,10 @@ class StoredSpots:
         table = self.read()
         return StoredSpots(self.path, table[table.obs_names.isin(ids)].copy())
 
+    def take(self, genes):
+        """The same with these genes alone, as slides.take_genes."""
+        return StoredSpots(self.path, slides.take_genes(self.read(), genes))
+
 
 def write_expression(root, out, tables, manifest):
     """counts.h5ad, lognorm.npy, target.npy and dataset.csv, from the StoredSpots of every slide, of
@@ -520,11 +524,12 @@ def write_expression(root, out, tables, manifest):
         check_counts(seen, counts)
         variable[f"hvg_{slide.tissue_index}"] = find_variable_genes(counts)
     panel = choose_panel(root, genes, variable)
+    tables = [table.take(panel) for table in tables]
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
     if is_task(root):
-        var = var.assign(**describe_folds(root, tables, panel))
-        values = read_log_counts(tables, panel)
+        var = var.assign(**describe_folds(root, tables))
+        values = read_log_counts(tables)
         np.save(out / "target.npy", values)
     elif TARGET == "harmony":
         values = harmonise(root, values, obs, panel, manifest)
@@ -535,7 +540,7 @@ def write_expression(root, out, tables, manifest):
     annotations = anndata.AnnData(obs=obs, var=var)
     annotations.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     annotations.obsm["colour"] = common.colour_statistics(patches)
-    write_counts(out / "counts.h5ad", annotations, tables, panel)
+    write_counts(out / "counts.h5ad", annotations, tables)
 
 
 def write_lognorm(root, path, tables, panel):
@@ -547,7 +552,7 @@ def write_lognorm(root, path, tables, panel):
     shell.reserve_disk(path)
     first, columns = 0, {}
     for table in tables:
-        counts = slides.take_genes(table.read(), panel)
+        counts = table.read()
         own = common.log_normalise(counts.X, counts.obs["n_counts"])
         lognorm[first : first + len(own)] = own
         first += len(own)
@@ -556,12 +561,12 @@ def write_lognorm(root, path, tables, panel):
     return panel.assign(**columns)
 
 
-def write_counts(path, annotations, tables, panel):
+def write_counts(path, annotations, tables):
     """counts.h5ad: the annotations with the raw counts of the panel, a slide at a time."""
     annotations.write_h5ad(path)
     with h5py.File(path, "r+") as file:
         for table in tables:
-            counts = slides.take_genes(table.read(), panel).X.astype(np.int32)
+            counts = table.read().X.astype(np.int32)
             if "X" in file:
                 anndata.io.sparse_dataset(file["X"]).append(counts)
                 continue
