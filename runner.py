@@ -511,12 +511,14 @@ def score_split(setting, recipe, split, predicted, more):
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
     roles = [role for role in SCORED if role in split.roles]
     usual_spots = split.spots("train", "oof")
+    usual = {
+        truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
+    }
     records, draws = [], pd.DataFrame()
     per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
     for role, (truth, values) in itertools.product(roles, truths.items()):
         at = split.roles[scored] == role
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
-        usual, _ = common.mean_and_variance(values, usual_spots)
         genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
@@ -526,7 +528,7 @@ def score_split(setting, recipe, split, predicted, more):
         record["recipe"] = recipe.get("RECIPE")
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
-        record["spot_r"] = common.correlate_spots(x, y, usual)
+        record["spot_r"] = common.correlate_spots(x, y, usual[truth])
         if role == "test":
             means = common.bootstrap_means(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
