@@ -377,7 +377,7 @@ def draw_row(folder, data_root, title):
     table = table[table.obs["role"] == "test"]
     groups = pd.read_csv(folder / "genes.csv")
     made_with = json.loads((folder / "recipe.json").read_text())
-    prefix = f"test_{truth_of(made_with['PROTOCOL'])}_"
+    prefix = f"test_{shell.headline_of(made_with['PROTOCOL']).truth}_"
     genes = table.var.filter(like=prefix)
     genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
     history = None
@@ -465,11 +465,10 @@ def derive(row):
         derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
     if row.get("all_pooled_ci") is not None:
         derived["all_pooled_ci"] = "[{:.2f}, {:.2f}]".format(*row["all_pooled_ci"])
-    column, ceiling = "heg", "heg_ceiling"
-    if row["protocol"] == "hest":
-        column, ceiling = "all_pooled", "all_ceiling"
-    if row[column] is not None and row[ceiling]:
-        derived["of_ceiling"] = f"{100 * row[column] / row[ceiling]:.0f} %"
+    headline = shell.headline_of(row["protocol"])
+    value, ceiling = row[headline.column], row[headline.ceiling]
+    if value is not None and ceiling:
+        derived["of_ceiling"] = f"{100 * value / ceiling:.0f} %"
     return derived
 
 
@@ -481,21 +480,13 @@ def show_warnings(warnings):
     return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
 
 
-def truth_of(protocol):
-    """The truth against which a protocol's headline is scored."""
-    return "log1p" if protocol == "hest" else "lognorm"
-
-
 def show_scores(rows):
     """The table that a reader wants first, as the parts of a page."""
-    protocol = rows[0]["protocol"]
-    scored = []
-    for row in rows:
-        if row["split"] != "valid" and row["truth"] == truth_of(protocol):
-            scored.append(row)
+    headline = shell.headline_of(rows[0]["protocol"])
+    scored = [row for row in rows if row["split"] != "valid" and row["truth"] == headline.truth]
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
     columns, about = SCORES, ABOUT_SCORES
-    if protocol == "hest":
+    if headline is shell.OF_HEST:
         caption = "Mean Pearson r over all test spots of a fold, against log1p of raw counts"
         columns, about = SCORES_OF_HEST, ABOUT_HEST
     return [score_table(caption, scored, columns), as_paragraph(about), as_paragraph(ABOUT_GENES)]
@@ -506,7 +497,7 @@ def show_further(run, rows):
     parts = []
     path = run / "paired_differences.csv"
     if path.is_file():
-        group = "all" if rows[0]["protocol"] == "hest" else "HEG"
+        group = shell.headline_of(rows[0]["protocol"]).group
         table = pd.read_csv(path)
         differences = table[table["group"] == group].to_dict("records")
         if differences:

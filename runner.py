@@ -597,34 +597,6 @@ def none_for_nan(value):
     return value
 
 
-# ----------------------------------------------------------------------------------------- headline
-@dataclass(frozen=True)
-class Headline:
-    """The number by which a protocol compares settings."""
-
-    name: str  # head of its column
-    truth: str  # of the records that hold it
-    group: str  # of the genes
-    ending: str  # of the columns <group><ending> of records and draws
-    unit: str  # column of the records: their mean within it, then over it
-
-    @property
-    def column(self):
-        """The column of the records that holds it."""
-        return f"{self.group.lower()}{self.ending}"
-
-
-HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
-# Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
-OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
-
-
-def headline_of(records):
-    """The Headline of these records, dicts or a table."""
-    protocols = set(pd.DataFrame(records)["protocol"])
-    return OF_HEST if protocols == {"hest"} else HEG
-
-
 # -------------------------------------------------------------------------------------- differences
 def record_of(records, setting, split):
     """The first record of a setting that was trained on this split."""
@@ -633,6 +605,12 @@ def record_of(records, setting, split):
         if (record["setting"], record["seed"], record["fold"]) == wanted:
             return record
     raise LookupError(f"no record of {setting}")
+
+
+def headline_of(records):
+    """The shell.Headline of these records, dicts or a table, all of one protocol."""
+    protocols = pd.DataFrame(records)["protocol"]
+    return shell.headline_of(next(iter(protocols), None))
 
 
 def select_records(records, role="test", truth=None):
@@ -780,19 +758,19 @@ def describe_hest(records, n_genes, out):
     low = high = np.nan
     if (records["split"] == "test").all():
         low, high = np.quantile(join_draws(records, out)[:, -1], [0.025, 0.975])
-    mean = format_mean(records.groupby(OF_HEST.unit)[OF_HEST.column].mean())
+    mean = format_mean(records.groupby(shell.OF_HEST.unit)[shell.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
     line = {"setting": cut(records["setting"].iloc[0], 32)}
-    line[OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
+    line[shell.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = format_interval(low, high)
-    share = records[OF_HEST.column].mean() / records["all_ceiling"].mean()
+    share = records[shell.OF_HEST.column].mean() / records[shell.OF_HEST.ceiling].mean()
     line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
-    line["in slides"] = format_mean(records.groupby(OF_HEST.unit)["all"].mean())
+    line["in slides"] = format_mean(records.groupby(shell.OF_HEST.unit)["all"].mean())
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
     return line
 
 
-def describe_differences(table, settings, headline=HEG):
+def describe_differences(table, settings, headline=shell.HEG):
     """The column that tells the headline of each setting minus another's; the name of the other
     stands in the head where it is the same for all.
     """
@@ -983,11 +961,11 @@ class Run:
         chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
         headline = headline_of(chosen)
-        if headline is OF_HEST:
+        if headline is shell.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
         for _, of in chosen.groupby("setting", sort=False):
-            if headline is OF_HEST:
+            if headline is shell.OF_HEST:
                 line = describe_hest(of, len(self.data.genes), self.out)
             else:
                 line = describe_setting(of, sizes, self.out)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 SPINS = 1000  # of an OpenMP thread that waits; as it comes, some 300,000
@@ -107,6 +108,38 @@ def seed_of(*words):
 def fingerprint_of(meta_text):
     """What a run holds of the meta.json, as bytes, of the dataset that it was made on."""
     return hashlib.sha256(meta_text).hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------- headline
+@dataclass(frozen=True)
+class Headline:
+    """The number by which a protocol compares settings."""
+
+    name: str  # head of its column
+    truth: str  # of the records that hold it
+    group: str  # of the genes
+    ending: str  # of the columns <group><ending> of records and draws
+    unit: str  # column of the records: their mean within it, then over it
+
+    @property
+    def column(self):
+        """The column of the records that holds it."""
+        return f"{self.group.lower()}{self.ending}"
+
+    @property
+    def ceiling(self):
+        """The column of the records that holds its ceiling."""
+        return f"{self.group.lower()}_ceiling"
+
+
+HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
+# Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
+OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
+
+
+def headline_of(protocol):
+    """The Headline of a PROTOCOL."""
+    return OF_HEST if protocol == "hest" else HEG
 
 
 # ---------------------------------------------------------------------------------------- constants
