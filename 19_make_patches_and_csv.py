@@ -146,7 +146,7 @@ def find_variable_genes(counts):
 
 def find_panel(root):
     """The file of the panel: PANEL, or the genes of a task of HEST-Benchmark; "" for neither."""
-    if is_task(root):
+    if has_folds(root):
         return str(root / common.TASK_GENES)
     return PANEL
 
@@ -382,7 +382,7 @@ def read_log_counts(tables):
     return np.concatenate(parts)
 
 
-def is_task(root):
+def has_folds(root):
     """Whether the slides of a data root are a task of HEST-Benchmark."""
     return (root / common.TASK_FOLDS).is_file()
 
@@ -527,7 +527,7 @@ def write_expression(root, out, tables, manifest):
     tables = [table.take(panel) for table in tables]
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
-    if is_task(root):
+    if has_folds(root):
         var = var.assign(**describe_folds(root, tables))
         values = read_log_counts(tables)
         np.save(out / "target.npy", values)
@@ -731,7 +731,7 @@ def link_hest(root):
     wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
     filters = {column: value for column, value in wanted.items() if value}
     named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
-    if samples.is_task(folder):
+    if samples.has_splits(folder):
         if named or filters:
             raise InputError(
                 f"--from-hest {FROM_HEST}: a task of HEST-Benchmark, whose splits/ names its "
@@ -751,7 +751,12 @@ def link_hest(root):
 
 def choose_target(root):
     """The target to write: TARGET, but log1p for a task of HEST-Benchmark."""
-    if is_task(root):
+    if has_folds(root):
+        if PANEL:
+            raise InputError(
+                f"--panel {PANEL}: {root} is a task of HEST-Benchmark, which has genes of its own: "
+                "leave it out"
+            )
         return "log1p"
     if TARGET == "log1p":
         raise InputError(
@@ -763,11 +768,6 @@ def choose_target(root):
 
 def check_task(root, manifest, tables):
     """InputError where a sample of a task of HEST-Benchmark lacks one of its genes."""
-    if PANEL:
-        raise InputError(
-            f"--panel {PANEL}: {root} is a task of HEST-Benchmark, which has genes of its own: "
-            "leave it out"
-        )
     genes = read_panel(root / common.TASK_GENES)
     for slide, table in zip(manifest, tables, strict=True):
         names = set(table.read_features()["name"])
@@ -815,7 +815,7 @@ def main():
             positions, thumbnails[slide.name] = slides.place_spots(slide)
             table = slides.read_spots(slide, positions, GENOME)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
-        if is_task(root):
+        if has_folds(root):
             check_task(root, manifest, tables)
         obs = pd.concat([table.obs for table in tables])
         over_border, inside = write_patches(out, manifest, obs, thumbnails)

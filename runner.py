@@ -44,6 +44,7 @@ from shell import RANK, RANKS, InputError
 # What a constant that names something in common.py may be, beside shell.ALLOWED.
 NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
 WIDTH = 120  # columns of what is printed, at most
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that paths can be copied
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -912,7 +913,8 @@ class Run:
         """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
         print(f"\n{self.data.label}{self.name}")
         for name, value in describe_run(self.recipe, self.splits).items():
-            print(textwrap.fill(f"{name:11} {value}", WIDTH, subsequent_indent=" " * 12))
+            line = f"{name:11} {value}"
+            print(textwrap.fill(line, WIDTH, subsequent_indent=" " * 12, **WHOLE_WORDS))
 
     @property
     def baseline(self):

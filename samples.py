@@ -476,8 +476,8 @@ def read_hest_json(folder, sample, row):
 # -------------------------------------------------------------------------------- HEST-Benchmark
 
 
-def is_task(folder):
-    """Whether a folder is a task of HEST-Benchmark, which holds splits/."""
+def has_splits(folder):
+    """Whether a folder has splits/, as a task of HEST-Benchmark does and HEST-1k does not."""
     return (folder / "splits").is_dir()
 
 

@@ -51,12 +51,12 @@ VARIABLE = 3_000  # features that vary as a highly variable gene does
 HEIGHT, WIDTH = 16_000, 17_500  # px: 50 x 50 spots at a pitch of 329 px, 0.84 GB of pixels
 
 
-def make_image(path):
+def make_image(path, height, width):
     """A slide of smooth noise with a grain, so that no two patches are the same."""
     random = np.random.default_rng(0)
-    image = tifffile.memmap(path, shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, photometric="rgb")
-    columns = np.sin(np.arange(WIDTH) / 900)[:, None] * (20, 30, 15)
-    for top in range(0, HEIGHT, 400):
+    image = tifffile.memmap(path, shape=(height, width, 3), dtype=np.uint8, photometric="rgb")
+    columns = np.sin(np.arange(width) / 900)[:, None] * (20, 30, 15)
+    for top in range(0, height, 400):
         part = image[top : top + 400]
         rows = np.cos(np.arange(top, top + len(part)) / 700)[:, None, None] * (30, 20, 25)
         grain = random.normal(0, 12, (*part.shape[:2], 1))
@@ -95,7 +95,7 @@ def make_root(root, size):
     random = np.random.default_rng(1)
     rates = random.lognormal(-3.2, 1.7, FEATURES)
     root.mkdir(parents=True)
-    make_image(root / "slide.tif")
+    make_image(root / "slide.tif", HEIGHT, WIDTH)
     panel = pd.DataFrame({"gene": [f"G{g}" for g in range(GENES)]})
     panel.to_csv(root / "panel.csv", index=False)
     rows, columns = (axis.ravel() for axis in np.mgrid[0:50, 0:50])
