@@ -65,6 +65,7 @@ EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
+REFIT = False  # true = every method then learns again, from training and validation spots
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
 BLEEP_EPOCHS = 150
@@ -108,7 +109,7 @@ def trained_methods():
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
     network = runner.name_network(BACKBONE)
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    paper = shell.RECIPES["paper"] | {"RECIPE": "paper"}
+    paper = shell.RECIPES["paper"] | {"RECIPE": "paper", "REFIT": REFIT}
     stnet = paper | {
         "BACKBONE": STNET_BACKBONE,
         "HIDDEN": 0,
@@ -126,7 +127,7 @@ def trained_methods():
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
     }
-    best = {"BACKBONE": BACKBONE, "RECIPE": "best"} | shell.RECIPES["best"]
+    best = shell.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
     methods = {
         network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa"}),
         f"{network}, best recipe": ("network", best),
@@ -265,6 +266,7 @@ def adapt(training, recipe, split):
 
 
 # ------------------------------------------------------------------------------ baselines, controls
+@runner.refitted
 def training_mean(recipe, split, folder):
     """Each gene's mean over the training spots: constant, so r is undefined and MSE what is left to
     explain.
@@ -274,6 +276,7 @@ def training_mean(recipe, split, folder):
     return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
 
 
+@runner.refitted
 def ridge_on_colour_by_folds(recipe, split, folder):
     """The ridge on colour statistics at its best: alpha as for the other ridges, by folds of blocks
     inside the training spots.
@@ -285,6 +288,7 @@ def ridge_on_colour_by_folds(recipe, split, folder):
     return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": alpha}
 
 
+@runner.refitted
 def depth_only(recipe, split, folder):
     """Control: a straight line a gene through the log of the spot's own total counts, which an
     image does not show.
@@ -296,6 +300,7 @@ def depth_only(recipe, split, folder):
     return line.predict(depth[split.scored()]), {"weights": "none"}
 
 
+@runner.refitted
 def nearest_spot(recipe, split, folder):
     """Control: expression measured at the nearest position of the neighbouring training slide,
     slides laid upon each other by the middle of their spots. NaN for a spot whose slide has no such

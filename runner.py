@@ -77,6 +77,10 @@ class Split:
         """Numbers of the spots that are predicted and scored, as the lines of a prediction."""
         return self.spots(*SCORED)
 
+    def without_validation(self):
+        """The split whose validation spots train as well; its genes were chosen without them."""
+        return replace(self, roles=np.where(self.roles == "valid", "train", self.roles))
+
     def slides(self, *roles):
         """tissue_index values of the slides of these spots, in order."""
         return np.unique(self.data.spots["tissue_index"].to_numpy()[self.spots(*roles)])
@@ -153,15 +157,49 @@ class Training:
 def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     """Train and predict, as `compute` of compute_records; writes weights.safetensors, history.csv.
 
-    `keep` and `report` as in common.fit; `adapt` as in Training.
+    `keep` and `report` as in common.fit; `adapt` as in Training. With REFIT the weights are those
+    of a second network, which predicts all but the validation spots.
     """
+    device, _, _ = common.choose_device(recipe)
+    forget_peak_memory(device)
+    checkpoint = folder / "checkpoint.pt"
+    training, history, predicted = train_once(
+        recipe, split, checkpoint, keep=keep, adapt=adapt, report=report
+    )
+    best_epoch = common.choose_epoch(history, recipe) if keep is None else keep
+    # Epochs before an interruption count as well.
+    seconds = sum(line["seconds"] for line in history)
+    if is_refitted(recipe, split):
+        whole, checkpoint = split.without_validation(), folder / "checkpoint_refit.pt"
+        training, refit_history, again = train_once(
+            recipe, whole, checkpoint, keep=best_epoch, adapt=adapt
+        )
+        seconds += sum(line["seconds"] for line in refit_history)
+        predicted = replace_all_but_validation(split, predicted, again)
+    peak = peak_memory(device)
+    if common.joined_ranks()[1] == 0:
+        weights = folder / "weights.safetensors"
+        save_weights(weights, training.model, split, split.made_with(recipe), predicted)
+        shell.save_csv(folder / "history.csv", pd.DataFrame(history))
+    parameters = common.count_parameters(training.model)
+    return predicted, {
+        "weights": name_weights(recipe),
+        "best_epoch": best_epoch,
+        "images_per_s": median_rate(history),
+        "seconds": seconds,
+        "peak_memory_mb": peak / 2**20,
+        **{f"parameters_{part}": count for part, count in parameters.items()},
+        **training.more,
+    }
+
+
+def train_once(recipe, split, checkpoint, *, keep, adapt, report=None):
+    """(Training, history, prediction of split.scored()) of one network, as train_network's."""
     device, dtype, _ = common.choose_device(recipe)
     patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
-    forget_peak_memory(device)
     training = start_training(recipe, split, patches, device)
     if adapt:
         training = adapt(training, recipe, split)
-    made_with = split.made_with(recipe)
     history = common.fit(
         training.network,
         training.patches,
@@ -176,28 +214,44 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
         optimise=training.optimise,
         valid_heg=functools.partial(mean_heg, split),
         keep=keep,
-        checkpoint=folder / "checkpoint.pt",
-        made_with=made_with,
+        checkpoint=checkpoint,
+        made_with=split.made_with(recipe),
         report=report,
     )
     predicted = common.predict(
         training.network, training.patches, split.scored(), dtype=dtype, tta=recipe["TTA"]
     )
-    peak = peak_memory(device)
-    if common.joined_ranks()[1] == 0:
-        save_weights(folder / "weights.safetensors", training.model, split, made_with, predicted)
-        shell.save_csv(folder / "history.csv", pd.DataFrame(history))
-    parameters = common.count_parameters(training.model)
-    return predicted, {
-        "weights": name_weights(recipe),
-        "best_epoch": common.choose_epoch(history, recipe) if keep is None else keep,
-        "images_per_s": median_rate(history),
-        # Epochs before an interruption count as well.
-        "seconds": sum(line["seconds"] for line in history),
-        "peak_memory_mb": peak / 2**20,
-        **{f"parameters_{part}": count for part, count in parameters.items()},
-        **training.more,
-    }
+    return training, history, predicted
+
+
+def is_refitted(recipe, split):
+    """Whether what predicts the other spots learns from the validation spots, too, in the end."""
+    return recipe["REFIT"] and {"valid", "test"} <= {*split.roles}
+
+
+def replace_all_but_validation(split, predicted, again):
+    """Predictions (n, G) of split.scored(), of which all but those of validation spots are taken
+    from `again`, predictions of split.without_validation().scored().
+    """
+    merged = predicted.copy()
+    merged[split.roles[split.scored()] != "valid"] = again
+    return merged
+
+
+def refitted(compute):
+    """`compute` of compute_records for a method that needs no epochs: by REFIT it learns a second
+    time, with the validation spots, and predicts all others by that.
+    """
+
+    @functools.wraps(compute)
+    def compute_twice(recipe, split, folder):
+        predicted, more = compute(recipe, split, folder)
+        if not is_refitted(recipe, split):
+            return predicted, more
+        again, more = compute(recipe, split.without_validation(), folder)
+        return replace_all_but_validation(split, predicted, again), more
+
+    return compute_twice
 
 
 def median_rate(history):
@@ -261,6 +315,7 @@ def fit_ridge(split, features, spots):
     return common.fit_ridge(features, split.data.target, spots, split.data.spots, split.reported)
 
 
+@refitted
 def ridge_on_features(recipe, split, folder):
     """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
     features, _ = freeze_features(recipe, split)
@@ -402,6 +457,8 @@ def predict_again(out, trained, restained=False):
         if restained:
             patches = common.RestainedPatches(patches, common.OTHER_STAINING)
         predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
+        if is_refitted(recipe, split):  # These weights have learnt from the validation spots.
+            predicted[split.roles[split.scored()] == "valid"] = np.nan
         kept = ("weights", "best_epoch", *PARAMETERS)
         return predicted, {name: trained[name] for name in kept}
 
@@ -411,13 +468,15 @@ def predict_again(out, trained, restained=False):
 PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
 
 
-def ridge_on_colour(recipe, split, folder, penalty=100.0):
+@refitted
+def ridge_on_colour(recipe, split, folder):
     """`compute` of compute_records: ridge on standardised colour statistics."""
     colour = split.data.annotations.obsm["colour"]
-    return predict_by_colour(split, colour[split.scored()], penalty), {"weights": "none"}
+    return predict_by_colour(split, colour[split.scored()]), {"weights": "none"}
 
 
-def ridge_on_other_colours(recipe, split, folder, penalty=100.0):
+@refitted
+def ridge_on_other_colours(recipe, split, folder):
     """ridge_on_colour of slides that another laboratory would have stained."""
     patches = common.MappedPatches(split.data.patches, common.PATCH_SIZE)
     patches = common.RestainedPatches(patches, common.OTHER_STAINING)
@@ -425,16 +484,19 @@ def ridge_on_other_colours(recipe, split, folder, penalty=100.0):
     for spots in torch.from_numpy(split.scored()).split(64):
         colour.append(common.colour_statistics(patches[spots].permute(0, 2, 3, 1).numpy()))
     colour = np.concatenate(colour)
-    return predict_by_colour(split, colour, penalty), {"weights": "none"}
+    return predict_by_colour(split, colour), {"weights": "none"}
 
 
-def predict_by_colour(split, colour, penalty):
+COLOUR_PENALTY = 100.0  # of the ridge on 40 standardised columns
+
+
+def predict_by_colour(split, colour):
     """(n, G) float32 expression by (n, 40) colour statistics, learnt on the training spots."""
     data, train = split.data, split.spots("train")
     scaler = StandardScaler().fit(data.annotations.obsm["colour"][train])
     known = scaler.transform(data.annotations.obsm["colour"])
     centred = common.Centred(known, data.target, train, np.zeros(len(known)))
-    ridge = common.solve_ridge(centred, train, penalty)
+    ridge = common.solve_ridge(centred, train, COLOUR_PENALTY)
     return ridge.predict(scaler.transform(colour))
 
 
@@ -461,7 +523,8 @@ def compute_records(out, setting, recipe, split, compute, rank=0):
     while not done.is_file():
         time.sleep(0.2)
     if rank == RANK:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint*.pt"):
+            checkpoint.unlink()
     collect_records(out)
     return json.loads(done.read_text())
 
@@ -919,7 +982,7 @@ class Run:
     @property
     def baseline(self):
         """The constants on which a method without network depends; the others stay out of it."""
-        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION")
+        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT")
         return {name: self.recipe[name] for name in names} | {"PRETRAINED": False}
 
     def compute(self, setting, recipe, split, compute):

@@ -153,6 +153,7 @@ RECIPES = {
         "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
         "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
         "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
+        "REFIT": False,  # then learn again, from training and validation spots, up to that epoch
     },
     "best": {
         "HEAD_START": "ridge",
@@ -161,6 +162,7 @@ RECIPES = {
         "HEAD_LEARNING_RATE": 2e-5,
         "GENE_WEIGHTS": "predictable",
         "BEST_EPOCH": "heg",
+        "REFIT": True,
         "HIDDEN": 0,
         "AUG": "stnet",
         "EPOCHS": 5,

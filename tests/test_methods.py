@@ -27,7 +27,7 @@ import runner
 import shell
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
-CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False}
+CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
 
 
 @pytest.fixture(scope="module")
@@ -276,21 +276,21 @@ def test_the_ridge_on_features_learns_from_training_spots(paper_split):
 
 def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
     compute, data = load_script("25").depth_only, paper_split.data
-    predicted, _ = compute({}, paper_split, None)
+    predicted, _ = compute(CPU, paper_split, None)
     depth = np.log(data.annotations.obs["n_counts"].to_numpy(float))
     train, scored = paper_split.spots("train"), paper_split.scored()
     for g in (0, 100):
         slope, intercept = np.polyfit(depth[train], data.target[train, g], 1)
         expected = intercept + slope * depth[scored]
         np.testing.assert_allclose(predicted[:, g], expected, rtol=1e-3, atol=1e-3)
-    predicted, _ = compute({}, changed_split, None)
+    predicted, _ = compute(CPU, changed_split, None)
     test = predicted[paper_split.roles[scored] == "test"]
     assert (np.ptp(test, axis=0) == 0).all(), "all have the same depth now"
 
 
 def test_nearest_spot_control_copies_the_neighbouring_training_slide(paper_split, changed_split):
     compute, spots = load_script("25").nearest_spot, paper_split.data.spots
-    predicted, _ = compute({}, paper_split, None)
+    predicted, _ = compute(CPU, paper_split, None)
     centres = spots[["pxl_col", "pxl_row"]]
     centres = (centres - centres.groupby(spots["tissue_index"]).transform("mean")).to_numpy()
     # Of slide 3, slides 2 and 4 are as near; the first is taken.
@@ -302,14 +302,14 @@ def test_nearest_spot_control_copies_the_neighbouring_training_slide(paper_split
         nearest = source[distance.argmin()]
         (own,) = predicted[scored == spot]
         np.testing.assert_array_equal(own, paper_split.data.target[nearest])
-    np.testing.assert_array_equal(predicted, compute({}, changed_split, None)[0])
+    np.testing.assert_array_equal(predicted, compute(CPU, changed_split, None)[0])
 
 
 def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
     roles = paper_split.roles.copy()
     roles[paper_split.data.spots["tissue_index"].isin([2, 4])] = ""
     alone = dataclasses.replace(paper_split, roles=roles)
-    predicted, _ = load_script("25").nearest_spot({}, alone, None)
+    predicted, _ = load_script("25").nearest_spot(CPU, alone, None)
     test = roles[alone.scored()] == "test"
     assert np.isnan(predicted[~test]).all()
     assert np.isfinite(predicted[test]).all()
