@@ -33,7 +33,6 @@ import itertools
 from collections import Counter
 from dataclasses import replace
 
-import anndata
 import numpy as np
 import pandas as pd
 import torch
@@ -189,14 +188,14 @@ def join_folds(out, records):
 
     def compute(recipe, split, folder):
         of = [record for record in records if record["truth"] == recipe["TARGET"]]
-        tables = [anndata.read_h5ad(out / record["folder"] / "predictions.h5ad") for record in of]
+        parts = pd.concat([runner.read_prediction(out / record["folder"]) for record in of])
         ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
         histories = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
         mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
         more = {name: of[0][name] for name in ("weights", *runner.PARAMETERS)}
         more["best_epoch"] = common.choose_epoch(mean.to_dict("records"), recipe)
         more["seconds"] = sum(record["seconds"] for record in of)
-        return anndata.concat(tables)[ids].X, more
+        return parts.loc[ids].to_numpy(), more
 
     return compute
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 from matplotlib.collections import EllipseCollection
@@ -369,12 +370,29 @@ def lay_legend(ax, columns=5):
     )
 
 
+def read_test_slide(path):
+    """The spots of the first test slide in a predictions.h5ad, with the prediction as X and the
+    layer target; what is larger than memory may stay in the file.
+    """
+    with h5py.File(path) as file:
+        obs, obsm, var = (anndata.io.read_elem(file[name]) for name in ("obs", "obsm", "var"))
+        test = obs["role"] == "test"
+        slide = obs["tissue_index"][test].iloc[0]
+        rows = np.flatnonzero(test & (obs["tissue_index"] == slide))
+        # They stand side by side, or nearly so; single lines would be read one by one.
+        first, last = rows[0], rows[-1]
+        predicted, target = (
+            file[name][first : last + 1][rows - first] for name in ("X", "layers/target")
+        )
+    places = {"spatial": obsm["spatial"][rows]}
+    return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
+
+
 def draw_row(folder, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
-    table = anndata.read_h5ad(folder / "predictions.h5ad")
-    table = table[table.obs["role"] == "test"]
+    table = read_test_slide(folder / "predictions.h5ad")
     groups = pd.read_csv(folder / "genes.csv")
     made_with = json.loads((folder / "recipe.json").read_text())
     prefix = f"test_{shell.headline_of(made_with['PROTOCOL']).truth}_"
@@ -386,9 +404,8 @@ def draw_row(folder, data_root, title):
     record = json.loads((folder / "rows.json").read_text())[0]
     kept = record.get("best_epoch")
     draw_scores(folder / "scores.png", genes, groups, history, kept, title)
-    slide = int(table.obs["tissue_index"].iloc[0])
-    table = table[table.obs["tissue_index"] == slide].copy()  # A fold may test on several.
     table.var["r"] = table.var[f"{prefix}r"]
+    slide = int(table.obs["tissue_index"].iloc[0])
     thumbnail = read_thumbnail(data_root, slide, made_with["data"])
     draw_maps(folder / "maps.png", table, groups, thumbnail, title)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import safetensors.torch
@@ -564,6 +565,15 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
         table.write_h5ad(path)
     shell.save_json(folder / "recipe.json", made_with)
     shell.save_json(folder / "rows.json", records)
+
+
+def read_prediction(folder):
+    """Table (n, G) of float32, by id and gene: what a setting's folder holds of its prediction; the
+    truths beside it, which are as large, are not read.
+    """
+    with h5py.File(folder / "predictions.h5ad") as file:
+        obs, var = (anndata.io.read_elem(file[name]) for name in ("obs", "var"))
+        return pd.DataFrame(file["X"][:], obs.index, var.index)
 
 
 def score_split(setting, recipe, split, predicted, more):

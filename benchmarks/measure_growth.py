@@ -25,6 +25,7 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
 
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -162,7 +163,12 @@ def main():
     root = out / "growth_data"
     shutil.rmtree(root, ignore_errors=True)
     for size in SIZES:
-        make_root(root, size)
+        # In a process of its own, so that in a memory cgroup the scripts have all of it.
+        maker = multiprocessing.Process(target=make_root, args=(root, size))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise shell.InputError(f"the slides of {size} spots could not be made: see above")
         lines.append(measure(root, size))
         print(pd.DataFrame(lines).to_string(index=False, float_format="{:.2f}".format), flush=True)
         if not (KEEP and size == SIZES[-1]):
