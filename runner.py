@@ -1104,6 +1104,9 @@ def describe_run(recipe, splits):
     missing = sorted(set(split.groups["gene"]) - set(data.genes))
     if missing:
         groups += f"; not in the panel: {', '.join(missing)}"
+    roles = describe_split(split, len(splits))
+    if is_refitted(recipe, split):
+        roles += "; in the end valid trains, too (REFIT)"
     device, dtype, reason = common.choose_device(recipe)
     where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
     if device.type == "cuda":
@@ -1112,7 +1115,7 @@ def describe_run(recipe, splits):
         "data": f"{data.root}: {slides} slides, {n_spots:,} spots x {n_genes:,} genes",
         "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
         "protocol": f"{recipe['PROTOCOL']} ({protocol})",
-        "split": describe_split(split, len(splits)),
+        "split": roles,
         "gene groups": groups,
         "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
         "weights": describe_weights(recipe),
