@@ -123,7 +123,7 @@ def compute_methods(run, recipe, split, suffix=""):
         records += run.compute(ridge, baseline, split, runner.ridge_on_features)
         if PROTOCOL == "hest":
             probe = f"hest probe ({recipe['BACKBONE']})"
-            plain = baseline | {"POOL_STAGES": False}
+            plain = baseline | {"POOL_STAGES": False, "REFIT": False}
             records += run.compute(probe, plain, split, runner.hest_probe)
     return records
 

@@ -219,6 +219,7 @@ def predict_anew(run, records, aug, split):
     """
     trained = runner.record_of(records, aug, split)
     recipe = run.recipe | setting_of(aug)
+    split = runner.final_split(recipe, split)
     again = runner.predict_again(run.out, trained)
     anew = run.compute(f"{aug}, 8 views", recipe | {"TTA": True}, split, again)
     again = runner.predict_again(run.out, trained, restained=True)

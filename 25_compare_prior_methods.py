@@ -64,7 +64,7 @@ EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
-REFIT = False  # true = every method then learns again, from training and validation spots
+REFIT = False  # true = every method learns again from training and validation spots, best too
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
 BLEEP_EPOCHS = 150
@@ -376,11 +376,12 @@ def computed_methods(run):
             pooled = recipe | {"POOL_STAGES": True}
             methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
         if PRETRAINED is not False and PROTOCOL == "hest":
-            methods[f"hest probe ({backbone})"] = (recipe, runner.hest_probe)
+            probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
+            methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
     methods["depth only (control)"] = (plain, depth_only)
     methods["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
-        recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True}
+        recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True, "REFIT": False}
         methods["own slide (control)"] = (recipe, own_slide)
     return methods
 

@@ -356,6 +356,8 @@ def report(slide, table, genes, trained, out):
     """Print the tables, warn of a model that cannot predict, and save correlations and report."""
     measured = "measured" in table.layers
     caption = "mean Pearson r in validation"
+    if trained.recipe.get("REFIT"):
+        caption += " (of the network before it learnt from the validation spots, too)"
     if measured:
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())

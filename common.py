@@ -1214,7 +1214,8 @@ def fit(
     history, best = resume(checkpoint, stateful, made_with, device)
     if history:
         done = history[-1]["epoch"]
-        tqdm.write(f"going on after epoch {done} of {recipe['EPOCHS']} ({checkpoint})")
+        last = recipe["EPOCHS"] if keep is None else keep
+        tqdm.write(f"going on after epoch {done} of {last} ({checkpoint})")
     else:
         done = 0
         best = {"epoch": 0, "weights": copy_state(model)}

@@ -78,9 +78,13 @@ class Split:
         """Numbers of the spots that are predicted and scored, as the lines of a prediction."""
         return self.spots(*SCORED)
 
-    def without_validation(self):
-        """The split whose validation spots train as well; its genes were chosen without them."""
-        return replace(self, roles=np.where(self.roles == "valid", "train", self.roles))
+    def with_all_in_training(self):
+        """The split in which all spots of the slides of training and validation train, those of a
+        margin between them as well; its genes were chosen without these.
+        """
+        slides = self.data.spots["tissue_index"].to_numpy()
+        known = np.isin(slides, self.slides("train", "valid")) & (self.roles != "test")
+        return replace(self, roles=np.where(known, "train", self.roles))
 
     def slides(self, *roles):
         """tissue_index values of the slides of these spots, in order."""
@@ -159,7 +163,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     """Train and predict, as `compute` of compute_records; writes weights.safetensors, history.csv.
 
     `keep` and `report` as in common.fit; `adapt` as in Training. With REFIT the weights are those
-    of a second network, which predicts all but the validation spots.
+    of a second network, which predicts all but the validation spots (history_refit.csv).
     """
     device, _, _ = common.choose_device(recipe)
     forget_peak_memory(device)
@@ -171,17 +175,22 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     # Epochs before an interruption count as well.
     seconds = sum(line["seconds"] for line in history)
     if is_refitted(recipe, split):
-        whole, checkpoint = split.without_validation(), folder / "checkpoint_refit.pt"
-        training, refit_history, again = train_once(
+        whole, checkpoint = split.with_all_in_training(), folder / "checkpoint_refit.pt"
+        tqdm.write(
+            f"learning again from all {len(whole.spots('train'))} spots, up to epoch {best_epoch}"
+        )
+        training, refit_history, refitted_prediction = train_once(
             recipe, whole, checkpoint, keep=best_epoch, adapt=adapt
         )
         seconds += sum(line["seconds"] for line in refit_history)
-        predicted = replace_all_but_validation(split, predicted, again)
+        predicted = keep_validation_of(predicted, refitted_prediction, split)
     peak = peak_memory(device)
     if common.joined_ranks()[1] == 0:
         weights = folder / "weights.safetensors"
         save_weights(weights, training.model, split, split.made_with(recipe), predicted)
         shell.save_csv(folder / "history.csv", pd.DataFrame(history))
+        if is_refitted(recipe, split):
+            shell.save_csv(folder / "history_refit.csv", pd.DataFrame(refit_history))
     parameters = common.count_parameters(training.model)
     return predicted, {
         "weights": name_weights(recipe),
@@ -226,31 +235,36 @@ def train_once(recipe, split, checkpoint, *, keep, adapt, report=None):
 
 
 def is_refitted(recipe, split):
-    """Whether what predicts the other spots learns from the validation spots, too, in the end."""
+    """Whether REFIT applies: there are validation spots to add and a test slide to predict."""
     return recipe["REFIT"] and {"valid", "test"} <= {*split.roles}
 
 
-def replace_all_but_validation(split, predicted, again):
-    """Predictions (n, G) of split.scored(), of which all but those of validation spots are taken
-    from `again`, predictions of split.without_validation().scored().
+def final_split(recipe, split):
+    """The split that the saved weights have learnt from: with REFIT without validation spots."""
+    return split.with_all_in_training() if is_refitted(recipe, split) else split
+
+
+def keep_validation_of(first, second, split):
+    """The validation spots' predictions of `first`, (n, G) of split.scored(), and all others of
+    `second`, of split.with_all_in_training().scored().
     """
-    merged = predicted.copy()
-    merged[split.roles[split.scored()] != "valid"] = again
+    merged = first.copy()
+    merged[split.roles[split.scored()] != "valid"] = second
     return merged
 
 
 def refitted(compute):
-    """`compute` of compute_records for a method that needs no epochs: by REFIT it learns a second
+    """`compute` of compute_records for a method that needs no epochs: with REFIT it learns a second
     time, with the validation spots, and predicts all others by that.
     """
 
     @functools.wraps(compute)
     def compute_twice(recipe, split, folder):
-        predicted, more = compute(recipe, split, folder)
+        first, more = compute(recipe, split, folder)
         if not is_refitted(recipe, split):
-            return predicted, more
-        again, more = compute(recipe, split.without_validation(), folder)
-        return replace_all_but_validation(split, predicted, again), more
+            return first, more
+        second, more = compute(recipe, split.with_all_in_training(), folder)
+        return keep_validation_of(first, second, split), more
 
     return compute_twice
 
@@ -458,8 +472,6 @@ def predict_again(out, trained, restained=False):
         if restained:
             patches = common.RestainedPatches(patches, common.OTHER_STAINING)
         predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
-        if is_refitted(recipe, split):  # These weights have learnt from the validation spots.
-            predicted[split.roles[split.scored()] == "valid"] = np.nan
         kept = ("weights", "best_epoch", *PARAMETERS)
         return predicted, {name: trained[name] for name in kept}
 
@@ -600,6 +612,7 @@ def score_split(setting, recipe, split, predicted, more):
         record |= {"fold": split.fold, "seed": split.seed}
         record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
         record["recipe"] = recipe.get("RECIPE")
+        record["refit"] = bool(is_refitted(recipe, split))
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, usual[truth])
@@ -1106,7 +1119,7 @@ def describe_run(recipe, splits):
         groups += f"; not in the panel: {', '.join(missing)}"
     roles = describe_split(split, len(splits))
     if is_refitted(recipe, split):
-        roles += "; in the end valid trains, too (REFIT)"
+        roles += "; test is predicted after learning again from train and valid (REFIT)"
     device, dtype, reason = common.choose_device(recipe)
     where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
     if device.type == "cuda":

@@ -119,7 +119,7 @@ def main():
     script = REPOSITORY / "19_make_patches_and_csv.py"
     seconds, memory, _ = watch(script, "--data-root", root, "--target", "lognorm", *sources)
     spots = np.load(root / "dataset" / "patches.npy", mmap_mode="r").shape[0]
-    line = {"bins": SIDE**2, "counts, M": not_zero / 1e6, "spots": spots}
+    line = {"bins": SIDE**2, "entries, M": not_zero / 1e6, "spots": spots}
     table = pd.DataFrame([line | {"19, s": seconds, "19, GB": memory}])
     print(table.to_string(index=False, float_format="{:.2f}".format))
     shell.save_csv(out / "hd.csv", table)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import NETWORK, PAPER
 from test_ridge_start import RECIPE
 
 import common
@@ -17,11 +16,6 @@ import runner
 
 RECIPE = RECIPE | {"REFIT": True}
 ONCE = RECIPE | {"REFIT": False}
-
-
-@pytest.fixture
-def split(paper_split):
-    return paper_split
 
 
 def rows_of(split, role):
@@ -49,43 +43,45 @@ def read_valid_r(folder):
 
 
 # -------------------------------------------------------------------------------------------- ridges
-def test_a_ridge_predicts_the_test_slide_from_all_training_slides_spots(split):
-    whole = dataclasses.replace(split, roles=np.where(split.roles == "valid", "train", split.roles))
-    once, _ = runner.ridge_on_colour(ONCE, split, None)
-    refitted, _ = runner.ridge_on_colour(RECIPE, split, None)
+def test_a_ridge_predicts_the_test_slide_from_all_training_slides_spots(paper_split):
+    whole = dataclasses.replace(
+        paper_split, roles=np.where(paper_split.roles == "valid", "train", paper_split.roles)
+    )
+    once, _ = runner.ridge_on_colour(ONCE, paper_split, None)
+    refitted, _ = runner.ridge_on_colour(RECIPE, paper_split, None)
     of_all, _ = runner.ridge_on_colour(ONCE, whole, None)
-    np.testing.assert_array_equal(refitted[rows_of(split, "valid")], once[rows_of(split, "valid")])
-    np.testing.assert_array_equal(refitted[rows_of(split, "test")], of_all)
-    assert np.abs(refitted - once)[rows_of(split, "test")].max() > 1e-3
+    np.testing.assert_array_equal(
+        refitted[rows_of(paper_split, "valid")], once[rows_of(paper_split, "valid")]
+    )
+    np.testing.assert_array_equal(refitted[rows_of(paper_split, "test")], of_all)
+    assert np.abs(refitted - once)[rows_of(paper_split, "test")].max() > 1e-3
 
 
-def test_the_genes_are_chosen_without_the_validation_spots(split):
-    assert split.without_validation().members == split.members
-
-
-def test_validation_spots_do_not_move_their_own_prediction(split):
+def test_validation_spots_do_not_move_their_own_prediction(paper_split):
     """The target of the validation spots, changed, changes what is predicted of the test slide and
     nothing of them.
     """
-    target = np.array(split.data.target[:])
-    target[split.spots("valid")] += 1
-    other = dataclasses.replace(split, data=dataclasses.replace(split.data, target=target))
+    target = np.array(paper_split.data.target[:])
+    target[paper_split.spots("valid")] += 1
+    other = dataclasses.replace(
+        paper_split, data=dataclasses.replace(paper_split.data, target=target)
+    )
     for compute in (runner.ridge_on_colour, runner.ridge_on_features):
-        before, _ = compute(RECIPE, split, None)
+        before, _ = compute(RECIPE, paper_split, None)
         after, _ = compute(RECIPE, other, None)
-        valid = rows_of(split, "valid")
+        valid = rows_of(paper_split, "valid")
         np.testing.assert_array_equal(after[valid], before[valid])
         assert (after[~valid] != before[~valid]).any()
 
 
 # ------------------------------------------------------------------------------------------ networks
-def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(split, tmp_path):
-    once, first = runner.train_network(ONCE, split, tmp_path / "once")
-    predicted, more = runner.train_network(RECIPE, split, tmp_path / "refit")
-    whole = split.without_validation()
+def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_split, tmp_path):
+    once, first = runner.train_network(ONCE, paper_split, tmp_path / "once")
+    predicted, more = runner.train_network(RECIPE, paper_split, tmp_path / "refit")
+    whole = paper_split.with_all_in_training()
     of_all, _ = runner.train_network(ONCE, whole, tmp_path / "all", keep=first["best_epoch"])
     assert more["best_epoch"] == first["best_epoch"]
-    valid = rows_of(split, "valid")
+    valid = rows_of(paper_split, "valid")
     np.testing.assert_array_equal(predicted[valid], once[valid])
     np.testing.assert_array_equal(predicted[~valid], of_all)
     assert np.abs(predicted - once)[~valid].max() > 1e-4
@@ -99,30 +95,38 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(split,
     assert np.isfinite(before).any()
 
 
-@pytest.mark.parametrize("after", [1, 2])
-def test_a_killed_training_goes_on_where_it_was(split, tmp_path, monkeypatch, after):
-    recipe = RECIPE | {"BEST_EPOCH": "mse", "HEAD_START": "zero", "GENE_WEIGHTS": "equal"}
-    expected, _ = runner.train_network(recipe, split, tmp_path / "whole")
+@pytest.mark.parametrize("after, kept", [(1, "checkpoint.pt"), (3, "checkpoint_refit.pt")])
+def test_a_killed_training_goes_on_where_it_was(paper_split, tmp_path, monkeypatch, after, kept):
+    recipe = RECIPE | {"HEAD_START": "zero", "GENE_WEIGHTS": "equal", "BEST_EPOCH": "mse"}
+    recipe |= {"EPOCHS": 2}
+    expected, _ = runner.train_network(recipe, paper_split, tmp_path / "whole")
     with monkeypatch.context() as patched:
         saved = keep_checkpoints(patched, after)
         with pytest.raises(KeyboardInterrupt):
-            runner.train_network(recipe, split, tmp_path / "killed")
-        assert saved[-1].name == ("checkpoint.pt", "checkpoint_refit.pt")[after - 1]
-    predicted, _ = runner.train_network(recipe, split, tmp_path / "killed")
+            runner.train_network(recipe, paper_split, tmp_path / "killed")
+        assert saved[-1].name == kept
+    predicted, _ = runner.train_network(recipe, paper_split, tmp_path / "killed")
     np.testing.assert_array_equal(predicted, expected)
 
 
-def test_weights_that_have_seen_validation_do_not_predict_it(split, tmp_path):
-    _, more = runner.train_network(RECIPE, split, tmp_path / "refit")
-    trained = {"folder": "refit", "weights": "random", **more}
-    predicted, _ = runner.predict_again(tmp_path, trained)(RECIPE, split, None)
-    valid = rows_of(split, "valid")
-    assert np.isnan(predicted[valid]).all() and np.isfinite(predicted[~valid]).all()
+def test_the_split_of_saved_weights_has_no_validation(paper_split):
+    final = runner.final_split(RECIPE, paper_split)
+    assert {*final.roles} - {""} == {"train", "test"}
+    np.testing.assert_array_equal(final.spots("test"), paper_split.spots("test"))
+    assert runner.final_split(ONCE, paper_split) is paper_split
 
 
-def test_without_a_test_slide_there_is_nothing_to_learn_again_for(split):
-    roles = np.where(split.roles == "test", "", split.roles)
-    assert not runner.is_refitted(RECIPE, dataclasses.replace(split, roles=roles))
-    assert not runner.is_refitted(RECIPE, split.without_validation())
-    assert runner.is_refitted(RECIPE, split)
-    assert not runner.is_refitted(ONCE | PAPER | NETWORK, split)
+def test_without_a_test_slide_there_is_nothing_to_learn_again_for(paper_split):
+    roles = np.where(paper_split.roles == "test", "", paper_split.roles)
+    assert not runner.is_refitted(RECIPE, dataclasses.replace(paper_split, roles=roles))
+    assert not runner.is_refitted(RECIPE, paper_split.with_all_in_training())
+    assert not runner.is_refitted(ONCE, paper_split)
+    assert runner.is_refitted(RECIPE, paper_split)
+
+
+def test_spots_of_a_margin_train_in_the_end(paper_split):
+    roles = paper_split.roles.copy()
+    roles[paper_split.spots("train")[:5]] = ""
+    split = dataclasses.replace(paper_split, roles=roles)
+    of_training_slides = np.sort(paper_split.spots("train", "valid"))
+    np.testing.assert_array_equal(split.with_all_in_training().spots("train"), of_training_slides)
