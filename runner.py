@@ -236,7 +236,7 @@ def train_once(recipe, split, checkpoint, *, keep, adapt, report=None):
 
 def is_refitted(recipe, split):
     """Whether REFIT applies: there are validation spots to add and a test slide to predict."""
-    return recipe["REFIT"] and {"valid", "test"} <= {*split.roles}
+    return recipe.get("REFIT", False) and {"valid", "test"} <= {*split.roles}
 
 
 def final_split(recipe, split):

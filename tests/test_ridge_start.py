@@ -16,6 +16,7 @@ import shell
 RECIPE = NETWORK | PAPER | shell.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
 RECIPE |= {"BATCH_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu", "PRECISION": "fp32", "RECIPE": "best"}
+RECIPE |= {"REFIT": False}  # One network, one ridge.
 DEVICE = torch.device("cpu")
 
 
