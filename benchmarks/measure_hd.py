@@ -28,6 +28,7 @@ import shutil
 import h5py
 import numpy as np
 import pandas as pd
+import polars
 from compare_stages import describe_machine
 from measure_growth import make_image, watch
 
@@ -56,7 +57,7 @@ def write_positions(path, side):
     table["array_row"], table["array_col"] = row, column
     table["pxl_row_in_fullres"] = MARGIN + (row + 0.5) * BIN_PX
     table["pxl_col_in_fullres"] = MARGIN + (column + 0.5) * BIN_PX
-    table.to_parquet(path)
+    polars.DataFrame({name: column.to_list() for name, column in table.items()}).write_parquet(path)
 
 
 def count_features(random, ends, n_bins, counts):
