@@ -616,11 +616,15 @@ def read_h5_matrix(path):
     try:
         # Names that several genes share are warned of; share_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            table = scanpy.read_10x_h5(unpack(path), gex_only=True)
+            table = scanpy.read_10x_h5(unpack(path), gex_only=False)
     except InputError:
         raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
         raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
+    if "feature_types" in table.var:  # CytAssist's hold other kinds too
+        genes = (table.var["feature_types"] == "Gene Expression").to_numpy()
+        if not genes.all():  # Else a copy would double the memory, of Visium HD by 1.5 GB.
+            table = table[:, genes].copy()
     check_unique(table.obs_names, "barcode", path)
     check_unique(table.var["gene_ids"], "gene id", path)
     table.var["name"] = table.var_names
@@ -798,7 +802,11 @@ def check_counts(table, path):
 def holds_counts(matrix):
     """Whether a matrix, sparse or dense, holds finite whole numbers from 0 on alone."""
     values = matrix.data if scipy.sparse.issparse(matrix) else np.asarray(matrix)
-    return bool(((values >= 0) & (values < np.inf) & (values == np.rint(values))).all())
+    for start in range(0, len(values), 2**16):  # In parts, since the answers take as much memory.
+        part = values[start : start + 2**16]
+        if not ((part >= 0) & (part < np.inf) & (part == np.rint(part))).all():
+            return False
+    return True
 
 
 def share_genes(features):
