@@ -481,23 +481,30 @@ def predict_again(out, trained, restained=False):
 PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
 
 
-@refitted
 def ridge_on_colour(recipe, split, folder):
     """`compute` of compute_records: ridge on standardised colour statistics."""
-    colour = split.data.annotations.obsm["colour"]
-    return predict_by_colour(split, colour[split.scored()]), {"weights": "none"}
+    return ridge_to_colours(split.data.annotations.obsm["colour"])(recipe, split, folder)
 
 
-@refitted
 def ridge_on_other_colours(recipe, split, folder):
     """ridge_on_colour of slides that another laboratory would have stained."""
     patches = common.MappedPatches(split.data.patches, common.PATCH_SIZE)
     patches = common.RestainedPatches(patches, common.OTHER_STAINING)
-    colour = []
+    colour = np.full(split.data.annotations.obsm["colour"].shape, np.nan)
     for spots in torch.from_numpy(split.scored()).split(64):
-        colour.append(common.colour_statistics(patches[spots].permute(0, 2, 3, 1).numpy()))
-    colour = np.concatenate(colour)
-    return predict_by_colour(split, colour), {"weights": "none"}
+        restained = patches[spots].permute(0, 2, 3, 1).numpy()
+        colour[spots.numpy()] = common.colour_statistics(restained)
+    return ridge_to_colours(colour)(recipe, split, folder)
+
+
+def ridge_to_colours(colour):
+    """`compute` of compute_records: the ridge on colour, applied to these statistics (N, 40)."""
+
+    @refitted
+    def compute(recipe, split, folder):
+        return predict_by_colour(split, colour[split.scored()]), {"weights": "none"}
+
+    return compute
 
 
 COLOUR_PENALTY = 100.0  # of the ridge on 40 standardised columns
@@ -583,9 +590,10 @@ def read_prediction(folder):
     """Table (n, G) of float32, by id and gene: what a setting's folder holds of its prediction; the
     truths beside it, which are as large, are not read.
     """
-    with h5py.File(folder / "predictions.h5ad") as file:
-        obs, var = (anndata.io.read_elem(file[name]) for name in ("obs", "var"))
-        return pd.DataFrame(file["X"][:], obs.index, var.index)
+    path = folder / "predictions.h5ad"
+    table = common.read_annotations(path)
+    with h5py.File(path) as file:
+        return pd.DataFrame(file["X"][:], table.obs_names, table.var_names)
 
 
 def score_split(setting, recipe, split, predicted, more):

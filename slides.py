@@ -621,15 +621,21 @@ def read_h5_matrix(path):
         raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
         raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
-    if "feature_types" in table.var:  # CytAssist's hold other kinds too
-        genes = (table.var["feature_types"] == "Gene Expression").to_numpy()
-        if not genes.all():  # Else a copy would double the memory, of Visium HD by 1.5 GB.
-            table = table[:, genes].copy()
+    genes = are_genes(table.var)
+    if not genes.all():  # Else a copy would double the memory, of Visium HD by 1.5 GB.
+        table = table[:, genes].copy()
     check_unique(table.obs_names, "barcode", path)
     check_unique(table.var["gene_ids"], "gene id", path)
     table.var["name"] = table.var_names
     table.var_names = table.var["gene_ids"].astype(str)
     return table
+
+
+def are_genes(var):
+    """(features,) bool: which features of a matrix are genes; CytAssist's hold other kinds too."""
+    if "feature_types" not in var:
+        return np.ones(len(var), bool)
+    return (var["feature_types"] == "Gene Expression").to_numpy()
 
 
 def is_anndata(path):
@@ -662,8 +668,8 @@ def read_anndata_matrix(path):
     """
     table = choose_counts(read_anndata(path), path)
     var = table.var.set_axis([normalise_name(str(name)) for name in table.var], axis=1)
-    if "feature_types" in var:  # CytAssist's hold other kinds too
-        genes = (var["feature_types"] == "Gene Expression").to_numpy()
+    genes = are_genes(var)
+    if not genes.all():
         table, var = table[:, genes], var[genes]
     ids = find_gene_names(var, ("gene_ids", *FEATURE_SPELLINGS["id"]))
     names = find_gene_names(var, FEATURE_SPELLINGS["name"])

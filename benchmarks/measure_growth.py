@@ -82,13 +82,18 @@ def write_counts(path, spots, random, rates):
         matrix["indices"] = np.concatenate(indices)
         matrix["indptr"] = np.array(ends)
         matrix["shape"] = np.array([FEATURES, spots])
-        matrix["barcodes"] = np.array([f"SPOT{i:05d}-1" for i in range(spots)], "S")
-        names = np.array([f"G{g}" for g in range(FEATURES)], "S")
-        features = matrix.create_group("features")
-        features["id"] = names
-        features["name"] = names
-        features["genome"] = np.full(FEATURES, b"none")
-        features["feature_type"] = np.full(FEATURES, b"Gene Expression")
+        write_names(matrix, [f"SPOT{i:05d}-1" for i in range(spots)], FEATURES)
+
+
+def write_names(matrix, barcodes, n_features):
+    """The barcodes and features of a 10x matrix; a feature's id is its name."""
+    names = np.array([f"G{g}" for g in range(n_features)], "S")
+    matrix["barcodes"] = np.array(barcodes, "S")
+    features = matrix.create_group("features")
+    features["id"] = names
+    features["name"] = names
+    features["genome"] = np.full(n_features, b"none")
+    features["feature_type"] = np.full(n_features, b"Gene Expression")
 
 
 def make_root(root, size):

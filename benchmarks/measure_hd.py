@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import polars
 from compare_stages import describe_machine
-from measure_growth import make_image, watch
+from measure_growth import make_image, watch, write_names
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -90,11 +90,7 @@ def write_counts(path, side, counts):
             indptr.append(begin + within)
         matrix["indptr"] = np.concatenate(indptr)
         matrix["shape"] = np.array([GENES, side**2])
-        matrix["barcodes"] = np.array(name_bins(side), "S")
-        described = {"id": "ENSG{:011d}", "name": "G{}", "feature_type": "Gene Expression"}
-        for name, pattern in {**described, "genome": "GRCh38"}.items():
-            cells = [pattern.format(gene) for gene in range(GENES)]
-            matrix[f"features/{name}"] = np.array(cells, "S")
+        write_names(matrix, name_bins(side), GENES)
     return int(indptr[-1][-1])
 
 

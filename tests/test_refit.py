@@ -22,7 +22,7 @@ def rows_of(split, role):
     return split.roles[split.scored()] == role
 
 
-def keep_checkpoints(monkeypatch, after):
+def kill_after(monkeypatch, after):
     """Have training end as a kill does when fit has saved its checkpoint `after` times."""
     save, saved = common.save_checkpoint, []
 
@@ -101,7 +101,7 @@ def test_a_killed_training_goes_on_where_it_was(paper_split, tmp_path, monkeypat
     recipe |= {"EPOCHS": 2}
     expected, _ = runner.train_network(recipe, paper_split, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        saved = keep_checkpoints(patched, after)
+        saved = kill_after(patched, after)
         with pytest.raises(KeyboardInterrupt):
             runner.train_network(recipe, paper_split, tmp_path / "killed")
         assert saved[-1].name == kept
