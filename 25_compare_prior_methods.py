@@ -277,14 +277,14 @@ def training_mean(recipe, split, folder):
 
 @runner.refitted
 def ridge_on_colour_by_folds(recipe, split, folder):
-    """The ridge on colour statistics at its best: alpha as for the other ridges, by folds of blocks
-    inside the training spots.
+    """The ridge on colour statistics at its best: alpha and rank as for the other ridges, by folds
+    of blocks inside the training spots.
     """
     train = split.spots("train")
     colour = split.data.annotations.obsm["colour"]
     colour = StandardScaler().fit(colour[train]).transform(colour)
-    ridge, alpha = runner.fit_ridge(split, colour, train)
-    return ridge.predict(colour[split.scored()]), {"weights": "none", "alpha": alpha}
+    ridge, shrinkage = runner.fit_ridge(split, colour, train)
+    return ridge.predict(colour[split.scored()]), {"weights": "none", **shrinkage._asdict()}
 
 
 @runner.refitted
@@ -375,6 +375,8 @@ def computed_methods(run):
         if PRETRAINED is not False:
             pooled = recipe | {"POOL_STAGES": True}
             methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
+            full_rank = functools.partial(runner.ridge_on_features, full_rank=True)
+            methods[f"ridge ({backbone}, all stages, full rank)"] = (pooled, full_rank)
         if PRETRAINED is not False and PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)

@@ -43,6 +43,7 @@ from shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 3  # of script 19's files, records and weights; raised when one of them changes
+RESULTS = 2  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -1525,56 +1526,99 @@ class Centred:
         return Moments(xx, xy, yy)
 
 
-def fit_ridge(features, target, spots, table, chosen_by):
-    """(Ridge of expression (N, G) on features (N, F), its alpha), learnt on `spots` (numbers) of
-    the `table`.
+class Shrinkage(NamedTuple):
+    """What keeps a ridge from learning noise."""
 
-    Both are centred within every slide, since slides differ in staining and depth. Alpha is
-    choose_alpha's by the genes `chosen_by` (numbers; those that are reported).
+    alpha: float  # the penalty, in units of the features' mean squared length
+    rank: int | None  # how many numbers a spot is reduced to, from which all genes follow
+
+
+def fit_ridge(features, target, spots, table, leading, full_rank=False):
+    """(Ridge of expression (N, G) on features (N, F), its Shrinkage), learnt on `spots` (numbers)
+    of the `table`.
+
+    Both are centred within every slide, since slides differ in staining and depth. The genes
+    `leading` (numbers; those that are reported) choose the Shrinkage, and what the features are
+    reduced to; `full_rank` leaves the features as they are.
     """
     slides = table["tissue_index"].to_numpy()
-    alpha = choose_alpha(Centred(features, GenesOf(target, chosen_by), spots, slides), spots, table)
+    reported = Centred(features, GenesOf(target, leading), spots, slides)
+    shrinkage = choose_shrinkage(reported, spots, table, full_rank)
     centred = Centred(features, target, spots, slides)
-    return solve_ridge(centred, spots, alpha * centred.mean_squared_length), alpha
+    penalty = shrinkage.alpha * centred.mean_squared_length
+    return solve_ridge(centred, spots, penalty, shrinkage.rank, leading), shrinkage
 
 
-def choose_alpha(centred, spots, table):
-    """The one of ALPHAS with the least squared error of all genes in folds of spatial blocks."""
-    errors = np.zeros(len(ALPHAS))
+def choose_shrinkage(centred, spots, table, full_rank=False):
+    """The Shrinkage with the least squared error of all genes in folds of spatial blocks."""
+    # What every alpha (row) explains by the first, the first two, ... directions (columns).
+    explained = np.zeros((len(ALPHAS), centred.target.shape[1]))
     for train, held_out in choose_folds(table.iloc[spots]):
         learnt = centred.moments(spots[train])
         judged = centred.moments(spots[held_out])
         # Along the axes of learnt.xx every penalty is a division.
         sizes, axes = scipy.linalg.eigh(learnt.xx)
+        sizes = sizes.clip(0)
         learnt_xy = axes.T @ learnt.xy
         judged_xx = axes.T @ judged.xx @ axes
         judged_xy = axes.T @ judged.xy
         for i, penalty in enumerate(ALPHAS * centred.mean_squared_length):
-            weight = learnt_xy / (sizes.clip(0) + penalty)[:, None]
-            explained = 2 * weight * judged_xy - weight * (judged_xx @ weight)
-            errors[i] += judged.yy.sum() - explained.sum()
-    return float(ALPHAS[errors.argmin()])
+            weight = learnt_xy / (sizes + penalty)[:, None]
+            patterns, _ = find_patterns(weight.T @ (sizes[:, None] * weight))
+            directions = weight @ patterns
+            gained = 2 * directions * (judged_xy @ patterns) - directions * (judged_xx @ directions)
+            explained[i] += gained.sum(0).cumsum()
+    if full_rank:
+        return Shrinkage(float(ALPHAS[explained[:, -1].argmax()]), rank=None)
+    alpha, last = np.unravel_index(explained.argmax(), explained.shape)
+    return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1)
 
 
-def solve_ridge(centred, spots, penalty):
-    """The Ridge that is learnt on `spots` (numbers)."""
+def find_patterns(covariance):
+    """((G, G) principal components of expression in columns, (G,) their variances), strongest
+    first, of a covariance (G, G).
+    """
+    variances, patterns = scipy.linalg.eigh(covariance)
+    return patterns[:, ::-1], variances[::-1]
+
+
+def solve_ridge(centred, spots, penalty, rank=None, leading=None):
+    """The Ridge that is learnt on `spots` (numbers), of a `rank` if one is given."""
     moments = centred.moments(spots)
     penalised = moments.xx + penalty * np.eye(len(moments.xx))
     weight = scipy.linalg.solve(penalised, moments.xy, assume_a="pos")
+    if rank is not None:
+        weight = reduce_rank(weight, moments.xx, rank, leading)
     mean_x, _ = mean_and_variance(centred.features, spots)
     mean_y, _ = mean_and_variance(centred.target, spots)
     return Ridge(weight, mean_y - mean_x @ weight)
 
 
-def explain_genes(features, target, spots, table, alpha):
+def reduce_rank(weight, xx, rank, leading):
+    """(F, G) the weight (F, G) of a ridge where spots of moments xx (F, F) are told by `rank`
+    numbers each: how strongly they show each of the main patterns of expression, which are the
+    first principal components of what the ridge predicts of the genes `leading` (numbers).
+
+    The counts of one gene are mostly noise, and a pattern that many genes share is less so.
+    Reduced-rank ridge regression: Mukherjee and Zhu, Statistical Analysis and Data Mining 2011.
+    """
+    weight_of_leading = weight[:, leading]
+    patterns, variances = find_patterns(weight_of_leading.T @ xx @ weight_of_leading)
+    # A pattern that does not vary over these spots is divided by something, and stays nothing.
+    variances = variances.clip(max(1e-12 * variances[0], np.finfo(float).tiny))
+    directions = weight_of_leading @ (patterns / np.sqrt(variances))[:, :rank]
+    return directions @ (directions.T @ xx @ weight)
+
+
+def explain_genes(features, target, spots, table, shrinkage, leading):
     """(G,) share of each gene's variance within slides that the ridge predicts out of fold."""
     centred = Centred(features, target, spots, table["tissue_index"].to_numpy())
-    penalty = alpha * centred.mean_squared_length
+    penalty = shrinkage.alpha * centred.mean_squared_length
     error = 0
     for train, held_out in choose_folds(table.iloc[spots]):
-        weight = solve_ridge(centred, spots[train], penalty).weight
+        ridge = solve_ridge(centred, spots[train], penalty, shrinkage.rank, leading)
         for x, y in centred.parts(spots[held_out]):
-            error = error + ((x @ weight - y) ** 2).sum(0)
+            error = error + ((x @ ridge.weight - y) ** 2).sum(0)
     total = centred.moments(spots).yy
     varies = total > 1e-12
     return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)

@@ -109,6 +109,7 @@ class Split:
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")
         made_with |= {"seed": self.seed, "fold": self.fold, "data": self.data.fingerprint}
+        made_with["results"] = common.RESULTS
         made_with["split"] = hashlib.sha256(self.roles.tobytes()).hexdigest()
         genes = json.dumps(self.groups.values.tolist())
         made_with["genes"] = hashlib.sha256(genes.encode()).hexdigest()
@@ -259,11 +260,11 @@ def refitted(compute):
     """
 
     @functools.wraps(compute)
-    def compute_twice(recipe, split, folder):
-        first, more = compute(recipe, split, folder)
+    def compute_twice(recipe, split, folder, **options):
+        first, more = compute(recipe, split, folder, **options)
         if not is_refitted(recipe, split):
             return first, more
-        second, more = compute(recipe, split.with_all_in_training(), folder)
+        second, more = compute(recipe, split.with_all_in_training(), folder, **options)
         return keep_validation_of(first, second, split), more
 
     return compute_twice
@@ -301,13 +302,14 @@ def start_training(recipe, split, patches, device):
             f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
         )
     features, scale = freeze_features(recipe, split)
-    ridge, alpha = fit_ridge(split, features, train)
+    ridge, shrinkage = fit_ridge(split, features, train)
     common.start_as_ridge(model, ridge, scale)
-    training = replace(training, more={"alpha": alpha})
+    training = replace(training, more=shrinkage._asdict())
     if recipe["GENE_WEIGHTS"] == "equal":
         return training
-    spots = split.data.spots
-    explained = common.explain_genes(features, target, train, spots, alpha)
+    explained = common.explain_genes(
+        features, target, train, split.data.spots, shrinkage, split.reported
+    )
     if not explained.any():
         return training
     return replace(training, gene_weights=explained / explained.mean())
@@ -325,18 +327,19 @@ def freeze_features(recipe, split):
     return features * scale, scale
 
 
-def fit_ridge(split, features, spots):
+def fit_ridge(split, features, spots, full_rank=False):
     """common.fit_ridge of the expression on the features (N, F) at these spots alone."""
-    return common.fit_ridge(features, split.data.target, spots, split.data.spots, split.reported)
+    data = split.data
+    return common.fit_ridge(features, data.target, spots, data.spots, split.reported, full_rank)
 
 
 @refitted
-def ridge_on_features(recipe, split, folder):
+def ridge_on_features(recipe, split, folder, full_rank=False):
     """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
     features, _ = freeze_features(recipe, split)
-    ridge, alpha = fit_ridge(split, features, split.spots("train"))
+    ridge, shrinkage = fit_ridge(split, features, split.spots("train"), full_rank)
     predicted = ridge.predict(features[split.scored()])
-    return predicted, {"weights": name_weights(recipe), "alpha": alpha}
+    return predicted, {"weights": name_weights(recipe), **shrinkage._asdict()}
 
 
 PROBE_COMPONENTS = 256

@@ -63,9 +63,11 @@ def results_of(split):
         {},
     )
     features = split.data.annotations.obsm["colour"]
-    ridge, alpha = runner.fit_ridge(split, features, split.spots("train"))
+    ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
     table, train = split.data.spots, split.spots("train")
-    explained = common.explain_genes(features, split.data.target, train, table, alpha)
+    explained = common.explain_genes(
+        features, split.data.target, train, table, shrinkage, split.reported
+    )
     numbers = pd.DataFrame(records).select_dtypes("number")
     return split.groups["gene"], numbers, per_gene, draws, ridge.predict(features), explained
 

@@ -47,29 +47,77 @@ def ridge_problem(n=60, width=5, n_genes=4):
     return features + 10 * spots[["tissue_index"]].to_numpy(), target, spots
 
 
+def centred_within_slides(values, spots):
+    values = pd.DataFrame(values)
+    return (values - values.groupby(spots["tissue_index"]).transform("mean")).to_numpy()
+
+
 def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
     features, target, spots = ridge_problem()
-    ridge, alpha = common.fit_ridge(features, target, np.arange(60), spots, [0, 1])
-    centred = [pd.DataFrame(v).groupby(spots["tissue_index"]) for v in (features, target)]
-    x, y = ((pd.DataFrame(v) - g.transform("mean")).to_numpy() for v, g in
-            zip((features, target), centred, strict=True))  # fmt: skip
-    penalty = alpha * (x**2).sum(1).mean()
+    every, leading = np.arange(60), [0, 1]
+    ridge, told = common.fit_ridge(features, target, every, spots, leading, full_rank=True)
+    x, y = centred_within_slides(features, spots), centred_within_slides(target, spots)
+    penalty = told.alpha * (x**2).sum(1).mean()
     expected = Ridge(penalty, fit_intercept=False).fit(x, y).coef_.T
     np.testing.assert_allclose(ridge.weight, expected, rtol=1e-6)
+    assert told.rank is None
     predicted = ridge.predict(features)
     np.testing.assert_allclose(predicted.mean(0), target.mean(0), rtol=1e-5)
+
+
+def test_a_ridge_of_a_rank_keeps_the_main_patterns_of_what_it_predicts():
+    features, target, spots = ridge_problem()
+    x = centred_within_slides(features, spots)
+    centred = common.Centred(features, target, np.arange(60), spots["tissue_index"].to_numpy())
+    full = x @ common.solve_ridge(centred, np.arange(60), 3.0).weight
+    reduced = x @ common.solve_ridge(centred, np.arange(60), 3.0, 2, np.arange(4)).weight
+    left, strengths, right = np.linalg.svd(full, full_matrices=False)
+    by_hand = left[:, :2] * strengths[:2] @ right[:2]
+    np.testing.assert_allclose(reduced, by_hand, atol=1e-8)
+    # What all genes need is taken from two genes, where two are leading.
+    of_two = x @ common.solve_ridge(centred, np.arange(60), 3.0, 2, [0, 1]).weight
+    np.testing.assert_allclose(of_two[:, :2], full[:, :2], atol=1e-8)
+    np.testing.assert_allclose(
+        of_two, full[:, :2] @ np.linalg.lstsq(full[:, :2], full, rcond=None)[0], atol=1e-8
+    )
+
+
+def test_the_rank_is_the_number_of_patterns_that_there_are():
+    """Forty genes that follow two patterns, each with noise of its own."""
+    features, _, spots = ridge_problem(n_genes=40)
+    rng = np.random.default_rng(2)
+    truth = features @ rng.normal(size=(5, 2)) @ rng.normal(size=(2, 40))
+    target = truth + rng.normal(scale=4, size=(60, 40))
+    every = np.arange(60)
+    reduced, told = common.fit_ridge(features, target, every, spots, np.arange(40))
+    full, _ = common.fit_ridge(features, target, every, spots, np.arange(40), full_rank=True)
+    assert told.rank == 2
+    errors = [
+        np.square(centred_within_slides(ridge.predict(features) - truth, spots)).mean()
+        for ridge in (reduced, full)
+    ]
+    assert errors[0] < errors[1]
 
 
 def test_alpha_is_inside_the_grid_and_grows_with_noise():
     features, target, spots = ridge_problem()
     noise = np.random.default_rng(1).normal(scale=8, size=target.shape)
-    every = np.arange(60)
-    _, little = common.fit_ridge(features, target, every, spots, np.arange(4))
-    _, much = common.fit_ridge(features, target + noise, every, spots, np.arange(4))
-    assert common.ALPHAS[0] < little < much < common.ALPHAS[-1]
-    explained = common.explain_genes(features, target, every, spots, little)
-    explained_then = common.explain_genes(features, target + noise, every, spots, much)
+    every, genes = np.arange(60), np.arange(4)
+    _, little = common.fit_ridge(features, target, every, spots, genes, full_rank=True)
+    _, much = common.fit_ridge(features, target + noise, every, spots, genes, full_rank=True)
+    assert common.ALPHAS[0] < little.alpha < much.alpha < common.ALPHAS[-1]
+    explained = common.explain_genes(features, target, every, spots, little, genes)
+    explained_then = common.explain_genes(features, target + noise, every, spots, much, genes)
     assert (explained_then < explained).all()
+
+
+@pytest.mark.parametrize("full_rank", [False, True])
+def test_genes_that_never_vary_are_predicted_as_they_are(full_rank):
+    features, target, spots = ridge_problem()
+    constant = np.full_like(target, 2.5)
+    every, genes = np.arange(60), np.arange(4)
+    ridge, _ = common.fit_ridge(features, constant, every, spots, genes, full_rank=full_rank)
+    np.testing.assert_allclose(ridge.predict(features), 2.5, rtol=1e-6)
 
 
 def test_alpha_and_weights_follow_from_training_spots_alone(split):
@@ -94,7 +142,7 @@ def test_the_first_prediction_is_the_ridges(split, pool_stages):
         training.network, training.patches, split.scored(), dtype=torch.float32, tta=True
     )
     np.testing.assert_allclose(predicted, ridge, atol=1e-4)
-    assert training.more == {"alpha": told["alpha"]}
+    assert training.more == {name: told[name] for name in ("alpha", "rank")}
 
 
 def test_pooled_stages_are_the_means_of_every_stages_output(split):
