@@ -17,8 +17,9 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
-what it compares, MICRO_BATCH only what the image encoder holds in memory at once. A control uses
-what no image model may: the test spots' own depth, or expression measured next door.
+what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
+"with surroundings" see single spots; these tell what the tissue around a spot would add. A control
+uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
 import shell
@@ -57,7 +58,8 @@ BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
-FEATURES = "resnet50"  # timm name of the strongest frozen backbone, under a ridge and a control
+FEATURES = "resnet50"  # timm name of the strongest frozen backbone, under ridges and a control
+SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
@@ -94,6 +96,7 @@ QUICK_BUDGET = {
 
 
 STNET_BACKBONE = "densenet121"
+WITH_SURROUNDINGS = "all stages, with surroundings"
 
 
 def name_bleep():
@@ -104,7 +107,7 @@ def name_bleep():
 def trained_methods():
     """{setting: {CONSTANT: value}} of what is trained; other methods' constants stay out of it."""
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
-    others += ("BLEEP_BACKBONE", "PUBLISHED")
+    others += ("BLEEP_BACKBONE", "SURROUNDINGS", "PUBLISHED")
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
     network = runner.name_network(BACKBONE)
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
@@ -288,6 +291,41 @@ def ridge_on_colour_by_folds(recipe, split, folder):
 
 
 @runner.refitted
+def ridge_with_surroundings(recipe, split, folder):
+    """The ridge on frozen features of the spot's own patch and, beside them, of the patches around
+    it: what a method that looks at single spots leaves on the slide.
+    """
+    own, _ = runner.freeze_features(recipe, split)
+    around = average_surroundings(own, split.data.spots, SURROUNDINGS)
+    features = np.hstack([own, around])
+    ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
+    predicted = ridge.predict(features[split.scored()])
+    return predicted, {"weights": runner.name_weights(recipe), **shrinkage._asdict()}
+
+
+def average_surroundings(features, spots, width):
+    """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
+    spots of its slide, `width` pitches its standard deviation; its own where none is near.
+    """
+    around = features.copy()
+    for _, numbers in spots.groupby("tissue_index").indices.items():
+        tree = cKDTree(spots_in_pitches(spots)[numbers])
+        near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
+        near.data = np.exp(-((near.data / width) ** 2) / 2)
+        near.setdiag(0)
+        total = near.sum(1).A1
+        has_neighbours = total > 0
+        mean = (near @ features[numbers])[has_neighbours] / total[has_neighbours, None]
+        around[numbers[has_neighbours]] = mean
+    return around
+
+
+def spots_in_pitches(spots):
+    """(N, 2) where the spots lie, in pitches of their slide."""
+    return spots[["pxl_col", "pxl_row"]].to_numpy() / spots["pitch"].to_numpy()[:, None]
+
+
+@runner.refitted
 def depth_only(recipe, split, folder):
     """Control: a straight line a gene through the log of the spot's own total counts, which an
     image does not show.
@@ -308,9 +346,8 @@ def nearest_spot(recipe, split, folder):
     data = split.data
     train, scored = split.spots("train"), split.scored()
     slides = data.spots["tissue_index"].to_numpy()
-    centres = data.spots[["pxl_col", "pxl_row"]]
-    centres = centres - centres.groupby(slides).transform("mean")
-    places = centres.to_numpy() / data.spots["pitch"].to_numpy()[:, None]
+    places = pd.DataFrame(spots_in_pitches(data.spots))
+    places = (places - places.groupby(slides).transform("mean")).to_numpy()
     predicted = np.full((len(scored), len(data.genes)), np.nan, np.float32)
     for slide in np.unique(slides[scored]):
         others = np.setdiff1d(slides[train], slide)
@@ -375,8 +412,11 @@ def computed_methods(run):
         if PRETRAINED is not False:
             pooled = recipe | {"POOL_STAGES": True}
             methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
-            full_rank = functools.partial(runner.ridge_on_features, full_rank=True)
-            methods[f"ridge ({backbone}, all stages, full rank)"] = (pooled, full_rank)
+            if backbone == FEATURES:
+                full_rank = functools.partial(runner.ridge_on_features, full_rank=True)
+                methods[f"ridge ({backbone}, all stages, full rank)"] = (pooled, full_rank)
+            wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
+            methods[f"ridge ({backbone}, {WITH_SURROUNDINGS})"] = (wide, ridge_with_surroundings)
         if PRETRAINED is not False and PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
@@ -388,21 +428,30 @@ def computed_methods(run):
     return methods
 
 
-def compute_ensemble(run, records):
-    """The records of the mean of the best recipe's network, ST-Net with our optimiser and every
-    ridge on all stages; none from random weights.
+def compute_ensembles(run, records):
+    """The records of two means of predictions: of the networks and ridges that see single spots at
+    their best, and of the ridges that see the surroundings; none from random weights.
     """
-    settings = dict.fromkeys(record["setting"] for record in records)
+    if PRETRAINED is False:
+        return []
     endings = (", best recipe", ", our optimiser", ", all stages)")
+    return average_settings(run, records, endings, "models") + average_settings(
+        run, records, (f"{WITH_SURROUNDINGS})",), f"ridges, {WITH_SURROUNDINGS}"
+    )
+
+
+def average_settings(run, records, endings, kind):
+    """The records of the mean of the settings whose names end so; none of fewer than two."""
+    settings = dict.fromkeys(record["setting"] for record in records)
     members = [name for name in settings if name.endswith(endings)]
-    if PRETRAINED is False or len(members) < 2:
+    if len(members) < 2:
         return []
     found = []
     for split in run.splits:
         of = [runner.record_of(records, name, split) for name in members]
         recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
         compute = average_networks(run.out, of)
-        found += run.compute(f"mean of {len(members)} models", recipe, split, compute)
+        found += run.compute(f"mean of {len(members)} {kind}", recipe, split, compute)
     return found
 
 
@@ -438,7 +487,7 @@ def main():
             records += run.compute(name, recipe, split, compute)
     settings = {name: setting for name, setting in trained.items() if name in chosen}
     records = run.train(settings, adapt) + records
-    records += compute_ensemble(run, records)
+    records += compute_ensembles(run, records)
     bleep = name_bleep()
     others = dict.fromkeys(record["setting"] for record in records if record["setting"] != bleep)
     minus = {} if ONLY else dict.fromkeys(others, bleep)

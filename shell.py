@@ -208,6 +208,7 @@ ALLOWED = {
     "BLEEP_EPOCHS": (1, 10**6),
     "BLEEP_BATCH": (2, 10**6),
     "MICRO_BATCH": (3, 999),
+    "SURROUNDINGS": (0.1, 20),
 }
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants

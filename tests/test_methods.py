@@ -253,9 +253,16 @@ def test_published_stnet_loss_and_optimiser():
 
 
 # ------------------------------------------------------------------------------ baselines, controls
-@pytest.mark.parametrize("name", ["ridge_on_features", "ridge_on_colour"])
-def test_ridges_never_see_the_test_spots(paper_split, changed_split, name):
-    compute = getattr(runner, name)
+RIDGES = {
+    "on features": runner.ridge_on_features,
+    "on colour": runner.ridge_on_colour,
+    "with surroundings": load_script("25").ridge_with_surroundings,
+}
+
+
+@pytest.mark.parametrize("kind", RIDGES)
+def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
+    compute = RIDGES[kind]
     recipe = CPU | {"BACKBONE": "resnet18"}
     one, told = compute(recipe, paper_split, None)
     other, told_then = compute(recipe, changed_split, None)
@@ -272,6 +279,22 @@ def test_the_ridge_on_features_learns_from_training_spots(paper_split):
     one, _ = compute(recipe, paper_split, None)
     other, _ = compute(recipe, dataclasses.replace(paper_split, data=data), None)
     assert not np.allclose(one, other)
+
+
+def test_surroundings_are_the_other_spots_of_the_slide_by_their_distance():
+    """A row of four spots a pitch apart on one slide; two spots, out of each other's reach, on
+    another that lies in the same place.
+    """
+    spots = pd.DataFrame({"tissue_index": [1, 2, 1, 1, 1, 2], "pitch": 50.0, "pxl_row": 7})
+    spots["pxl_col"] = [0, 0, 50, 100, 150, 250]
+    features = np.eye(6)
+    around = load_script("25").average_surroundings(features, spots, 1.0)
+    near, far = np.exp(-1 / 2), np.exp(-4 / 2)
+    expected = np.array([near, far, np.exp(-9 / 2)])  # at 1, 2 and 3 pitches
+    np.testing.assert_allclose(around[0, [2, 3, 4]], expected / expected.sum())
+    assert (around[0, [0, 1, 5]] == 0).all(), "neither itself nor another slide"
+    np.testing.assert_allclose(around[2, [0, 3, 4]], [near, near, far] / (2 * near + far))
+    np.testing.assert_array_equal(around[[1, 5]], features[[1, 5]])
 
 
 def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
