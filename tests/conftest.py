@@ -6,15 +6,19 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
+
+# Small steps on two threads mostly wait for each other, and longer still beside a second worker.
+# Read when numpy and torch are loaded, here and in the processes that tests start.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
 import scipy.sparse
-import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -163,11 +167,6 @@ def write_slide(root, image, positions, counts, genes, slide=1):
 
 
 # ----------------------------------------------------------------------------------------- fixtures
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_reports():
     """Reports, which take longer to draw than these runs to train, are made where a test asks for

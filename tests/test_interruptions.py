@@ -4,7 +4,6 @@ happened.
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -38,9 +37,8 @@ def command_of(script, data, out):
 
 
 def start(command, **more):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **streams, **more)
+    return subprocess.Popen(command, **streams, **more)
 
 
 def finish(command):

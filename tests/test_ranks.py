@@ -79,7 +79,6 @@ def joined(tmp_path_factory):
 
 
 def compute_joined(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
     save_gradient(rank, folder)
     save_prediction(rank, folder)
