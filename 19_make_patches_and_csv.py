@@ -18,7 +18,7 @@ Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lo
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. Counts are in memory one slide at
-a time. How slides are read is in slides.py.
+a time. How slides are read is in slides.py, their pixels in imaging.py.
 """
 
 import shell
@@ -46,6 +46,8 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 import common
+import imaging
+import inputs
 import samples
 import slides
 from common import PATCH_SIZE
@@ -103,7 +105,7 @@ def published_panel(root, genes):
 
 def read_panel(path):
     """The genes of a table with a column gene, or of a list without a header."""
-    table = slides.read_table(path, {"gene": PANEL_SPELLINGS}, row_names="gene")
+    table = inputs.read_table(path, {"gene": PANEL_SPELLINGS}, row_names="gene")
     if "gene" not in table or (table.shape[1] > 1 and not table.attrs["named"]):
         raise InputError(f"{path}: expected a table with a column gene, and not {list(table)}")
     genes = [gene for gene in table["gene"] if gene]
@@ -125,7 +127,7 @@ def warn_of_lost_genes(path, genes, names):
     hint = "spell them as the features table does"
     if similar:
         hint += f", as {similar[0]}"
-    slides.warn(f"{path}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}")
+    inputs.warn(f"{path}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}")
 
 
 def find_variable_genes(counts):
@@ -434,17 +436,17 @@ def write_patches(out, manifest, obs, thumbnails):
         at = np.flatnonzero(obs["tissue_index"] == slide.tissue_index)
         spots, own = obs.iloc[at], patches[at[0] : at[-1] + 1]
         thumbnail = thumbnails[slide.name]
-        step = slides.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
-        image, made, over = slides.read_resampled(slide, spots, own, UM_PER_PX, out, step)
+        step = imaging.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
+        image, made, over = imaging.read_resampled(slide, spots, own, UM_PER_PX, out, step)
         samples.check_hires(slide, image.shape, made)
         over_border[slide.name] = over
-        inside.append(slides.find_inside(spots, image.shape))
+        inside.append(imaging.find_inside(spots, image.shape))
         size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
         counted = f"{len(spots):6} {size} {over:15}"
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
         if slide.positions is not None:
-            slides.warn_of_swap(slide, spots, own, image.shape)
-        if THUMBNAIL and not slides.holds_patches(slide.image):
+            imaging.warn_of_swap(slide, spots, own, image.shape)
+        if THUMBNAIL and not imaging.holds_patches(slide.image):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
@@ -578,8 +580,8 @@ def write_counts(path, annotations, tables):
 def write_meta(root, out, manifest, target, over_border):
     """meta.json: what the other files were made of and with; no reader takes them without it."""
     spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
-    whole = [slide for slide in manifest if not slides.holds_patches(slide.image)]
-    steps = {slide.name: slides.thumbnail_step(slide) for slide in whole}
+    whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
+    steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
     meta = {
         "format": common.FORMAT,
@@ -594,7 +596,7 @@ def write_meta(root, out, manifest, target, over_border):
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
         "slides": [describe_slide(slide) for slide in manifest],
-        "warnings": slides.WARNINGS,
+        "warnings": inputs.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -639,7 +641,7 @@ def check_slides(root, manifest):
         check_genes(root, slides.share_genes(table.var for table in tables))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
-    print(f"{root}: {len(manifest)} slides can be used, with {len(slides.WARNINGS)} warnings")
+    print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
 def check_slide(slide):
@@ -653,8 +655,8 @@ def check_slide(slide):
     table = slides.read_spots(slide, positions, GENOME)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
-        slides.check_centres(slide.image, table.obs, image.shape)
-        inside = slides.find_inside(table.obs, image.shape)
+        imaging.check_centres(slide.image, table.obs, image.shape)
+        inside = imaging.find_inside(table.obs, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())
@@ -671,10 +673,10 @@ def check_slide(slide):
 
 def check_image(slide):
     """Print what the image of a slide is; returns its SlideImage, None for patches of HEST."""
-    if slides.holds_patches(slide.image):
+    if imaging.holds_patches(slide.image):
         print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
         return None
-    image = slides.open_image(slides.unpack(slide.image))
+    image = imaging.open_image(inputs.unpack(slide.image))
     height, width = image.shape
     print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
     print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
@@ -684,7 +686,7 @@ def check_image(slide):
 def describe_tags(path):
     """What the tags of an image say about its resolution."""
     try:
-        return f"its tags say {slides.read_resolution(slides.unpack(path)):g}"
+        return f"its tags say {imaging.read_resolution(inputs.unpack(path)):g}"
     except InputError:
         return "its tags say nothing"
 
@@ -781,7 +783,7 @@ def check_task(root, manifest, tables):
 
 def main():
     root = Path(DATA_ROOT)
-    slides.WARNINGS.clear()
+    inputs.WARNINGS.clear()
     if FROM_HEST:
         link_hest(root)
     elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY or HEST_PATCHES:

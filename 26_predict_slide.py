@@ -36,6 +36,8 @@ import torch
 from matplotlib.figure import Figure
 
 import common
+import imaging
+import inputs
 import runner
 import samples
 import slides
@@ -174,7 +176,7 @@ def choose_slide():
         name=image.stem,
         donor=image.stem,
         image=image,
-        um_per_px=UM_PER_PX or slides.read_resolution(slides.unpack(image)),
+        um_per_px=UM_PER_PX or imaging.read_resolution(inputs.unpack(image)),
         positions=Path(POSITIONS) if POSITIONS else None,
         matrix=Path(MATRIX) if MATRIX else None,
     )
@@ -220,15 +222,15 @@ def read_slide(slide, positions, um_per_px, scratch):
     if positions is None:
         positions, thumbnail = slides.place_spots(slide)
     spots = slides.read_spots(slide, positions, GENOME)
-    patches = slides.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
-    step = slides.thumbnail_step(slide) if thumbnail is None else None
-    image, made, over = slides.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
+    patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
+    step = imaging.thumbnail_step(slide) if thumbnail is None else None
+    image, made, over = imaging.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
     samples.check_hires(slide, image.shape, made)
-    inside = slides.find_inside(spots.obs, image.shape)
+    inside = imaging.find_inside(spots.obs, image.shape)
     if not inside.all():
         spots, patches = spots[inside].copy(), patches[inside]
     if slide.positions is not None:
-        slides.warn_of_swap(slide, spots.obs, patches, image.shape)
+        imaging.warn_of_swap(slide, spots.obs, patches, image.shape)
     size = f"{image.shape[0]} x {image.shape[1]} px, {image.how}"
     print(f"slide       {slide.name}: {size}; {spots.n_obs} spots, {over} patches over the border")
     return spots, patches, made or thumbnail
@@ -370,7 +372,7 @@ def report(slide, table, genes, trained, out):
         runner.print_table(title, content.round(3).fillna("-"))
     heg = groups["r in validation"][0]
     if np.isnan(heg) or heg < LEAST_R:
-        slides.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
+        inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
     files = "predictions.h5ad and .csv, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
@@ -386,7 +388,7 @@ def report(slide, table, genes, trained, out):
         rows=records[caption],
         tables=records,
         recipe=shell.recipe_of(globals()),
-        warnings=slides.WARNINGS,
+        warnings=inputs.WARNINGS,
     )
 
 
@@ -395,7 +397,7 @@ def main():
         raise InputError(
             "--weights: give the weights.safetensors, or its folder, of a run of scripts 20 to 23"
         )
-    slides.WARNINGS.clear()
+    inputs.WARNINGS.clear()
     model, trained = read_weights(Path(WEIGHTS))
     genes = choose_genes(trained)
     slide, positions = choose_slide()

@@ -4,7 +4,7 @@ ridge -> correlation -> intervals
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in shell.py
 (command line, files) and runner.py (settings, result folders, tables); how slides become patches
-and counts is in slides.py and script 19.
+and counts is in slides.py, imaging.py and script 19.
 
 Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `recipe` is the plain
 dict of a script's constants.

@@ -2,7 +2,7 @@
 
 Space Ranger -> HEST -> tasks of HEST-Benchmark -> Visium HD
 
-How the files themselves are read is in slides.py.
+How the files themselves are read is in slides.py and imaging.py.
 """
 
 import json
@@ -22,6 +22,8 @@ import scipy.sparse
 from PIL import Image
 
 import common
+import imaging
+import inputs
 import shell
 import slides
 from common import PATCH_SIZE, POSITION_COLUMNS
@@ -46,7 +48,7 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
     px follow from the spots, which are 100 um apart. An image is held against the hires image, but
     where `check` is False. The bins of Visium HD are summed to spots of `bin_um`, whose files lie
-    in slides.scratch_folder(); their um per px is stated.
+    in inputs.scratch_folder(); their um per px is stated.
     """
     outs = find_outs(folder)
     if image is not None and not image.exists():
@@ -76,7 +78,7 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
 
 def scale_positions(positions, scale):
     """The positions on an image that is `scale` times as wide, in whole px."""
-    places = np.rint(positions[slides.PLACE] * scale).astype(int)
+    places = np.rint(positions[imaging.PLACE] * scale).astype(int)
     return positions.assign(**places)
 
 
@@ -132,7 +134,7 @@ def read_scale(outs, name):
     """A number above 0 that Space Ranger's scalefactors_json.json states under this name."""
     path = find_spatial(outs, "scalefactors_json.json")
     try:
-        scale = float(json.loads(slides.decode_text(slides.read_bytes(path)))[name])
+        scale = float(json.loads(inputs.decode_text(inputs.read_bytes(path)))[name])
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no {name} ({error})") from None
     if not 0 < scale < math.inf:
@@ -152,8 +154,8 @@ class View:
 
 def view_image(path, scale=1.0):
     """The View of an image that is `scale` times as wide as the full-resolution one."""
-    image = slides.open_image(slides.unpack(path))
-    thumbnail = slides.make_thumbnail(image, max(1, min(image.shape) // (2 * VIEW)))
+    image = imaging.open_image(inputs.unpack(path))
+    thumbnail = imaging.make_thumbnail(image, max(1, min(image.shape) // (2 * VIEW)))
     return view_thumbnail(path, thumbnail, scale)
 
 
@@ -171,7 +173,7 @@ def view_hires(folder):
     try:
         image, scale = find_spatial(outs, "tissue_hires_image.png"), read_hires_scale(outs)
     except InputError as error:
-        slides.warn(f"{folder}: whether its image fits cannot be told ({error})")
+        inputs.warn(f"{folder}: whether its image fits cannot be told ({error})")
         return None
     return view_image(image, scale)
 
@@ -290,7 +292,7 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
 
 def check_manifest_is_new(path, table, flag):
     """InputError where a slides.csv is there that is not this table; `flag` is what makes it."""
-    if path.exists() and slides.decode_text(slides.read_bytes(path)) != table.to_csv(index=False):
+    if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != table.to_csv(index=False):
         raise InputError(
             f"{path} is there already and names other slides: leave out {flag}, or remove it"
         )
@@ -323,7 +325,7 @@ def name_links(slide, positions):
 
 def place_file(place, path):
     """Make a link to a path, or a copy of a file that would go when the process ends."""
-    if slides.scratch_folder() not in path.parents:
+    if inputs.scratch_folder() not in path.parents:
         place_link(place, path)
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -379,10 +381,10 @@ def read_hest_metadata(folder):
     tables = sorted(folder.glob("HEST_v*.csv"), key=number_version)
     if not tables:
         return {}
-    table = slides.read_table(tables[-1], {"id": ("id",)})
+    table = inputs.read_table(tables[-1], {"id": ("id",)})
     if "id" not in table or not table.attrs["named"]:
         raise InputError(f"{tables[-1]}: no column id among {', '.join(map(str, table))}")
-    slides.check_unique(table["id"], "sample", tables[-1])
+    inputs.check_unique(table["id"], "sample", tables[-1])
     return table.set_index("id").to_dict("index")
 
 
@@ -435,7 +437,7 @@ def read_hest_sample(folder, number, sample, row, use_patches):
             )
     facts = row | read_hest_json(folder, sample, row)
     if facts.get("patient", "") in slides.NO_FILE:
-        slides.warn(
+        inputs.warn(
             f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
             "mend donor in slides.csv where two samples are of one person"
         )
@@ -463,7 +465,7 @@ def read_hest_json(folder, sample, row):
     if not path.is_file() and row:
         return {}
     try:
-        facts = json.loads(slides.decode_text(path.read_bytes()))
+        facts = json.loads(inputs.decode_text(path.read_bytes()))
         return {
             name: str(value) for name, value in facts.items() if str(value) not in slides.NO_FILE
         }
@@ -541,11 +543,11 @@ def read_split(folder, role, fold):
             "task again"
         )
     columns = ["sample_id", "patches_path", "expr_path"]
-    table = slides.read_table(path, {column: (column,) for column in columns})
+    table = inputs.read_table(path, {column: (column,) for column in columns})
     missing = [column for column in columns if column not in table or not table.attrs["named"]]
     if missing or table.empty:
         raise InputError(f"{path}: expected the columns {', '.join(columns)} and a row a sample")
-    slides.check_unique(table["sample_id"], "sample", path)
+    inputs.check_unique(table["sample_id"], "sample", path)
     return table[columns]
 
 
@@ -553,12 +555,12 @@ def read_task_genes(folder):
     """The genes that a task of HEST-Benchmark predicts."""
     path = folder / "var_50genes.json"
     try:
-        genes = json.loads(slides.decode_text(path.read_bytes()))["genes"]
+        genes = json.loads(inputs.decode_text(path.read_bytes()))["genes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no list of genes ({error}): fetch the task again") from None
     if not isinstance(genes, list) or not genes:
         raise InputError(f"{path}: genes is {genes!r}; expected a list of names")
-    slides.check_unique(genes, "gene", path)
+    inputs.check_unique(genes, "gene", path)
     return genes
 
 
@@ -583,7 +585,7 @@ def read_task_positions(slide):
     Those spots count as tissue that have a patch.
     """
     positions = slides.read_positions(slide.matrix)
-    with slides.open_hest_patches(slide.image) as (barcodes, _):
+    with imaging.open_hest_patches(slide.image) as (barcodes, _):
         lost = barcodes[~barcodes.isin(positions.index)]
         if len(lost):
             raise InputError(
@@ -599,7 +601,7 @@ def read_task_positions(slide):
 def make_spots(outs, name, bin_um):
     """(positions file, matrix file) of spots of `bin_um`, summed from a folder of Visium HD's bins.
 
-    Both lie in slides.scratch_folder(). The matrix holds the spots of the tissue alone.
+    Both lie in inputs.scratch_folder(). The matrix holds the spots of the tissue alone.
     """
     side = count_bins(outs, bin_um)
     positions_file, matrix = find_spatial(outs, BIN_POSITIONS), find_matrix(outs)
@@ -624,7 +626,7 @@ def make_spots(outs, name, bin_um):
         f"{name}: {len(bins):,} bins are summed to {len(spots):,} spots of {bin_um:g} um, "
         f"{tissue.sum():,} of them in_tissue"
     )
-    folder = Path(tempfile.mkdtemp(dir=slides.scratch_folder()))
+    folder = Path(tempfile.mkdtemp(dir=inputs.scratch_folder()))
     made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5"
     shell.save_csv(made[0], spots.reset_index())
     write_h5_matrix(made[1], summed)
@@ -665,9 +667,10 @@ def find_centres(bins, groups, side):
     It is the mean of the bins; of a square that the border of the slide cuts, it is moved to where
     the mean would be with the bins that lack, by the affine map from bins to px.
     """
-    array, pixels = bins[ARRAY] - bins[ARRAY].mean(), bins[slides.PLACE] - bins[slides.PLACE].mean()
+    array = bins[ARRAY] - bins[ARRAY].mean()
+    pixels = bins[imaging.PLACE] - bins[imaging.PLACE].mean()
     affine = np.linalg.lstsq(array.to_numpy(np.float64), pixels.to_numpy(np.float64))[0]
-    means = groups[slides.PLACE].mean()
+    means = groups[imaging.PLACE].mean()
     whole = side * means.index.to_frame().to_numpy() + (side - 1) / 2
     return means + (whole - groups[ARRAY].mean().to_numpy()) @ affine
 

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import imaging
 import runner
 import slides
 
@@ -193,12 +194,12 @@ def _watched(sender, function, *arguments):
 
 
 def cut_here(path, corners, folder):
-    """The reader of slides.py, into a memory-mapped patches.npy."""
+    """The reader of imaging.py, into a memory-mapped patches.npy."""
     shape = (len(corners), common.PATCH_SIZE, common.PATCH_SIZE, 3)
     patches = np.lib.format.open_memmap(folder / "patches.npy", "w+", np.uint8, shape)
     centres = corners + common.PATCH_SIZE // 2
     spots = pd.DataFrame(centres, columns=["pxl_row", "pxl_col"]).assign(barcode="")
-    slides.read_patches(path, spots, patches)
+    imaging.read_patches(path, spots, patches)
     patches.flush()
 
 

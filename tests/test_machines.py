@@ -22,8 +22,8 @@ from test_interruptions import SCRIPTS, start
 from test_patches import make_root
 
 import common
+import imaging
 import shell
-import slides
 
 NOBODY = 65534
 
@@ -120,9 +120,9 @@ WAITS = {
         "torch.distributed.HashStore().wait(['never'], datetime.timedelta(seconds=600))",
     ),
     "threads that decode": (
-        "slides, time",
+        "imaging, time",
         """
-with slides.decoding_threads() as pool:
+with imaging.decoding_threads() as pool:
     list(pool.map(lambda number: time.sleep(0.1), range(6000)))""",
     ),
     "a bar": (
@@ -188,13 +188,13 @@ def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------- macOS
 def test_scratch_files_where_disk_space_cannot_be_reserved(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
-    scratch = slides.map_scratch(tmp_path, (5, 4, 4, 3))
+    scratch = imaging.map_scratch(tmp_path, (5, 4, 4, 3))
     scratch[:] = 7
     assert scratch.shape == (5, 4, 4, 3)
     assert (scratch == 7).all()
     assert not list(tmp_path.iterdir()), "it has no name"
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        slides.map_scratch(tmp_path, (10**7, 224, 224, 3))
+        imaging.map_scratch(tmp_path, (10**7, 224, 224, 3))
 
 
 # ------------------------------------------------------------------------------------------- start

@@ -1,4 +1,4 @@
-"""slides.py and script 19: the same spot in patch, row and count for every image kind; borders; both position formats; panel."""
+"""slides.py, imaging.py and script 19: the same spot in patch, row and count for every image kind; borders; both position formats; panel."""
 
 import gzip
 import json
@@ -15,6 +15,7 @@ from conftest import SHARED, run_script, write_slide
 from PIL import Image
 
 import common
+import imaging
 import slides
 
 HEIGHT, WIDTH = 700, 900
@@ -160,7 +161,7 @@ def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tifffile.TiffPage, "decode", Spy())
     patches = np.zeros((7, 224, 224, 3), np.uint8)
-    slides.read_patches(tmp_path / "s.tif", spots, patches)
+    imaging.read_patches(tmp_path / "s.tif", spots, patches)
     assert decoded and len(decoded) == len(set(decoded))
     assert np.array_equal(
         patches[0], expected_patch(picture(), spots["pxl_row"][0], spots["pxl_col"][0])
@@ -170,7 +171,7 @@ def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_regions_of_an_image_cover_it_once(tmp_path, kind):
     WRITERS[kind](tmp_path / kind, picture())
-    image = slides.open_image(tmp_path / kind)
+    image = imaging.open_image(tmp_path / kind)
     assert image.shape == (HEIGHT, WIDTH)
     times, found = np.zeros((HEIGHT, WIDTH), int), np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for pixels, top, left in image.regions(lambda box: True):
@@ -187,7 +188,7 @@ def test_the_regions_of_an_image_cover_it_once(tmp_path, kind):
 
 def test_only_regions_that_are_needed_are_read(tmp_path):
     WRITERS["tiles.tif"](tmp_path / "s.tif", picture())
-    image = slides.open_image(tmp_path / "s.tif")
+    image = imaging.open_image(tmp_path / "s.tif")
     places = {
         (top, left)
         for _, top, left in image.regions(lambda box: box[0] <= 300 < box[2] and box[3] == WIDTH)
@@ -199,7 +200,7 @@ def test_a_new_format_is_one_function(tmp_path, monkeypatch):
     """As SlideImage's docstring says, here of NumPy files, in squares of 200 px."""
 
     def open_numpy(path):
-        pixels = slides.as_rgb(np.load(path, mmap_mode="r"), path)
+        pixels = imaging.as_rgb(np.load(path, mmap_mode="r"), path)
 
         def regions(needed):
             for top in range(0, HEIGHT, 200):
@@ -208,10 +209,10 @@ def test_a_new_format_is_one_function(tmp_path, monkeypatch):
                     if needed((top, left, top + part.shape[0], left + part.shape[1])):
                         yield part, top, left
 
-        return slides.SlideImage("squares", pixels.shape[:2], regions)
+        return imaging.SlideImage("squares", pixels.shape[:2], regions)
 
     make_root(tmp_path, "slide.npy", np.save)
-    monkeypatch.setattr(slides, "open_image", open_numpy)
+    monkeypatch.setattr(imaging, "open_image", open_numpy)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     patches = np.load(tmp_path / "dataset" / "patches.npy")
     made = pd.read_csv(tmp_path / "dataset" / "dataset.csv")
@@ -233,7 +234,7 @@ def test_a_sparse_tiff_is_white_where_it_has_no_tiles(tmp_path):
     )
     spots = pd.DataFrame({"barcode": ["A"], "pxl_row": [128], "pxl_col": [128]})
     patches = np.zeros((1, 224, 224, 3), np.uint8)
-    slides.read_patches(tmp_path / "s.tif", spots, patches)
+    imaging.read_patches(tmp_path / "s.tif", spots, patches)
     expected = np.full((224, 224, 3), 255, np.uint8)
     expected[:112, :112] = tile[16:, 16:]
     expected[112:, 112:] = tile[:112, :112]
@@ -251,8 +252,8 @@ def test_a_sparse_tiff_is_white_where_it_has_no_tiles(tmp_path):
     ],
 )
 def test_the_thumbnail_averages_squares_and_is_made_in_the_same_pass(tmp_path, monkeypatch, kind):
-    opened, original = [], slides.open_image
-    monkeypatch.setattr(slides, "open_image", lambda path: opened.append(path) or original(path))
+    opened, original = [], imaging.open_image
+    monkeypatch.setattr(imaging, "open_image", lambda path: opened.append(path) or original(path))
     make_root(tmp_path, kind, WRITERS[kind])
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     assert len(opened) == 1, "the image is read once"

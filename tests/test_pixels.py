@@ -11,6 +11,7 @@ from conftest import run_script
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture
 
+import imaging
 import shell
 import slides
 
@@ -19,7 +20,7 @@ TILES = {"tile": (128, 128), "compression": "zlib"}
 
 def pixels_of(path):
     """(h, w, 3) uint8 of an image, put together from its regions."""
-    image = slides.open_image(path)
+    image = imaging.open_image(path)
     found = np.zeros((*image.shape, 3), np.uint8)
     for pixels, top, left in image.regions(lambda box: True):
         found[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
@@ -348,13 +349,13 @@ def write_ome(path, size, unit):
 ])  # fmt: skip
 def test_units_of_ome(tmp_path, size, unit):
     write_ome(tmp_path / "s.ome.tif", size, unit)
-    assert slides.read_resolution(tmp_path / "s.ome.tif") == pytest.approx(0.5)
+    assert imaging.read_resolution(tmp_path / "s.ome.tif") == pytest.approx(0.5)
 
 
 def test_a_unit_that_is_no_length_is_no_resolution(tmp_path):
     write_ome(tmp_path / "s.ome.tif", 0.5, "pixel")
     with pytest.raises(shell.InputError, match="--um-per-px"):
-        slides.read_resolution(tmp_path / "s.ome.tif")
+        imaging.read_resolution(tmp_path / "s.ome.tif")
 
 
 @pytest.mark.parametrize("per_unit, unit", [
@@ -363,7 +364,7 @@ def test_a_unit_that_is_no_length_is_no_resolution(tmp_path):
 def test_units_of_imagej(tmp_path, per_unit, unit):
     options = {"imagej": True, "resolution": (per_unit, per_unit)}
     tifffile.imwrite(tmp_path / "s.tif", picture(), metadata={"unit": unit}, **options)
-    assert slides.read_resolution(tmp_path / "s.tif") == pytest.approx(0.5)
+    assert imaging.read_resolution(tmp_path / "s.tif") == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_aperio_may_write_a_decimal_comma(tmp_path, stated):
     tifffile.imwrite(
         tmp_path / "s.svs", picture(), photometric="rgb", metadata=None, description=text
     )
-    assert slides.read_resolution(tmp_path / "s.svs") == 0.5
+    assert imaging.read_resolution(tmp_path / "s.svs") == 0.5
 
 
 def test_the_resolution_is_that_of_the_image_that_is_read(tmp_path):
@@ -382,9 +383,9 @@ def test_the_resolution_is_that_of_the_image_that_is_read(tmp_path):
     with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
         tiff.write(picture()[::4, ::4], resolution=(5000, 5000), **options)
         tiff.write(picture(), resolution=(20000, 20000), **options)
-    assert slides.read_resolution(tmp_path / "s.tif") == pytest.approx(0.5)
+    assert imaging.read_resolution(tmp_path / "s.tif") == pytest.approx(0.5)
     ome = tmp_path / "s.ome.tif"
     with tifffile.TiffWriter(ome, ome=True) as tiff:
         tiff.write(picture()[::4, ::4], photometric="rgb", metadata={"PhysicalSizeX": 2.0})
         tiff.write(picture(), photometric="rgb", metadata={"PhysicalSizeX": 0.5})
-    assert slides.read_resolution(ome) == pytest.approx(0.5)
+    assert imaging.read_resolution(ome) == pytest.approx(0.5)

@@ -17,6 +17,7 @@ from test_patches import picture, spot_table
 from test_report import Page
 
 import common
+import imaging
 import shell
 import slides
 
@@ -216,10 +217,10 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
 def test_resolution_from_tags(tmp_path, tags, um):
     tifffile.imwrite(tmp_path / "slide.tif", picture(), photometric="rgb", metadata=None, **tags)
     if um:
-        assert slides.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
+        assert imaging.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
     else:
         with pytest.raises(shell.InputError, match="--um-per-px"):
-            slides.read_resolution(tmp_path / "slide.tif")
+            imaging.read_resolution(tmp_path / "slide.tif")
 
 
 def test_resolution_of_an_ome_tiff(tmp_path):
@@ -229,7 +230,7 @@ def test_resolution_of_an_ome_tiff(tmp_path):
             photometric="rgb",
             metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"},
         )
-    assert slides.read_resolution(tmp_path / "slide.ome.tif") == 0.25
+    assert imaging.read_resolution(tmp_path / "slide.ome.tif") == 0.25
 
 
 def spoil_weights(weights, path, change):

@@ -1,0 +1,236 @@
+"""Files as people have them, packed or not, of any encoding and separator; and warnings of what was
+found in them.
+
+What cannot be read raises InputError.
+"""
+
+import atexit
+import codecs
+import csv
+import functools
+import gzip
+import io
+import re
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars
+
+from shell import InputError
+
+GZIP = b"\x1f\x8b"  # how a gzipped file begins
+
+WARNINGS = []  # of this start of a script, in the order in which warn() printed them
+
+
+def warn(text):
+    """Print one line `warning: file: value: fix`, and keep it for the report."""
+    line = " ".join(text.split())
+    print(f"warning: {line}")
+    WARNINGS.append(line)
+
+
+def read_bytes(path):
+    """The bytes of a file, unpacked where they are gzipped, whatever the file is called."""
+    content = path.read_bytes()
+    return gzip.decompress(content) if content.startswith(GZIP) else content
+
+
+@functools.cache
+def scratch_folder():
+    """A folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def unpack(path):
+    """The path of a file that can be read anywhere: a gzipped one is unpacked, once.
+
+    It is unpacked to the system's folder for temporary files, which TMPDIR names.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(GZIP)) != GZIP:
+            return path
+    found = path.stat()
+    return unpack_to_scratch(path.absolute(), found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def unpack_to_scratch(path, size, changed):
+    """The path of the unpacked file, whose `size` and time of change tell it from an older one."""
+    folder = Path(tempfile.mkdtemp(dir=scratch_folder()))
+    plain = folder / path.name.removesuffix(".gz")
+    print(f"unpack {path} to {folder}", flush=True)
+    try:
+        with gzip.open(path) as packed, open(plain, "wb") as file:
+            shutil.copyfileobj(packed, file, 2**24)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a whole .gz file ({error}); fetch it again") from None
+    return plain
+
+
+def decode_text(content):
+    """Bytes as text: UTF-8, UTF-16 with its mark, or what spreadsheets write in Western Europe."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252")
+
+
+def find_separator(text):
+    """The character that separates the cells of a table; a tab for a table of one column.
+
+    It is that of the first line, or of the second where R quotes row names that have no head.
+    """
+    first, second, *_ = [*text.split("\n", 2), ""]
+    lines = [first, second] if second.startswith('"') else [first]
+    for line in lines:
+        outside_quotes = re.sub(r'"[^"]*"', "", line.strip())
+        for separator in ("\t", ";", ",", " "):
+            if separator in outside_quotes:
+                return separator
+    return "\t"  # The cells of one column may hold commas.
+
+
+def split_cells(path):
+    """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
+    try:
+        text = decode_text(read_bytes(path)).lstrip()
+        separator = find_separator(text)
+        lines = csv.reader(
+            io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
+        )
+        rows = [[cell.strip() for cell in line] for line in lines]
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not a table of text ({error}); export it as CSV") from None
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        raise InputError(f"{path}: holds no line")
+    return rows, separator
+
+
+def normalise_name(cell):
+    """A column's name in lower case, with underscores for all that is no letter or number."""
+    return re.sub(r"[\W_]+", "_", cell.lower()).strip("_")
+
+
+def counts_up(cells):
+    """Whether these are the names or numbers that R and pandas give by default: 0, 1, 2, or V1."""
+    numbers = [re.sub(r"^(V|X|Unnamed: )(?=\d+$)", "", cell) for cell in cells]
+    first = 1 if numbers[:1] == ["1"] else 0
+    return numbers == [str(first + place) for place in range(len(numbers))]
+
+
+def read_table(path, spellings, row_names=None):
+    """A table of texts, with the columns that `spellings` {column: (spelling, ...)} name.
+
+    Columns are found by their names where the first line holds a known one, whatever their order,
+    the first spelling before the others; else by their places. An unnamed first column, as R and
+    pandas write row names, is `row_names` where the table has no other column of that name, and is
+    left out otherwise. Other columns keep their names, or are called by their numbers. attrs hold
+    "named" and "separator". Commas, semicolons, tabs and blanks separate; quotes, byte order marks
+    and .gz are seen to. Raises InputError.
+    """
+    rows, separator = split_cells(path)
+    known = {spelling for column in spellings for spelling in spellings[column]}
+    named = any(normalise_name(cell) in known for cell in rows[0])
+    if named:
+        names, rows = rows[0], rows[1:]
+        if rows and all(len(row) == len(names) + 1 for row in rows):
+            names = ["", *names]  # R's write.table gives row names no head
+        columns = name_columns(path, names, spellings, row_names)
+    else:
+        if holds_no_names(rows[0]) and len(rows) > 1:
+            rows = rows[1:]
+        columns = number_columns(rows, list(spellings))
+    table = pd.DataFrame([fit_row(path, row, len(columns)) for row in rows], columns=columns)
+    table = table.drop(columns="", errors="ignore").astype(object)
+    table.attrs = {"named": named, "separator": separator}
+    return table
+
+
+def read_parquet(path, spellings):
+    """A .parquet as read_table gives a table with a head; numbers stay numbers."""
+    try:
+        table = polars.read_parquet(io.BytesIO(read_bytes(path)))
+    except (OSError, EOFError, zlib.error, polars.exceptions.PolarsError) as error:
+        cause = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a whole .parquet ({cause}); fetch it again") from None
+    if not table.columns:
+        raise InputError(f"{path}: holds no column")
+    columns = name_columns(path, table.columns, spellings, None)
+    cells = [column.to_numpy() for column in table.iter_columns()]
+    table = pd.DataFrame(dict(zip(columns, cells, strict=True)))
+    table.attrs = {"named": True, "separator": "\t"}
+    return table
+
+
+def holds_no_names(heads):
+    """Whether a first line is the head that R or pandas give a table without names."""
+    heads = heads if heads[0] else heads[1:]
+    return len(heads) > 1 and counts_up(heads)
+
+
+def name_columns(path, names, spellings, row_names):
+    """What the columns under these heads are called; "" for row names."""
+    found = [normalise_name(name) for name in names]
+    columns = list(names)
+    for column, allowed in spellings.items():
+        spelling = next((spelling for spelling in allowed if spelling in found), None)
+        if spelling is None:
+            continue
+        if found.count(spelling) > 1:
+            raise InputError(f"{path}: the column {spelling} stands there twice")
+        columns[found.index(spelling)] = column
+    if found[0] in ("", "unnamed_0"):
+        columns[0] = row_names if row_names and row_names not in columns else ""
+    return columns
+
+
+def number_columns(rows, columns):
+    """What the columns of a table without a head are called: by their places, "" for row numbers.
+
+    Those beyond the known `columns` are called by their numbers.
+    """
+    width = len(rows[0])
+    if width > len(columns) and counts_up([row[0] for row in rows]):
+        columns = ["", *columns]
+    further = [str(place + 1) for place in range(len(columns), width)]
+    return [*columns, *further][:width]
+
+
+def fit_row(path, row, width):
+    """A row with as many cells as the table has columns; those that it lacks are empty."""
+    if any(row[width:]):
+        raise InputError(
+            f"{path}: the line of {row[0]!r} has {len(row)} cells; expected {width} as in the first"
+        )
+    return row[:width] + [""] * (width - len(row))
+
+
+def parse_numbers(texts, separator):
+    """Texts as float64, with a point or a comma before decimals; NaN for what is no number.
+
+    Columns of numbers, as a .parquet has, are taken as they are. Where commas separate the cells,
+    1,234 in quotes may be a thousand and is no number here.
+    """
+    if pd.api.types.is_numeric_dtype(texts):
+        return texts.astype(np.float64)
+    doubtful = texts.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+")
+    numbers = pd.to_numeric(texts.str.replace(",", ".", regex=False), errors="coerce")
+    return numbers.astype(np.float64).mask(doubtful & (separator == ","))
+
+
+def check_unique(names, kind, path):
+    """InputError where one of the names stands there twice."""
+    names = pd.Series(names)
+    twice = names[names.duplicated()]
+    if len(twice):
+        raise InputError(f"{path}: {kind} {twice.iloc[0]} stands there twice")
