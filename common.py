@@ -819,18 +819,21 @@ def widen_depthwise(convolution, forward, images):
 
 
 def pool_each_stage(backbone, images):
-    """[(B, C) float32] of every stage: its output, averaged over the image or a transformer's
-    tokens.
+    """[(B, C) float32] of every stage: standard deviation and mean of its output over the image or
+    a transformer's tokens; its output as it is where that has no places.
     """
     pooled = []
 
     def keep(module, arguments, output):
-        if output.ndim == 4:
-            last_axis = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-            output = output.mean((1, 2) if last_axis else (2, 3), dtype=torch.float32)
-        elif output.ndim == 3:
-            output = output.mean(1, dtype=torch.float32)
-        pooled.append(output.float())
+        output = output.float()
+        if output.ndim == 2:
+            pooled.append(output)
+            return
+        last_axis = output.ndim == 3 or getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        places = tuple(range(1, output.ndim - 1)) if last_axis else (2, 3)
+        variance, mean = torch.var_mean(output, places, correction=0)
+        # The slope of a root is infinite at 0.
+        pooled.extend([(variance + 1e-6).sqrt(), mean])
 
     hooks = [stage[-1].register_forward_hook(keep) for stage in stages_of(backbone)]
     try:
@@ -845,9 +848,9 @@ class SpotRegressor(nn.Module):
     """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression.
 
     The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
-    POOL_STAGES the head sees the mean of every stage's output over the image, not the last stage's
-    alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM training uses
-    the averages that BatchNorm was given, as evaluation does.
+    POOL_STAGES the head sees mean and sd of every stage's output over the image, not the last
+    stage's mean alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM
+    training uses the averages that BatchNorm was given, as evaluation does.
     """
 
     def __init__(self, backbone, head, widths, recipe):
@@ -936,7 +939,8 @@ def build_model(recipe, n_genes, seed):
 
 
 def measure_features(backbone, recipe):
-    """[number of features] of every stage with POOL_STAGES, else of the backbone's output.
+    """[numbers of features] as pool_each_stage gives them with POOL_STAGES, else of the backbone's
+    output.
 
     They are those of one image of IMAGE_SIZE; InputError where the backbone cannot take it.
     """
@@ -1542,11 +1546,32 @@ def fit_ridge(features, target, spots, table, leading, full_rank=False):
     reduced to; `full_rank` leaves the features as they are.
     """
     slides = table["tissue_index"].to_numpy()
+    features, axes = turn_to_span(features, spots, slides)
     reported = Centred(features, GenesOf(target, leading), spots, slides)
     shrinkage = choose_shrinkage(reported, spots, table, full_rank)
     centred = Centred(features, target, spots, slides)
     penalty = shrinkage.alpha * centred.mean_squared_length
-    return solve_ridge(centred, spots, penalty, shrinkage.rank, leading), shrinkage
+    ridge = solve_ridge(centred, spots, penalty, shrinkage.rank, leading)
+    return Ridge(axes @ ridge.weight, ridge.bias), shrinkage
+
+
+def turn_to_span(features, spots, slides):
+    """(features (N, f) on other axes, these axes (F, f)) of features (N, F): where there are fewer
+    spots than features, f is no more than the spots.
+
+    Of a ridge that learns on these spots nothing changes, since what it cannot tell apart it does
+    not use, and a turn of the axes leaves lengths as they are.
+    """
+    n_features = features.shape[1]
+    if len(spots) >= n_features:
+        return features, np.eye(n_features)
+    nothing = np.empty((len(features), 0))
+    parts = Centred(features, nothing, spots, slides).parts(spots)
+    x = np.concatenate([part for part, _ in parts])
+    sizes, turns = scipy.linalg.eigh(x @ x.T)
+    kept = sizes > 1e-12 * max(sizes[-1], 1e-12)
+    axes = x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
+    return features @ axes, axes
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):
@@ -1612,7 +1637,9 @@ def reduce_rank(weight, xx, rank, leading):
 
 def explain_genes(features, target, spots, table, shrinkage, leading):
     """(G,) share of each gene's variance within slides that the ridge predicts out of fold."""
-    centred = Centred(features, target, spots, table["tissue_index"].to_numpy())
+    slides = table["tissue_index"].to_numpy()
+    features, _ = turn_to_span(features, spots, slides)
+    centred = Centred(features, target, spots, slides)
     penalty = shrinkage.alpha * centred.mean_squared_length
     error = 0
     for train, held_out in choose_folds(table.iloc[spots]):
@@ -1637,10 +1664,13 @@ def choose_folds(spots):
 
 
 def balance_stages(features, widths):
-    """(F,) factors by which every stage's features vary as much, in total, as the last stage's."""
+    """(F,) factors by which the features of every one of these widths vary as much, in total, as
+    the last ones; 0 for those that do not vary.
+    """
     starts = np.cumsum([0, *widths[:-1]])
     totals = np.add.reduceat(features.var(0, np.float64), starts)
-    return np.repeat(np.sqrt(totals[-1] / np.maximum(totals, 1e-12)), widths)
+    varies = totals > 1e-12
+    return np.repeat(np.sqrt(varies * totals[-1] / np.where(varies, totals, 1)), widths)
 
 
 def start_as_ridge(model, ridge, scale):

@@ -148,7 +148,7 @@ def headline_of(protocol):
 RECIPES = {
     "paper": {
         "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
-        "POOL_STAGES": False,  # the head sees every stage's mean over the image
+        "POOL_STAGES": False,  # the head sees every stage's mean and sd over the image
         "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
         "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
         "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts

@@ -65,6 +65,21 @@ def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
     np.testing.assert_allclose(predicted.mean(0), target.mean(0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("full_rank", [False, True])
+def test_more_features_than_spots_change_nothing(full_rank, monkeypatch):
+    features, target, spots = ridge_problem(width=80)
+    options = np.arange(60), spots, np.arange(4), full_rank
+    ridge, told = common.fit_ridge(features, target, *options)
+    explained = common.explain_genes(features, target, *options[:2], told, options[2])
+    monkeypatch.setattr(common, "turn_to_span", lambda features, *_: (features, np.eye(80)))
+    expected, told_then = common.fit_ridge(features, target, *options)
+    assert told == told_then
+    np.testing.assert_allclose(ridge.weight, expected.weight, atol=1e-8)
+    np.testing.assert_allclose(
+        explained, common.explain_genes(features, target, *options[:2], told, options[2]), atol=1e-8
+    )
+
+
 def test_a_ridge_of_a_rank_keeps_the_main_patterns_of_what_it_predicts():
     features, target, spots = ridge_problem()
     x = centred_within_slides(features, spots)
@@ -120,6 +135,14 @@ def test_genes_that_never_vary_are_predicted_as_they_are(full_rank):
     np.testing.assert_allclose(ridge.predict(features), 2.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("width", [5, 80])
+def test_features_that_never_vary_give_the_mean(width):
+    _, target, spots = ridge_problem()
+    features = np.full((60, width), 7.0)
+    ridge, _ = common.fit_ridge(features, target, np.arange(60), spots, np.arange(4))
+    np.testing.assert_allclose(ridge.predict(features), np.tile(target.mean(0), (60, 1)), rtol=1e-5)
+
+
 def test_alpha_and_weights_follow_from_training_spots_alone(split):
     target = split.data.target.copy()
     others = split.spots("valid", "test")
@@ -145,7 +168,7 @@ def test_the_first_prediction_is_the_ridges(split, pool_stages):
     assert training.more == {name: told[name] for name in ("alpha", "rank")}
 
 
-def test_pooled_stages_are_the_means_of_every_stages_output(split):
+def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
     training = start(split)
     backbone = training.model.backbone.eval()
     images = training.model.normalise(training.patches[torch.arange(2)])
@@ -154,9 +177,9 @@ def test_pooled_stages_are_the_means_of_every_stages_output(split):
         for stage in common.stages_of(backbone):
             for module in stage:
                 x = module(x)
-            by_hand.append(x.mean((2, 3)) if x.ndim == 4 else x)
+            by_hand += [x.std((2, 3), correction=0), x.mean((2, 3))] if x.ndim == 4 else [x]
         pooled = common.pool_each_stage(backbone, images)
-    torch.testing.assert_close(torch.cat(pooled, 1), torch.cat(by_hand, 1))
+    torch.testing.assert_close(torch.cat(pooled, 1), torch.cat(by_hand, 1), rtol=1e-4, atol=1e-3)
     assert training.model.widths == [part.shape[1] for part in by_hand]
 
 
