@@ -41,6 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
+import ridges
 import runner
 
 # ---------------------------------------------------------------------------------------- constants
@@ -332,8 +333,8 @@ def depth_only(recipe, split, folder):
     """
     train = split.spots("train")
     depth = np.log(split.data.annotations.obs["n_counts"].to_numpy(np.float64))[:, None]
-    centred = common.Centred(depth, split.data.target, train, np.zeros(len(depth)))
-    line = common.solve_ridge(centred, train, penalty=0)
+    centred = ridges.Centred(depth, split.data.target, train, np.zeros(len(depth)))
+    line = ridges.solve_ridge(centred, train, penalty=0)
     return line.predict(depth[split.scored()]), {"weights": "none"}
 
 
@@ -375,7 +376,7 @@ def own_slide(recipe, split, folder):
     for slide in split.slides("test"):
         here = split.spots("test")
         here = here[slides[here] == slide]
-        for train, held_out in common.choose_folds(data.spots.iloc[here]):
+        for train, held_out in ridges.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
             ridge, _ = runner.fit_ridge(split, features, learn)
             predicted[line_of[judge]] = ridge.predict(features[judge])

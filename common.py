@@ -1,6 +1,6 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
 gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction ->
-ridge -> correlation -> intervals
+correlation -> intervals
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in shell.py
 (command line, files) and runner.py (settings, result folders, tables); how slides become patches
@@ -21,14 +21,12 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
 import polars
-import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import shell
+import weight_files
 from shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
@@ -971,7 +970,7 @@ def build_backbone(recipe):
     import timm
 
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
-    path = find_weights(pretrained, name)
+    path = weight_files.find_weights(pretrained, name)
     from_hub = pretrained is True
     if from_hub:
         check_hub()
@@ -991,7 +990,7 @@ def build_backbone(recipe):
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"backbone {name}: {reason}; {fix}") from None
     if path:
-        load_weights(backbone, name, path)
+        weight_files.load_weights(backbone, name, path)
     return backbone
 
 
@@ -1018,116 +1017,6 @@ def check_hub():
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
     except Exception:  # The client's own errors change with its version; each means no answer.
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
-
-
-def find_weights(pretrained, backbone):
-    """The file of weights that PRETRAINED names for a backbone; None for true and false.
-
-    In a folder it is called <backbone>.safetensors (or .pth, .pt, .bin) or, as the hub has it,
-    model.safetensors beside a config.json that names the backbone.
-    """
-    if isinstance(pretrained, bool):
-        return None
-    path = Path(pretrained)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise InputError(
-            f"--pretrained {pretrained}: no such file or folder; expected true, false, a file or a "
-            "folder of weights"
-        )
-    architecture = backbone.split(".")[0]  # timm puts what it was trained on behind a dot.
-    names = [backbone, architecture]
-    if read_architecture(path / "config.json") == architecture:
-        names += ["model", "pytorch_model"]
-    for name, suffix in itertools.product(names, WEIGHT_FILES):
-        if (path / (name + suffix)).is_file():
-            return path / (name + suffix)
-    raise InputError(f"--pretrained {pretrained}: the folder holds no {architecture}.safetensors")
-
-
-def read_architecture(path):
-    """The backbone that a config.json of the hub names, or None."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["architecture"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def load_weights(backbone, name, path):
-    """Load a file of weights into a timm backbone. A classifier in it is ignored.
-
-    Tensors of other names are taken in timm's order, if each has the shape of its place. Nothing in
-    the file is run. InputError naming the first tensor that does not fit.
-    """
-    from timm.models import load_state_dict
-
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-        state = {key: value for key, value in state.items() if not is_counter(key)}
-        shapes = {key: tuple(value.shape) for key, value in state.items()}
-    except Exception as error:  # Of a damaged file each reader raises its own.
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a file of weights ({reason})") from None
-    wanted = {
-        key: tuple(value.shape)
-        for key, value in backbone.state_dict().items()
-        if not is_counter(key)
-    }
-    check_extra(backbone, name, path, state, wanted)
-    names = dict.fromkeys(wanted)
-    if wanted.keys() <= state.keys():
-        names = {key: key for key in wanted}
-    else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
-        names |= dict(zip(wanted, state, strict=False))
-    for key, shape in wanted.items():
-        found = names[key]
-        if found is None or shapes[found] != shape:
-            its_shape = shapes.get(found, ())
-            raise InputError(
-                f"{path}: {found or 'nothing'} {its_shape} stands where {name} has {key} {shape}: "
-                "these are weights of another backbone"
-            )
-    state = {key: state[names[key]] for key in wanted}
-    backbone.load_state_dict(state, strict=False)
-
-
-def check_extra(backbone, name, path, state, wanted):
-    """InputError where a file holds all that a backbone has, and more than a classifier beside."""
-    classifiers = backbone.pretrained_cfg.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    if not wanted.keys() <= state.keys():
-        return
-    for key in state:
-        if key not in wanted and not key.startswith(classifiers):
-            raise InputError(
-                f"{path}: holds {key}, which {name} does not have: these are weights of another "
-                "backbone"
-            )
-
-
-def is_counter(key):
-    """Whether a tensor only counts BatchNorm's steps; files may lack these."""
-    return key.endswith("num_batches_tracked")
-
-
-@functools.lru_cache(maxsize=64)
-def hash_unchanged(path, size, changed):
-    """hash_file, which reads the file again when its size or time of change is another."""
-    return shell.hash_file(path)
-
-
-def identify_weights(pretrained, backbone):
-    """What PRETRAINED means for a backbone: true, false, or name and hash of the file."""
-    path = find_weights(pretrained, backbone)
-    if path is None:
-        return pretrained
-    status = path.stat()
-    digest = hash_unchanged(path, status.st_size, status.st_mtime_ns)
-    return f"{path.name} {digest[:16]}"
 
 
 def build_head(width, hidden, n_genes):
@@ -1463,223 +1352,6 @@ def _encode_patches(patches, constants, seed, tta):
     placed = place_patches(patches, recipe["IMAGE_SIZE"], device)
     features = predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
     return features, model.widths
-
-
-# ------------------------------------------------------------------------------------------- ridge
-# In units of the features' mean squared length; so wide that its ends are not chosen.
-ALPHAS = np.logspace(-4, 5, 37)
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """A linear map of features to expression: features @ weight + bias."""
-
-    weight: np.ndarray  # (F, G)
-    bias: np.ndarray  # (G,)
-
-    def predict(self, features):
-        """(n, F) features -> (n, G) float32 expression."""
-        predicted = np.empty((len(features), len(self.bias)), np.float32)
-        for part in parts_of(len(features), SPOTS_AT_ONCE):
-            predicted[part] = features[part] @ self.weight + self.bias
-        return predicted
-
-
-class Moments(NamedTuple):
-    """Sums over spots of the products of features x and expression y: all that a ridge needs."""
-
-    xx: np.ndarray  # (F, F)
-    xy: np.ndarray  # (F, G)
-    yy: np.ndarray  # (G,)
-
-
-class Centred:
-    """Features (N, F) and expression (N, G) minus their means over the `spots` (numbers) of each of
-    the `groups` (N,); the expression of a few spots is in memory at a time.
-    """
-
-    def __init__(self, features, target, spots, groups):
-        self.features = features
-        self.target = target
-        names, self.group_of = np.unique(groups, return_inverse=True)
-        self.x_means = np.zeros((len(names), features.shape[1]))
-        self.y_means = np.zeros((len(names), target.shape[1]))
-        squares = 0
-        for group in np.unique(self.group_of[spots]):
-            inside = spots[self.group_of[spots] == group]
-            self.x_means[group], variance = mean_and_variance(features, inside)
-            self.y_means[group], _ = mean_and_variance(target, inside)
-            squares += len(inside) * variance.sum()
-        # Of the features, the unit of alpha; not quite 0 where none varies, so that a ridge exists.
-        self.mean_squared_length = max(squares / len(spots), 1e-12)
-
-    def parts(self, spots):
-        """Yield ((n, F), (n, G)) float64, a part of these spots at a time."""
-        for part in parts_of(len(spots), SPOTS_AT_ONCE):
-            at = spots[part]
-            group = self.group_of[at]
-            yield self.features[at] - self.x_means[group], self.target[at] - self.y_means[group]
-
-    def moments(self, spots):
-        """Moments over these spots."""
-        xx = xy = yy = 0
-        for x, y in self.parts(spots):
-            xx = xx + x.T @ x
-            xy = xy + x.T @ y
-            yy = yy + (y**2).sum(0)
-        return Moments(xx, xy, yy)
-
-
-class Shrinkage(NamedTuple):
-    """What keeps a ridge from learning noise."""
-
-    alpha: float  # the penalty, in units of the features' mean squared length
-    rank: int | None  # how many numbers a spot is reduced to, from which all genes follow
-
-
-def fit_ridge(features, target, spots, table, leading, full_rank=False):
-    """(Ridge of expression (N, G) on features (N, F), its Shrinkage), learnt on `spots` (numbers)
-    of the `table`.
-
-    Both are centred within every slide, since slides differ in staining and depth. The genes
-    `leading` (numbers; those that are reported) choose the Shrinkage, and what the features are
-    reduced to; `full_rank` leaves the features as they are.
-    """
-    slides = table["tissue_index"].to_numpy()
-    features, axes = turn_to_span(features, spots, slides)
-    reported = Centred(features, GenesOf(target, leading), spots, slides)
-    shrinkage = choose_shrinkage(reported, spots, table, full_rank)
-    centred = Centred(features, target, spots, slides)
-    penalty = shrinkage.alpha * centred.mean_squared_length
-    ridge = solve_ridge(centred, spots, penalty, shrinkage.rank, leading)
-    return Ridge(axes @ ridge.weight, ridge.bias), shrinkage
-
-
-def turn_to_span(features, spots, slides):
-    """(features (N, f) on other axes, these axes (F, f)) of features (N, F): where there are fewer
-    spots than features, f is no more than the spots.
-
-    Of a ridge that learns on these spots nothing changes, since what it cannot tell apart it does
-    not use, and a turn of the axes leaves lengths as they are.
-    """
-    n_features = features.shape[1]
-    if len(spots) >= n_features:
-        return features, np.eye(n_features)
-    nothing = np.empty((len(features), 0))
-    parts = Centred(features, nothing, spots, slides).parts(spots)
-    x = np.concatenate([part for part, _ in parts])
-    sizes, turns = scipy.linalg.eigh(x @ x.T)
-    kept = sizes > 1e-12 * max(sizes[-1], 1e-12)
-    axes = x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
-    return features @ axes, axes
-
-
-def choose_shrinkage(centred, spots, table, full_rank=False):
-    """The Shrinkage with the least squared error of all genes in folds of spatial blocks."""
-    # What every alpha (row) explains by the first, the first two, ... directions (columns).
-    explained = np.zeros((len(ALPHAS), centred.target.shape[1]))
-    for train, held_out in choose_folds(table.iloc[spots]):
-        learnt = centred.moments(spots[train])
-        judged = centred.moments(spots[held_out])
-        # Along the axes of learnt.xx every penalty is a division.
-        sizes, axes = scipy.linalg.eigh(learnt.xx)
-        sizes = sizes.clip(0)
-        learnt_xy = axes.T @ learnt.xy
-        judged_xx = axes.T @ judged.xx @ axes
-        judged_xy = axes.T @ judged.xy
-        for i, penalty in enumerate(ALPHAS * centred.mean_squared_length):
-            weight = learnt_xy / (sizes + penalty)[:, None]
-            patterns, _ = find_patterns(weight.T @ (sizes[:, None] * weight))
-            directions = weight @ patterns
-            gained = 2 * directions * (judged_xy @ patterns) - directions * (judged_xx @ directions)
-            explained[i] += gained.sum(0).cumsum()
-    if full_rank:
-        return Shrinkage(float(ALPHAS[explained[:, -1].argmax()]), rank=None)
-    alpha, last = np.unravel_index(explained.argmax(), explained.shape)
-    return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1)
-
-
-def find_patterns(covariance):
-    """((G, G) principal components of expression in columns, (G,) their variances), strongest
-    first, of a covariance (G, G).
-    """
-    variances, patterns = scipy.linalg.eigh(covariance)
-    return patterns[:, ::-1], variances[::-1]
-
-
-def solve_ridge(centred, spots, penalty, rank=None, leading=None):
-    """The Ridge that is learnt on `spots` (numbers), of a `rank` if one is given."""
-    moments = centred.moments(spots)
-    penalised = moments.xx + penalty * np.eye(len(moments.xx))
-    weight = scipy.linalg.solve(penalised, moments.xy, assume_a="pos")
-    if rank is not None:
-        weight = reduce_rank(weight, moments.xx, rank, leading)
-    mean_x, _ = mean_and_variance(centred.features, spots)
-    mean_y, _ = mean_and_variance(centred.target, spots)
-    return Ridge(weight, mean_y - mean_x @ weight)
-
-
-def reduce_rank(weight, xx, rank, leading):
-    """(F, G) the weight (F, G) of a ridge where spots of moments xx (F, F) are told by `rank`
-    numbers each: how strongly they show each of the main patterns of expression, which are the
-    first principal components of what the ridge predicts of the genes `leading` (numbers).
-
-    The counts of one gene are mostly noise, and a pattern that many genes share is less so.
-    Reduced-rank ridge regression: Mukherjee and Zhu, Statistical Analysis and Data Mining 2011.
-    """
-    weight_of_leading = weight[:, leading]
-    patterns, variances = find_patterns(weight_of_leading.T @ xx @ weight_of_leading)
-    # A pattern that does not vary over these spots is divided by something, and stays nothing.
-    variances = variances.clip(max(1e-12 * variances[0], np.finfo(float).tiny))
-    directions = weight_of_leading @ (patterns / np.sqrt(variances))[:, :rank]
-    return directions @ (directions.T @ xx @ weight)
-
-
-def explain_genes(features, target, spots, table, shrinkage, leading):
-    """(G,) share of each gene's variance within slides that the ridge predicts out of fold."""
-    slides = table["tissue_index"].to_numpy()
-    features, _ = turn_to_span(features, spots, slides)
-    centred = Centred(features, target, spots, slides)
-    penalty = shrinkage.alpha * centred.mean_squared_length
-    error = 0
-    for train, held_out in choose_folds(table.iloc[spots]):
-        ridge = solve_ridge(centred, spots[train], penalty, shrinkage.rank, leading)
-        for x, y in centred.parts(spots[held_out]):
-            error = error + ((x @ ridge.weight - y) ** 2).sum(0)
-    total = centred.moments(spots).yy
-    varies = total > 1e-12
-    return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)
-
-
-def choose_folds(spots):
-    """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks with a margin; of
-    spots where the slides are too small for that.
-    """
-    numbers = np.arange(len(spots))
-    try:
-        folds = split_folds(spots, numbers, "block", FOLDS, 0)
-    except InputError:  # A fold would be empty, or its margin would take all others.
-        folds = split_folds(spots, numbers, "paper", min(FOLDS, len(spots)), 0)
-    return [(roles == "train", roles == "valid") for roles in folds]
-
-
-def balance_stages(features, widths):
-    """(F,) factors by which the features of every one of these widths vary as much, in total, as
-    the last ones; 0 for those that do not vary.
-    """
-    starts = np.cumsum([0, *widths[:-1]])
-    totals = np.add.reduceat(features.var(0, np.float64), starts)
-    varies = totals > 1e-12
-    return np.repeat(np.sqrt(varies * totals[-1] / np.where(varies, totals, 1)), widths)
-
-
-def start_as_ridge(model, ridge, scale):
-    """Have the network's linear head predict what the ridge does on its features times `scale`."""
-    with torch.no_grad():
-        if model.pool_stages:
-            model.feature_scale.copy_(torch.from_numpy(scale))
-        model.head[-1].weight.copy_(torch.from_numpy(ridge.weight.T))
-        model.head[-1].bias.copy_(torch.from_numpy(ridge.bias))
 
 
 # -------------------------------------------------------------------------------------- correlation

@@ -38,7 +38,9 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import ridges
 import shell
+import weight_files
 from common import GROUPS, SCORED
 from shell import RANK, RANKS, InputError
 
@@ -99,7 +101,7 @@ class Split:
         if isinstance(recipe["PRETRAINED"], str):
             # The files' content counts, not where they lie.
             made_with["PRETRAINED"] = {
-                recipe[name]: common.identify_weights(recipe["PRETRAINED"], recipe[name])
+                recipe[name]: weight_files.identify_weights(recipe["PRETRAINED"], recipe[name])
                 for name in ("BACKBONE", "FEATURES")
                 if recipe.get(name)
             }
@@ -303,11 +305,11 @@ def start_training(recipe, split, patches, device):
         )
     features, scale = freeze_features(recipe, split)
     ridge, shrinkage = fit_ridge(split, features, train)
-    common.start_as_ridge(model, ridge, scale)
+    ridges.start_as_ridge(model, ridge, scale)
     training = replace(training, more=shrinkage._asdict())
     if recipe["GENE_WEIGHTS"] == "equal":
         return training
-    explained = common.explain_genes(
+    explained = ridges.explain_genes(
         features, target, train, split.data.spots, shrinkage, split.reported
     )
     if not explained.any():
@@ -323,14 +325,14 @@ def freeze_features(recipe, split):
     """
     data = split.data
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = common.balance_stages(features[split.spots("train")], widths)
+    scale = ridges.balance_stages(features[split.spots("train")], widths)
     return features * scale, scale
 
 
 def fit_ridge(split, features, spots, full_rank=False):
-    """common.fit_ridge of the expression on the features (N, F) at these spots alone."""
+    """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
-    return common.fit_ridge(features, data.target, spots, data.spots, split.reported, full_rank)
+    return ridges.fit_ridge(features, data.target, spots, data.spots, split.reported, full_rank)
 
 
 @refitted
@@ -389,7 +391,7 @@ def name_network(backbone):
 
 def name_weights(recipe):
     """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
-    path = common.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
+    path = weight_files.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"
@@ -518,8 +520,8 @@ def predict_by_colour(split, colour):
     data, train = split.data, split.spots("train")
     scaler = StandardScaler().fit(data.annotations.obsm["colour"][train])
     known = scaler.transform(data.annotations.obsm["colour"])
-    centred = common.Centred(known, data.target, train, np.zeros(len(known)))
-    ridge = common.solve_ridge(centred, train, COLOUR_PENALTY)
+    centred = ridges.Centred(known, data.target, train, np.zeros(len(known)))
+    ridge = ridges.solve_ridge(centred, train, COLOUR_PENALTY)
     return ridge.predict(scaler.transform(colour))
 
 
@@ -1154,7 +1156,7 @@ def describe_weights(recipe):
         return "random: no pretraining"
     if "BACKBONE" not in recipe:
         return f"from {recipe['PRETRAINED']}"
-    return f"{common.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+    return f"{weight_files.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):

@@ -12,6 +12,7 @@ from conftest import PAPER, run_script
 from test_patches import make_root
 
 import common
+import ridges
 import runner
 
 LOSO = PAPER | {"PROTOCOL": "loso"}
@@ -65,7 +66,7 @@ def results_of(split):
     features = split.data.annotations.obsm["colour"]
     ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
     table, train = split.data.spots, split.spots("train")
-    explained = common.explain_genes(
+    explained = ridges.explain_genes(
         features, split.data.target, train, table, shrinkage, split.reported
     )
     numbers = pd.DataFrame(records).select_dtypes("number")

@@ -10,6 +10,7 @@ from conftest import NETWORK, PAPER
 from sklearn.linear_model import Ridge
 
 import common
+import ridges
 import runner
 import shell
 
@@ -55,7 +56,7 @@ def centred_within_slides(values, spots):
 def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
     features, target, spots = ridge_problem()
     every, leading = np.arange(60), [0, 1]
-    ridge, told = common.fit_ridge(features, target, every, spots, leading, full_rank=True)
+    ridge, told = ridges.fit_ridge(features, target, every, spots, leading, full_rank=True)
     x, y = centred_within_slides(features, spots), centred_within_slides(target, spots)
     penalty = told.alpha * (x**2).sum(1).mean()
     expected = Ridge(penalty, fit_intercept=False).fit(x, y).coef_.T
@@ -69,28 +70,28 @@ def test_the_ridge_is_scikit_learns_on_values_centred_within_slides():
 def test_more_features_than_spots_change_nothing(full_rank, monkeypatch):
     features, target, spots = ridge_problem(width=80)
     options = np.arange(60), spots, np.arange(4), full_rank
-    ridge, told = common.fit_ridge(features, target, *options)
-    explained = common.explain_genes(features, target, *options[:2], told, options[2])
-    monkeypatch.setattr(common, "turn_to_span", lambda features, *_: (features, np.eye(80)))
-    expected, told_then = common.fit_ridge(features, target, *options)
+    ridge, told = ridges.fit_ridge(features, target, *options)
+    explained = ridges.explain_genes(features, target, *options[:2], told, options[2])
+    monkeypatch.setattr(ridges, "turn_to_span", lambda features, *_: (features, np.eye(80)))
+    expected, told_then = ridges.fit_ridge(features, target, *options)
     assert told == told_then
     np.testing.assert_allclose(ridge.weight, expected.weight, atol=1e-8)
     np.testing.assert_allclose(
-        explained, common.explain_genes(features, target, *options[:2], told, options[2]), atol=1e-8
+        explained, ridges.explain_genes(features, target, *options[:2], told, options[2]), atol=1e-8
     )
 
 
 def test_a_ridge_of_a_rank_keeps_the_main_patterns_of_what_it_predicts():
     features, target, spots = ridge_problem()
     x = centred_within_slides(features, spots)
-    centred = common.Centred(features, target, np.arange(60), spots["tissue_index"].to_numpy())
-    full = x @ common.solve_ridge(centred, np.arange(60), 3.0).weight
-    reduced = x @ common.solve_ridge(centred, np.arange(60), 3.0, 2, np.arange(4)).weight
+    centred = ridges.Centred(features, target, np.arange(60), spots["tissue_index"].to_numpy())
+    full = x @ ridges.solve_ridge(centred, np.arange(60), 3.0).weight
+    reduced = x @ ridges.solve_ridge(centred, np.arange(60), 3.0, 2, np.arange(4)).weight
     left, strengths, right = np.linalg.svd(full, full_matrices=False)
     by_hand = left[:, :2] * strengths[:2] @ right[:2]
     np.testing.assert_allclose(reduced, by_hand, atol=1e-8)
     # What all genes need is taken from two genes, where two are leading.
-    of_two = x @ common.solve_ridge(centred, np.arange(60), 3.0, 2, [0, 1]).weight
+    of_two = x @ ridges.solve_ridge(centred, np.arange(60), 3.0, 2, [0, 1]).weight
     np.testing.assert_allclose(of_two[:, :2], full[:, :2], atol=1e-8)
     np.testing.assert_allclose(
         of_two, full[:, :2] @ np.linalg.lstsq(full[:, :2], full, rcond=None)[0], atol=1e-8
@@ -104,8 +105,8 @@ def test_the_rank_is_the_number_of_patterns_that_there_are():
     truth = features @ rng.normal(size=(5, 2)) @ rng.normal(size=(2, 40))
     target = truth + rng.normal(scale=4, size=(60, 40))
     every = np.arange(60)
-    reduced, told = common.fit_ridge(features, target, every, spots, np.arange(40))
-    full, _ = common.fit_ridge(features, target, every, spots, np.arange(40), full_rank=True)
+    reduced, told = ridges.fit_ridge(features, target, every, spots, np.arange(40))
+    full, _ = ridges.fit_ridge(features, target, every, spots, np.arange(40), full_rank=True)
     assert told.rank == 2
     errors = [
         np.square(centred_within_slides(ridge.predict(features) - truth, spots)).mean()
@@ -118,11 +119,11 @@ def test_alpha_is_inside_the_grid_and_grows_with_noise():
     features, target, spots = ridge_problem()
     noise = np.random.default_rng(1).normal(scale=8, size=target.shape)
     every, genes = np.arange(60), np.arange(4)
-    _, little = common.fit_ridge(features, target, every, spots, genes, full_rank=True)
-    _, much = common.fit_ridge(features, target + noise, every, spots, genes, full_rank=True)
-    assert common.ALPHAS[0] < little.alpha < much.alpha < common.ALPHAS[-1]
-    explained = common.explain_genes(features, target, every, spots, little, genes)
-    explained_then = common.explain_genes(features, target + noise, every, spots, much, genes)
+    _, little = ridges.fit_ridge(features, target, every, spots, genes, full_rank=True)
+    _, much = ridges.fit_ridge(features, target + noise, every, spots, genes, full_rank=True)
+    assert ridges.ALPHAS[0] < little.alpha < much.alpha < ridges.ALPHAS[-1]
+    explained = ridges.explain_genes(features, target, every, spots, little, genes)
+    explained_then = ridges.explain_genes(features, target + noise, every, spots, much, genes)
     assert (explained_then < explained).all()
 
 
@@ -131,7 +132,7 @@ def test_genes_that_never_vary_are_predicted_as_they_are(full_rank):
     features, target, spots = ridge_problem()
     constant = np.full_like(target, 2.5)
     every, genes = np.arange(60), np.arange(4)
-    ridge, _ = common.fit_ridge(features, constant, every, spots, genes, full_rank=full_rank)
+    ridge, _ = ridges.fit_ridge(features, constant, every, spots, genes, full_rank=full_rank)
     np.testing.assert_allclose(ridge.predict(features), 2.5, rtol=1e-6)
 
 
@@ -139,7 +140,7 @@ def test_genes_that_never_vary_are_predicted_as_they_are(full_rank):
 def test_features_that_never_vary_give_the_mean(width):
     _, target, spots = ridge_problem()
     features = np.full((60, width), 7.0)
-    ridge, _ = common.fit_ridge(features, target, np.arange(60), spots, np.arange(4))
+    ridge, _ = ridges.fit_ridge(features, target, np.arange(60), spots, np.arange(4))
     np.testing.assert_allclose(ridge.predict(features), np.tile(target.mean(0), (60, 1)), rtol=1e-5)
 
 
