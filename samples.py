@@ -365,15 +365,29 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
         linked = [replace(links, um_per_px=HEST_UM_PER_PX) for links in linked]
     table = pd.DataFrame([asdict(slide) for slide in linked])
     check_manifest_is_new(path, table, "--from-hest")
-    for slide, links in zip(made, linked, strict=True):
-        place_link(root / links.image, slide.image)
-        place_link(root / links.matrix, slide.matrix)
-        if use_patches:
-            positions = slides.read_positions(slide.matrix)
-            positions = scale_positions(positions, slide.um_per_px / HEST_UM_PER_PX)
-            shell.save_csv(root / links.positions, positions.reset_index())
+    positions = [None] * len(made)  # They are in the .h5ad.
+    if use_patches:
+        positions = [scale_to_patches(slide) for slide in made]
+    place_slides(root, made, linked, positions)
     shell.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
+
+
+def scale_to_patches(slide):
+    """The positions of a sample in px of its patches' resolution."""
+    positions = slides.read_positions(slide.matrix)
+    return scale_positions(positions, slide.um_per_px / HEST_UM_PER_PX)
+
+
+def place_slides(root, made, linked, positions):
+    """Make the links of a data root to the files of slides, and the files of their positions, where
+    these are not None.
+    """
+    for slide, links, places in zip(made, linked, positions, strict=True):
+        place_link(root / links.image, slide.image)
+        place_link(root / links.matrix, slide.matrix)
+        if places is not None:
+            shell.save_csv(root / links.positions, places.reset_index())
 
 
 def read_hest_metadata(folder):
@@ -499,10 +513,8 @@ def write_task(root, folder):
         linked.append(name_links(slide, "positions_patches.csv"))
     table = pd.DataFrame([asdict(slide) for slide in linked])
     check_manifest_is_new(root / "slides.csv", table, "--from-hest")
-    for slide, links in zip(made, linked, strict=True):
-        place_link(root / links.image, slide.image)
-        place_link(root / links.matrix, slide.matrix)
-        shell.save_csv(root / links.positions, read_task_positions(slide).reset_index())
+    positions = [read_task_positions(slide) for slide in made]  # Refused before a link is made.
+    place_slides(root, made, linked, positions)
     numbers = {slide.name: slide.tissue_index for slide in made}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
     shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))

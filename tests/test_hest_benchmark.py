@@ -359,6 +359,13 @@ def test_a_task_in_doubt_is_refused(tmp_path, capsys, change, options, words):
     assert not (root / "dataset").exists()
 
 
+def test_a_refused_task_leaves_no_links(tmp_path):
+    task = make_task(tmp_path / "IDC")
+    with_a_barcode_too_many(task)
+    assert run_script("19", data_root=tmp_path / "mine", from_hest=task) == 2
+    assert not (tmp_path / "mine" / "links").exists()
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
