@@ -48,7 +48,7 @@ PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
-POOL_STAGES = False  # true = the head sees every stage's mean and sd, not the last's mean alone
+POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
 FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS

@@ -12,8 +12,8 @@ Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLE
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
            cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
-           The ridge on frozen features follows HEST-Benchmark (Jaume et al., NeurIPS 2024), with
-           alpha by cross-validation; its own probe stands beside it under protocol hest
+           The idea of a ridge on frozen features is HEST-Benchmark's (Jaume et al., NeurIPS 2024),
+           whose own probe stands beside it under protocol hest; low rank: Mukherjee and Zhu 2011
 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
@@ -297,7 +297,7 @@ def ridge_with_surroundings(recipe, split, folder):
     it: what a method that looks at single spots leaves on the slide.
     """
     own, _ = runner.freeze_features(recipe, split)
-    around = average_surroundings(own, split.data.spots, SURROUNDINGS)
+    around = average_surroundings(own, split.data.spots, recipe["SURROUNDINGS"])
     features = np.hstack([own, around])
     ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
     predicted = ridge.predict(features[split.scored()])
@@ -383,7 +383,7 @@ def own_slide(recipe, split, folder):
     return predicted, {"weights": runner.name_weights(recipe)}
 
 
-def average_networks(out, records):
+def average_predictions(out, records):
     """`compute` of Run.compute: the mean of the predictions of these records."""
 
     def compute(recipe, split, folder):
@@ -451,7 +451,7 @@ def average_settings(run, records, endings, kind):
     for split in run.splits:
         of = [runner.record_of(records, name, split) for name in members]
         recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
-        compute = average_networks(run.out, of)
+        compute = average_predictions(run.out, of)
         found += run.compute(f"mean of {len(members)} {kind}", recipe, split, compute)
     return found
 

@@ -108,8 +108,9 @@ def read_weights(path):
         model.load_state_dict(state)
     except (RuntimeError, KeyError, TypeError):
         raise InputError(
-            f"{path}: not the network of its metadata; one that takes a cluster id or retrieves "
-            "spots, as 24's and 25's do, cannot be used here"
+            f"{path}: not the network of its metadata: one of an older version must be "
+            f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
+            "do, cannot be used here"
         ) from None
     return model, trained
 

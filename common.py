@@ -42,7 +42,7 @@ from shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 3  # of script 19's files, records and weights; raised when one of them changes
-RESULTS = 2  # raised when the same constants give another number: rows on disk are made anew then
+RESULTS = 3  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -818,8 +818,9 @@ def widen_depthwise(convolution, forward, images):
 
 
 def pool_each_stage(backbone, images):
-    """[(B, C) float32] of every stage: standard deviation and mean of its output over the image or
-    a transformer's tokens; its output as it is where that has no places.
+    """[(B, C) float32]: of every stage standard deviation and mean of its output over the image or
+    a transformer's tokens. The last stage, which most backbones end with pooling, has its output as
+    it is, and so the last part is always a mean.
     """
     pooled = []
 
@@ -847,7 +848,7 @@ class SpotRegressor(nn.Module):
     """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression.
 
     The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
-    POOL_STAGES the head sees mean and sd of every stage's output over the image, not the last
+    POOL_STAGES the head sees sd and mean of every stage's output over the image, and not the last
     stage's mean alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM
     training uses the averages that BatchNorm was given, as evaluation does.
     """
@@ -866,7 +867,7 @@ class SpotRegressor(nn.Module):
                 module.forward = functools.partial(widen_depthwise, module, module.forward)
         self.widths = list(widths)
         if self.pool_stages:
-            # One factor a feature, by which a ridge start makes the stages equally strong.
+            # One factor a feature, by which a ridge start makes all its parts equally strong.
             self.register_buffer("feature_scale", torch.ones(sum(widths)))
         self.freeze(recipe["TRAINABLE_STAGES"])
 

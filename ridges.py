@@ -39,7 +39,6 @@ class Moments(NamedTuple):
 
     xx: np.ndarray  # (F, F)
     xy: np.ndarray  # (F, G)
-    yy: np.ndarray  # (G,)
 
 
 class Centred:
@@ -71,19 +70,18 @@ class Centred:
 
     def moments(self, spots):
         """Moments over these spots."""
-        xx = xy = yy = 0
+        xx = xy = 0
         for x, y in self.parts(spots):
             xx = xx + x.T @ x
             xy = xy + x.T @ y
-            yy = yy + (y**2).sum(0)
-        return Moments(xx, xy, yy)
+        return Moments(xx, xy)
 
 
 class Shrinkage(NamedTuple):
     """What keeps a ridge from learning noise."""
 
     alpha: float  # the penalty, in units of the features' mean squared length
-    rank: int | None  # how many numbers a spot is reduced to, from which all genes follow
+    rank: int | None  # how many numbers tell of a spot, from which all genes follow; None: no limit
 
 
 def fit_ridge(features, target, spots, table, leading, full_rank=False):
@@ -91,42 +89,48 @@ def fit_ridge(features, target, spots, table, leading, full_rank=False):
     of the `table`.
 
     Both are centred within every slide, since slides differ in staining and depth. The genes
-    `leading` (numbers; those that are reported) choose the Shrinkage, and what the features are
-    reduced to; `full_rank` leaves the features as they are.
+    `leading` (numbers; those that are reported) choose the Shrinkage, and the patterns to which the
+    others are reduced; with `full_rank` they choose alpha alone.
     """
     slides = table["tissue_index"].to_numpy()
     features, axes = turn_to_span(features, spots, slides)
-    reported = Centred(features, common.GenesOf(target, leading), spots, slides)
-    shrinkage = choose_shrinkage(reported, spots, table, full_rank)
+    of_leading = Centred(features, common.GenesOf(target, leading), spots, slides)
+    shrinkage = choose_shrinkage(of_leading, spots, table, full_rank)
     centred = Centred(features, target, spots, slides)
     penalty = shrinkage.alpha * centred.mean_squared_length
     ridge = solve_ridge(centred, spots, penalty, shrinkage.rank, leading)
-    return Ridge(axes @ ridge.weight, ridge.bias), shrinkage
+    if axes is not None:
+        ridge = Ridge(axes @ ridge.weight, ridge.bias)
+    return ridge, shrinkage
 
 
 def turn_to_span(features, spots, slides):
     """(features (N, f) on other axes, these axes (F, f)) of features (N, F): where there are fewer
-    spots than features, f is no more than the spots.
+    spots than features, f is no more than the spots; else (features, None).
 
     Of a ridge that learns on these spots nothing changes, since what it cannot tell apart it does
     not use, and a turn of the axes leaves lengths as they are.
     """
-    n_features = features.shape[1]
-    if len(spots) >= n_features:
-        return features, np.eye(n_features)
+    if len(spots) >= features.shape[1]:
+        return features, None
     nothing = np.empty((len(features), 0))
     parts = Centred(features, nothing, spots, slides).parts(spots)
     x = np.concatenate([part for part, _ in parts])
     sizes, turns = scipy.linalg.eigh(x @ x.T)
-    kept = sizes > 1e-12 * max(sizes[-1], 1e-12)
+    kept = sizes > 1e-12 * max(sizes[-1], 1e-12)  # Smaller ones are what rounding leaves.
+    if not kept.any():  # No feature varies.
+        return features, None
     axes = x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
     return features @ axes, axes
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):
-    """The Shrinkage with the least squared error of all genes in folds of spatial blocks."""
-    # What every alpha (row) explains by the first, the first two, ... directions (columns).
-    explained = np.zeros((len(ALPHAS), centred.target.shape[1]))
+    """The Shrinkage with the least squared error of all genes of `centred` in folds of spatial
+    blocks.
+    """
+    # What every alpha (row) explains by the first, the first two, ... patterns (columns).
+    n_patterns = min(centred.features.shape[1], centred.target.shape[1])
+    explained = np.zeros((len(ALPHAS), n_patterns))
     for train, held_out in choose_folds(table.iloc[spots]):
         learnt = centred.moments(spots[train])
         judged = centred.moments(spots[held_out])
@@ -138,7 +142,8 @@ def choose_shrinkage(centred, spots, table, full_rank=False):
         judged_xy = axes.T @ judged.xy
         for i, penalty in enumerate(ALPHAS * centred.mean_squared_length):
             weight = learnt_xy / (sizes + penalty)[:, None]
-            patterns, _ = find_patterns(weight.T @ (sizes[:, None] * weight))
+            predicted = np.sqrt(sizes)[:, None] * weight  # turned, so that lengths are the same
+            patterns = scipy.linalg.svd(predicted, full_matrices=False)[2].T
             directions = weight @ patterns
             gained = 2 * directions * (judged_xy @ patterns) - directions * (judged_xx @ directions)
             explained[i] += gained.sum(0).cumsum()
@@ -148,16 +153,10 @@ def choose_shrinkage(centred, spots, table, full_rank=False):
     return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1)
 
 
-def find_patterns(covariance):
-    """((G, G) principal components of expression in columns, (G,) their variances), strongest
-    first, of a covariance (G, G).
-    """
-    variances, patterns = scipy.linalg.eigh(covariance)
-    return patterns[:, ::-1], variances[::-1]
-
-
 def solve_ridge(centred, spots, penalty, rank=None, leading=None):
-    """The Ridge that is learnt on `spots` (numbers), of a `rank` if one is given."""
+    """The Ridge that is learnt on `spots` (numbers), of a `rank` by the genes `leading` (numbers)
+    if one is given.
+    """
     moments = centred.moments(spots)
     penalised = moments.xx + penalty * np.eye(len(moments.xx))
     weight = scipy.linalg.solve(penalised, moments.xy, assume_a="pos")
@@ -177,10 +176,11 @@ def reduce_rank(weight, xx, rank, leading):
     Reduced-rank ridge regression: Mukherjee and Zhu, Statistical Analysis and Data Mining 2011.
     """
     weight_of_leading = weight[:, leading]
-    patterns, variances = find_patterns(weight_of_leading.T @ xx @ weight_of_leading)
+    variances, patterns = scipy.linalg.eigh(weight_of_leading.T @ xx @ weight_of_leading)
+    variances, patterns = variances[-rank:], patterns[:, -rank:]
     # A pattern that does not vary over these spots is divided by something, and stays nothing.
-    variances = variances.clip(max(1e-12 * variances[0], np.finfo(float).tiny))
-    directions = weight_of_leading @ (patterns / np.sqrt(variances))[:, :rank]
+    variances = variances.clip(max(1e-12 * variances[-1], np.finfo(float).tiny))
+    directions = weight_of_leading @ (patterns / np.sqrt(variances))
     return directions @ (directions.T @ xx @ weight)
 
 
@@ -190,12 +190,12 @@ def explain_genes(features, target, spots, table, shrinkage, leading):
     features, _ = turn_to_span(features, spots, slides)
     centred = Centred(features, target, spots, slides)
     penalty = shrinkage.alpha * centred.mean_squared_length
+    total = sum((y**2).sum(0) for _, y in centred.parts(spots))
     error = 0
     for train, held_out in choose_folds(table.iloc[spots]):
         ridge = solve_ridge(centred, spots[train], penalty, shrinkage.rank, leading)
         for x, y in centred.parts(spots[held_out]):
             error = error + ((x @ ridge.weight - y) ** 2).sum(0)
-    total = centred.moments(spots).yy
     varies = total > 1e-12
     return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)
 
@@ -213,13 +213,14 @@ def choose_folds(spots):
 
 
 def balance_stages(features, widths):
-    """(F,) factors by which the features of every one of these widths vary as much, in total, as
-    the last ones; 0 for those that do not vary.
+    """(F,) float32 factors by which every part of the features, of these widths, varies as much in
+    total as the last part; 0 for parts that do not vary.
     """
     starts = np.cumsum([0, *widths[:-1]])
     totals = np.add.reduceat(features.var(0, np.float64), starts)
     varies = totals > 1e-12
-    return np.repeat(np.sqrt(varies * totals[-1] / np.where(varies, totals, 1)), widths)
+    factors = np.sqrt(varies * totals[-1] / np.where(varies, totals, 1))
+    return np.repeat(factors.astype(np.float32), widths)
 
 
 def start_as_ridge(model, ridge, scale):

@@ -320,8 +320,8 @@ def start_training(recipe, split, patches, device):
 def freeze_features(recipe, split):
     """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
 
-    They are averaged over the 8 symmetries, and their stages made equally strong on the training
-    spots.
+    They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
+    made equally strong on the training spots.
     """
     data = split.data
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
@@ -563,10 +563,12 @@ def name_folder(setting, made_with):
 
 
 def collect_records(out):
-    """Write rows.csv: every record in the folders of `out`."""
+    """Write rows.csv: every record in the folders of `out` that this version's numbers are in."""
     records = []
     for path in sorted(out.glob("*/rows.json")):
-        records += json.loads(path.read_text())
+        made_with = json.loads(path.with_name("recipe.json").read_text())
+        if made_with.get("results") == common.RESULTS:
+            records += json.loads(path.read_text())
     shell.save_csv(out / "rows.csv", pd.DataFrame(records))
 
 

@@ -148,7 +148,7 @@ def headline_of(protocol):
 RECIPES = {
     "paper": {
         "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
-        "POOL_STAGES": False,  # the head sees every stage's mean and sd over the image
+        "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
         "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
         "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
         "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
@@ -208,7 +208,7 @@ ALLOWED = {
     "BLEEP_EPOCHS": (1, 10**6),
     "BLEEP_BATCH": (2, 10**6),
     "MICRO_BATCH": (3, 999),
-    "SURROUNDINGS": (0.1, 20),
+    "SURROUNDINGS": (0.5, 5),
 }
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants

@@ -3,6 +3,7 @@ may see, intervals.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from conftest import (
     AT_MEAN,
     NETWORK,
+    PAPER,
     SMALL_RUNS,
     load_script,
     printed_table,
@@ -263,7 +265,7 @@ RIDGES = {
 @pytest.mark.parametrize("kind", RIDGES)
 def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
     compute = RIDGES[kind]
-    recipe = CPU | {"BACKBONE": "resnet18"}
+    recipe = CPU | {"BACKBONE": "resnet18", "SURROUNDINGS": 1.5}
     one, told = compute(recipe, paper_split, None)
     other, told_then = compute(recipe, changed_split, None)
     np.testing.assert_array_equal(one, other)
@@ -336,6 +338,76 @@ def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
     test = roles[alone.scored()] == "test"
     assert np.isnan(predicted[~test]).all()
     assert np.isfinite(predicted[test]).all()
+
+
+def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_path, monkeypatch):
+    recipe = CPU | PAPER | {"TARGET": "lognorm"}
+    arguments = tmp_path, "ridge (colour)", recipe, paper_split, runner.ridge_on_colour
+    monkeypatch.setattr(common, "RESULTS", common.RESULTS - 1)
+    runner.compute_records(*arguments)
+    monkeypatch.setattr(common, "RESULTS", common.RESULTS + 1)
+    records = runner.compute_records(*arguments)
+    assert len(list(tmp_path.glob("*/rows.json"))) == 2
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(records)
+
+
+def test_the_full_rank_is_kept_through_a_refit(paper_split):
+    recipe = CPU | {"BACKBONE": "resnet18", "REFIT": True}
+    _, told = runner.ridge_on_features(recipe, paper_split, None, full_rank=True)
+    assert told["rank"] is None
+    _, told = runner.ridge_on_features(recipe, paper_split, None)
+    assert told["rank"] >= 1
+
+
+@pytest.fixture
+def with_weights(tmp_path):
+    """Script 25 as it is started with a folder of weights, and its methods that need no training."""
+    script = load_script("25")
+    script.PRETRAINED, script.BACKBONE, script.FEATURES = "weights", "tiny", "densenet121"
+    baseline = {"PRETRAINED": False}
+    run = SimpleNamespace(
+        out=tmp_path,
+        splits=["the only one"],
+        baseline=baseline,
+        recipe=baseline | {"PRETRAINED": "weights", "IMAGE_SIZE": 32},
+        compute=lambda setting, recipe, split, compute: [(setting, recipe["MEMBERS"])],
+    )
+    return script, run, script.computed_methods(run)
+
+
+def test_with_weights_every_backbone_has_its_ridges(with_weights):
+    _, _, methods = with_weights
+    for backbone in ("tiny", "densenet121", "resnet50"):
+        for kind in ("", ", all stages", ", all stages, with surroundings"):
+            assert f"ridge ({backbone}{kind})" in methods
+    assert [name for name in methods if "full rank" in name] == [
+        "ridge (densenet121, all stages, full rank)"
+    ]
+
+
+def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
+    with_weights, monkeypatch
+):
+    script, run, methods = with_weights
+    names = [*script.trained_methods(), *methods]
+    records = [{"setting": name, "folder": name} for name in names]
+    monkeypatch.setattr(
+        script.runner, "record_of", lambda records, setting, split: {"folder": setting}
+    )
+    single, wide = script.compute_ensembles(run, records)
+    assert single == (
+        "mean of 5 models",
+        sorted(
+            [
+                "tiny, best recipe",
+                "ST-Net, our optimiser",
+                *(f"ridge ({name}, all stages)" for name in ("tiny", "densenet121", "resnet50")),
+            ]
+        ),
+    )
+    assert wide[0] == "mean of 3 ridges, all stages, with surroundings"
+    assert all(name.endswith("with surroundings)") for name in wide[1])
+    assert script.compute_ensembles(run, records[:1]) == []
 
 
 # -------------------------------------------------------------------------- script 25, end to end

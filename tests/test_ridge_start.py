@@ -115,6 +115,35 @@ def test_the_rank_is_the_number_of_patterns_that_there_are():
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("width", [12, 80])
+def test_alpha_and_rank_are_those_of_the_least_error_on_held_out_spots(width):
+    """By hand: every pair of them is tried on every fold."""
+    features, target, spots = ridge_problem(width=width)
+    target = target + np.random.default_rng(3).normal(scale=3, size=target.shape)
+    every, genes = np.arange(60), np.arange(4)
+    x, y = centred_within_slides(features, spots), centred_within_slides(target, spots)
+    unit = (x**2).sum(1).mean()
+    errors = np.zeros((len(ridges.ALPHAS), 4))
+    for train, held_out in ridges.choose_folds(spots):
+        for i, alpha in enumerate(ridges.ALPHAS):
+            penalised = x[train].T @ x[train] + alpha * unit * np.eye(width)
+            weight = np.linalg.solve(penalised, x[train].T @ y[train])
+            patterns = np.linalg.svd(x[train] @ weight, full_matrices=False)[2]
+            for rank in range(1, 5):
+                kept = patterns[:rank].T @ patterns[:rank]
+                error = y[held_out] - x[held_out] @ weight @ kept
+                errors[i, rank - 1] += (error**2).sum()
+    alpha, rank = np.unravel_index(errors.argmin(), errors.shape)
+    _, told = ridges.fit_ridge(features, target, every, spots, genes)
+    assert told == (ridges.ALPHAS[alpha], rank + 1)
+
+
+def test_there_is_no_higher_rank_than_features():
+    features, target, spots = ridge_problem(width=2, n_genes=12)
+    _, told = ridges.fit_ridge(features, target, np.arange(60), spots, np.arange(12))
+    assert 1 <= told.rank <= 2
+
+
 def test_alpha_is_inside_the_grid_and_grows_with_noise():
     features, target, spots = ridge_problem()
     noise = np.random.default_rng(1).normal(scale=8, size=target.shape)
@@ -139,7 +168,7 @@ def test_genes_that_never_vary_are_predicted_as_they_are(full_rank):
 @pytest.mark.parametrize("width", [5, 80])
 def test_features_that_never_vary_give_the_mean(width):
     _, target, spots = ridge_problem()
-    features = np.full((60, width), 7.0)
+    features = np.full((60, width), 0.1, np.float32)
     ridge, _ = ridges.fit_ridge(features, target, np.arange(60), spots, np.arange(4))
     np.testing.assert_allclose(ridge.predict(features), np.tile(target.mean(0), (60, 1)), rtol=1e-5)
 
@@ -182,6 +211,37 @@ def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
         pooled = common.pool_each_stage(backbone, images)
     torch.testing.assert_close(torch.cat(pooled, 1), torch.cat(by_hand, 1), rtol=1e-4, atol=1e-3)
     assert training.model.widths == [part.shape[1] for part in by_hand]
+
+
+def test_a_stage_that_is_constant_over_the_image_has_a_slope(split):
+    training = start(split)
+    backbone = training.model.backbone.eval()
+    image = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
+    torch.cat(common.pool_each_stage(backbone, image), 1).sum().backward()
+    assert torch.isfinite(image.grad).all()
+
+
+class TokensAfterChannelsLast(torch.nn.Module):
+    """A stage of (B, S, S, 4), then one of tokens (B, S x S, 5)."""
+
+    output_fmt = "NHWC"
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Linear(3, 4)
+        self.blocks = torch.nn.Sequential(torch.nn.Linear(4, 5))
+
+    def forward(self, images):
+        return self.blocks(self.stem(images).flatten(1, 2))
+
+
+def test_channels_last_and_tokens_are_pooled_over_their_places():
+    backbone, images = TokensAfterChannelsLast(), torch.randn(2, 6, 6, 3)
+    stem = backbone.stem(images).flatten(1, 2)
+    tokens = backbone(images)
+    expected = [part for x in (stem, tokens) for part in (x.std(1, correction=0), x.mean(1))]
+    for part, wanted in zip(common.pool_each_stage(backbone, images), expected, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_hidden_layer_cannot_start_as_a_ridge(split):
