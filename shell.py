@@ -20,11 +20,12 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-SPINS = 1000  # of an OpenMP thread that waits; as it comes, some 300,000
+SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
 R_THRESHOLD = 0.30  # the paper counts the genes above it
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -333,7 +334,6 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     Where one of the constants `files` names a file or folder, it must be there; with `manifest` the
     data root must have a slides.csv, and with `dataset` it must have been through script 19.
     """
-    choose_waiting()
     script = read_script(path)
     try:
         script |= parse_command(script, sys.argv[1:])
@@ -347,16 +347,45 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
             find_dataset(script["DATA_ROOT"])
     except InputError as error:
         end_with(error)
+    choose_waiting()
 
 
 def choose_waiting():
-    """Have OpenMP's threads sleep soon when they wait for each other, unless the user has said how.
+    """Have OpenMP's threads sleep when they wait for each other: at once beside busy processes,
+    else soon. Nothing changes where the user has said how they wait.
 
     As they come, they spin for milliseconds, and beside a busy process that takes the core from
     the very thread that is waited for. GNU's OpenMP, which torch brings, reads this when it loads.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    if count_busy() + count_cores() > os.cpu_count():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def count_cores():
+    """How many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Linux alone tells.
+        return os.cpu_count()
+
+
+def count_busy(samples=5, pause=0.01):
+    """How many threads of other processes want a core now, by the least of some samples, since any
+    program wakes for a moment; 0 where /proc/loadavg does not tell.
+    """
+    found = []
+    for _ in range(samples):
+        try:
+            running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+            found.append(int(running) - 1)  # without this one
+        except (OSError, ValueError, IndexError):
+            return 0
+        time.sleep(pause)
+    return max(0, min(found))
 
 
 def describe_waiting():

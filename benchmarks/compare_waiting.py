@@ -48,10 +48,11 @@ SPOTS = 2300  # on the simulated slide of script 19, made by 18 in some minutes
 ONLY = ""  # training or 19; empty = both
 # --------------------------------------------------------------------------------------------------
 
-AS_IT_COMES = "as it comes"
+AS_IT_COMES, BY_LOAD = "as it comes", "by the load (the default here)"
 WAYS = {
     AS_IT_COMES: {},
-    "spins 1,000 (the default here)": {"GOMP_SPINCOUNT": str(shell.SPINS)},
+    BY_LOAD: {},
+    "spins 1,000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 WARM_UP = 3  # steps that are not timed
@@ -80,9 +81,11 @@ def train(seconds, image_size):
 
 def time_training(way):
     """train() in a process of its own, whose threads wait in this way."""
-    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # The first one is set in this process.
+    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # One of them is set in this process.
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     code = f"import compare_waiting; print(compare_waiting.train({SECONDS}, {IMAGE_SIZE}))"
+    if way == BY_LOAD:
+        code = f"import sys; sys.path.insert(0, '..'); import shell; shell.choose_waiting(); {code}"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY / "benchmarks",

@@ -270,16 +270,35 @@ def test_scripts_that_need_no_torch_do_not_load_it(number):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "GOMP_SPINCOUNT=1000"),
-        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT=7"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "OMP_WAIT_POLICY=ACTIVE"),
+        ({}, ["GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=PASSIVE"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["GOMP_SPINCOUNT=7"] * 2),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["OMP_WAIT_POLICY=ACTIVE"] * 2),
     ],
 )
-def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(monkeypatch, given, expected):
+@pytest.mark.parametrize("busy", [0, 1])
+def test_waiting_threads_sleep_by_the_load_unless_the_user_says_otherwise(
+    monkeypatch, given, expected, busy
+):
+    monkeypatch.setattr(shell, "count_busy", lambda: busy)
+    monkeypatch.setattr(shell, "count_cores", os.cpu_count)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")  # so that what is set below is undone
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     shell.choose_waiting()
-    assert shell.describe_waiting() == expected
+    assert shell.describe_waiting() == expected[busy]
+
+
+def test_a_busy_process_is_counted():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            time.sleep(0.5)
+            assert shell.count_busy() >= 1
+        finally:
+            process.kill()
+
+
+def test_where_the_load_is_not_told_nobody_is_busy(monkeypatch):
+    monkeypatch.setattr(shell.Path, "read_text", lambda path: "0.1 0.2")
+    assert shell.count_busy() == 0
