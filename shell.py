@@ -145,7 +145,7 @@ def headline_of(protocol):
 
 # ---------------------------------------------------------------------------------------- constants
 # Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
-# part in what a record was made with. What "best" does was chosen on validation slides of HER2ST.
+# part in what a record was made with. How "best" was chosen: docs/trust.md.
 RECIPES = {
     "paper": {
         "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
