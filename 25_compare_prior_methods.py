@@ -36,7 +36,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -280,18 +279,6 @@ def training_mean(recipe, split, folder):
 
 
 @runner.refitted
-def ridge_on_colour_by_folds(recipe, split, folder):
-    """The ridge on colour statistics at its best: alpha and rank as for the other ridges, by folds
-    of blocks inside the training spots.
-    """
-    train = split.spots("train")
-    colour = split.data.annotations.obsm["colour"]
-    colour = StandardScaler().fit(colour[train]).transform(colour)
-    ridge, shrinkage = runner.fit_ridge(split, colour, train)
-    return ridge.predict(colour[split.scored()]), {"weights": "none", **shrinkage._asdict()}
-
-
-@runner.refitted
 def ridge_with_surroundings(recipe, split, folder):
     """The ridge on frozen features of the spot's own patch and, beside them, of the patches around
     it: what a method that looks at single spots leaves on the slide.
@@ -402,7 +389,6 @@ def computed_methods(run):
     methods = {
         "training mean": (plain, training_mean),
         "ridge (colour)": (plain, runner.ridge_on_colour),
-        "ridge (colour, best alpha)": (plain, ridge_on_colour_by_folds),
     }
     own = {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
     frozen = plain | own | {"POOL_STAGES": False}

@@ -507,22 +507,13 @@ def ridge_to_colours(colour):
 
     @refitted
     def compute(recipe, split, folder):
-        return predict_by_colour(split, colour[split.scored()]), {"weights": "none"}
+        known, train = split.data.annotations.obsm["colour"], split.spots("train")
+        scaler = StandardScaler().fit(known[train])
+        ridge, shrinkage = fit_ridge(split, scaler.transform(known), train)
+        predicted = ridge.predict(scaler.transform(colour[split.scored()]))
+        return predicted, {"weights": "none", **shrinkage._asdict()}
 
     return compute
-
-
-COLOUR_PENALTY = 100.0  # of the ridge on 40 standardised columns
-
-
-def predict_by_colour(split, colour):
-    """(n, G) float32 expression by (n, 40) colour statistics, learnt on the training spots."""
-    data, train = split.data, split.spots("train")
-    scaler = StandardScaler().fit(data.annotations.obsm["colour"][train])
-    known = scaler.transform(data.annotations.obsm["colour"])
-    centred = ridges.Centred(known, data.target, train, np.zeros(len(known)))
-    ridge = ridges.solve_ridge(centred, train, COLOUR_PENALTY)
-    return ridge.predict(scaler.transform(colour))
 
 
 # ------------------------------------------------------------------------------------------ records

@@ -412,7 +412,7 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
 
 # -------------------------------------------------------------------------- script 25, end to end
 METHODS = ["EfficientNet-B0", "ST-Net", "ST-Net, our optimiser", "BLEEP", "training mean"]
-METHODS += ["ridge (colour)", "ridge (colour, best alpha)", "ridge (resnet18)"]
+METHODS += ["ridge (colour)", "ridge (resnet18)"]
 METHODS += ["depth only (control)", "nearest spot (control)"]
 
 
