@@ -119,7 +119,8 @@ def compute_methods(run, recipe, split, suffix=""):
     if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
         own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
         baseline |= {name: recipe[name] for name in own}
-        ridge = f"ridge ({recipe['BACKBONE']}){suffix}"
+        stages = ", all stages" if recipe["POOL_STAGES"] else ""
+        ridge = f"ridge ({recipe['BACKBONE']}{stages}){suffix}"
         records += run.compute(ridge, baseline, split, runner.ridge_on_features)
         if PROTOCOL == "hest":
             probe = f"hest probe ({recipe['BACKBONE']})"

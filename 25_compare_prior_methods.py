@@ -18,8 +18,8 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
 what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
-"with surroundings" see single spots; these tell what the tissue around a spot would add. A control
-uses what no image model may: the test spots' own depth, or expression measured next door.
+"with surroundings" see single spots; those rows tell what the tissue around a spot would add. A
+control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
 import shell
@@ -58,7 +58,7 @@ BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
-FEATURES = "resnet50"  # timm name of the strongest frozen backbone, under ridges and a control
+FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the own-slide control
 SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -111,7 +111,7 @@ def trained_methods():
     shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
     network = runner.name_network(BACKBONE)
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    paper = shell.RECIPES["paper"] | {"RECIPE": "paper", "REFIT": REFIT}
+    paper = shell.RECIPES["paper"] | {"REFIT": REFIT}
     stnet = paper | {
         "BACKBONE": STNET_BACKBONE,
         "HIDDEN": 0,
@@ -131,7 +131,7 @@ def trained_methods():
     }
     best = shell.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
     methods = {
-        network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa"}),
+        network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa", "RECIPE": "paper"}),
         f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
         "ST-Net, our optimiser": ("ST-Net, our optimiser", stnet),
@@ -286,18 +286,17 @@ def ridge_with_surroundings(recipe, split, folder):
     own, _ = runner.freeze_features(recipe, split)
     around = average_surroundings(own, split.data.spots, recipe["SURROUNDINGS"])
     features = np.hstack([own, around])
-    ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
-    predicted = ridge.predict(features[split.scored()])
-    return predicted, {"weights": runner.name_weights(recipe), **shrinkage._asdict()}
+    weights = runner.name_weights(recipe)
+    return runner.predict_by_ridge(split, features, features[split.scored()], weights)
 
 
 def average_surroundings(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
-    around = features.copy()
-    for _, numbers in spots.groupby("tissue_index").indices.items():
-        tree = cKDTree(spots_in_pitches(spots)[numbers])
+    around, places = features.copy(), spots_in_pitches(spots)
+    for numbers in spots.groupby("tissue_index").indices.values():
+        tree = cKDTree(places[numbers])
         near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
         near.data = np.exp(-((near.data / width) ** 2) / 2)
         near.setdiag(0)
@@ -400,8 +399,9 @@ def computed_methods(run):
             pooled = recipe | {"POOL_STAGES": True}
             methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
             if backbone == FEATURES:
-                full_rank = functools.partial(runner.ridge_on_features, full_rank=True)
-                methods[f"ridge ({backbone}, all stages, full rank)"] = (pooled, full_rank)
+                full_rank = pooled | {"FULL_RANK": True}
+                name = f"ridge ({backbone}, all stages, full rank)"
+                methods[name] = (full_rank, runner.ridge_on_features)
             wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
             methods[f"ridge ({backbone}, {WITH_SURROUNDINGS})"] = (wide, ridge_with_surroundings)
         if PRETRAINED is not False and PROTOCOL == "hest":

@@ -818,9 +818,9 @@ def widen_depthwise(convolution, forward, images):
 
 
 def pool_each_stage(backbone, images):
-    """[(B, C) float32]: of every stage standard deviation and mean of its output over the image or
-    a transformer's tokens. The last stage, which most backbones end with pooling, has its output as
-    it is, and so the last part is always a mean.
+    """[(B, C) float32]: of every stage the standard deviation and the mean of its output over the
+    image or a transformer's tokens; of an output that is pooled already, as most backbones' last
+    one, the output alone. So the last part is always a mean.
     """
     pooled = []
 
@@ -1331,7 +1331,8 @@ def predict(model, patches, spots, *, dtype, tta=False):
 
 
 def encode_patches(patches, recipe, seed, *, tta=False):
-    """((N, F) float32 features of the patches by BACKBONE as it comes, [features of each stage]).
+    """((N, F) float32 features of the patches by BACKBONE as it comes, [numbers of features of
+    every part, as pool_each_stage gives them]).
 
     With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
     """

@@ -1,8 +1,8 @@
 """Ridge regression of expression on features: how strong, of which rank, and as the start of a
 network's head.
 
-Shapes: N spots, F features, G genes. Spots are given by their numbers; nothing else of features and
-expression is looked at, and the expression of a few spots is in memory at a time.
+Shapes: N spots, F features, G genes. Spots are given by their numbers; of features and expression
+only theirs are read.
 """
 
 from dataclasses import dataclass
@@ -200,19 +200,19 @@ def explain_genes(features, target, spots, table, shrinkage, leading):
     return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)
 
 
-def choose_folds(spots):
-    """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks with a margin; of
-    spots where the slides are too small for that.
+def choose_folds(table):
+    """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks of the spots of a
+    table, with a margin; of single spots where the slides are too small for that.
     """
-    numbers = np.arange(len(spots))
+    numbers = np.arange(len(table))
     try:
-        folds = common.split_folds(spots, numbers, "block", common.FOLDS, 0)
+        folds = common.split_folds(table, numbers, "block", common.FOLDS, 0)
     except InputError:  # A fold would be empty, or its margin would take all others.
-        folds = common.split_folds(spots, numbers, "paper", min(common.FOLDS, len(spots)), 0)
+        folds = common.split_folds(table, numbers, "paper", min(common.FOLDS, len(table)), 0)
     return [(roles == "train", roles == "valid") for roles in folds]
 
 
-def balance_stages(features, widths):
+def balance_parts(features, widths):
     """(F,) float32 factors by which every part of the features, of these widths, varies as much in
     total as the last part; 0 for parts that do not vary.
     """

@@ -243,7 +243,7 @@ def is_refitted(recipe, split):
 
 
 def final_split(recipe, split):
-    """The split that the saved weights have learnt from: with REFIT without validation spots."""
+    """The split that the saved weights have learnt from: with REFIT validation spots train too."""
     return split.with_all_in_training() if is_refitted(recipe, split) else split
 
 
@@ -262,11 +262,11 @@ def refitted(compute):
     """
 
     @functools.wraps(compute)
-    def compute_twice(recipe, split, folder, **options):
-        first, more = compute(recipe, split, folder, **options)
+    def compute_twice(recipe, split, folder):
+        first, more = compute(recipe, split, folder)
         if not is_refitted(recipe, split):
             return first, more
-        second, more = compute(recipe, split.with_all_in_training(), folder, **options)
+        second, more = compute(recipe, split.with_all_in_training(), folder)
         return keep_validation_of(first, second, split), more
 
     return compute_twice
@@ -325,7 +325,7 @@ def freeze_features(recipe, split):
     """
     data = split.data
     features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = ridges.balance_stages(features[split.spots("train")], widths)
+    scale = ridges.balance_parts(features[split.spots("train")], widths)
     return features * scale, scale
 
 
@@ -335,13 +335,20 @@ def fit_ridge(split, features, spots, full_rank=False):
     return ridges.fit_ridge(features, data.target, spots, data.spots, split.reported, full_rank)
 
 
+def predict_by_ridge(split, known, seen, weights, full_rank=False):
+    """(prediction (n, G) from features `seen` (n, F), {name: value} for the records) of the ridge
+    that the training spots teach on features `known` (N, F).
+    """
+    ridge, shrinkage = fit_ridge(split, known, split.spots("train"), full_rank)
+    return ridge.predict(seen), {"weights": weights, **shrinkage._asdict()}
+
+
 @refitted
-def ridge_on_features(recipe, split, folder, full_rank=False):
+def ridge_on_features(recipe, split, folder):
     """`compute` of compute_records: the ridge on frozen features, which no network may lose to."""
     features, _ = freeze_features(recipe, split)
-    ridge, shrinkage = fit_ridge(split, features, split.spots("train"), full_rank)
-    predicted = ridge.predict(features[split.scored()])
-    return predicted, {"weights": name_weights(recipe), **shrinkage._asdict()}
+    seen, full_rank = features[split.scored()], recipe.get("FULL_RANK", False)
+    return predict_by_ridge(split, features, seen, name_weights(recipe), full_rank)
 
 
 PROBE_COMPONENTS = 256
@@ -488,7 +495,7 @@ PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
 
 def ridge_on_colour(recipe, split, folder):
     """`compute` of compute_records: ridge on standardised colour statistics."""
-    return ridge_to_colours(split.data.annotations.obsm["colour"])(recipe, split, folder)
+    return ridge_applied_to(split.data.annotations.obsm["colour"])(recipe, split, folder)
 
 
 def ridge_on_other_colours(recipe, split, folder):
@@ -499,19 +506,18 @@ def ridge_on_other_colours(recipe, split, folder):
     for spots in torch.from_numpy(split.scored()).split(64):
         restained = patches[spots].permute(0, 2, 3, 1).numpy()
         colour[spots.numpy()] = common.colour_statistics(restained)
-    return ridge_to_colours(colour)(recipe, split, folder)
+    return ridge_applied_to(colour)(recipe, split, folder)
 
 
-def ridge_to_colours(colour):
+def ridge_applied_to(colour):
     """`compute` of compute_records: the ridge on colour, applied to these statistics (N, 40)."""
 
     @refitted
     def compute(recipe, split, folder):
         known, train = split.data.annotations.obsm["colour"], split.spots("train")
         scaler = StandardScaler().fit(known[train])
-        ridge, shrinkage = fit_ridge(split, scaler.transform(known), train)
-        predicted = ridge.predict(scaler.transform(colour[split.scored()]))
-        return predicted, {"weights": "none", **shrinkage._asdict()}
+        seen = scaler.transform(colour[split.scored()])
+        return predict_by_ridge(split, scaler.transform(known), seen, "none")
 
     return compute
 

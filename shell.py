@@ -332,7 +332,8 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     holds a mistake, before the script loads torch.
 
     Where one of the constants `files` names a file or folder, it must be there; with `manifest` the
-    data root must have a slides.csv, and with `dataset` it must have been through script 19.
+    data root must have a slides.csv, and with `dataset` it must have been through script 19. Then
+    choose_waiting, which has to come before torch as well.
     """
     script = read_script(path)
     try:

@@ -353,7 +353,7 @@ def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_pat
 
 def test_the_full_rank_is_kept_through_a_refit(paper_split):
     recipe = CPU | {"BACKBONE": "resnet18", "REFIT": True}
-    _, told = runner.ridge_on_features(recipe, paper_split, None, full_rank=True)
+    _, told = runner.ridge_on_features(recipe | {"FULL_RANK": True}, paper_split, None)
     assert told["rank"] is None
     _, told = runner.ridge_on_features(recipe, paper_split, None)
     assert told["rank"] >= 1
