@@ -18,7 +18,7 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
 what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
-"with surroundings" see single spots; those rows tell what the tissue around a spot would add. A
+"surroundings" see single spots; those rows tell what the tissue around a spot would add. A
 control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
@@ -96,7 +96,6 @@ QUICK_BUDGET = {
 
 
 STNET_BACKBONE = "densenet121"
-WITH_SURROUNDINGS = "all stages, with surroundings"
 
 
 def name_bleep():
@@ -400,10 +399,10 @@ def computed_methods(run):
             methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
             if backbone == FEATURES:
                 full_rank = pooled | {"FULL_RANK": True}
-                name = f"ridge ({backbone}, all stages, full rank)"
+                name = f"ridge ({backbone}, full rank)"
                 methods[name] = (full_rank, runner.ridge_on_features)
             wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
-            methods[f"ridge ({backbone}, {WITH_SURROUNDINGS})"] = (wide, ridge_with_surroundings)
+            methods[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
         if PRETRAINED is not False and PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
@@ -421,10 +420,11 @@ def compute_ensembles(run, records):
     """
     if PRETRAINED is False:
         return []
-    endings = (", best recipe", ", our optimiser", ", all stages)")
-    return average_settings(run, records, endings, "models") + average_settings(
-        run, records, (f"{WITH_SURROUNDINGS})",), f"ridges, {WITH_SURROUNDINGS}"
-    )
+    at_best = (", best recipe", ", our optimiser", ", all stages)")
+    return [
+        *average_settings(run, records, at_best, "models"),
+        *average_settings(run, records, (", surroundings)",), "ridges, surroundings"),
+    ]
 
 
 def average_settings(run, records, endings, kind):

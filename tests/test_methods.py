@@ -378,11 +378,9 @@ def with_weights(tmp_path):
 def test_with_weights_every_backbone_has_its_ridges(with_weights):
     _, _, methods = with_weights
     for backbone in ("tiny", "densenet121", "resnet50"):
-        for kind in ("", ", all stages", ", all stages, with surroundings"):
+        for kind in ("", ", all stages", ", surroundings"):
             assert f"ridge ({backbone}{kind})" in methods
-    assert [name for name in methods if "full rank" in name] == [
-        "ridge (densenet121, all stages, full rank)"
-    ]
+    assert [name for name in methods if "full rank" in name] == ["ridge (densenet121, full rank)"]
 
 
 def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
@@ -405,8 +403,8 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
             ]
         ),
     )
-    assert wide[0] == "mean of 3 ridges, all stages, with surroundings"
-    assert all(name.endswith("with surroundings)") for name in wide[1])
+    assert wide[0] == "mean of 3 ridges, surroundings"
+    assert all(name.endswith(", surroundings)") for name in wide[1])
     assert script.compute_ensembles(run, records[:1]) == []
 
 
