@@ -349,8 +349,9 @@ def nearest_spot(recipe, split, folder):
 
 def own_slide(recipe, split, folder):
     """Control: the ridge on frozen features, learnt on the test slide itself, on the blocks around
-    those that it predicts. What it has over the other ridges is the step to another slide; what it
-    lacks to the ceiling, the image does not show, or not to these features. NaN for other slides.
+    those that it predicts. What it has over the other ridges is the step to another slide, and what
+    it lacks to them the number of spots; what it lacks to the ceiling, the image does not show, or
+    not to these features. NaN for other slides.
     """
     data = split.data
     features, _ = runner.freeze_features(recipe, split)
