@@ -293,7 +293,7 @@ def average_surroundings(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
-    around, places = features.copy(), spots_in_pitches(spots)
+    around, places = features.copy(), common.places_in_pitches(spots).to_numpy()
     for numbers in spots.groupby("tissue_index").indices.values():
         tree = cKDTree(places[numbers])
         near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
@@ -304,11 +304,6 @@ def average_surroundings(features, spots, width):
         mean = (near @ features[numbers])[has_neighbours] / total[has_neighbours, None]
         around[numbers[has_neighbours]] = mean
     return around
-
-
-def spots_in_pitches(spots):
-    """(N, 2) where the spots lie, in pitches of their slide."""
-    return spots[["pxl_col", "pxl_row"]].to_numpy() / spots["pitch"].to_numpy()[:, None]
 
 
 @runner.refitted
@@ -332,7 +327,7 @@ def nearest_spot(recipe, split, folder):
     data = split.data
     train, scored = split.spots("train"), split.scored()
     slides = data.spots["tissue_index"].to_numpy()
-    places = pd.DataFrame(spots_in_pitches(data.spots))
+    places = common.places_in_pitches(data.spots)
     places = (places - places.groupby(slides).transform("mean")).to_numpy()
     predicted = np.full((len(scored), len(data.genes)), np.nan, np.float32)
     for slide in np.unique(slides[scored]):
@@ -395,16 +390,16 @@ def computed_methods(run):
     for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
         recipe = frozen | {"BACKBONE": backbone}
         methods[f"ridge ({backbone})"] = (recipe, runner.ridge_on_features)
-        if PRETRAINED is not False:
-            pooled = recipe | {"POOL_STAGES": True}
-            methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
-            if backbone == FEATURES:
-                full_rank = pooled | {"FULL_RANK": True}
-                name = f"ridge ({backbone}, full rank)"
-                methods[name] = (full_rank, runner.ridge_on_features)
-            wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
-            methods[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
-        if PRETRAINED is not False and PROTOCOL == "hest":
+        if PRETRAINED is False:
+            continue
+        pooled = recipe | {"POOL_STAGES": True}
+        methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
+        if backbone == FEATURES:
+            full_rank = pooled | {"FULL_RANK": True}
+            methods[f"ridge ({backbone}, full rank)"] = (full_rank, runner.ridge_on_features)
+        wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
+        methods[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
+        if PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
     methods["depth only (control)"] = (plain, depth_only)

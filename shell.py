@@ -385,8 +385,10 @@ def count_busy(samples=5, pause=0.01):
             found.append(int(running) - 1)  # without this one
         except (OSError, ValueError, IndexError):
             return 0
+        if found[-1] <= 0:  # There is no less, and an idle machine need not wait for it.
+            return 0
         time.sleep(pause)
-    return max(0, min(found))
+    return min(found)
 
 
 def describe_waiting():
