@@ -37,7 +37,6 @@ from pathlib import Path
 
 import anndata
 import h5py
-import harmonypy
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -85,22 +84,32 @@ FEW_GENES = 20  # as well, where the slides share fewer of their genes
 # -------------------------------------------------------------------------------- panel
 
 
-def published_panel(root, genes):
-    """Panel mask of the published preprocessing where hvg_union.npy is there, else None."""
+def published_panel(root, tables, genes):
+    """Ids of the published preprocessing's panel where hvg_union.npy is there, else None.
+
+    Its mask is of the genes that all slides list, in the order of the first slide.
+    """
     path = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
     if not path.is_file():
         return None
+    shared = genes["gene_ids"][listed_by_all(genes)]
+    ids = tables[0].read_features().index
+    ids = ids[ids.isin(shared)]
     try:
         mask = np.load(path, allow_pickle=False)
     except ValueError as error:
         raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
-    if mask.dtype != bool or mask.shape != (len(genes),):
+    if mask.dtype != bool or mask.shape != (len(ids),):
         raise InputError(
-            f"{path}: {mask.dtype} {mask.shape}; "
-            f"expected one bool for each of the {len(genes)} genes"
+            f"{path}: {mask.dtype} {mask.shape}; expected one bool for each of the {len(ids)} genes"
         )
     print(f"panel: the published {path.name}")
-    return mask
+    return ids[mask]
+
+
+def listed_by_all(genes):
+    """(G,) bool: the genes of slides.join_genes's table that every slide lists."""
+    return genes.filter(like="listed_").all(axis=1)
 
 
 def read_panel(path):
@@ -153,47 +162,57 @@ def find_panel(root):
     return PANEL
 
 
-def choose_panel(root, genes, variable):
-    """The table of genes of the panel, with the columns hvg_<slide> of `variable` and MG.
+def choose_panel(root, genes, published):
+    """The table of genes, whose columns listed_<slide> and hvg_<slide> stay, of the panel, with the
+    columns MG (a marker) and named (by a file, so that every split keeps it).
 
-    The panel is that of find_panel, or the published one, or the union of the slides' variable
+    The panel is that of find_panel, or the `published` ids, or the union of the slides' variable
     genes; the markers among the genes belong to the last two.
     """
     markers = genes.index.isin(common.MARKER_GENES)
-    panel = published_panel(root, genes)
+    named = np.zeros(len(genes), bool)
     path = find_panel(root)
     if path:
         wanted = read_panel(Path(path))
-        panel = genes.index.isin(wanted)
+        panel = named = genes.index.isin(wanted)
         markers = markers & panel
         if not panel.any():
             raise InputError(
                 f"{path}: the slides hold none of its {len(wanted)} genes, as {wanted[0]}"
             )
         warn_of_lost_genes(path, wanted, set(genes.index))
-    elif panel is None:
-        panel = np.any(list(variable.values()), axis=0)
+    elif published is not None:
+        panel = genes["gene_ids"].isin(published).to_numpy()
+    else:
+        panel = genes.filter(like="hvg_").any(axis=1).to_numpy()
     panel = panel | markers
     print(
         f"panel of {panel.sum():,} genes, {markers.sum()} of the {len(common.MARKER_GENES)} "
         "markers among them"
     )
-    return genes[["gene_ids"]].assign(**variable, MG=markers)[panel]
+    return genes.drop(columns="name").assign(MG=markers, named=named)[panel]
 
 
 # -------------------------------------------------------------------------------- target
 
 
-def harmonise(root, lognorm, obs, panel, manifest):
+def harmonise(lognorm, obs, panel, manifest, published):
     """Harmony over all slides, of the log-normalised panel (N, G): (N, G) float32.
 
-    The published matrices are taken where they are. Harmony holds all of it in memory.
+    The published matrices, whose genes are the ids `published`, are taken where they are. Harmony
+    holds all of it in memory.
     """
-    published = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
     paths = [slide.matrix / "harmony_matrix.npy" for slide in manifest]
-    if published.is_file() and all(path.is_file() for path in paths):
+    if published is not None and all(path.is_file() for path in paths):
         print("target: the published harmony_matrix.npy of every slide")
-        return np.concatenate([read_harmony(slide, obs, panel) for slide in manifest])
+        order = pd.Index(published).get_indexer(panel["gene_ids"])
+        if (order < 0).any():
+            raise InputError(
+                f"the published panel lacks the marker {panel.index[order < 0][0]}, so that "
+                "harmony_matrix.npy has no values of it"
+            )
+        every = [read_harmony(slide, obs, published) for slide in manifest]
+        return np.ascontiguousarray(np.concatenate(every)[:, order])
     if len(manifest) == 1:
         raise InputError(
             "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
@@ -203,21 +222,17 @@ def harmonise(root, lognorm, obs, panel, manifest):
             f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
             f"are {len(obs)}; use --target lognorm"
         )
-    batch = pd.DataFrame({"slide": obs["tissue_index"].astype(str)})
-    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=SEED, verbose=False).Z_corr
-    if result.shape != lognorm.shape:  # versions of harmonypy differ
-        result = result.T
-    return np.ascontiguousarray(result, np.float32)
+    return common.harmonise(lognorm, obs["tissue_index"], SEED)
 
 
-def read_harmony(slide, obs, panel):
-    """One slide's published matrix, (n, G) float32 in the order of `obs`.
+def read_harmony(slide, obs, published):
+    """One slide's published matrix, (n, G) float32, its spots in the order of `obs`.
 
-    The file holds genes of the panel x spots, in the order of barcodes.tsv.
+    The file holds the published genes x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
     barcodes = slides.read_barcodes(slides.find_part(slide.matrix, "barcodes.tsv"))
-    expected = len(panel), len(barcodes)
+    expected = len(published), len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
         usable = matrix.shape == expected and np.isfinite(matrix).all()
@@ -517,15 +532,21 @@ def write_expression(root, out, tables, manifest):
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_patches(patches, obs.index)
-    genes = slides.share_genes(table.read_features() for table in tables)
+    genes = slides.join_genes(
+        (slide.tissue_index, table.read_features())
+        for slide, table in zip(manifest, tables, strict=True)
+    )
+    shared = genes[listed_by_all(genes)]
     seen, variable = {}, {}
     for slide, stored in zip(manifest, tables, strict=True):
         table = stored.read()
         check_counts(seen, table)
-        counts = slides.take_genes(table, genes)
-        check_counts(seen, counts)
-        variable[f"hvg_{slide.tissue_index}"] = find_variable_genes(counts)
-    panel = choose_panel(root, genes, variable)
+        check_counts(seen, slides.take_genes(table, shared))
+        # By the slide's own genes alone, so that no other slide changes them.
+        chosen = table.var_names[find_variable_genes(table)]
+        variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
+    published = published_panel(root, tables, genes)
+    panel = choose_panel(root, genes.assign(**variable), published)
     tables = [table.take(panel) for table in tables]
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
@@ -534,7 +555,7 @@ def write_expression(root, out, tables, manifest):
         values = read_log_counts(tables)
         np.save(out / "target.npy", values)
     elif TARGET == "harmony":
-        values = harmonise(root, values, obs, panel, manifest)
+        values = harmonise(values, obs, panel, manifest, published)
         np.save(out / "target.npy", values)
     common.save_expression(
         out / "dataset.csv", obs.reset_index(names="id"), values, panel.index.tolist()
@@ -638,7 +659,9 @@ def check_slides(root, manifest):
             errors.append(error)
     if not errors and tables[0].X is not None:
         print()
-        check_genes(root, slides.share_genes(table.var for table in tables))
+        numbers = [slide.tissue_index for slide in manifest]
+        features = [table.var for table in tables]
+        check_genes(root, slides.join_genes(zip(numbers, features, strict=True)))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")

@@ -41,21 +41,26 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
+RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
 FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
+STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
+CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
+WARP_BORDER = "reflect"  # what a warp shows beyond the patch: reflect or black
+WARP_ASPECT = "fixed"  # free = a warp scales across and down apart
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LEARNING_RATE = 3e-4  # Adam
+SCHEDULE = "cosine"  # of the rates over the epochs: cosine (to zero) or constant
 HEAD_LEARNING_RATE = 0.0  # of the head, with AdamW; 0 = LEARNING_RATE for all
 LOSS = "mse"  # a name of common.LOSSES
 GENE_WEIGHTS = "equal"  # in the loss; predictable = by what a ridge start predicts of each gene
@@ -73,7 +78,6 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "HEAD_START": "mean",
     "IMAGE_SIZE": 96,
     "EPOCHS": 12,
     "LEARNING_RATE": 1e-3,

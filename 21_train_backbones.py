@@ -41,11 +41,11 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
+RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
 
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -78,7 +78,6 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,

@@ -53,11 +53,11 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
 SEEDS = (42,)  # one search each
-RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
+RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 VIEWS = 8  # augmented views of each patch whose features a wholly frozen backbone computes
@@ -85,7 +85,6 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "FOLDS": 2,
     "PRETRAINED": False,
-    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
@@ -156,10 +155,12 @@ def compute_features(patches, seed, views, constants):
         for view in range(1 + views):
             aug = recipe["AUG"] if view else "none"
             generator = torch.Generator().manual_seed(shell.seed_of(seed, "view", view))
-            draws = common.draw_augmentation(len(patches), aug, generator)
+            draws = common.draw_augmentation(len(patches), aug, generator, recipe["WARP_ASPECT"])
             images_of = common.read_ahead(patches, batches, device)
             for spots, images in zip(batches, images_of, strict=True):
-                images = common.augment(images, *(draw[spots] for draw in draws))
+                images = common.augment(
+                    images, *(draw[spots] for draw in draws), border=recipe["WARP_BORDER"]
+                )
                 parts.append(model.encode(images).float())
                 bar.update(len(spots))
     return torch.cat(parts).view(1 + views, len(patches), -1)
@@ -170,7 +171,8 @@ def use_features(training, recipe, split):
     if recipe["TRAINABLE_STAGES"] != 0:
         return training
     views = 0 if recipe["AUG"] == "none" else min(VIEWS, recipe["EPOCHS"])
-    names = ("BACKBONE", "PRETRAINED", "POOL_STAGES", "IMAGE_SIZE", "AUG", "DEVICE", "PRECISION")
+    names = ("BACKBONE", "PRETRAINED", "POOL_STAGES", "CHANNELS", "IMAGE_SIZE", "AUG")
+    names += ("WARP_BORDER", "WARP_ASPECT", "DEVICE", "PRECISION")
     constants = tuple((name, recipe[name]) for name in names)
     features = compute_features(split.data.patches, split.seed, views, constants)
     if training.model.pool_stages:

@@ -48,13 +48,13 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training and one split each, the same for every augmentation
-RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
+RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
@@ -81,7 +81,6 @@ QUICK_BUDGET = {
     "SEEDS": (42,),
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,

@@ -56,7 +56,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training, split and clustering each, the same for every setting
-RECIPE = "paper"  # paper, or best: sets what shell.RECIPES says; other flags win
+RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
 
 FEATURES = "efficientnet_b0"  # timm name: its features are clustered; empty = colour statistics
 MIN_CLUSTER = 0.02  # of the training spots; the smallest cluster
@@ -66,7 +66,7 @@ EMBEDDING = 32  # numbers that an id becomes, learned
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights, also of FEATURES: true, false, a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
@@ -92,7 +92,6 @@ QUICK_BUDGET = {
     "PRETRAINED": False,
     "FEATURES": "",
     "HIDDEN": 512,
-    "HEAD_START": "mean",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
     "LEARNING_RATE": 1e-3,
@@ -203,7 +202,7 @@ def shuffle_ids(ids, slides, seed):
 class PatchesWithId:
     """Patches whose fourth channel is the spot's id.
 
-    Symmetries and warps leave a constant channel as it is.
+    Symmetries and warps leave the middle of a constant channel as it is.
     """
 
     def __init__(self, patches, ids):
@@ -237,7 +236,8 @@ class WithId(nn.Module):
         model.head[linear.index(True)] = wider
 
     def forward(self, pixels):
-        ids = pixels[:, 3, 0, 0].round().long()
+        middle = pixels.shape[3] // 2
+        ids = pixels[:, 3, middle, middle].round().long()
         features = self.model.encode(pixels[:, :3])
         return self.model.head(torch.cat([features, self.model.embedding(ids)], dim=1))
 

@@ -22,6 +22,7 @@ what it compares, MICRO_BATCH only what the image encoder holds in memory at onc
 control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
+import recipes
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -33,6 +34,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
@@ -57,7 +59,7 @@ SEEDS = (42,)  # one training each
 BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+OTHER_BACKBONES = ("mobilenetv2_100", "densenet121")  # in place of BACKBONE, the rest as it is
 FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the own-slide control
 SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
@@ -66,6 +68,7 @@ EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
+TTA = True  # every method averages its predictions over the 8 symmetries
 REFIT = False  # true = every method learns again from training and validation spots, best too
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
@@ -85,7 +88,6 @@ QUICK_BUDGET = {
     "TARGET": "lognorm",
     "PRETRAINED": False,
     "HIDDEN": 512,
-    "HEAD_START": "mean",
     "FEATURES": "resnet18",
     "IMAGE_SIZE": 64,
     "EPOCHS": 3,
@@ -106,34 +108,37 @@ def name_bleep():
 def trained_methods():
     """{setting: {CONSTANT: value}} of what is trained; other methods' constants stay out of it."""
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
-    others += ("BLEEP_BACKBONE", "SURROUNDINGS", "PUBLISHED")
-    shared = dict.fromkeys(others) | {"TRAINABLE_STAGES": -1, "TTA": False}
+    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "SURROUNDINGS", "PUBLISHED")
+    shared = dict.fromkeys(others)
     network = runner.name_network(BACKBONE)
+    paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
+    at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    paper = shell.RECIPES["paper"] | {"REFIT": REFIT}
-    stnet = paper | {
-        "BACKBONE": STNET_BACKBONE,
-        "HIDDEN": 0,
-        "HEAD_START": "mean",
-        "AUG": "stnet",
-        "TTA": True,
-    }
-    bleep = paper | {
+    stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "AUG": "stnet"}
+    bleep = {
         "BACKBONE": BLEEP_BACKBONE,
         "HIDDEN": 0,
-        "HEAD_START": "zero",
+        "HEAD_START": "random",  # It has no head whose output is expression.
         "AUG": "stnet",
         "LEARNING_RATE": 1e-3,
         "EPOCHS": BLEEP_EPOCHS,
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
     }
-    best = shell.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
+    best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
     methods = {
-        network: ("network", {"BACKBONE": BACKBONE, "AUG": "mpa", "RECIPE": "paper"}),
+        network: ("network", paper),
+        f"{network}, random start": ("network", paper | at_random),
+        f"{network}, linear head": ("network", paper | {"HIDDEN": 0}),
+    }
+    for backbone in OTHER_BACKBONES:
+        methods[runner.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
+    methods |= {
         f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
+        "ST-Net, random start": ("ST-Net", stnet | published | at_random),
         "ST-Net, our optimiser": ("ST-Net, our optimiser", stnet),
+        "ST-Net, our optimiser, random start": ("ST-Net, our optimiser", stnet | at_random),
         name_bleep(): ("BLEEP", bleep),
     }
     if PRETRAINED is False:  # Features of a random network are nothing to start from.
@@ -258,9 +263,6 @@ def adapt(training, recipe, split):
         return replace(
             training, network=network, loss=network.loss, optimise=adamw_at_constant_rate
         )
-    if method.startswith("ST-Net"):
-        # With HEAD_START mean, its first prediction is the training mean.
-        nn.init.zeros_(training.model.head[-1].weight)
     if method == "ST-Net":
         return replace(training, loss=sum_of_squares, optimise=sgd_with_momentum)
     return training
@@ -362,6 +364,50 @@ def own_slide(recipe, split, folder):
             ridge, _ = runner.fit_ridge(split, features, learn)
             predicted[line_of[judge]] = ridge.predict(features[judge])
     return predicted, {"weights": runner.name_weights(recipe)}
+
+
+def retrieve_from_all(out, trained):
+    """`compute` of Run.compute: BLEEP as it was trained, but a test spot's expression is retrieved
+    from all spots of the training slides, those of validation as well.
+    """
+
+    def compute(recipe, split, folder):
+        device, dtype, _ = common.choose_device(recipe)
+        every = split.with_all_in_training()
+        model = common.build_model(recipe | {"PRETRAINED": False}, 1, split.seed)
+        network = build_bleep(model, recipe, every)
+        weights = safetensors.torch.load_file(out / trained["folder"] / "weights.safetensors")
+        model.load_state_dict(weights)
+        network = network.to(device, memory_format=torch.channels_last)
+        patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
+        spots = every.scored()
+        predicted = common.predict(network, patches, spots, dtype=dtype, tta=recipe["TTA"])
+        first = runner.read_prediction(out / trained["folder"]).to_numpy()
+        kept = ("weights", "steps", "best_epoch", *runner.PARAMETERS)
+        more = {name: trained[name] for name in kept}
+        return runner.keep_validation_of(first, predicted, split), more
+
+    return compute
+
+
+def predict_otherwise(run, settings, records):
+    """The records of what was trained and predicts once more: networks by one view of a patch, and
+    BLEEP from all spots of the training slides.
+    """
+    found = []
+    for name, changed in settings.items():
+        recipe = run.recipe | changed
+        for split in run.splits:
+            trained = runner.record_of(records, name, split)
+            again = recipe | {"AGAIN": trained["folder"]}
+            if name == name_bleep() and not REFIT:  # which has taken them all
+                compute = retrieve_from_all(run.out, trained)
+                found += run.compute(f"{name}, all references", again, split, compute)
+            if recipe["METHOD"] == "network" and TTA:
+                one_view = again | {"TTA": False}
+                compute = runner.predict_again(run.out, trained)
+                found += run.compute(f"{name}, one view", one_view, split, compute)
+    return found
 
 
 def average_predictions(out, records):
@@ -469,7 +515,8 @@ def main():
         for split in run.splits:  # before the trainings: what fails, fails now
             records += run.compute(name, recipe, split, compute)
     settings = {name: setting for name, setting in trained.items() if name in chosen}
-    records = run.train(settings, adapt) + records
+    trained_records = run.train(settings, adapt)
+    records = trained_records + predict_otherwise(run, settings, trained_records) + records
     records += compute_ensembles(run, records)
     bleep = name_bleep()
     others = dict.fromkeys(record["setting"] for record in records if record["setting"] != bleep)

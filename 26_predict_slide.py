@@ -278,7 +278,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
 
 def measure(slide, spots, genes):
     """Log-normalised counts of the genes, (n, G) float32; NaN for genes that the slide lacks."""
-    measured = slides.share_genes([spots.var])
+    measured = slides.join_genes([(slide.tissue_index, spots.var)])
     known = measured.index.isin(genes)
     if not known.any():
         raise InputError(

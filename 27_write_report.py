@@ -12,6 +12,7 @@ Time       7 s of processor time for the two rows of script 20 (AMD EPYC, 2026-1
 Every script from 20 on ends with this one.
 """
 
+import recipes
 import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
@@ -395,7 +396,7 @@ def draw_row(folder, data_root, title):
     table = read_test_slide(folder / "predictions.h5ad")
     groups = pd.read_csv(folder / "genes.csv")
     made_with = json.loads((folder / "recipe.json").read_text())
-    prefix = f"test_{shell.headline_of(made_with['PROTOCOL']).truth}_"
+    prefix = f"test_{recipes.headline_of(made_with['PROTOCOL']).truth}_"
     genes = table.var.filter(like=prefix)
     genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
     history = None
@@ -482,7 +483,7 @@ def derive(row):
         derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
     if row.get("all_pooled_ci") is not None:
         derived["all_pooled_ci"] = "[{:.2f}, {:.2f}]".format(*row["all_pooled_ci"])
-    headline = shell.headline_of(row["protocol"])
+    headline = recipes.headline_of(row["protocol"])
     value, ceiling = row[headline.column], row[headline.ceiling]
     if value is not None and ceiling:
         derived["of_ceiling"] = f"{100 * value / ceiling:.0f} %"
@@ -499,11 +500,11 @@ def show_warnings(warnings):
 
 def show_scores(rows):
     """The table that a reader wants first, as the parts of a page."""
-    headline = shell.headline_of(rows[0]["protocol"])
+    headline = recipes.headline_of(rows[0]["protocol"])
     scored = [row for row in rows if row["split"] != "valid" and row["truth"] == headline.truth]
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
     columns, about = SCORES, ABOUT_SCORES
-    if headline is shell.OF_HEST:
+    if headline is recipes.OF_HEST:
         caption = "Mean Pearson r over all test spots of a fold, against log1p of raw counts"
         columns, about = SCORES_OF_HEST, ABOUT_HEST
     return [score_table(caption, scored, columns), as_paragraph(about), as_paragraph(ABOUT_GENES)]
@@ -514,7 +515,7 @@ def show_further(run, rows):
     parts = []
     path = run / "paired_differences.csv"
     if path.is_file():
-        group = shell.headline_of(rows[0]["protocol"]).group
+        group = recipes.headline_of(rows[0]["protocol"]).group
         table = pd.read_csv(path)
         differences = table[table["group"] == group].to_dict("records")
         if differences:

@@ -41,8 +41,8 @@ import weight_files
 from shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
-FORMAT = 3  # of script 19's files, records and weights; raised when one of them changes
-RESULTS = 4  # raised when the same constants give another number: rows on disk are made anew then
+FORMAT = 4  # of script 19's files, records and weights; raised when one of them changes
+RESULTS = 5  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -246,13 +246,46 @@ class GenesOf:
 
 @functools.cache
 def restrict_panel(data, slides):
-    """The data with the panel that 19 would have chosen on these slides alone."""
-    columns = ["MG", *(f"hvg_{slide}" for slide in slides)]
-    kept = np.flatnonzero(data.annotations.var[columns].any(axis=1))
+    """The data with the panel that 19 would have chosen on these slides alone: the variable genes,
+    markers and named genes that one of them lists.
+    """
+    var = data.annotations.var
+    listed = var[[f"listed_{slide}" for slide in slides]].any(axis=1)
+    chosen = var[["MG", "named", *(f"hvg_{slide}" for slide in slides)]].any(axis=1)
+    kept = np.flatnonzero(listed & chosen)
     annotations = data.annotations[:, kept].copy()
     lognorm = GenesOf(data.lognorm, kept)
+    target = lognorm if data.target is data.lognorm else GenesOf(data.target, kept)
     genes = annotations.var_names.tolist()
-    return replace(data, genes=genes, annotations=annotations, lognorm=lognorm, target=lognorm)
+    return replace(data, genes=genes, annotations=annotations, lognorm=lognorm, target=target)
+
+
+@functools.cache
+def take_part(data, slides):
+    """The data as 19 would have made it of these slides alone, where its target is Harmony's: the
+    values of other slides are NaN then.
+    """
+    slide_of = data.spots["tissue_index"].to_numpy()
+    inside = np.flatnonzero(np.isin(slide_of, slides))
+    if len(inside) == len(slide_of):
+        return data
+    data = restrict_panel(data, slides)
+    target = np.full(data.lognorm.shape, np.nan, np.float32)
+    target[inside] = harmonise(data.lognorm[inside], slide_of[inside], data.meta["seed"])
+    return replace(data, target=target)
+
+
+def harmonise(lognorm, slides, seed):
+    """Harmony over slides (Korsunsky et al. 2019): (N, G) log-normalised and (N,) tissue_index ->
+    (N, G) float32. It holds all of it in memory.
+    """
+    import harmonypy  # Here, because lognorm does without.
+
+    batch = pd.DataFrame({"slide": np.asarray(slides).astype(str)})
+    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False).Z_corr
+    if result.shape != lognorm.shape:  # Versions of harmonypy differ.
+        result = result.T
+    return np.ascontiguousarray(result, np.float32)
 
 
 def mean_and_variance(values, spots):
@@ -588,19 +621,20 @@ ROTATION = 30  # degrees, at most
 STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 
 
-def draw_augmentation(n, aug, generator):
+def draw_augmentation(n, aug, generator, aspect="fixed"):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down,
     transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's and, if `aug`
-    changes stains, stain (n, 3, 3) as restain's. InputError for an unknown name.
+    changes stains, stain (n, 3, 3) as restain's. `aspect` is WARP_ASPECT. InputError for an unknown
+    name.
     """
     if aug not in AUGMENTATIONS:
         raise InputError(f"augmentation {aug!r}: expected one of {', '.join(AUGMENTATIONS)}")
     preset = AUGMENTATIONS[aug]
     # Every preset draws as much, so that seeds are comparable.
-    uniform = torch.rand((n, 8), generator=generator)
+    uniform = torch.rand((n, 9), generator=generator)
     symmetry = (uniform[:, :3] < 0.5) & preset.symmetries
     warped = (uniform[:, 3] < 0.5) & preset.warp
-    draws = (symmetry, warped, sample_affine(uniform[:, 4:]))
+    draws = (symmetry, warped, sample_affine(uniform[:, 4:], aspect))
     if not preset.stain:
         return draws
     strengths = 1 + STRENGTH * (2 * torch.rand((n, 3), generator=generator) - 1)
@@ -612,31 +646,36 @@ def describe_augmentation(aug):
     return [*asdict(AUGMENTATIONS[aug]).values(), SHIFT, *SCALE, ROTATION, STRENGTH]
 
 
-def sample_affine(uniform):
-    """(n, 2, 3) affine maps from (n, 4) numbers in 0..1: shift across and down, scale, rotation."""
+def sample_affine(uniform, aspect="fixed"):
+    """(n, 2, 3) affine maps from (n, 5) numbers in 0..1: shift across and down, scale, rotation,
+    and the scale down where the `aspect` is free, so that it is not that across.
+    """
     shift = 2 * (uniform[:, :2] * 2 - 1) * SHIFT  # The side is 2 in affine_grid's units.
-    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform[:, 2]
+    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform
+    across = scale[:, 2, None]
+    down = scale[:, 4, None] if aspect == "free" else across
     angle = torch.deg2rad((uniform[:, 3] * 2 - 1) * ROTATION)
-    cos = torch.cos(angle) / scale
-    sin = torch.sin(angle) / scale
+    cos, sin = torch.cos(angle), torch.sin(angle)
     # affine_grid maps the result's places to the image's: this is the inverse of rotate and scale.
-    turn = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)
+    first = torch.stack([cos, sin], 1) / across
+    second = torch.stack([-sin, cos], 1) / down
+    turn = torch.stack([first, second], 1)
     return torch.cat([turn, -turn @ shift[:, :, None]], 2)
 
 
-def augment(patches, symmetry, warped, affine, stain=None):
+def augment(patches, symmetry, warped, affine, stain=None, border="reflect"):
     """(B, 3, S, S) uint8 -> (B, 3, S, S) float32 in 0..255: symmetries, then one bilinear resample
-    where warped, then other stains if there are any.
+    where warped, then other stains if there are any. `border` is WARP_BORDER.
     """
     images = apply_symmetry(patches, symmetry).float()
     chosen = warped.nonzero().squeeze(1)  # Found on the CPU: on the GPU it would cost a wait.
     if images.device.type == "cpu":  # One by one, each in the caches, is twice as fast.
         for i in chosen.tolist():
-            images[i : i + 1] = warp(images[i : i + 1].clone(), affine[i : i + 1])
+            images[i : i + 1] = warp(images[i : i + 1].clone(), affine[i : i + 1], border)
     elif len(chosen):
         affine = affine[chosen].to(images.device, non_blocking=True)
         chosen = chosen.to(images.device, non_blocking=True)
-        images[chosen] = warp(images[chosen], affine)
+        images[chosen] = warp(images[chosen], affine, border)
     if stain is None:
         return images
     return restain(images, stain.to(images.device, non_blocking=True)).clamp(0, 255)
@@ -671,10 +710,15 @@ def apply_symmetry_at_once(patches, symmetry):
     return torch.where(transpose, patches.transpose(2, 3), patches)
 
 
-def warp(images, affine):
-    """(n, 3, S, S) float32 resampled by (n, 2, 3), bilinear, mirrored border."""
+PADDING = {"reflect": "reflection", "black": "zeros"}  # torch's names of WARP_BORDER's choices
+
+
+def warp(images, affine, border="reflect"):
+    """(n, 3, S, S) float32 resampled by (n, 2, 3), bilinear; what lies outside is mirrored, or
+    black.
+    """
     grid = lay_affine_grid(affine, images.shape[3])
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=PADDING[border], align_corners=False)
 
 
 def lay_affine_grid(affine, size):
@@ -855,7 +899,8 @@ class SpotRegressor(nn.Module):
     The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
     POOL_STAGES the head sees sd and mean of every stage's output over the image, and not the last
     stage's mean alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM
-    training uses the averages that BatchNorm was given, as evaluation does.
+    training uses the averages that BatchNorm was given, as evaluation does. CHANNELS bgr gives the
+    backbone blue as red, as the published scripts do.
     """
 
     def __init__(self, backbone, head, widths, recipe):
@@ -864,6 +909,7 @@ class SpotRegressor(nn.Module):
         self.head = head
         self.freeze_batchnorm = recipe.get("FREEZE_BATCHNORM", False)
         self.pool_stages = recipe.get("POOL_STAGES", False)
+        self.swap_channels = recipe.get("CHANNELS", "rgb") == "bgr"
         for name in ("mean", "std"):  # Of the images that the backbone was pretrained on.
             values = 255 * torch.tensor(backbone.pretrained_cfg[name])
             self.register_buffer(name, values, persistent=False)
@@ -908,6 +954,8 @@ class SpotRegressor(nn.Module):
     def normalise(self, pixels):
         """(B, 3, S, S) pixel values 0..255 -> the backbone's input, channels last."""
         size = pixels.shape[3]
+        if self.swap_channels:
+            pixels = pixels.flip(1)
         # Broadcasting over an axis of 3 is slow, so a row of pixels is one axis of 3 S.
         rows = pixels.permute(0, 2, 3, 1).flatten(2).float()
         rows = (rows - self.mean.repeat(size)).div_(self.std.repeat(size))
@@ -980,10 +1028,17 @@ def build_backbone(recipe):
     from_hub = pretrained is True
     if from_hub:
         check_hub()
+    depth = recipe.get("STOCHASTIC_DEPTH", 0)
     try:
         options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
+        if depth:
+            options["drop_path_rate"] = depth
         backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
-    except TypeError:
+    except TypeError as error:
+        if "drop_path_rate" in str(error):
+            raise InputError(
+                f"backbone {name} has no blocks that could be left out: use --stochastic-depth 0"
+            ) from None
         size = timm.get_pretrained_cfg(name).input_size[1]
         raise InputError(f"backbone {name} takes --image-size {size} alone") from None
     except (OSError, RuntimeError, ValueError) as error:
@@ -1052,17 +1107,15 @@ def count_parameters(model):
 LOSSES = {"mse": F.mse_loss}
 
 
-def adam_with_cosine(model, recipe):
+def adam(network, recipe):
     """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
-    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+    return optimiser, schedule_rate(optimiser, recipe)
 
 
 def adamw_with_two_rates(network, recipe):
-    """(optimiser, schedule): AdamW with HEAD_LEARNING_RATE for all but the backbone; as in
-    adam_with_cosine, the rates go to zero over the epochs.
-    """
+    """(optimiser, schedule): AdamW with HEAD_LEARNING_RATE for all but the backbone."""
     backbone, head = [], []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -1073,7 +1126,27 @@ def adamw_with_two_rates(network, recipe):
     ]
     groups = [group for group in groups if group["params"]]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
-    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+    return optimiser, schedule_rate(optimiser, recipe)
+
+
+def schedule_rate(optimiser, recipe):
+    """SCHEDULE of the rates over the epochs: cosine to zero, or constant."""
+    if recipe.get("SCHEDULE", "cosine") == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+
+
+def count_steps(n_spots, recipe):
+    """How many steps a training of all EPOCHS takes."""
+    return recipe["EPOCHS"] * len(split_batches(n_spots, recipe))
+
+
+def split_batches(n_spots, recipe, ranks=1):
+    """The batches of an epoch, as tensors of places in its order; one that is too small to give
+    each rank two spots is left out, for BatchNorm.
+    """
+    batches = torch.arange(n_spots).split(recipe["BATCH_SIZE"])
+    return [batch for batch in batches if len(batch) >= 2 * ranks]
 
 
 def fit(
@@ -1088,7 +1161,7 @@ def fit(
     dtype,
     loss=None,
     gene_weights=None,
-    optimise=adam_with_cosine,
+    optimise=adam,
     valid_heg=None,
     keep=None,
     checkpoint=None,
@@ -1206,16 +1279,17 @@ def train_epoch(network, step, patches, target, train_spots, recipe, seed, epoch
     """One pass over `train_spots`; returns the mean training loss.
 
     Everything random follows from (seed, epoch). Of several joined ranks each takes its share of
-    every batch; a batch that is too small to give each two spots is left out, for BatchNorm.
+    every batch.
     """
     ranks, rank = joined_ranks()
     generator = torch.Generator().manual_seed(shell.seed_of(seed, "epoch", epoch))
     order = torch.from_numpy(train_spots)
     order = order[torch.randperm(len(order), generator=generator)]
-    draws = draw_augmentation(len(order), recipe["AUG"], generator)
+    aspect = recipe.get("WARP_ASPECT", "fixed")
+    draws = draw_augmentation(len(order), recipe["AUG"], generator, aspect)
+    border = recipe.get("WARP_BORDER", "reflect")
     torch.manual_seed(shell.seed_of(seed, "dropout", epoch, *([rank] if rank else [])))
-    batches = torch.arange(len(order)).split(recipe["BATCH_SIZE"])
-    batches = [batch for batch in batches if len(batch) >= 2 * ranks]
+    batches = split_batches(len(order), recipe, ranks)
     if not batches:
         raise InputError(
             f"--batch-size {recipe['BATCH_SIZE']}: no batch has two spots for each of "
@@ -1230,7 +1304,7 @@ def train_epoch(network, step, patches, target, train_spots, recipe, seed, epoch
     wanted_of = read_ahead(MappedExpression(target), numbers, device)
     progress = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
     for batch, share in zip(progress, shares, strict=True):
-        images = augment(next(images_of), *(draw[share] for draw in draws))
+        images = augment(next(images_of), *(draw[share] for draw in draws), border=border)
         weight = len(share) * ranks / len(batch)  # Gradients are averaged over the ranks.
         total += step(images, next(wanted_of), weight) * len(share)
     if ranks > 1:
@@ -1341,7 +1415,8 @@ def encode_patches(patches, recipe, seed, *, tta=False):
 
     With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
     """
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "DEVICE", "PRECISION")
+    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "CHANNELS")
+    names += ("DEVICE", "PRECISION")
     constants = tuple((name, recipe[name]) for name in names if name in recipe)
     if recipe["PRETRAINED"] is not False:
         seed = None  # The weights do not depend on it.

@@ -38,13 +38,14 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import recipes
 import ridges
 import shell
 import weight_files
 from common import GROUPS, SCORED
 from shell import RANK, RANKS, InputError
 
-# What a constant that names something in common.py may be, beside shell.ALLOWED.
+# What a constant that names something in common.py may be, beside recipes.ALLOWED.
 NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
 WIDTH = 120  # columns of what is printed, at most
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that paths can be copied
@@ -118,15 +119,21 @@ class Split:
         return json.loads(json.dumps(made_with))  # tuples become lists, as they are when read again
 
 
-def make_split(data, roles, protocol, seed, fold):
-    """The Split of these roles. But for the published protocol, gene groups follow from training
-    spots; so does the panel, but for that and the genes of HEST-Benchmark.
+def make_split(data, roles, recipe, seed, fold):
+    """The Split of these roles: the panel is chosen on the slides of training, the gene groups on
+    its spots.
+
+    With the target harmony, which has seen the slides of all roles, the panel is theirs, and a
+    gene_sets.csv is taken. Slides without a role change nothing.
     """
+    slides = data.spots["tissue_index"].to_numpy()
     train = np.flatnonzero(roles == "train")
-    if protocol in ("loso", "block"):
-        slides = np.unique(data.spots["tissue_index"].to_numpy()[train])
-        data = common.restrict_panel(data, tuple(slides))
-    groups = common.choose_gene_groups(data, train, published=protocol == "paper")
+    if recipe["TARGET"] == "harmony":
+        data = common.take_part(data, tuple(np.unique(slides[roles != ""])))
+    else:
+        data = common.restrict_panel(data, tuple(np.unique(slides[train])))
+    published = recipe["TARGET"] == "harmony" and recipe["PROTOCOL"] == "paper"
+    groups = common.choose_gene_groups(data, train, published)
     return Split(data, roles, groups, seed, fold)
 
 
@@ -158,7 +165,7 @@ class Training:
     loss: Callable | None = None  # (predicted, target) -> scalar; None = LOSS
     aug: str | None = None  # of the network's input; None = AUG
     gene_weights: np.ndarray | None = None  # (G,) in the loss; None = equal
-    optimise: Callable = common.adam_with_cosine  # (network, recipe) -> (optimiser, schedule)
+    optimise: Callable = common.adam  # (network, recipe) -> (optimiser, schedule)
     more: dict = field(default_factory=dict)  # {name: value} for the records
 
 
@@ -197,6 +204,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     parameters = common.count_parameters(training.model)
     return predicted, {
         "weights": name_weights(recipe),
+        "steps": common.count_steps(len(split.spots("train")), recipe),
         "best_epoch": best_epoch,
         "images_per_s": median_rate(history),
         "seconds": seconds,
@@ -284,12 +292,15 @@ def start_training(recipe, split, patches, device):
     train = split.spots("train")
     model = common.build_model(recipe, len(split.data.genes), split.seed)
     model = model.to(device, memory_format=torch.channels_last)
-    optimise = common.adam_with_cosine
+    optimise = common.adam
     if recipe["HEAD_LEARNING_RATE"]:
         optimise = common.adamw_with_two_rates
     training = Training(model, model, patches, optimise=optimise)
     if recipe["HEAD_START"] == "mean":
+        # Through a random last layer the first steps would turn the pretrained backbone before the
+        # head knows anything; behind this one it waits, and the first prediction is the mean.
         mean, _ = common.mean_and_variance(target, train)
+        nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
     as_ridge = recipe["HEAD_START"] == "ridge"
     if recipe["GENE_WEIGHTS"] == "predictable" and not (as_ridge and recipe["LOSS"] == "mse"):
@@ -484,7 +495,7 @@ def predict_again(out, trained, restained=False):
         if restained:
             patches = common.RestainedPatches(patches, common.OTHER_STAINING)
         predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
-        kept = ("weights", "best_epoch", *PARAMETERS)
+        kept = ("weights", "steps", "best_epoch", *PARAMETERS)
         return predicted, {name: trained[name] for name in kept}
 
     return compute
@@ -707,9 +718,9 @@ def record_of(records, setting, split):
 
 
 def headline_of(records):
-    """The shell.Headline of these records, dicts or a table, all of one protocol."""
+    """The recipes.Headline of these records, dicts or a table, all of one protocol."""
     protocols = pd.DataFrame(records)["protocol"]
-    return shell.headline_of(next(iter(protocols), None))
+    return recipes.headline_of(next(iter(protocols), None))
 
 
 def select_records(records, role="test", truth=None):
@@ -846,7 +857,14 @@ def describe_setting(records, sizes, out):
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["steps"] = describe_mean_steps(records)
     return line
+
+
+def describe_mean_steps(records):
+    """Mean number of the optimiser's steps; "-" of what takes none."""
+    steps = records.get("steps", pd.Series(dtype=float)).astype(float).mean()
+    return "-" if np.isnan(steps) else f"{steps:,.0f}"
 
 
 def describe_hest(records, n_genes, out):
@@ -857,19 +875,20 @@ def describe_hest(records, n_genes, out):
     low = high = np.nan
     if (records["split"] == "test").all():
         low, high = np.quantile(join_draws(records, out)[:, -1], [0.025, 0.975])
-    mean = format_mean(records.groupby(shell.OF_HEST.unit)[shell.OF_HEST.column].mean())
+    mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
     line = {"setting": cut(records["setting"].iloc[0], 32)}
-    line[shell.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
+    line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = format_interval(low, high)
-    share = records[shell.OF_HEST.column].mean() / records[shell.OF_HEST.ceiling].mean()
+    share = records[recipes.OF_HEST.column].mean() / records[recipes.OF_HEST.ceiling].mean()
     line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
-    line["in slides"] = format_mean(records.groupby(shell.OF_HEST.unit)["all"].mean())
+    line["in slides"] = format_mean(records.groupby(recipes.OF_HEST.unit)["all"].mean())
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["steps"] = describe_mean_steps(records)
     return line
 
 
-def describe_differences(table, settings, headline=shell.HEG):
+def describe_differences(table, settings, headline=recipes.HEG):
     """The column that tells the headline of each setting minus another's; the name of the other
     stands in the head where it is the same for all.
     """
@@ -1061,11 +1080,11 @@ class Run:
         chosen = select_records(records, role, truth)
         sizes = group_sizes(self.splits[0])
         headline = headline_of(chosen)
-        if headline is shell.OF_HEST:
+        if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
         for _, of in chosen.groupby("setting", sort=False):
-            if headline is shell.OF_HEST:
+            if headline is recipes.OF_HEST:
                 line = describe_hest(of, len(self.data.genes), self.out)
             else:
                 line = describe_setting(of, sizes, self.out)
@@ -1099,7 +1118,7 @@ class Run:
 
 
 PROTOCOLS = {
-    "paper": "as published: the panel is chosen on all slides, so transductive",
+    "paper": "spots of the training slides validate, as published",
     "loso": "every slide once the test slide, of which nothing else is used",
     "block": f"{common.FOLDS} folds of spatial blocks, then the test slide, of which nothing else "
     "is used",
@@ -1107,7 +1126,7 @@ PROTOCOLS = {
     "training slides are held out for it; the genes were chosen on all slides, so transductive",
 }
 TARGETS = {
-    "harmony": "Harmony over all slides, the test slide included",
+    "harmony": "Harmony over the slides that take part, the test slide included; so is the panel",
     "lognorm": "log1p of counts per 10,000",
     "log1p": "log1p of raw counts, as in HEST-Benchmark",
 }
@@ -1141,10 +1160,19 @@ def describe_run(recipe, splits):
         "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
         "protocol": f"{recipe['PROTOCOL']} ({protocol})",
         "split": roles,
+        **({"steps": describe_steps(recipe, split)} if "EPOCHS" in recipe else {}),
         "gene groups": groups,
         "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
         "weights": describe_weights(recipe),
     }
+
+
+def describe_steps(recipe, split):
+    """How many steps the optimiser takes, by the constants of the script."""
+    spots = len(split.spots("train"))
+    batches = len(common.split_batches(spots, recipe))
+    steps = common.count_steps(spots, recipe)
+    return f"{recipe['EPOCHS']} epochs x {batches} batches of {recipe['BATCH_SIZE']} = {steps:,}"
 
 
 def describe_weights(recipe):
@@ -1218,7 +1246,7 @@ def open_run(script, split=common.split_spots):
     splits = []
     for seed in recipe["SEEDS"]:
         for fold, roles in enumerate(split(data.spots, recipe, seed)):
-            splits.append(make_split(data, roles, recipe["PROTOCOL"], seed, fold))
+            splits.append(make_split(data, roles, recipe, seed, fold))
     out = Path(recipe["OUT"] or choose_out(script, root))
     shell.hold_folder(out)
     return Run(script, recipe, splits, out)

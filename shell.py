@@ -22,8 +22,9 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
+
+from recipes import ALLOWED, PAPER, RECIPES
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
 R_THRESHOLD = 0.30  # the paper counts the genes above it
@@ -111,106 +112,7 @@ def fingerprint_of(meta_text):
     return hashlib.sha256(meta_text).hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------- headline
-@dataclass(frozen=True)
-class Headline:
-    """The number by which a protocol compares settings."""
-
-    name: str  # head of its column
-    truth: str  # of the records that hold it
-    group: str  # of the genes
-    ending: str  # of the columns <group><ending> of records and draws
-    unit: str  # column of the records: their mean within it, then over it
-
-    @property
-    def column(self):
-        """The column of the records that holds it."""
-        return f"{self.group.lower()}{self.ending}"
-
-    @property
-    def ceiling(self):
-        """The column of the records that holds its ceiling."""
-        return f"{self.group.lower()}_ceiling"
-
-
-HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
-# Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
-OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
-
-
-def headline_of(protocol):
-    """The Headline of a PROTOCOL."""
-    return OF_HEST if protocol == "hest" else HEG
-
-
 # ---------------------------------------------------------------------------------------- constants
-# Recipes of training; RECIPE names one. A script may have some of these constants itself; all take
-# part in what a record was made with. How "best" was chosen: docs/trust.md.
-RECIPES = {
-    "paper": {
-        "HEAD_START": "zero",  # how the head starts: zero (small and random), mean or ridge
-        "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
-        "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
-        "HEAD_LEARNING_RATE": 0.0,  # 0 = LEARNING_RATE, without weight decay
-        "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
-        "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
-        "REFIT": False,  # then learn again, from training and validation spots, up to that epoch
-    },
-    "best": {
-        "HEAD_START": "ridge",
-        "POOL_STAGES": True,
-        "FREEZE_BATCHNORM": True,
-        "HEAD_LEARNING_RATE": 2e-5,
-        "GENE_WEIGHTS": "predictable",
-        "BEST_EPOCH": "heg",
-        "REFIT": True,
-        "HIDDEN": 0,
-        "AUG": "stnet",
-        "EPOCHS": 5,
-        "LEARNING_RATE": 6e-5,
-        "TTA": True,
-    },
-}
-# What a constant may be: one of these words, or a number from the least to the greatest. They stand
-# here and not in their scripts, so that a mistake is told before a script loads its packages.
-ALLOWED = {
-    "TARGET": ("harmony", "lognorm", "log1p"),
-    "PROTOCOL": ("paper", "loso", "block", "hest"),
-    "RECIPE": tuple(RECIPES),
-    "HEAD_START": ("zero", "mean", "ridge"),
-    "GENE_WEIGHTS": ("equal", "predictable"),
-    "BEST_EPOCH": ("mse", "heg"),
-    "HEAD_LEARNING_RATE": (0, 1),
-    "DEVICE": ("auto", "cpu", "cuda"),
-    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
-    "IMAGE_SIZE": (32, 4096),
-    "HIDDEN": (0, 10**6),
-    "TRAINABLE_STAGES": (-1, 1000),
-    "VALID_FRACTION": (0, 1),
-    "LEARNING_RATE": (0, 1),
-    "BATCH_SIZE": (2, 10**6),
-    "EPOCHS": (1, 10**6),
-    "UM_PER_PX": (0, 20),
-    # of 17 to 19
-    "DATASET": ("GSE240429", "HER2ST"),
-    "SLIDES": (1, 1000),
-    "SPOTS": (2, 10**6),
-    "DEPTH": (1, 10**6),
-    "DISPERSION": (0, 100),
-    "HVG_PER_SLIDE": (1, 10**6),
-    "BIN_UM": (2, 2000),
-    # of 22, 24 and 25
-    "FOLDS": (2, 10**6),
-    "VIEWS": (0, 1000),
-    "MIN_CLUSTER": (0, 1),
-    "NEIGHBOURS": (2, 10**6),
-    "EMBEDDING": (1, 10**6),
-    "STNET_EPOCHS": (1, 10**6),
-    "BLEEP_EPOCHS": (1, 10**6),
-    "BLEEP_BATCH": (2, 10**6),
-    "MICRO_BATCH": (3, 999),
-    "SURROUNDINGS": (0.5, 5),
-}
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
@@ -288,27 +190,41 @@ def parse_command(script, argv):
 
 
 def override_constants(script, argv):
-    """Set a script's constants from the command line, those of `--recipe` and `--quick` first.
-    Prints what changed.
+    """Set a script's constants: what its recipe says, but for those that were edited, then
+    `--quick`'s budget, then the command line. Prints what is not as the script comes.
     """
-    values = parse_command(script, argv)
-    quick = values.get("QUICK", script.get("QUICK", False))
-    if quick:
-        values = script["QUICK_BUDGET"] | values
-    recipe = values.get("RECIPE", script.get("RECIPE", "paper"))
-    if recipe != "paper":
-        if quick or values.get("PRETRAINED", script.get("PRETRAINED")) is False:
-            raise InputError(
-                f"--recipe {recipe}: starts from pretrained weights, which --quick and "
-                "--pretrained false leave out"
-            )
-        own = {name: value for name, value in RECIPES.get(recipe, {}).items() if name in script}
-        values = own | values
+    given = parse_command(script, argv)
+    quick = given.get("QUICK", script.get("QUICK", False))
+    recipe = given.get("RECIPE", script.get("RECIPE", "paper"))
+    values = (script["QUICK_BUDGET"] if quick else {}) | given
+    check_constants({"RECIPE": recipe}, ALLOWED)
+    values = choose_by_recipe(script, recipe, values) | values
+    is_trained = not quick and values.get("PRETRAINED", script.get("PRETRAINED")) is not False
+    if RECIPES[recipe]["HEAD_START"] == "ridge" and not is_trained:
+        raise InputError(
+            f"--recipe {recipe}: starts from pretrained weights, which --quick and "
+            "--pretrained false leave out"
+        )
     for name, value in values.items():
-        if value != script[name]:
+        if name not in script or value != script[name]:
             print(f"{name} = {value!r}")
-    script.update(values)
+    script.update({name: value for name, value in values.items() if name in script})
     check_constants(script, ALLOWED | script.get("ALLOWED", {}))
+
+
+def choose_by_recipe(script, recipe, given):
+    """{name: value} of what a recipe changes, without what is given otherwise; says which constants
+    of the script were edited and stand against it.
+    """
+    chosen = {}
+    for name, value in RECIPES[recipe].items():
+        if name in given or value == PAPER[name]:
+            continue
+        if name in script and script[name] != PAPER[name]:
+            print(f"{name} = {script[name]!r} as edited, in place of {value!r} of recipe {recipe}")
+        else:
+            chosen[name] = value
+    return chosen
 
 
 def check_constants(script, allowed):

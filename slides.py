@@ -377,7 +377,7 @@ def read_h5_matrix(path):
     import scanpy  # Here, because numba takes seconds to load.
 
     try:
-        # Names that several genes share are warned of; share_genes makes them unique.
+        # Names that several genes share are warned of; join_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             table = scanpy.read_10x_h5(inputs.unpack(path), gex_only=False)
     except InputError:
@@ -578,34 +578,61 @@ def holds_counts(matrix):
     return True
 
 
-def share_genes(features):
-    """The genes that all slides share: a table gene_ids and name, by the symbols, made unique.
+def join_genes(features):
+    """The genes of all slides, joined by id and in the order of the ids: a table gene_ids, name and
+    a column of bool a slide, listed_<key>, by the symbols, made unique.
 
-    `features` gives the var of every slide, one at a time. Genes are matched by id and stand in the
-    first slide's order.
+    `features` gives (key, var) of every slide, one at a time. Of several symbols of an id the first
+    of the alphabet is taken, and one that only repeats the id gives way to any other, so that the
+    order of the slides does not matter. InputError for a slide that shares no id with the others.
     """
-    features = iter(features)
-    first = next(features)
-    shared, most = first.index, len(first)
-    for var in features:
-        shared = shared[shared.isin(var.index)]
-        most = max(most, len(var))
-    if not len(shared):
-        raise InputError("the slides share no gene id: are they of one species and one annotation?")
-    symbols = first["name"][shared].astype(str).to_numpy()
-    genes = pd.DataFrame({"gene_ids": shared, "name": symbols}, index=name_genes(symbols))
-    message = f"{len(shared):,} genes in every slide"
-    if most > len(shared):
-        message += f" (of up to {most:,})"
-    print(message)
+    symbols, listed = pd.Series(dtype=str), {}
+    for key, var in features:
+        listed[key] = var.index
+        found = var["name"].astype(str).set_axis(var.index)
+        symbols = pd.concat([symbols, found])
+    table = symbols.rename_axis("id").rename("name").reset_index()
+    table["repeats"] = table["id"] == table["name"]
+    table = table.sort_values(["id", "repeats", "name"]).drop_duplicates("id")
+    ids = pd.Index(table["id"])
+    genes = pd.DataFrame({"gene_ids": ids, "name": table["name"].to_numpy()})
+    genes.index = name_genes(genes["name"])
+    for key, found in listed.items():
+        genes[f"listed_{key}"] = ids.isin(found)
+    report_missing_genes(genes, list(listed))
     return genes
 
 
+def report_missing_genes(genes, keys):
+    """Print how many genes there are and how many of them a slide does not list; InputError for a
+    slide that shares none with the others.
+    """
+    listed = genes[[f"listed_{key}" for key in keys]]
+    print(f"{len(genes):,} genes, {listed.all(axis=1).sum():,} of them in every slide")
+    by_others = listed.sum(axis=1)
+    for key in keys:
+        own = genes[f"listed_{key}"]
+        if len(keys) > 1 and not (own & (by_others > 1)).any():
+            raise InputError(
+                f"slide {key} shares no gene id with the others: are they of one species and one "
+                "annotation?"
+            )
+        if not own.all():
+            print(f"  slide {key} does not list {(~own).sum():,} of them: no counts there")
+
+
 def take_genes(table, genes):
-    """The spots of one slide with these genes, a part of share_genes's table."""
-    taken = table[:, genes["gene_ids"].to_numpy()].copy()
-    taken.var = genes
-    return taken
+    """The spots of one slide with these genes, a part of join_genes's table; no counts of one that
+    the slide does not list.
+    """
+    places = pd.Index(genes["gene_ids"]).get_indexer(table.var_names)
+    found = np.flatnonzero(places >= 0)
+    shape = table.n_vars, len(genes)
+    ones = np.ones(len(found), table.X.dtype)
+    chosen = scipy.sparse.csr_matrix((ones, (found, places[found])), shape)
+    counts = scipy.sparse.csr_matrix(table.X @ chosen)
+    counts.sort_indices()
+    return anndata.AnnData(counts, table.obs, genes)
 
 
 def name_genes(symbols):

@@ -39,7 +39,7 @@ BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights; false = random weights
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all
-HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
+HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30

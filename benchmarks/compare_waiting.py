@@ -62,7 +62,7 @@ WARM_UP = 3  # steps that are not timed
 def train(seconds, image_size):
     """Images a second of training on one batch of noise, in this process."""
     model = build_fast(torch.device("cpu")).train()
-    optimiser, _ = common.adam_with_cosine(model, TRAINED_BY)
+    optimiser, _ = common.adam(model, TRAINED_BY)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     loss = common.LOSSES[TRAINED_BY["LOSS"]]
     step = functools.partial(common.make_step, model, optimiser, scaler, loss, torch.float32)

@@ -32,6 +32,7 @@ from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
+import recipes
 import runner
 import shell
 
@@ -565,7 +566,7 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(
 
 
 FROZEN = {
-    **shell.RECIPES["paper"],
+    **recipes.RECIPES["paper"],
     **PAPER,
     **NETWORK,
     **AT_MEAN,

@@ -231,7 +231,7 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
     assert training.optimise.__name__ == "sgd_with_momentum"
     training = adapt(paper_split, recipe | {"METHOD": "ST-Net, our optimiser"})
     assert training.loss is None
-    assert training.optimise is common.adam_with_cosine
+    assert training.optimise is common.adam
 
 
 def test_published_stnet_loss_and_optimiser():

@@ -10,11 +10,12 @@ from conftest import NETWORK, PAPER
 from sklearn.linear_model import Ridge
 
 import common
+import recipes
 import ridges
 import runner
 import shell
 
-RECIPE = NETWORK | PAPER | shell.RECIPES["best"]
+RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
 RECIPE |= {"BATCH_SIZE": 8, "EPOCHS": 1, "DEVICE": "cpu", "PRECISION": "fp32", "RECIPE": "best"}
 RECIPE |= {"REFIT": False}  # One network, one ridge.

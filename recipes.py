@@ -1,0 +1,137 @@
+"""Constants of training that have names, what a constant may be, and the headline of a protocol.
+
+Plain data that needs no package: --help reads it.
+"""
+
+from dataclasses import dataclass
+
+# ------------------------------------------------------------------------------------------ recipes
+# Constants of training, together; RECIPE names one. PAPER holds the values that the scripts come
+# with. Where a script has a constant itself, an edited value wins over the recipe's.
+PAPER = {
+    # what is learnt from a patch
+    "HIDDEN": 3000,  # units of the head's hidden layer; 0 = a linear head
+    "TRAINABLE_STAGES": -1,  # of the backbone's last ones; -1 = all, 0 = frozen
+    "HEAD_START": "mean",  # the last layer: random, mean (0, bias at the training means) or ridge
+    "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
+    "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
+    "STOCHASTIC_DEPTH": 0.0,  # chance that the last block is left out of a step; others less
+    "CHANNELS": "rgb",  # bgr = blue is taken for red
+    # how
+    "AUG": "mpa",  # a name of common.AUGMENTATIONS
+    "WARP_BORDER": "reflect",  # what a warp shows beyond the patch: reflect or black
+    "WARP_ASPECT": "fixed",  # free = a warp scales across and down apart
+    "EPOCHS": 30,
+    "LEARNING_RATE": 3e-4,  # Adam
+    "SCHEDULE": "cosine",  # of the rates over the epochs: cosine (to zero) or constant
+    "HEAD_LEARNING_RATE": 0.0,  # of the head, with AdamW; 0 = LEARNING_RATE for all
+    "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
+    # what is kept of it
+    "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
+    "REFIT": False,  # then train again, on training + validation spots, up to that epoch
+    "TTA": False,  # predictions are averaged over the 8 symmetries
+}
+# What the public scripts do and the paper does not describe: docs/trust.md, "published".
+PUBLISHED = PAPER | {
+    "HEAD_START": "random",
+    "STOCHASTIC_DEPTH": 0.2,
+    "CHANNELS": "bgr",
+    "WARP_BORDER": "black",
+    "WARP_ASPECT": "free",
+    "SCHEDULE": "constant",
+}
+# How it was chosen: docs/trust.md.
+BEST = PAPER | {
+    "HEAD_START": "ridge",
+    "POOL_STAGES": True,
+    "FREEZE_BATCHNORM": True,
+    "HEAD_LEARNING_RATE": 2e-5,
+    "GENE_WEIGHTS": "predictable",
+    "BEST_EPOCH": "heg",
+    "REFIT": True,
+    "HIDDEN": 0,
+    "AUG": "stnet",
+    "EPOCHS": 5,
+    "LEARNING_RATE": 6e-5,
+    "TTA": True,
+}
+RECIPES = {"paper": PAPER, "published": PUBLISHED, "best": BEST}
+
+# ------------------------------------------------------------------------------------------- limits
+# What a constant may be: one of these words, or a number from the least to the greatest. They stand
+# here and not in their scripts, so that a mistake is told before a script loads its packages.
+ALLOWED = {
+    "TARGET": ("harmony", "lognorm", "log1p"),
+    "PROTOCOL": ("paper", "loso", "block", "hest"),
+    "RECIPE": tuple(RECIPES),
+    "HEAD_START": ("random", "mean", "ridge"),
+    "CHANNELS": ("rgb", "bgr"),
+    "STOCHASTIC_DEPTH": (0, 0.9),
+    "WARP_BORDER": ("reflect", "black"),
+    "WARP_ASPECT": ("fixed", "free"),
+    "SCHEDULE": ("cosine", "constant"),
+    "GENE_WEIGHTS": ("equal", "predictable"),
+    "BEST_EPOCH": ("mse", "heg"),
+    "HEAD_LEARNING_RATE": (0, 1),
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "PRECISION": ("auto", "bf16", "fp16", "fp32"),
+    "IMAGE_SIZE": (32, 4096),
+    "HIDDEN": (0, 10**6),
+    "TRAINABLE_STAGES": (-1, 1000),
+    "VALID_FRACTION": (0, 1),
+    "LEARNING_RATE": (0, 1),
+    "BATCH_SIZE": (2, 10**6),
+    "EPOCHS": (1, 10**6),
+    "UM_PER_PX": (0, 20),
+    # of 17 to 19
+    "DATASET": ("GSE240429", "HER2ST"),
+    "SLIDES": (1, 1000),
+    "SPOTS": (2, 10**6),
+    "DEPTH": (1, 10**6),
+    "DISPERSION": (0, 100),
+    "HVG_PER_SLIDE": (1, 10**6),
+    "BIN_UM": (2, 2000),
+    # of 22, 24 and 25
+    "FOLDS": (2, 10**6),
+    "VIEWS": (0, 1000),
+    "MIN_CLUSTER": (0, 1),
+    "NEIGHBOURS": (2, 10**6),
+    "EMBEDDING": (1, 10**6),
+    "STNET_EPOCHS": (1, 10**6),
+    "BLEEP_EPOCHS": (1, 10**6),
+    "BLEEP_BATCH": (2, 10**6),
+    "MICRO_BATCH": (3, 999),
+    "SURROUNDINGS": (0.5, 5),
+}
+
+
+# ----------------------------------------------------------------------------------------- headline
+@dataclass(frozen=True)
+class Headline:
+    """The number by which a protocol compares settings."""
+
+    name: str  # head of its column
+    truth: str  # of the records that hold it
+    group: str  # of the genes
+    ending: str  # of the columns <group><ending> of records and draws
+    unit: str  # column of the records: their mean within it, then over it
+
+    @property
+    def column(self):
+        """The column of the records that holds it."""
+        return f"{self.group.lower()}{self.ending}"
+
+    @property
+    def ceiling(self):
+        """The column of the records that holds its ceiling."""
+        return f"{self.group.lower()}_ceiling"
+
+
+HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
+# Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
+OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
+
+
+def headline_of(protocol):
+    """The Headline of a PROTOCOL."""
+    return OF_HEST if protocol == "hest" else HEG
