@@ -413,7 +413,9 @@ def split_slides(spots, slides):
     """One array (N,) of roles for each of `slides`, which is the test slide; the next one
     validates.
 
-    All slides of the test slide's donor are left out, unless there is no other donor.
+    All slides of the test slide's donor are left out, unless there is no other donor. Of three
+    donors or more, all slides of the validation slide's donor validate, so that the epoch is chosen
+    on a person who does not train.
     """
     slide_of = spots["tissue_index"].to_numpy()
     donors = {slide: set(spots["donor"][slide_of == slide]) for slide in slides}
@@ -429,8 +431,12 @@ def split_slides(spots, slides):
             )
         after = [slide for slide in others if slide > test]
         roles = np.full(len(spots), "", "U5")
+        valid = [min(after or others)]
+        same_donor = [slide for slide in others if donors[slide] == donors[valid[0]]]
+        if len(same_donor) < len(others):
+            valid = same_donor
         roles[np.isin(slide_of, others)] = "train"
-        roles[slide_of == min(after or others)] = "valid"
+        roles[np.isin(slide_of, valid)] = "valid"
         roles[slide_of == test] = "test"
         trainings.append(roles)
     return trainings

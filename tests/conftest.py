@@ -66,6 +66,7 @@ SMALL_RUNS = {
         **(TINY | QUICK | {"target": "lognorm", "epochs": 1}),
         "stnet_epochs": 1,
         "bleep_epochs": 2,
+        "other_backbones": "resnet10t",
         "bleep_batch": 24,
         "micro_batch": 8,
         "features": "resnet18",
@@ -75,7 +76,7 @@ SMALL_RUNS = {
 # ------------------------------------------------------------------------------------------ recipes
 NETWORK = {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 8, "TRAINABLE_STAGES": -1}
 PAPER = {"PROTOCOL": "paper", "TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2}
-AT_MEAN = {"HEAD_START": "mean"}  # what starts a network's output at the training mean
+LOGNORM = {"PROTOCOL": "paper", "TARGET": "lognorm"}  # of make_split
 TIMING = ("seconds", "images_per_s", "peak_memory_mb")  # differ between two runs of the same thing
 
 
@@ -197,7 +198,7 @@ def paper_split(simulated):
     """The Split of protocol paper on the simulated slides, target lognorm, seed 42."""
     data = common.load_dataset(simulated, "lognorm")
     (roles,) = common.split_spots(data.spots, PAPER, 42)
-    return runner.make_split(data, roles, "paper", 42, 0)
+    return runner.make_split(data, roles, LOGNORM, 42, 0)
 
 
 @pytest.fixture(scope="session")

@@ -172,3 +172,39 @@ def test_the_affine_grid_is_torchs():
     _, _, affine = common.draw_augmentation(9, "mpa", torch.Generator().manual_seed(0))
     expected = F.affine_grid(affine, (9, 3, 37, 37), align_corners=False)
     torch.testing.assert_close(common.lay_affine_grid(affine, 37), expected, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ what the published scripts do
+def test_a_free_aspect_scales_across_and_down_apart():
+    generator = torch.Generator().manual_seed(0)
+    _, _, affine = common.draw_augmentation(5000, "mpa", generator, aspect="free")
+    # The lengths of the rows are the inverse scales across and down.
+    across, down = (1 / affine[:, row, :2].norm(dim=1) for row in (0, 1))
+    assert torch.corrcoef(torch.stack([across, down]))[0, 1].abs() < 0.05
+    for scale in (across, down):
+        assert 0.9 - 1e-4 <= scale.min() < 0.91
+        assert 1.09 < scale.max() <= 1.1 + 1e-4
+    fixed = common.draw_augmentation(50, "mpa", generator, aspect="fixed")[2]
+    torch.testing.assert_close(*(fixed[:, row, :2].norm(dim=1) for row in (0, 1)))
+
+
+def test_a_free_aspect_is_rotation_after_scale():
+    """Against the matrices that albumentations' documentation names: scale, rotate, shift."""
+    uniform = torch.tensor([[0.3, 0.9, 0.1, 0.8, 0.7]])
+    angle = np.deg2rad((0.8 * 2 - 1) * 30)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    forward = turn @ np.diag([0.9 + 0.2 * 0.1, 0.9 + 0.2 * 0.7])
+    (affine,) = common.sample_affine(uniform, "free").numpy()
+    np.testing.assert_allclose(affine[:, :2], np.linalg.inv(forward), rtol=1e-5)
+
+
+def test_a_black_border_is_black_where_a_reflected_one_is_tissue():
+    white = torch.full((64, 3, 32, 32), 255, dtype=torch.uint8)
+    draws = common.draw_augmentation(64, "mpa", torch.Generator().manual_seed(0))
+    reflected = common.augment(white, *draws)
+    torch.testing.assert_close(reflected, white.float(), rtol=0, atol=1e-3)
+    black = common.augment(white, *draws, border="black")
+    share = (black == 0).float().mean((1, 2, 3))
+    assert (share[draws[1]] > 0).float().mean() > 0.9
+    assert 0.08 < share[draws[1]].mean() < 0.18, "13 % by the audit of the published scripts"
+    assert (share[~draws[1]] == 0).all()

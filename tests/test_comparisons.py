@@ -13,7 +13,6 @@ import safetensors.torch
 import timm
 import torch
 from conftest import (
-    AT_MEAN,
     NETWORK,
     PAPER,
     SMALL_GRID,
@@ -569,7 +568,6 @@ FROZEN = {
     **recipes.RECIPES["paper"],
     **PAPER,
     **NETWORK,
-    **AT_MEAN,
     "TRAINABLE_STAGES": 0,
     "HIDDEN": 4,
     "AUG": "none",

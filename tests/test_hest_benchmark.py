@@ -81,9 +81,10 @@ def data(root):
 
 @pytest.fixture(scope="module")
 def splits(root, data):
-    recipe = {"PROTOCOL": "hest", "DATA_ROOT": str(root), "VALID_FRACTION": 0.2}
+    recipe = {"PROTOCOL": "hest", "TARGET": "log1p", "DATA_ROOT": str(root)}
+    recipe |= {"VALID_FRACTION": 0.2}
     roles = common.split_spots(data.spots, recipe, 42)
-    return [runner.make_split(data, own, "hest", 42, fold) for fold, own in enumerate(roles)]
+    return [runner.make_split(data, own, recipe, 42, fold) for fold, own in enumerate(roles)]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def split_of(simulated, recipe):
     """The first Split of a protocol on the simulated slides, log-normalised."""
     data = common.load_dataset(simulated, "lognorm")
     roles = common.split_spots(data.spots, recipe, 42)[0]
-    return runner.make_split(data, roles, recipe["PROTOCOL"], 42, 0)
+    return runner.make_split(data, roles, recipe | {"TARGET": "lognorm"}, 42, 0)
 
 
 @pytest.mark.parametrize("target", ["lognorm", "harmony"])

@@ -27,7 +27,7 @@ def split(simulated):
     """The Split of the paper's protocol on the simulated slides, by log-normalised counts."""
     data = common.load_dataset(simulated, "lognorm")
     (roles,) = common.split_spots(data.spots, PAPER, 42)
-    return runner.make_split(data, roles, "paper", 42, 0)
+    return runner.make_split(data, roles, RECIPE, 42, 0)
 
 
 def start(split, **changed):
@@ -269,7 +269,7 @@ def fit(split, training, **changed):
 def test_frozen_batchnorm_keeps_its_buffers_and_learns_its_weights(split):
     training = start(split)
     before = common.copy_state(training.model)
-    fit(split, training, LEARNING_RATE=1e-3, BEST_EPOCH="mse", HEAD_START="zero")
+    fit(split, training, LEARNING_RATE=1e-3, BEST_EPOCH="mse", HEAD_START="random")
     after = training.model.state_dict()
     averages = [name for name in before if "running_" in name]
     assert averages

@@ -14,12 +14,10 @@ import scanpy
 import torch
 import torch.nn.functional as F
 from conftest import (
-    AT_MEAN,
     NETWORK,
     PAPER,
     REPOSITORY,
     TINY,
-    flags_of,
     last_json,
     load_script,
     printed_table,
@@ -227,22 +225,48 @@ def test_published_numbers_go_whole_to_the_report(capsys):
     assert "fixed gene lists" in record["protocol"]
 
 
-def test_start_at_mean_sets_the_output_bias_to_the_training_spots_mean(
-    simulated, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_the_first_prediction_is_the_training_mean(simulated, tmp_path, monkeypatch, hidden):
     seen = []
 
     def look(network, patches, target, train_spots, valid_spots, **options):
-        bias = network.head[-1].bias.detach().numpy().copy()
-        seen.append((bias, target[train_spots].mean(0, np.float64)))
+        network.eval()
+        with torch.inference_mode():
+            first = network(patches[torch.arange(3)].float()).numpy()
+        seen.append((first, target[train_spots].mean(0, np.float64)))
         raise shell.InputError("seen enough")
 
     monkeypatch.setattr(common, "fit", look)
-    for flags in ([], flags_of(AT_MEAN)):
-        assert run_script("20", *flags, data_root=simulated, out=tmp_path, **TINY) == 2
-    (free, mean), (bias, _) = seen
-    np.testing.assert_allclose(bias, mean, rtol=1e-6)
-    assert not np.allclose(free, mean)
+    tiny = TINY | {"hidden": hidden}
+    for flags in ([], ["--head-start", "random"]):
+        assert run_script("20", *flags, data_root=simulated, out=tmp_path, **tiny) == 2
+    (at_mean, mean), (at_random, _) = seen
+    np.testing.assert_allclose(at_mean, np.tile(mean, (3, 1)), rtol=1e-5)
+    assert np.abs(at_random - mean).mean() > 0.1
+
+
+def test_a_pretrained_network_learns_sooner_behind_a_head_that_starts_at_the_mean(
+    tmp_path_factory, tmp_path
+):
+    """The network that is pretrained has learnt from slides of another simulation."""
+    rows, weights = {}, tmp_path / "resnet10t.safetensors"
+    root = tmp_path_factory.mktemp("larger") / "SIMULATED_data"
+    assert run_script("18", data_root=root, spots=40) == 0
+    assert run_script("19", data_root=root, target="lognorm") == 0
+    options = TINY | {"backbone": "resnet10t", "target": "lognorm", "hidden": 64}
+    first = tmp_path / "first"
+    stdout_of("20", data_root=root, out=first, **(options | {"epochs": 12, "seeds": (7,)}))
+    (path,) = first.glob("resnet10t-*/weights.safetensors")
+    state = safetensors.torch.load_file(path)
+    backbone = {name.removeprefix("backbone."): value for name, value in state.items()}
+    safetensors.torch.save_file(backbone, weights)
+    options |= {"epochs": 1, "pretrained": weights, "learning_rate": 3e-4}
+    for start in ("mean", "random"):
+        out = tmp_path / start
+        stdout_of("20", data_root=root, out=out, head_start=start, **options)
+        (path,) = out.glob("resnet10t-*/history.csv")
+        rows[start] = pd.read_csv(path)["valid_heg"].iloc[-1]
+    assert rows["mean"] > rows["random"]
 
 
 def test_divergence_is_told_in_one_line(little):

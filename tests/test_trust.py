@@ -2,6 +2,7 @@
 metrics, leak check.
 """
 
+import itertools
 import shutil
 
 import anndata
@@ -15,6 +16,7 @@ import scipy.sparse
 import scipy.stats
 from conftest import (
     PAPER,
+    TIMING,
     TINY,
     TINY_SEARCH,
     last_json,
@@ -188,7 +190,7 @@ BLEEP = {"only": "BLEEP (resnet10t)", "bleep_backbone": "resnet10t", "bleep_epoc
 
 @pytest.mark.parametrize(
     "name, protocol, more, n_records",
-    [("20", "loso", {}, 2), ("20", "block", {}, 4), ("25", "loso", BLEEP, 1)],
+    [("20", "loso", {}, 2), ("20", "block", {}, 4), ("25", "loso", BLEEP, 2)],
 )
 def test_expression_of_the_test_slide_changes_nothing_but_its_score(
     disturbed, tmp_path, monkeypatch, name, protocol, more, n_records
@@ -208,6 +210,9 @@ def test_expression_of_the_test_slide_changes_nothing_but_its_score(
         assert quiet["heg_ceiling"] != loud["heg_ceiling"]
 
 
+TRAINED = ("EfficientNet-B0", "BLEEP_resnet10t-")  # beginnings of the folders that hold weights
+
+
 def check_same_but_scores(quiet, loud):
     """The folders of two records hold the same genes, split, predictions and weights, if any."""
     for table in ("genes.csv", "split.csv"):
@@ -216,19 +221,81 @@ def check_same_but_scores(quiet, loud):
     np.testing.assert_array_equal(one.X, other.X)
     assert list(one.var_names) == list(other.var_names)
     name = "weights.safetensors"
-    assert (quiet / name).exists() == (loud / name).exists() == ("ridge" not in quiet.name)
+    assert (quiet / name).exists() == (loud / name).exists() == quiet.name.startswith(TRAINED)
     if (quiet / name).exists():
         one, other = (safetensors.numpy.load_file(folder / name) for folder in (quiet, loud))
         for tensor in one:
             np.testing.assert_array_equal(one[tensor], other[tensor])
 
 
-def test_paper_does_see_the_test_slide(disturbed):
-    """The counterpart, so that the test above can fail: under paper the panel follows from all
-    slides.
-    """
+def test_the_panel_of_all_slides_does_see_the_test_slide(disturbed):
+    """The counterpart, so that the test above can fail: 19's panel follows from all slides."""
     panels = [set(common.load_dataset(root, "lognorm").genes) for root in disturbed]
     assert panels[0] != panels[1]
+
+
+@pytest.fixture(scope="module")
+def crowds(simulated, tmp_path_factory):
+    """The simulated slides twice: without slide 3, and with it, which stands in the middle."""
+    roots = [tmp_path_factory.mktemp(name) / "root" for name in ("few", "all")]
+    for root in roots:
+        shutil.copytree(simulated, root)
+    table = pd.read_csv(roots[0] / "slides.csv")
+    table[table["tissue_index"] != 3].to_csv(roots[0] / "slides.csv", index=False)
+    for root in roots:
+        assert run_script("19", data_root=root, hvg_per_slide=100) == 0
+    return roots
+
+
+@pytest.mark.parametrize("target", ["lognorm", "harmony"])
+@pytest.mark.parametrize("name", ["20", "25"])
+def test_a_slide_that_takes_no_part_changes_no_bit(crowds, tmp_path, name, target):
+    options = TINY | {"target": target, "epochs": 1, "train_slides": "1,2", "test_slide": 4}
+    options |= BLEEP if name == "25" else {}
+    outs, tables = [tmp_path / "few", tmp_path / "all"], []
+    for root, out in zip(crowds, outs, strict=True):
+        tables.append(table_of(stdout_of(name, data_root=root, out=out, **options)))
+    few, every = (table.drop(columns=["folder", *TIMING], errors="ignore") for table in tables)
+    pd.testing.assert_frame_equal(few, every)
+    for one, other in zip(tables[0]["folder"], tables[1]["folder"], strict=True):
+        check_same_but_scores(outs[0] / one, outs[1] / other)
+
+
+def test_genes_that_the_test_slide_does_not_list_stay_in_the_panel(disturbed, tmp_path):
+    """What is learnt and asked does not depend on the test slide's list of genes."""
+    root = tmp_path / "root"
+    shutil.copytree(disturbed[0], root)
+    folder = root / "data" / "filtered_expression_matrices" / "3"
+    features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
+    kept = np.arange(len(features)) % 3 > 0
+    features[kept].to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
+    counts = scipy.sparse.csr_matrix(scipy.io.mmread(folder / "matrix.mtx"))[kept]
+    scipy.io.mmwrite(folder / "matrix.mtx", counts.tocoo())
+    printed = stdout_of("19", data_root=root, target="lognorm", hvg_per_slide=100)
+    assert f"slide 3 does not list {(~kept).sum()} of them: no counts there" in printed
+    outs, tables = [tmp_path / "whole", tmp_path / "part"], []
+    for data_root, out in zip((disturbed[0], root), outs, strict=True):
+        tables.append(table_of(stdout_of("20", data_root=data_root, out=out, **SMALL)))
+    for one, other in zip(tables[0]["folder"], tables[1]["folder"], strict=True):
+        check_same_but_scores(outs[0] / one, outs[1] / other)
+    assert (tables[1]["heg_n"] < tables[0]["heg_n"]).any(), "a gene without counts has no r"
+
+
+def test_of_three_donors_the_one_that_validates_does_not_train():
+    slides = np.repeat([1, 2, 3, 4, 5], 4)
+    donors = pd.Series(slides).map({1: "A", 2: "A", 3: "B", 4: "C", 5: "C"})
+    spots = pd.DataFrame({"tissue_index": slides, "donor": donors})
+    for roles in common.split_slides(spots, (1, 2, 3, 4, 5)):
+        donor_of = {role: set(donors[roles == role]) for role in ("train", "valid", "test")}
+        assert donor_of["train"] and donor_of["valid"]
+        for one, other in itertools.combinations(donor_of.values(), 2):
+            assert not one & other
+    two_donors = spots[slides < 4].reset_index(drop=True)
+    with pytest.raises(shell.InputError, match="slide 1 has 1 slides to learn from"):
+        common.split_slides(two_donors, (1, 2, 3))
+    four = pd.DataFrame({"tissue_index": slides, "donor": "A"})
+    for roles in common.split_slides(four, (1, 2, 3, 4, 5)):
+        assert (roles == "train").sum() == 3 * 4, "one donor alone is not left out"
 
 
 def test_loso_shows_every_slide_and_their_mean(disturbed, tmp_path):
@@ -265,7 +332,7 @@ def test_search_chooses_for_every_test_slide_on_its_own(disturbed, tmp_path):
 
 
 def test_targets_are_set_side_by_side_on_one_truth(simulated, tmp_path):
-    options = {"data_root": simulated, "out": tmp_path, **TINY, "epochs": 1}
+    options = {"data_root": simulated, "out": tmp_path, **TINY, "epochs": 2}
     rows = table_of(stdout_of("20", "--compare-targets", **options))
     rows = rows.query("split == 'test' and truth == 'lognorm'").set_index("setting")
     other = "EfficientNet-B0, lognorm target"

@@ -1,0 +1,97 @@
+"""Recipes: what they change is used and printed, and an edited constant wins over them."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY, TINY, load_script, run_script, stdout_of
+
+import common
+import recipes
+import shell
+
+SCRIPTS = ["20", "21", "22", "23", "24", "25"]
+
+
+def override(name, *flags, **edited):
+    """The globals of a script, some of them edited, after its command line."""
+    script = vars(load_script(name))
+    script.update(edited)
+    shell.override_constants(script, list(flags))
+    return script
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_come_with_the_constants_of_recipe_paper(name):
+    script = vars(load_script(name))
+    shared = script.keys() & recipes.PAPER.keys()
+    assert len(shared) > 2
+    different = {key for key in shared if script[key] != recipes.PAPER[key]}
+    assert different <= ({"TTA"} if name == "25" else set())
+
+
+def test_every_recipe_says_the_same_constants():
+    assert recipes.PUBLISHED.keys() == recipes.BEST.keys() == recipes.PAPER.keys()
+    for recipe in recipes.RECIPES.values():
+        shell.check_constants(recipe, recipes.ALLOWED)
+
+
+@pytest.mark.parametrize("name", ["20", "22"])
+def test_an_edited_constant_wins_over_the_recipe_and_is_told(name, capsys):
+    script = override(name, "--recipe", "best", EPOCHS=9)
+    assert script["EPOCHS"] == 9
+    assert shell.recipe_of(script)["EPOCHS"] == 9
+    assert shell.recipe_of(script)["HEAD_START"] == recipes.BEST["HEAD_START"]
+    told = capsys.readouterr().out
+    assert f"EPOCHS = 9 as edited, in place of {recipes.BEST['EPOCHS']} of recipe best" in told
+
+
+@pytest.mark.parametrize("name", ["20", "21", "22", "23", "24"])
+@pytest.mark.parametrize("recipe", ["published", "best"])
+def test_all_that_a_recipe_changes_is_used_and_printed(name, recipe, capsys):
+    script = override(name, "--recipe", recipe)
+    told = capsys.readouterr().out
+    for constant, value in recipes.RECIPES[recipe].items():
+        assert shell.recipe_of(script)[constant] == value
+        if value != recipes.PAPER[constant]:
+            assert f"{constant} = {value!r}" in told
+
+
+def test_a_flag_wins_over_the_recipe():
+    script = override("20", "--recipe", "published", "--warp-border", "reflect")
+    assert script["WARP_BORDER"] == "reflect"
+    assert script["CHANNELS"] == "bgr"
+
+
+def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulated, tmp_path):
+    """Each deviation of the published scripts changes the numbers, and so has a row of its own."""
+    found = {}
+    options = TINY | {"target": "lognorm", "epochs": 2, "image_size": 64, "batch_size": 4}
+    changes = {
+        name: value for name, value in recipes.PUBLISHED.items() if value != recipes.PAPER[name]
+    }
+    assert len(changes) == 6
+    for name, value in [("RECIPE", "paper"), *changes.items()]:
+        out = tmp_path / name
+        flags = [shell.flag_of(name), shell.show_constant(value)]
+        stdout = stdout_of("20", *flags, data_root=simulated, out=out, **options)
+        losses = re.findall(r"^ +\d\*? +\S+ +(\S+)", stdout, flags=re.MULTILINE)
+        assert len(losses) == 2
+        found[name] = tuple(losses)
+    assert len(set(found.values())) == 1 + len(changes)
+
+
+def test_a_backbone_without_blocks_to_leave_out_is_refused(simulated, tmp_path, capsys):
+    options = TINY | {"backbone": "vgg11", "stochastic_depth": 0.2}
+    assert run_script("20", data_root=simulated, out=tmp_path, **options) == 2
+    assert "--stochastic-depth 0" in capsys.readouterr().err
+
+
+def test_recipes_need_no_package():
+    text = (REPOSITORY / "recipes.py").read_text()
+    assert re.findall(r"^(?:import|from) (\S+)", text, flags=re.MULTILINE) == ["dataclasses"]
+
+
+def test_steps_are_those_that_training_takes():
+    recipe = {"EPOCHS": 3, "BATCH_SIZE": 4}
+    assert common.count_steps(9, recipe) == 3 * 2, "a last batch of one spot is left out"
+    assert common.count_steps(10, recipe) == 3 * 3
