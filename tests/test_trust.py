@@ -144,11 +144,11 @@ def slides_by_role(spots, recipe):
 
 def test_loso_leaves_the_donor_out():
     assert slides_by_role(slides_with_donors("AABBC"), LOSO) == [
-        {"train": [4, 5], "valid": [3], "test": [1]},
-        {"train": [4, 5], "valid": [3], "test": [2]},
+        {"train": [5], "valid": [3, 4], "test": [1]},
+        {"train": [5], "valid": [3, 4], "test": [2]},
         {"train": [1, 2], "valid": [5], "test": [3]},
         {"train": [1, 2], "valid": [5], "test": [4]},
-        {"train": [2, 3, 4], "valid": [1], "test": [5]},
+        {"train": [3, 4], "valid": [1, 2], "test": [5]},
     ]
 
 
@@ -332,7 +332,8 @@ def test_search_chooses_for_every_test_slide_on_its_own(disturbed, tmp_path):
 
 
 def test_targets_are_set_side_by_side_on_one_truth(simulated, tmp_path):
-    options = {"data_root": simulated, "out": tmp_path, **TINY, "epochs": 2}
+    # Behind a head that starts at 0, so few steps leave most predictions constant.
+    options = {"data_root": simulated, "out": tmp_path, **TINY, "head_start": "random"}
     rows = table_of(stdout_of("20", "--compare-targets", **options))
     rows = rows.query("split == 'test' and truth == 'lognorm'").set_index("setting")
     other = "EfficientNet-B0, lognorm target"
