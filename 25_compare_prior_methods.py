@@ -58,7 +58,7 @@ BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 HEAD_START = "zero"  # zero (small and random), mean (bias at the training means) or ridge
-FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the own-slide control
+FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the same-slide one
 SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -342,11 +342,14 @@ def nearest_spot(recipe, split, folder):
     return predicted, {"weights": "none"}
 
 
-def own_slide(recipe, split, folder):
+def same_slide(recipe, split, folder):
     """Control: the ridge on frozen features, learnt on the test slide itself, on the blocks around
     those that it predicts. What it has over the other ridges is the step to another slide, and what
     it lacks to them the number of spots; what it lacks to the ceiling, the image does not show, or
     not to these features. NaN for other slides.
+
+    All folds have one intercept, the slide's means: where a fold is high, the others are low, so
+    with their mean for its intercept even permuted counts would have an r, below 0.
     """
     data = split.data
     features, _ = runner.freeze_features(recipe, split)
@@ -357,9 +360,12 @@ def own_slide(recipe, split, folder):
     for slide in split.slides("test"):
         here = split.spots("test")
         here = here[slides[here] == slide]
+        mean_x, _ = common.mean_and_variance(features, here)
+        mean_y, _ = common.mean_and_variance(data.target, here)
         for train, held_out in ridges.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
             ridge, _ = runner.fit_ridge(split, features, learn)
+            ridge = ridge.through(mean_x, mean_y)
             predicted[line_of[judge]] = ridge.predict(features[judge])
     return predicted, {"weights": runner.name_weights(recipe)}
 
@@ -406,7 +412,7 @@ def computed_methods(run):
     methods["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
         recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True, "REFIT": False}
-        methods["own slide (control)"] = (recipe, own_slide)
+        methods["same-slide ridge (control)"] = (recipe, same_slide)
     return methods
 
 

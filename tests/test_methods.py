@@ -25,6 +25,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
+import ridges
 import runner
 import shell
 
@@ -338,6 +339,50 @@ def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
     test = roles[alone.scored()] == "test"
     assert np.isnan(predicted[~test]).all()
     assert np.isfinite(predicted[test]).all()
+
+
+def slide_of_smooth_fields(side=15, genes=150, fields=6):
+    """(Split whose test slide is a square of spots in blocks, features (N, F) that vary smoothly
+    over it, expression (N, G) that follows them).
+    """
+    random = np.random.default_rng(0)
+    row, col = (axis.ravel() for axis in np.mgrid[:side, :side])
+    waves = random.uniform(0.1, 0.5, (2, fields))
+    features = np.sin(row[:, None] * waves[0] + col[:, None] * waves[1] + np.arange(fields))
+    expression = features @ random.normal(size=(fields, genes))
+    expression = expression + 3 * random.normal(size=expression.shape)
+    spots = pd.DataFrame({"tissue_index": 1, "pitch": 100.0, "pxl_row": row * 100})
+    spots["pxl_col"] = col * 100
+    spots["block"] = [f"1:{x // 5}:{y // 5}" for x, y in zip(col, row, strict=True)]
+    spots["id"] = spots.index.astype(str)
+    data = SimpleNamespace(spots=spots, target=expression, genes=[str(g) for g in range(genes)])
+    groups = pd.DataFrame({"group": "HEG", "gene": data.genes, "rank": 1})
+    roles = np.full(len(spots), "test")
+    return runner.Split(data, roles, groups, seed=42), features
+
+
+@pytest.mark.parametrize("permuted, low, high", [(True, -0.02, 0.02), (False, 0.3, 1)])
+def test_the_same_slide_ridge_finds_what_is_there_and_nothing_in_permuted_counts(
+    monkeypatch, permuted, low, high
+):
+    split, features = slide_of_smooth_fields()
+    if permuted:
+        random = np.random.default_rng(1)
+        split.data.target = random.permuted(split.data.target, axis=0)  # each gene by itself
+    monkeypatch.setattr(runner, "freeze_features", lambda recipe, split: (features, None))
+    recipe = {"PRETRAINED": True, "BACKBONE": "tiny"}
+    predicted, _ = load_script("25").same_slide(recipe, split, None)
+    r = common.pearson_per_gene(predicted, split.data.target)
+    assert low < r.mean() < high
+
+
+def test_a_ridge_through_a_point_has_the_same_weight():
+    random = np.random.default_rng(0)
+    ridge = ridges.Ridge(random.normal(size=(3, 2)), random.normal(size=2))
+    point, wanted = random.normal(size=3), random.normal(size=2)
+    moved = ridge.through(point, wanted)
+    np.testing.assert_allclose(moved.predict(point[None])[0], wanted, rtol=1e-6)
+    assert moved.weight is ridge.weight
 
 
 def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_path, monkeypatch):
