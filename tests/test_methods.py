@@ -237,10 +237,11 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
 
 def test_published_stnet_loss_and_optimiser():
     script = load_script("25")
-    predicted, target = torch.randn(5, 4), torch.randn(5, 4)
+    predicted, target = torch.randn(5, 250), torch.randn(5, 250)
     over_genes = ((predicted - target) ** 2).mean(1)
     loss = script.sum_of_squares(predicted, target).item()
     assert loss == pytest.approx(over_genes.sum().item(), rel=1e-5), "summed over the batch"
+    predicted, target = predicted[:, :4], target[:, :4]
     network = nn.Linear(3, 4)
     weight = network.weight
     optimiser, schedule = script.sgd_with_momentum(network, {"LEARNING_RATE": 1e-6})
@@ -253,6 +254,17 @@ def test_published_stnet_loss_and_optimiser():
         optimiser.step()
         schedule.step()
     torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("n_genes", [30, 250, 3320])
+def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
+    """By hand: d/dp of the sum over the batch of the mean over 250 genes of (p - t)^2."""
+    random = torch.Generator().manual_seed(0)
+    predicted = torch.randn((5, n_genes), generator=random, requires_grad=True)
+    target = torch.randn((5, n_genes), generator=random)
+    load_script("25").sum_of_squares(predicted, target).backward()
+    expected = 2 * (predicted.detach() - target) / 250
+    torch.testing.assert_close(predicted.grad, expected)
 
 
 # ------------------------------------------------------------------------------ baselines, controls
@@ -484,7 +496,22 @@ def test_the_training_mean_has_no_r(methods, finished):
 
 
 # Of the printed table, after the setting.
-COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "HVG", "M", "minutes", "over BLEEP"]
+COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "HVG", "M", "min", "var", "over BLEEP"]
+
+
+def test_the_table_shows_how_much_predictions_vary(methods, finished):
+    out, stdout = finished("25")
+    _, lines = printed_table(stdout, "methods; a control uses")
+    for name in ("ridge (colour)", "depth only (control)"):
+        (record,) = methods[
+            (methods["setting"] == name) & (methods["split"] == "test")
+        ].itertuples()
+        table = anndata.read_h5ad(out / record.folder / "predictions.h5ad")
+        table = table[table.obs["role"] == "test"]
+        ratio = table.X.var(0).sum() / table.layers["lognorm"].var(0).sum()
+        assert record.variance_ratio == pytest.approx(ratio, rel=1e-4)
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert f" {ratio:.2f} " in line
 
 
 def test_methods_without_published_numbers_beside_them(finished):
