@@ -813,6 +813,11 @@ def format_interval(low, high, form="{:.2f}"):
     return f"[{form.format(low)}, {form.format(high)}]"
 
 
+def format_share(r, ceiling):
+    """r as a share of its ceiling; "-" where either is undefined, or counts tell of noise alone."""
+    return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
+
+
 def format_group(records, group, size):
     """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
     mean = records[group].mean()
@@ -841,8 +846,7 @@ def describe_setting(records, sizes, out):
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
     line["[95 %]"] = format_interval(low, high)
-    share = records["heg"].mean() / records["heg_ceiling"].mean()
-    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
@@ -862,8 +866,8 @@ def describe_hest(records, n_genes, out):
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line[shell.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = format_interval(low, high)
-    share = records[shell.OF_HEST.column].mean() / records[shell.OF_HEST.ceiling].mean()
-    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    mean, ceiling = records[shell.OF_HEST.column].mean(), records[shell.OF_HEST.ceiling].mean()
+    line["of ceiling"] = format_share(mean, ceiling)
     line["in slides"] = format_mean(records.groupby(shell.OF_HEST.unit)["all"].mean())
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
     return line
