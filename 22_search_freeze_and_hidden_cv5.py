@@ -190,7 +190,10 @@ def join_folds(out, records):
 
     def compute(recipe, split, folder):
         of = [record for record in records if record["truth"] == recipe["TARGET"]]
-        parts = pd.concat([runner.read_prediction(out / record["folder"]) for record in of])
+        parts = [runner.read_prediction(out / record["folder"]) for record in of]
+        if PROTOCOL != "loso":  # There each slide is of one fold.
+            parts = share_intercept(parts, split.data, [out / record["folder"] for record in of])
+        parts = pd.concat(parts)
         ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
         histories = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
         mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
@@ -200,6 +203,23 @@ def join_folds(out, records):
         return parts.loc[ids].to_numpy(), more
 
     return compute
+
+
+def share_intercept(parts, data, folders):
+    """The folds' predictions, tables (n, G), with one intercept for the mean expression of the
+    spots that each network has learnt from, which the least squared error puts into it.
+
+    Where a fold is high, the others are low, so over joined folds these means alone have an r below
+    0, that of permuted counts.
+    """
+    ids, means = data.spots["id"], []
+    for folder in folders:
+        roles = pd.read_csv(folder / "split.csv", dtype={"id": str})
+        learnt = ids.isin(roles["id"][roles["role"] == "train"])
+        mean, _ = common.mean_and_variance(data.target, np.flatnonzero(learnt))
+        means.append(mean.astype(np.float32))
+    shared = np.mean(means, axis=0)
+    return [part + (shared - mean) for part, mean in zip(parts, means, strict=True)]
 
 
 def rank_settings(records):

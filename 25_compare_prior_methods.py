@@ -4,7 +4,8 @@ Question   Is EfficientNet-B0 with MPA better than BLEEP, ST-Net and what needs 
            all?
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
-Prints     header, the table with parameters, minutes and gain over BLEEP, one JSON line
+Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP, one
+           JSON line
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget: no evidence)
@@ -60,7 +61,7 @@ BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 OTHER_BACKBONES = ("mobilenetv2_100", "densenet121")  # in place of BACKBONE, the rest as it is
-FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the own-slide control
+FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the same-slide one
 SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -98,6 +99,8 @@ QUICK_BUDGET = {
 
 
 STNET_BACKBONE = "densenet121"
+# He et al. 2020 predict 250 genes, over which their loss is averaged; SGD's rate is for that.
+STNET_GENES = 250
 
 
 def name_bleep():
@@ -148,8 +151,12 @@ def trained_methods():
 
 # ------------------------------------------------------------------------------------------- ST-Net
 def sum_of_squares(predicted, target):
-    """ST-Net's loss as published: summed over the batch, averaged over genes."""
-    return F.mse_loss(predicted, target, reduction="sum") / target.shape[1]
+    """ST-Net's loss as published: summed over the batch, averaged over genes.
+
+    It is divided by the published number of genes whatever the panel: the mean over 3,320 genes
+    would make the steps of each gene's weights at SGD's fixed rate 13 times smaller.
+    """
+    return F.mse_loss(predicted, target, reduction="sum") / STNET_GENES
 
 
 def sgd_with_momentum(network, recipe):
@@ -344,11 +351,14 @@ def nearest_spot(recipe, split, folder):
     return predicted, {"weights": "none"}
 
 
-def own_slide(recipe, split, folder):
+def same_slide(recipe, split, folder):
     """Control: the ridge on frozen features, learnt on the test slide itself, on the blocks around
     those that it predicts. What it has over the other ridges is the step to another slide, and what
     it lacks to them the number of spots; what it lacks to the ceiling, the image does not show, or
     not to these features. NaN for other slides.
+
+    All folds have one intercept, the slide's means: where a fold is high, the others are low, so
+    with their mean for its intercept even permuted counts would have an r, below 0.
     """
     data = split.data
     features, _ = runner.freeze_features(recipe, split)
@@ -359,9 +369,12 @@ def own_slide(recipe, split, folder):
     for slide in split.slides("test"):
         here = split.spots("test")
         here = here[slides[here] == slide]
+        mean_x, _ = common.mean_and_variance(features, here)
+        mean_y, _ = common.mean_and_variance(data.target, here)
         for train, held_out in ridges.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
             ridge, _ = runner.fit_ridge(split, features, learn)
+            ridge = ridge.through(mean_x, mean_y)
             predicted[line_of[judge]] = ridge.predict(features[judge])
     return predicted, {"weights": runner.name_weights(recipe)}
 
@@ -452,7 +465,7 @@ def computed_methods(run):
     methods["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
         recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True, "REFIT": False}
-        methods["own slide (control)"] = (recipe, own_slide)
+        methods["same-slide ridge (control)"] = (recipe, same_slide)
     return methods
 
 
@@ -486,13 +499,16 @@ def average_settings(run, records, endings, kind):
 
 # -------------------------------------------------------------------------------------------- table
 def add_costs_and_gain(bleep, records):
-    """`add` of Run.print_scores: parameters (millions), minutes, and r over `bleep`'s."""
+    """`add` of Run.print_scores: parameters (millions), minutes, variance of what is predicted over
+    that of what is measured, and r over `bleep`'s.
+    """
     parameters = records.get("parameters_total", pd.Series(dtype=float)).mean()
     r = records[runner.headline_of(records).column].mean()
     gain = r / bleep - 1 if bleep > 0 else np.nan
     return {
         "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
-        "minutes": f"{records['seconds'].mean() / 60:.1f}",
+        "min": f"{records['seconds'].mean() / 60:.1f}",
+        "var": f"{records['variance_ratio'].mean():.2f}",
         "over BLEEP": "-" if np.isnan(gain) else f"{gain:+.0%}",
     }
 

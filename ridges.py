@@ -33,6 +33,10 @@ class Ridge:
             predicted[part] = features[part] @ self.weight + self.bias
         return predicted
 
+    def through(self, mean_x, mean_y):
+        """The Ridge of the same weight that predicts mean_y (G,) for the features mean_x (F,)."""
+        return Ridge(self.weight, mean_y - mean_x @ self.weight)
+
 
 class Moments(NamedTuple):
     """Sums over spots of the products of features x and expression y: all that a ridge needs."""

@@ -369,31 +369,50 @@ PROBE_SEED = 1  # of the benchmark's runs
 def hest_probe(recipe, split, folder):
     """`compute` of compute_records: the probe of HEST-Benchmark on frozen features of BACKBONE.
 
-    Features of the last stage, of the patch as it is; of all spots of the training slides, since
-    the probe needs no validation. In the repository mahmoodlab/HEST, src/hest/bench, benchmark.py
-    and trainer.py do this, and st_dataset.py takes log1p of raw counts without a normalisation by
-    depth: StandardScaler, PCA to 256 of seed 1, in single precision from there on, then for all
-    genes at once Ridge without intercept, solver lsqr of at most 1,000 steps and
+    Features of the last stage, of the patch as it is, in fp32 whatever PRECISION is; of all spots
+    of the training slides, since the probe needs no validation. In the repository mahmoodlab/HEST,
+    src/hest/bench, benchmark.py and trainer.py do this, and st_dataset.py takes log1p of raw counts
+    without a normalisation by depth: StandardScaler, PCA to 256 of seed 1, rounded to single
+    precision and computed in double from there on (scikit-learn makes that of a tensor), then for
+    all genes at once Ridge without intercept, solver lsqr of at most 1,000 steps and
     scikit-learn's tolerance, alpha = 100 / (columns x genes).
 
-    What differs: spots stand in the order of the slides' numbers and not of a fold's file, on which
-    the random steps of PCA depend a little; of fewer than 256 spots or features as many components
-    are taken as there can be. The benchmark's row ResNet50 ends after the third of the four stages
-    of timm's resnet50.tv_in1k (inference_models.py), so that of resnet50 here is another one.
+    What differs: the spots of a sample stand by their rows and not as in its file of patches, on
+    which the random steps of PCA depend where there are fewer spots than features; of fewer than
+    256 spots or features as many components are taken as there can be. The benchmark's row
+    ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
+    (inference_models.py), so that of resnet50 here is another one.
     """
     target = split.data.target
-    plain = recipe | {"POOL_STAGES": False}
+    plain = recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
     features, _ = common.encode_patches(split.data.patches, plain, split.seed)
-    known = np.sort(split.spots("train", "valid"))
+    known = order_by_fold_file(split)
     n_components = min(PROBE_COMPONENTS, len(known), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
-    reduced = reduce.fit_transform(features[known]).astype(np.float32)
+    reduced = round_to_single(reduce.fit_transform(features[known]))
     alpha = 100 / (n_components * target.shape[1])
     ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
     ridge.fit(reduced, target[known])
-    seen = reduce.transform(features[split.scored()]).astype(np.float32)
+    seen = round_to_single(reduce.transform(features[split.scored()]))
     more = {"weights": name_weights(recipe), "alpha": alpha}
     return ridge.predict(seen).astype(np.float32), more
+
+
+def round_to_single(values):
+    """The values as single precision holds them, in double precision."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def order_by_fold_file(split):
+    """Numbers of all spots of the training slides of a fold of HEST-Benchmark, slide by slide as
+    its file names them.
+    """
+    known = split.spots("train", "valid")
+    folds = common.read_task_folds(split.data.root)
+    named = folds[(folds["fold"] == split.fold) & (folds["role"] == "train")]["tissue_index"]
+    place = pd.Series(range(len(named)), named.to_numpy())
+    slides = split.data.spots["tissue_index"].to_numpy()[known]
+    return known[np.lexsort([known, place[slides]])]
 
 
 def mean_heg(split, predicted):
@@ -824,6 +843,11 @@ def format_interval(low, high, form="{:.2f}"):
     return f"[{form.format(low)}, {form.format(high)}]"
 
 
+def format_share(r, ceiling):
+    """r as a share of its ceiling; "-" where either is undefined, or counts tell of noise alone."""
+    return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
+
+
 def format_group(records, group, size):
     """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
     mean = records[group].mean()
@@ -852,8 +876,7 @@ def describe_setting(records, sizes, out):
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
     line["[95 %]"] = format_interval(low, high)
-    share = records["heg"].mean() / records["heg_ceiling"].mean()
-    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
@@ -880,8 +903,8 @@ def describe_hest(records, n_genes, out):
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = format_interval(low, high)
-    share = records[recipes.OF_HEST.column].mean() / records[recipes.OF_HEST.ceiling].mean()
-    line["of ceiling"] = "-" if np.isnan(share) else f"{share:.0%}"
+    mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
+    line["of ceiling"] = format_share(mean, ceiling)
     line["in slides"] = format_mean(records.groupby(recipes.OF_HEST.unit)["all"].mean())
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
     line["steps"] = describe_mean_steps(records)

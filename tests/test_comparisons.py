@@ -4,6 +4,7 @@ augmentation.
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -32,6 +33,7 @@ from torchvision.transforms.v2 import functional as torchvision
 
 import common
 import recipes
+import ridges
 import runner
 import shell
 
@@ -443,20 +445,59 @@ def read_predictions(out, record):
     return anndata.read_h5ad(out / record.folder / "predictions.h5ad")
 
 
-def test_out_of_fold_predictions_are_those_of_the_other_folds(best_setting):
+def test_out_of_fold_predictions_are_those_of_the_other_folds(best_setting, simulated):
     out, rows = best_setting
-    predicted = {}
+    data = common.load_dataset(simulated, "lognorm")
+    measured = pd.DataFrame(data.lognorm[:], data.spots["id"])
+    predicted, means = {}, []
     for row in rows[rows["split"] == "valid"].itertuples():
         table = read_predictions(out, row)
         predicted |= dict(zip(table.obs_names, table.X, strict=True))
         split = pd.read_csv(out / row.folder / "split.csv")
-        assert not set(split["id"][split["role"] == "train"]) & set(table.obs_names)
+        learnt = split["id"][split["role"] == "train"]
+        assert not set(learnt) & set(table.obs_names)
         assert set(split["fold"]) == {row.fold}
+        means.append(measured.loc[learnt].mean().to_numpy())
+        for spot in table.obs_names:
+            predicted[spot] = predicted[spot] - means[-1]
     (record,) = rows[rows["split"] == "oof"].itertuples()
     joined = read_predictions(out, record)
     assert len(joined) == 30
     for spot in joined.obs_names:
-        np.testing.assert_array_equal(joined[spot].X[0], predicted[spot])
+        expected = predicted[spot] + np.mean(means, axis=0)
+        np.testing.assert_allclose(joined[spot].X[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mean", "ridge"])
+def test_joined_folds_of_permuted_counts_have_no_r(tmp_path, kind):
+    """What learns nothing but the mean, and what learns noise as well; by folds of blocks."""
+    script, random = load_script("22"), np.random.default_rng(0)
+    row, col = (axis.ravel() for axis in np.mgrid[:15, :15])
+    spots = pd.DataFrame({"tissue_index": 1, "pitch": 1.0, "pxl_row": row, "pxl_col": col})
+    spots["block"] = [f"{x // 5}:{y // 5}" for x, y in zip(col, row, strict=True)]
+    spots["id"] = spots.index.astype(str)
+    target = random.normal(size=(225, 400))
+    features = np.sin(row[:, None] * [0.2, 0.3, 0.5]) + np.cos(col[:, None] * [0.4, 0.3, 0.1])
+    parts, folders = [], []
+    for fold, roles in enumerate(common.split_folds(spots, np.arange(225), "block", 5, 42)):
+        train, held_out = np.flatnonzero(roles == "train"), np.flatnonzero(roles == "valid")
+        predicted = np.tile(target[train].mean(0), (len(held_out), 1))
+        if kind == "ridge":
+            centred = ridges.Centred(features, target, train, np.zeros(225))
+            predicted = ridges.solve_ridge(centred, train, 10.0).predict(features[held_out])
+        parts.append(pd.DataFrame(predicted, spots["id"][held_out]))
+        folders.append(tmp_path / str(fold))
+        folders[-1].mkdir()
+        roles = pd.DataFrame({"id": spots["id"], "role": roles})
+        roles.to_csv(folders[-1] / "split.csv", index=False)
+    data = SimpleNamespace(spots=spots, target=target)
+
+    def correlate(parts):
+        joined = pd.concat(parts).loc[spots["id"]].to_numpy()
+        return np.nan_to_num(common.pearson_per_gene(joined.round(9), target)).mean()
+
+    assert correlate(parts) < -0.025
+    assert abs(correlate(script.share_intercept(parts, data, folders))) < 0.015
 
 
 def test_out_of_fold_r_is_the_mean_over_slides(best_setting, simulated):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import scipy.stats
+import torch
 from conftest import TINY, load_script, printed_table, run_script, stdout_of, table_of
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
@@ -208,22 +209,38 @@ def test_random_weights_train_and_have_no_probe(root, tmp_path):
 
 # ------------------------------------------------------------------------------------------- probe
 def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path):
+    """Scikit-learn gets a tensor, as of the benchmark; features are fp32 though bf16 is asked."""
     recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights_of(tmp_path / "weights"))}
     recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
     features, _ = common.encode_patches(data.patches, recipe, 42)
     for split in splits:
-        known = np.isin(split.roles, ["train", "valid"])
+        known = runner.order_by_fold_file(split)
         scaler = StandardScaler().fit(features[known])
-        pca = PCA(n_components=min(256, known.sum()), random_state=1)
-        x = pca.fit_transform(scaler.transform(features[known]))
+        pca = PCA(n_components=min(256, len(known)), random_state=1)
+        x = torch.Tensor(pca.fit_transform(scaler.transform(features[known])))
         ridge = Ridge(100 / (x.shape[1] * 6), fit_intercept=False, solver="lsqr", max_iter=1000)
-        ridge.fit(x.astype(np.float32), data.target[known])
-        test = features[split.roles == "test"]
-        expected = ridge.predict(pca.transform(scaler.transform(test)).astype(np.float32))
-        predicted, more = runner.hest_probe(recipe, split, tmp_path)
+        ridge.fit(x, data.target[known])
+        test = split.roles == "test"
+        expected = ridge.predict(torch.Tensor(pca.transform(scaler.transform(features[test]))))
+        predicted, more = runner.hest_probe(recipe | {"PRECISION": "bf16"}, split, tmp_path)
         found = predicted[split.roles[split.scored()] == "test"]
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
+        r = common.pearson_per_gene(found, data.target[test])
+        np.testing.assert_allclose(
+            r, common.pearson_per_gene(expected, data.target[test]), atol=1e-7
+        )
         assert more["alpha"] == ridge.alpha
+
+
+def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):
+    names = pd.read_csv(root / "slides.csv").set_index("tissue_index")["name"]
+    for split, (train, _) in zip(splits, SPLITS, strict=True):
+        known = runner.order_by_fold_file(split)
+        assert sorted(known) == sorted(split.spots("train", "valid"))
+        samples = names[data.spots["tissue_index"].to_numpy()[known]]
+        assert list(dict.fromkeys(samples)) == list(train)
+        for sample in train:
+            assert (np.diff(known[(samples == sample).to_numpy()]) > 0).all()
 
 
 # --------------------------------------------------------------------------- intervals and ceilings

@@ -25,6 +25,7 @@ from torch import nn
 
 import common
 import recipes
+import ridges
 import runner
 import shell
 
@@ -229,10 +230,11 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
 
 def test_published_stnet_loss_and_optimiser():
     script = load_script("25")
-    predicted, target = torch.randn(5, 4), torch.randn(5, 4)
+    predicted, target = torch.randn(5, 250), torch.randn(5, 250)
     over_genes = ((predicted - target) ** 2).mean(1)
     loss = script.sum_of_squares(predicted, target).item()
     assert loss == pytest.approx(over_genes.sum().item(), rel=1e-5), "summed over the batch"
+    predicted, target = predicted[:, :4], target[:, :4]
     network = nn.Linear(3, 4)
     weight = network.weight
     optimiser, schedule = script.sgd_with_momentum(network, {"LEARNING_RATE": 1e-6})
@@ -245,6 +247,17 @@ def test_published_stnet_loss_and_optimiser():
         optimiser.step()
         schedule.step()
     torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("n_genes", [30, 250, 3320])
+def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
+    """By hand: d/dp of the sum over the batch of the mean over 250 genes of (p - t)^2."""
+    random = torch.Generator().manual_seed(0)
+    predicted = torch.randn((5, n_genes), generator=random, requires_grad=True)
+    target = torch.randn((5, n_genes), generator=random)
+    load_script("25").sum_of_squares(predicted, target).backward()
+    expected = 2 * (predicted.detach() - target) / 250
+    torch.testing.assert_close(predicted.grad, expected)
 
 
 # ------------------------------------------------------------------------------ baselines, controls
@@ -331,6 +344,50 @@ def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
     test = roles[alone.scored()] == "test"
     assert np.isnan(predicted[~test]).all()
     assert np.isfinite(predicted[test]).all()
+
+
+def slide_of_smooth_fields(side=15, genes=150, fields=6):
+    """(Split whose test slide is a square of spots in blocks, features (N, F) that vary smoothly
+    over it, expression (N, G) that follows them).
+    """
+    random = np.random.default_rng(0)
+    row, col = (axis.ravel() for axis in np.mgrid[:side, :side])
+    waves = random.uniform(0.1, 0.5, (2, fields))
+    features = np.sin(row[:, None] * waves[0] + col[:, None] * waves[1] + np.arange(fields))
+    expression = features @ random.normal(size=(fields, genes))
+    expression = expression + 3 * random.normal(size=expression.shape)
+    spots = pd.DataFrame({"tissue_index": 1, "pitch": 100.0, "pxl_row": row * 100})
+    spots["pxl_col"] = col * 100
+    spots["block"] = [f"1:{x // 5}:{y // 5}" for x, y in zip(col, row, strict=True)]
+    spots["id"] = spots.index.astype(str)
+    data = SimpleNamespace(spots=spots, target=expression, genes=[str(g) for g in range(genes)])
+    groups = pd.DataFrame({"group": "HEG", "gene": data.genes, "rank": 1})
+    roles = np.full(len(spots), "test")
+    return runner.Split(data, roles, groups, seed=42), features
+
+
+@pytest.mark.parametrize("permuted, low, high", [(True, -0.02, 0.02), (False, 0.3, 1)])
+def test_the_same_slide_ridge_finds_what_is_there_and_nothing_in_permuted_counts(
+    monkeypatch, permuted, low, high
+):
+    split, features = slide_of_smooth_fields()
+    if permuted:
+        random = np.random.default_rng(1)
+        split.data.target = random.permuted(split.data.target, axis=0)  # each gene by itself
+    monkeypatch.setattr(runner, "freeze_features", lambda recipe, split: (features, None))
+    recipe = {"PRETRAINED": True, "BACKBONE": "tiny"}
+    predicted, _ = load_script("25").same_slide(recipe, split, None)
+    r = common.pearson_per_gene(predicted, split.data.target)
+    assert low < r.mean() < high
+
+
+def test_a_ridge_through_a_point_has_the_same_weight():
+    random = np.random.default_rng(0)
+    ridge = ridges.Ridge(random.normal(size=(3, 2)), random.normal(size=2))
+    point, wanted = random.normal(size=3), random.normal(size=2)
+    moved = ridge.through(point, wanted)
+    np.testing.assert_allclose(moved.predict(point[None])[0], wanted, rtol=1e-6)
+    assert moved.weight is ridge.weight
 
 
 def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_path, monkeypatch):
@@ -436,7 +493,22 @@ def test_the_training_mean_has_no_r(methods, finished):
 
 
 # Of the printed table, after the setting.
-COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "steps", "M", "minutes", "over BLEEP"]
+COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "steps", "M", "min", "var", "over BLEEP"]
+
+
+def test_the_table_shows_how_much_predictions_vary(methods, finished):
+    out, stdout = finished("25")
+    _, lines = printed_table(stdout, "methods; a control uses")
+    for name in ("ridge (colour)", "depth only (control)"):
+        (record,) = methods[
+            (methods["setting"] == name) & (methods["split"] == "test")
+        ].itertuples()
+        table = anndata.read_h5ad(out / record.folder / "predictions.h5ad")
+        table = table[table.obs["role"] == "test"]
+        ratio = table.X.var(0).sum() / table.layers["lognorm"].var(0).sum()
+        assert record.variance_ratio == pytest.approx(ratio, rel=1e-4)
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert f" {ratio:.2f} " in line
 
 
 def test_methods_without_published_numbers_beside_them(finished):

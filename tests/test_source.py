@@ -62,7 +62,8 @@ PRINTED = {
     "parameters": r" M ",
     "speed": r" images/s ",
     "memory": r" peak GB",
-    "minutes": r" minutes ",
+    "minutes": r" min(utes)? ",
+    "variance ratio": r" var ",
     "gain over BLEEP": r" over BLEEP",
     "one JSON line": r'^\{"script"',
 }

@@ -83,6 +83,51 @@ def test_ceiling_is_the_r_of_knowing_every_rate(simulated_counts, depth, most):
     assert np.abs(error).mean() < np.abs(plain).mean() / 2
 
 
+# Counts a spot, coefficient of variation of the rates, and how far off their mean ceiling may be.
+KINDS = [(0.1, 0, 0.1), (0.1, 0.3, 0.06), (0.1, 1, 0.06), (1, 0, 0.12), (1, 0.3, 0.06)]
+KINDS += [(1, 1, 0.03), (5, 0.3, 0.03)]
+
+
+@pytest.mark.parametrize("per_spot, variation, most", KINDS)
+def test_ceilings_of_genes_with_little_variation(per_spot, variation, most):
+    """Negative binomial counts of 1,000 spots: Poisson noise on rates of a gamma distribution."""
+    random = np.random.default_rng(1)
+    totals = random.lognormal(np.log(5000), 0.4, 1000)
+    relative = np.ones((1000, 48))
+    if variation:
+        relative = random.gamma(1 / variation**2, variation**2, relative.shape)
+    rate = per_spot / 5000 * relative
+    counts = random.poisson(rate * totals[:, None])
+    measured = np.log1p(1e4 * counts / totals[:, None])
+    truth = np.nan_to_num(common.pearson_per_gene(measured, np.log1p(1e4 * rate)))
+    script = load_script("19")
+    assert abs((script.counting_ceiling(counts, totals) - truth).mean()) < most
+    if truth.mean() < 0.1:
+        assert (script.fit_ceilings(counts, totals) - truth).mean() > 2 * most
+
+
+def test_the_mean_ceiling_of_many_kinds_of_genes_is_near_the_truth():
+    """As group `all` has them: mostly few counts and little variation."""
+    random = np.random.default_rng(2)
+    totals = random.lognormal(np.log(3000), 0.5, 600)
+    per_spot = np.exp(random.normal(np.log(0.4), 1.2, 400))
+    spread = random.uniform(0.1, 0.8, 400)
+    relative = np.exp(random.normal(size=(600, 400)) * spread - spread**2 / 2)
+    rate = per_spot / 3000 * relative
+    counts = random.poisson(rate * totals[:, None])
+    measured = np.log1p(1e4 * counts / totals[:, None])
+    truth = np.nanmean(common.pearson_per_gene(measured, np.log1p(1e4 * rate)))
+    script = load_script("19")
+    assert np.nanmean(script.counting_ceiling(counts, totals)) == pytest.approx(truth, abs=0.03)
+    assert np.nanmean(script.fit_ceilings(counts, totals)) > truth + 0.08
+
+
+def test_no_share_of_a_ceiling_of_nothing():
+    assert runner.format_share(0.2, 0.4) == "50%"
+    for r, ceiling in ((0.2, 0.0), (0.2, np.nan), (np.nan, 0.4)):
+        assert runner.format_share(r, ceiling) == "-"
+
+
 def test_ceiling_stays_in_its_bounds():
     random = np.random.default_rng(0)
     totals = random.integers(500, 5000, 300)
