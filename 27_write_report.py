@@ -1,8 +1,8 @@
 """One page that shows a run: its scores, settings, maps, genes and loss curves.
 
 Question   What came out, on what, and which genes can be believed?
-Reads      <RUN>/run.json and the folders of its rows (scripts 20 to 26); the slides' thumbnails in
-           the data root that it names (script 19)
+Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
+           20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
 Writes     <RUN>/report.html, one file without network or script; in a test slide's folders maps.png
            and scores.png, unless they are there
 Prints     the report's path
@@ -48,79 +48,26 @@ ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own c
 NO_THUMBNAIL = """no H&E: the data root holds no
 thumbnail of this slide, or was made anew"""
 
-# Columns of the tables of scores: key in a row of run.json, and heading.
-SCORES = {
-    "setting": "setting",
-    "split": "split",
-    "slide": "slide",
-    "seed": "seed",
-    "fold": "fold",
-    "n_spots": "spots",
-    "heg": "HEG",
-    "heg_ci": "[95 %]",
-    "of_ceiling": "of ceiling",
-    "hvg": "HVG",
-    "mg": "MG",
-    "all": "all",
-    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
-    "per_gene": "each gene",
-}
-SCORES_OF_HEST = {
-    "setting": "setting",
-    "slide": "slides",
-    "seed": "seed",
-    "fold": "fold",
-    "n_spots": "spots",
-    "all_pooled": "HEST r",
-    "all_pooled_ci": "[95 %]",
-    "of_ceiling": "of ceiling",
-    "all": "in slides",
-    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
-    "per_gene": "each gene",
-}
-FURTHER = {
+# Columns of a row that say what it is of: name in rows.csv, and heading.
+KEYS = {
     "setting": "setting",
     "split": "split",
     "truth": "truth",
     "slide": "slide",
     "seed": "seed",
     "fold": "fold",
-    "heg": "HEG",
-    "hvg": "HVG",
-    "mg": "MG",
-    "all": "all",
-    "heg_n": "HEG genes",
-    "hvg_n": "HVG genes",
-    "mg_n": "MG genes",
-    "all_n": "all genes",
-    "heg_ceiling": "HEG ceiling",
-    "heg_image_ceiling": "HEG image ceiling",
-    "heg_pooled": "HEG pooled r",
-    "heg_spearman": "HEG Spearman's r",
-    "spot_r": "spot-wise r",
-    "variance_ratio": "variance ratio",
-    "r_against_moran": "r ~ Moran's I",
-    "r_against_mean": "r ~ mean",
-    "mse": "MSE",
-    "weights": "weights",
-    "best_epoch": "best epoch",
-    "seconds": "seconds",
-    "images_per_s": "images/s",
-    "peak_memory_mb": "memory, MB",
-    "parameters_backbone": "parameters, backbone",
-    "parameters_trainable": "parameters, trainable",
-    "parameters_total": "parameters, total",
-    "per_gene": "each gene",
 }
+# What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
+# is of the measured expression alone.
+SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
+SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
-as a share of its ceiling, the r that a prediction free of error would reach against counts with
-their noise."""
+divided by the best r that counting noise allows."""
 ABOUT_HEST = """HEST r is the mean over the genes of Pearson's r over all test spots of a
 fold at once; its mean over the folds is what the benchmark's tables hold. [95 %] is an interval
-over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is
-HEST r as a share of its ceiling, the r that a prediction free of error would reach
-against counts with their noise."""
+over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is HEST r
+divided by the best r that counting noise allows."""
 ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with split and truth
 (test_lognorm_: the test slide, against log-normalised counts), in which r and spearman are
 Pearson's and Spearman's correlation over the spots of a slide, r_pooled is Pearson's over all
@@ -128,11 +75,12 @@ spots, variance and variance_predicted are those of measured and predicted expre
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, and moran
 Moran's I of the measured expression."""
-ABOUT_FURTHER = """Image ceiling: r of what a simulated slide's image shows. Pooled r: over all
-spots of several slides at once. Spot-wise r: over the genes of a spot, mean over spots, after the
-training mean of each gene is taken away. Variance ratio: of predicted to measured expression. r ~
-Moran's I and r ~ mean: rank correlation, over genes, of r with how smooth and how high a gene's
-measured expression is."""
+ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
+heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
+several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean
+of each gene is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
+r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
+measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
@@ -300,22 +248,16 @@ def draw_map(ax, table, thumbnail, values):
 
 # ------------------------------------------------------------------------------------------- scores
 def draw_scores(path, genes, groups, history, kept, title):
-    """r of the genes beside their ceilings, against Moran's I and mean expression; loss curves.
+    """r of the genes beside their ceilings; loss curves, where a network was trained.
 
-    `genes` holds the test_lognorm_ (of protocol hest test_log1p_) columns of per_gene.csv without
-    that prefix; `history` is None where no network was trained.
+    `genes` has the columns r and ceiling; `history` is None where no network was trained.
     """
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    ((ranks, losses), (smooth, high)) = figure.subplots(2, 2)
-    genes = genes.sort_values("r", ascending=False)
-    draw_ranks(ranks, genes, groups)
-    draw_dependence(smooth, genes, "moran", "Moran's I of the measured slide")
-    draw_dependence(high, genes, "mean", "mean expression on the measured slide")
-    shown = "r of the genes with their ceilings, against Moran's I and mean expression"
-    if history is None:
-        losses.set_axis_off()
-    else:
-        draw_losses(losses, history, kept)
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 if history is None else 2, squeeze=False)[0]
+    draw_ranks(axes[0], genes.sort_values("r", ascending=False), groups)
+    shown = "r of the genes with their ceilings"
+    if history is not None:
+        draw_losses(axes[1], history, kept)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
     shell.save_figure(path, figure, f"{title}: {shown}")
@@ -332,17 +274,6 @@ def draw_ranks(ax, genes, groups):
     ax.axhline(shell.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
     ax.set(xlabel="gene, best first", ylabel="Pearson r")
     lay_legend(ax)
-
-
-def draw_dependence(ax, genes, fact, label):
-    """r of every gene against a fact of it, with their rank correlation."""
-    if genes["r"].isna().all():  # as of a constant prediction
-        ax.set_axis_off()
-        return
-    ax.plot(genes[fact], genes["r"], ".", markersize=3, alpha=0.5)
-    correlation = genes["r"].corr(genes[fact], "spearman")
-    ax.set(xlabel=label, ylabel="Pearson r")
-    ax.set_title(f"rank correlation {correlation:.2f}", size=9)
 
 
 def draw_losses(ax, history, kept):
@@ -388,25 +319,23 @@ def read_test_slide(path):
     return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
 
 
-def draw_row(folder, data_root, title):
+def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
-    table = read_test_slide(folder / "predictions.h5ad")
     groups = pd.read_csv(folder / "genes.csv")
-    made_with = json.loads((folder / "recipe.json").read_text())
-    prefix = f"test_{shell.headline_of(made_with['PROTOCOL']).truth}_"
-    genes = table.var.filter(like=prefix)
+    prefix = f"test_{shell.headline_of(row['protocol']).truth}_"
+    genes = pd.read_csv(folder / "per_gene.csv", index_col="gene").filter(like=prefix)
     genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
     history = None
     if (folder / "history.csv").is_file():
         history = pd.read_csv(folder / "history.csv")
-    record = json.loads((folder / "rows.json").read_text())[0]
-    kept = record.get("best_epoch")
-    draw_scores(folder / "scores.png", genes, groups, history, kept, title)
-    table.var["r"] = table.var[f"{prefix}r"]
+    draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
+    table = read_test_slide(folder / "predictions.h5ad")
+    table.var["r"] = genes["r"]
     slide = int(table.obs["tissue_index"].iloc[0])
-    thumbnail = read_thumbnail(data_root, slide, made_with["data"])
+    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
+    thumbnail = read_thumbnail(data_root, slide, fingerprint)
     draw_maps(folder / "maps.png", table, groups, thumbnail, title)
 
 
@@ -463,30 +392,67 @@ def as_image(path):
     return f'<figure><img src="data:image/png;base64,{content}" alt="{text}"></figure>'
 
 
-def score_table(caption, rows, columns):
-    """A table of the rows' values under the headings {key: heading}, without the empty columns."""
-    rows = [row | derive(row) for row in rows]
-    filled = {
-        key: heading
-        for key, heading in columns.items()
-        if any(row.get(key) is not None for row in rows)
-    }
-    records = [{heading: row.get(key) for key, heading in filled.items()} for row in rows]
-    return as_table(caption, records)
+def read_rows(run, folders):
+    """The lines of a run's rows.csv in these folders, in their order: dicts, None where empty.
+
+    None at all of script 26, whose run has no rows.csv. InputError where it lacks a column.
+    """
+    path = run / "rows.csv"
+    if not path.is_file():
+        return []
+    table = pd.read_csv(
+        path,
+        dtype={"slide": str},
+        keep_default_na=False,
+        na_values=[""],
+        float_precision="round_trip",
+    )
+    lacking = {*KEYS, "folder", "protocol", "heg"} - {*table}
+    if lacking:
+        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
+    table = table[table["folder"].isin(folders)].convert_dtypes()
+    table = table.sort_values("folder", key=lambda names: names.map(folders.index), kind="stable")
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    for row in rows:
+        for name, value in row.items():
+            if name.endswith("_ci") and value is not None:
+                row[name] = json.loads(value)
+    return rows
 
 
-def derive(row):
-    """What the tables show of a row beside its own values."""
+def score_table(caption, rows):
+    """A table of the scores of rows."""
+    headline = shell.headline_of(rows[0]["protocol"])
+    others = {"hvg": "HVG", "mg": "MG", "all": "all"}
+    if headline is shell.OF_HEST:
+        others = {"all": "in slides"}
+    columns = KEYS | {"n_spots": "spots", headline.column: headline.name}
+    columns |= {"interval": "[95 %]", "of_ceiling": "of ceiling"} | others
+    columns |= {"n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}", "per_gene": "each gene"}
+    return row_table(caption, [row | derive(row, headline) for row in rows], columns)
+
+
+def derive(row, headline):
+    """What the tables of scores show of a row beside its own values."""
     derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
-    if row["heg_ci"] is not None:
-        derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
-    if row.get("all_pooled_ci") is not None:
-        derived["all_pooled_ci"] = "[{:.2f}, {:.2f}]".format(*row["all_pooled_ci"])
-    headline = shell.headline_of(row["protocol"])
+    interval = row.get(f"{headline.column}_ci")
+    if interval is not None:
+        derived["interval"] = "[{:.2f}, {:.2f}]".format(*interval)
     value, ceiling = row[headline.column], row[headline.ceiling]
     if value is not None and ceiling:
         derived["of_ceiling"] = f"{100 * value / ceiling:.0f} %"
     return derived
+
+
+def row_table(caption, rows, columns):
+    """A table of the rows' values under the headings {name: heading}, without empty columns."""
+    filled = {
+        name: heading
+        for name, heading in columns.items()
+        if any(row.get(name) is not None for row in rows)
+    }
+    lines = [{heading: row.get(name) for name, heading in filled.items()} for row in rows]
+    return as_table(caption, lines)
 
 
 def show_warnings(warnings):
@@ -497,20 +463,28 @@ def show_warnings(warnings):
     return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
 
 
+def is_headline(row):
+    """Whether a row is of spots that took no part in training, against the headline's truth."""
+    truth = shell.headline_of(row["protocol"]).truth
+    return row["split"] != "valid" and row["truth"] == truth
+
+
 def show_scores(rows):
-    """The table that a reader wants first, as the parts of a page."""
-    headline = shell.headline_of(rows[0]["protocol"])
-    scored = [row for row in rows if row["split"] != "valid" and row["truth"] == headline.truth]
+    """Every row once, those first that a reader wants, as the parts of a page."""
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
-    columns, about = SCORES, ABOUT_SCORES
-    if headline is shell.OF_HEST:
+    about = ABOUT_SCORES
+    if shell.headline_of(rows[0]["protocol"]) is shell.OF_HEST:
         caption = "Mean Pearson r over all test spots of a fold, against log1p of raw counts"
-        columns, about = SCORES_OF_HEST, ABOUT_HEST
-    return [score_table(caption, scored, columns), as_paragraph(about), as_paragraph(ABOUT_GENES)]
+        about = ABOUT_HEST
+    first = [row for row in rows if is_headline(row)]
+    others = [row for row in rows if not is_headline(row)]
+    tables = [(caption, first), ("The same of validation spots, and against other truths", others)]
+    parts = [score_table(caption, chosen) for caption, chosen in tables if chosen]
+    return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
 def show_further(run, rows):
-    """Paired differences and the metrics of every row, as the parts of a page."""
+    """Paired differences and the further metrics of every row, as the parts of a page."""
     parts = []
     path = run / "paired_differences.csv"
     if path.is_file():
@@ -520,21 +494,16 @@ def show_further(run, rows):
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
             parts.append(as_table(caption, differences))
-    parts.append(score_table("Further metrics, all rows", rows, FURTHER | name_metrics(rows)))
+    further = {
+        name: name
+        for name in rows[0]
+        if name not in SHOWN_ELSEWHERE
+        and not name.startswith(("hvg", "mg", "all"))
+        and not name.endswith("_ci")
+    }
+    parts.append(row_table("Further metrics", rows, KEYS | further))
     parts.append(as_paragraph(ABOUT_FURTHER))
     return parts
-
-
-def name_metrics(rows):
-    """{column: heading} of the metrics of HEG that rows hold beside those of SCORES and FURTHER.
-    Moran's I is none: it is of the measured expression alone.
-    """
-    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("heg_"))
-    return {
-        name: name.replace("heg_", "HEG ")
-        for name in columns
-        if name not in SCORES and name not in FURTHER and name != "heg_moran"
-    }
 
 
 def show_tested(run, facts, rows):
@@ -546,7 +515,7 @@ def show_tested(run, facts, rows):
         name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
         if several_folds:
             name += f", fold {row['fold']}"
-        draw_row(run / folder, facts["data_root"], f"{facts['label']}{name}")
+        draw_row(run / folder, row, facts["data_root"], f"{facts['label']}{name}")
         link = as_cell(Path(folder, "per_gene.csv"))
         parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder)}, {link}</small></h2>")
         parts += [as_image(run / folder / figure) for figure in ("maps.png", "scores.png")]
@@ -556,7 +525,8 @@ def show_tested(run, facts, rows):
 def write_report(run, facts):
     """report.html of a run's folder from its run.json."""
     title = html.escape(facts["title"])
-    rows = [row for row in facts["rows"] if "setting" in row]  # 26's are of gene groups alone
+    folders = list(dict.fromkeys(row.get("folder") for row in facts["rows"]))
+    rows = read_rows(run, folders)  # Others there may be of an earlier start.
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',

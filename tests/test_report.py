@@ -1,6 +1,7 @@
 """Script 27: the page of a run, its links and tables, and maps on the H&E."""
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -14,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from test_bad_input import check_one_line
+
+import shell
 
 
 class Page(HTMLParser):
@@ -71,24 +74,76 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
 
 def test_every_row_of_a_run_is_in_its_report(report):
     run, text = report
-    rows = json.loads((run / "run.json").read_text())["rows"]
-    assert {row["split"] for row in rows} == {"valid", "test"}
-    assert {row["truth"] for row in rows} == {"harmony", "lognorm"}
-    for row in rows:
-        for metric in ("heg", "heg_pooled", "heg_spearman", "spot_r", "variance_ratio", "mse"):
-            assert f"<td>{row[metric]:.3f}</td>" in text
-    network = next(row for row in rows if "parameters_total" in row)
-    assert f"<td>{network['parameters_total']:,}</td>" in text
-    for heading in ("image ceiling", "Moran's I", "seconds", "images/s", "memory", "trainable"):
-        assert heading in text.replace("&#x27;", "'")
+    rows = pd.read_csv(run / "rows.csv")
+    assert {*rows["split"]} == {"valid", "test"}
+    assert {*rows["truth"]} == {"harmony", "lognorm"}
+    for metric in ("heg", "heg_pooled", "heg_spearman", "spot_r", "variance_ratio", "mse"):
+        for value in rows[metric]:
+            assert f"<td>{value:.3f}</td>" in text
+    for number in rows["parameters_total"].dropna():
+        assert f"<td>{number:,.0f}</td>" in text
+    named = ("heg_image_ceiling", "seconds", "images_per_s", "peak_memory_mb", "best_epoch")
+    for heading in named:
+        assert f">{heading}</th>" in text
+
+
+def headings_of(text, caption):
+    """The headings of the table of a page whose caption begins so, and how many lines it has."""
+    (table,) = [part for part in text.split("<caption>") if part.startswith(caption)]
+    head, body = table.split("</table>")[0].split("</thead>")
+    return re.findall(r"<th(?: [^>]*)?>([^<]*)<", head), body.count("<tr>")
+
+
+def test_no_number_of_a_row_stands_in_two_tables(report):
+    run, text = report
+    scores, n_first = headings_of(text, "Mean Pearson r")
+    others, n_others = headings_of(text, "The same of validation spots")
+    further, n_further = headings_of(text, "Further metrics")
+    assert n_first + n_others == n_further == len(pd.read_csv(run / "rows.csv"))
+    shared = {"setting", "split", "truth", "slide", "seed", "fold"}
+    assert {*others} <= {*scores}
+    assert {*further} & {*scores, "heg", "n_spots", "n_genes_r30"} == shared
+    assert "heg_ceiling" in further
+
+
+def test_rows_of_an_earlier_start_are_left_out(report):
+    run, _ = report
+    script = load_script("27")
+    folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
+    assert len(folders) == 2
+    for chosen in (folders, folders[::-1], folders[:1]):
+        rows = script.read_rows(run, chosen)
+        assert list(dict.fromkeys(row["folder"] for row in rows)) == chosen
+
+
+def test_a_row_is_read_as_it_was_written(report):
+    """An interval is two numbers, a whole number none with a point, and an empty cell None."""
+    run, _ = report
+    folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
+    for row in load_script("27").read_rows(run, folders):
+        written = json.loads((run / row["folder"] / "rows.json").read_text())
+        (same,) = [
+            line for line in written
+            if (line["split"], line["truth"]) == (row["split"], row["truth"])
+        ]  # fmt: skip
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: value for name, value in same.items() if value is not None
+        }
+
+
+@pytest.mark.parametrize("name", ["folder", "heg", "setting"])
+def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
+    pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
+        load_script("27").read_rows(tmp_path, [])
 
 
 def test_every_row_links_its_genes_and_their_columns_are_explained(report):
     run, text = report
     page = Page(text)
-    rows = json.loads((run / "run.json").read_text())["rows"]
-    assert set(page.links) == {f"{row['folder']}/per_gene.csv" for row in rows}
-    assert len(page.links) > len(rows)  # each row of the table of further metrics, and more
+    rows = pd.read_csv(run / "rows.csv")
+    assert set(page.links) == {f"{folder}/per_gene.csv" for folder in rows["folder"]}
+    assert len(page.links) > len(rows)  # each row of the tables of scores, and headings
     (explanation,) = [part for part in text.split("<p>") if part.startswith("Each per_gene.csv")]
     columns = pd.read_csv(run / page.links[0], nrows=1).columns[1:]
     prefixes = ("valid_lognorm_", "test_lognorm_", "valid_harmony_", "test_harmony_")
@@ -235,7 +290,7 @@ def test_a_constant_prediction_is_drawn(slide, tmp_path):
     slide.X = np.ones_like(slide.X)
     slide.var["r"] = np.nan
     assert draw(tmp_path, slide, None).is_file()
-    genes = slide.var.assign(ceiling=0.5, moran=0.1, mean=1)
+    genes = slide.var.assign(ceiling=0.5)
     load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, None, "a title")
     assert (tmp_path / "scores.png").is_file()
 
