@@ -45,8 +45,11 @@ NEEDED = {"title", "label", "tables", "rows", "settings", "machine", "data_root"
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 PALE = 0.6  # opacity of the H&E beneath the spots
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
-NO_THUMBNAIL = """no H&E: the data root holds no
-thumbnail of this slide, or was made anew"""
+NO_THUMBNAIL = """no H&E:
+the data root
+holds no thumbnail
+of this slide,
+or was made anew"""
 
 # Columns of a row that say what it is of: name in rows.csv, and heading.
 KEYS = {
@@ -99,7 +102,7 @@ td:first-child,th:first-child{position:sticky;left:0;background:Canvas;white-spa
 
 
 # --------------------------------------------------------------------------------------------- maps
-def read_thumbnail(data_root, slide, fingerprint):
+def read_saved_thumbnail(data_root, slide, fingerprint):
     """(RGB image, px of the slide a px of it) of slide number `slide`, as script 19 made it.
 
     None where there is none, or where the data root is not what it was when the run with this
@@ -137,26 +140,26 @@ def choose_genes(r, groups):
     return chosen
 
 
-def draw_maps(path, table, groups, thumbnail, title):
-    """The slide's H&E, and on it measured beside predicted expression of a few genes.
+def draw_test_slide(path, table, groups, thumbnail, title):
+    """A few genes, a column each: measured above predicted expression, on the slide's H&E. The
+    column before them has the H&E itself and predicted against measured expression.
 
-    `table` holds the test slide's spots, with r in var; `thumbnail` is what read_thumbnail gives.
+    `table` holds the test slide's spots, with r in var; `thumbnail` is what read_saved_thumbnail
+    gives.
     """
     genes = choose_genes(table.var["r"], groups)
     (left, right), (top, bottom) = view_of(table)
-    map_height = 2.6 * min(1.2, max(0.4, (bottom - top) / (right - left)))  # inches
-    lines = max(1, len(genes))
-    figure = Figure(figsize=(9.5, 0.8 + lines * (map_height + 0.3)), layout="constrained")
-    grid = figure.add_gridspec(lines, 3)
-    for line, (gene, label) in enumerate(genes.items()):
-        axes = figure.add_subplot(grid[line, 1]), figure.add_subplot(grid[line, 2])
-        draw_gene(axes, table, thumbnail, gene, label)
-    column = grid[:, 0].subgridspec(min(2, lines), 1)
-    tissue = figure.add_subplot(column[0])
+    shape = min(1.6, max(0.4, (bottom - top) / (right - left)))  # height of a map over its width
+    columns = 1 + len(genes)
+    figure = Figure(figsize=(2.8 * columns, 0.8 + 5 * shape), layout="compressed")
+    ((tissue, *measured), (agreement, *predicted)) = figure.subplots(2, columns, squeeze=False)
     draw_tissue(tissue, table, thumbnail)
-    tissue.set_title("H&E" if thumbnail else NO_THUMBNAIL, size=9)
-    if lines > 1:
-        draw_agreement(figure.add_subplot(column[1]), table, genes)
+    tissue.set_title("H&E", size=9)
+    if thumbnail is None:
+        tissue.text(0.5, 0.5, NO_THUMBNAIL, ha="center", va="center", transform=tissue.transAxes)
+    draw_agreement(agreement, table, genes, shape)
+    for (gene, label), *axes in zip(genes.items(), measured, predicted, strict=True):
+        draw_gene(axes, table, thumbnail, gene, label)
     shown = f"measured and predicted expression of {', '.join(genes)}"
     figure.suptitle(f"{title}\n{shown}\n{ABOUT_MAPS}", size=10)
     ground = "the H&E" if thumbnail else "white"
@@ -166,10 +169,10 @@ def draw_maps(path, table, groups, thumbnail, title):
 def draw_gene(axes, table, thumbnail, gene, label):
     """Maps of a gene's measured and predicted expression on two axes."""
     r = table.var["r"][gene]
-    known = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
-    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {known}"
+    score = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
+    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {score}"
     for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
-        draw_map(ax, table, thumbnail, values)
+        draw_spots(ax, table, thumbnail, values)
         ax.set_title(title, size=9)
 
 
@@ -179,13 +182,13 @@ def values_of(table, gene):
     return table.layers["target"][:, column], table.X[:, column]
 
 
-def draw_agreement(ax, table, genes):
+def draw_agreement(ax, table, genes, shape):
     """Predicted against measured expression of the genes, a dot a spot: one scale for all."""
     for gene in genes:
         measured, predicted = values_of(table, gene)
         ax.plot(measured, predicted, ".", markersize=3, alpha=0.5, label=gene)
-    ax.set(xlabel="measured", ylabel="predicted")
-    lay_legend(ax, columns=1)
+    ax.set(xlabel="measured", ylabel="predicted", box_aspect=shape)
+    ax.legend(fontsize=8, markerscale=1.5, handletextpad=0.1, framealpha=0.6)
 
 
 def save_picture(path, figure, description):
@@ -193,7 +196,7 @@ def save_picture(path, figure, description):
     information = PngInfo()
     information.add_text("Description", description)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    figure.savefig(buffer, dpi=100, bbox_inches="tight")
     with shell.whole_file(path) as partial, Image.open(buffer) as picture:
         # The other methods dull the colours that are rare, as yellow, or the shades of grey.
         method = Image.Quantize.MAXCOVERAGE
@@ -228,7 +231,7 @@ def draw_tissue(ax, table, thumbnail, pale=False):
     ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
 
 
-def draw_map(ax, table, thumbnail, values):
+def draw_spots(ax, table, thumbnail, values):
     """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar."""
     draw_tissue(ax, table, thumbnail, pale=True)
     diameter = SPOT * table.obs["pitch"].iloc[0]
@@ -287,13 +290,13 @@ def draw_losses(ax, history, kept):
     lay_legend(ax)
 
 
-def lay_legend(ax, columns=5):
+def lay_legend(ax):
     """A legend above the axes, where it hides nothing."""
     ax.legend(
         frameon=False,
         loc="lower left",
         bbox_to_anchor=(0, 0.98),
-        ncols=columns,
+        ncols=5,
         fontsize=8,
         markerscale=1.5,
         columnspacing=0.9,
@@ -335,8 +338,8 @@ def draw_row(folder, row, data_root, title):
     table.var["r"] = genes["r"]
     slide = int(table.obs["tissue_index"].iloc[0])
     fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    thumbnail = read_thumbnail(data_root, slide, fingerprint)
-    draw_maps(folder / "maps.png", table, groups, thumbnail, title)
+    thumbnail = read_saved_thumbnail(data_root, slide, fingerprint)
+    draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
 
 # --------------------------------------------------------------------------------------------- page

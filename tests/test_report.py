@@ -14,6 +14,7 @@ from conftest import load_script, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
 import shell
@@ -211,18 +212,22 @@ def count_pink(path):
     return int((np.abs(pixels - PINK).max(2) < 16).sum())
 
 
-@pytest.fixture
-def slide():
-    """AnnData of 30 spots, 100 px apart, as a row's predictions.h5ad holds them."""
-    places = np.stack(np.meshgrid(np.arange(6), np.arange(5)), -1).reshape(-1, 2)
+def make_slide(width, height):
+    """AnnData of width x height spots, 100 px apart, as a row's predictions.h5ad holds them."""
+    places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).reshape(-1, 2)
     random = np.random.default_rng(0)
-    table = anndata.AnnData(random.random((30, 3), np.float32))
+    table = anndata.AnnData(random.random((len(places), 3), np.float32))
     table.var_names = ["A", "B", "HAL"]
     table.var["r"] = [0.2, 0.6, 0.1]
-    table.layers["target"] = random.random((30, 3), np.float32)
+    table.layers["target"] = random.random((len(places), 3), np.float32)
     table.obsm["spatial"] = 300.0 + 100 * places
     table.obs["pitch"] = 100.0
     return table
+
+
+@pytest.fixture
+def slide():
+    return make_slide(6, 5)
 
 
 GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "MG", "MG"], "gene": ["absent", "A", "HAL", "B"]})
@@ -230,7 +235,7 @@ GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "MG", "MG"], "gene": ["absent", "
 
 def draw(folder, table, thumbnail):
     path = folder / "maps.png"
-    load_script("27").draw_maps(path, table, GROUPS, thumbnail, "a title")
+    load_script("27").draw_test_slide(path, table, GROUPS, thumbnail, "a title")
     return path
 
 
@@ -243,16 +248,28 @@ def test_maps_lie_on_the_slide_and_say_what_they_show(slide, tmp_path):
     assert count_pink(draw(tmp_path, slide, None)) == 0, "white where there is no thumbnail"
 
 
+@pytest.mark.parametrize("height, genes", [(15, ["A", "HAL"]), (5, ["A"])])
+def test_no_part_of_the_maps_picture_is_empty(height, genes, tmp_path):
+    """No blank square is half as wide as a map, whatever the slide's shape and the genes."""
+    table = make_slide(6, height)[:, genes].copy()
+    path = draw(tmp_path, table, (np.tile(PINK, (100, 70, 1)), 20))
+    with Image.open(path) as image:
+        blank = np.asarray(image.convert("L"))[80:] == 255  # beneath the title
+    width = blank.shape[1] / (1 + len(genes))
+    blank = np.pad(blank, 1)
+    assert 2 * distance_transform_cdt(blank, "chessboard").max() < width / 2
+
+
 def test_a_spot_lies_on_its_own_pixel_of_the_thumbnail(slide):
     thumbnail = np.zeros((60, 70, 3), np.uint8)  # 20 px of the slide a pixel
-    at = slide.obsm["spatial"][7]
-    thumbnail[int(at[1] // 20), int(at[0] // 20)] = 255
+    x, y = slide.obsm["spatial"][7]
+    thumbnail[int(y // 20), int(x // 20)] = 255
     ax = Figure().add_subplot()
-    load_script("27").draw_map(ax, slide, (thumbnail, 20), slide.X[:, 0])
+    load_script("27").draw_spots(ax, slide, (thumbnail, 20), slide.X[:, 0])
     shown, (left, right, bottom, top) = ax.images[0].get_array(), ax.images[0].get_extent()
     row, column = np.argwhere(shown > 0)[0]
-    assert left + column * (right - left) / 70 <= at[0] < left + (column + 1) * (right - left) / 70
-    assert top + row * (bottom - top) / 60 <= at[1] < top + (row + 1) * (bottom - top) / 60
+    assert left + column * (right - left) / 70 <= x < left + (column + 1) * (right - left) / 70
+    assert top + row * (bottom - top) / 60 <= y < top + (row + 1) * (bottom - top) / 60
     np.testing.assert_array_equal(ax.collections[0].get_offsets(), slide.obsm["spatial"])
 
 
@@ -268,7 +285,7 @@ def test_circles_have_the_size_of_the_spots(slide):
     script = load_script("27")
     script.draw_tissue(ax, slide, None)
     before = pixels_of(figure)
-    script.draw_map(ax, slide, None, np.zeros(30))
+    script.draw_spots(ax, slide, None, np.zeros(30))
     ax.set_position((0, 0, 1, 1))  # the colour bar took some of it
     figure.axes[1].remove()
     changed = (pixels_of(figure) != before).any(2).sum()
@@ -301,7 +318,7 @@ def test_a_run_is_drawn_on_the_slide_it_was_made_on(report, simulated):
         assert path.stat().st_size < 300_000
     folder = next(run.glob("EfficientNet-B0-*"))
     fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    image, step = load_script("27").read_thumbnail(simulated, 3, fingerprint)
+    image, step = load_script("27").read_saved_thumbnail(simulated, 3, fingerprint)
     slides = pd.read_csv(simulated / "slides.csv").set_index("tissue_index")
     with Image.open(simulated / slides["image"][3]) as whole:
         assert np.abs(np.array(whole.size) / step - image.shape[1::-1]).max() <= 1
@@ -319,7 +336,7 @@ def test_no_thumbnail_is_taken_for_another(simulated, tmp_path, damage):
     )
     path = tmp_path / "dataset" / "meta.json"
     fingerprint = script.fingerprint_of(path.read_bytes())
-    assert script.read_thumbnail(tmp_path, 3, fingerprint) is not None
+    assert script.read_saved_thumbnail(tmp_path, 3, fingerprint) is not None
     if damage == "no folder":
         shutil.rmtree(tmp_path / "dataset")
     elif damage == "other data":
@@ -333,4 +350,4 @@ def test_no_thumbnail_is_taken_for_another(simulated, tmp_path, damage):
         fingerprint = script.fingerprint_of(path.read_bytes())
     else:
         (tmp_path / "dataset" / "thumbnail_3.png").write_bytes(b"not a PNG")
-    assert script.read_thumbnail(tmp_path, 3, fingerprint) is None
+    assert script.read_saved_thumbnail(tmp_path, 3, fingerprint) is None
