@@ -250,6 +250,58 @@ def draw_spots(ax, table, thumbnail, values):
 
 
 # ------------------------------------------------------------------------------------------- scores
+def draw_settings(rows, label):
+    """(figure, what it says) of each setting's r on a line: a point, its interval and its ceiling a
+    row. Settings stand in their rows' order, the first on top.
+    """
+    headline = shell.headline_of(rows[0]["protocol"])
+    table = pd.DataFrame(rows)
+    for column in (headline.column, headline.ceiling):
+        table[column] = table[column].astype(float)  # None becomes NaN.
+    settings = table["setting"].unique()
+    table["line"] = table["setting"].map(list(settings).index) + spread_rows(table)
+    most = table["setting"].value_counts().max()
+    height = 1.1 + len(settings) * max(0.32, 0.1 * most)  # inches
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    ax = figure.subplots()
+    for slide, part in table.groupby("slide", sort=False):
+        draw_points(ax, part, headline, f"slide {slide}" if table["slide"].nunique() > 1 else "r")
+    ax.plot([], [], "|", color="0.4", markersize=12, label="ceiling")
+    means = table.groupby("setting", sort=False)[headline.column].mean()
+    names = [f"{name}  {as_text(mean)}" for name, mean in means.items()]
+    ax.set_yticks(range(len(settings)), names)
+    ax.set_ylim(len(settings) - 0.5, -0.5)
+    ax.axvline(0, color="0.6", linewidth=0.8)
+    ax.grid(axis="x", color="0.9")
+    ax.set_axisbelow(True)
+    ax.set_xlabel(f"Pearson r, {headline.name}; its mean stands beside the name")
+    lay_legend(ax)
+    shown = f"{headline.name} of each setting, its 95 % interval and its ceiling"
+    figure.suptitle(f"{label}{shown}", size=10)
+    return figure, f"{label}{shown}: {'; '.join(names)}"
+
+
+def spread_rows(table):
+    """(n,) where a row lies in its setting's line: beside each other, from -0.3 to 0.3."""
+    place = table.groupby("setting").cumcount()
+    count = table.groupby("setting")["setting"].transform("size")
+    return np.where(count > 1, 0.6 * place / (count - 1).clip(lower=1) - 0.3, 0)
+
+
+def draw_points(ax, table, headline, label):
+    """The points of some rows with their intervals, and their ceilings in the same colour; hollow
+    where they are out of fold and not of a test slide.
+    """
+    hollow = table["split"] == "oof"
+    (points,) = ax.plot(table[headline.column], table["line"], "o", markersize=5, label=label)
+    colour = points.get_color()
+    ax.plot(table[headline.column][hollow], table["line"][hollow], "o", color="white", markersize=3)
+    intervals = table.get(f"{headline.column}_ci", pd.Series(dtype=object)).dropna()
+    for number, (low, high) in intervals.items():
+        ax.plot([low, high], [table["line"][number]] * 2, color=colour, linewidth=1.2)
+    ax.plot(table[headline.ceiling], table["line"], "|", color=colour, markersize=12)
+
+
 def draw_scores(path, genes, groups, history, kept, title):
     """r of the genes beside their ceilings; loss curves, where a network was trained.
 
@@ -387,12 +439,26 @@ def as_paragraph(text):
     return f"<p>{html.escape(text)}</p>"
 
 
-def as_image(path):
-    """A PNG inside the page, with the text that it carries."""
+def as_picture(path):
+    """The PNG of a file inside the page, with the text that it carries."""
     with Image.open(path) as image:
-        text = html.escape(image.info.get("Description", path.stem), quote=True)
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{content}" alt="{text}"></figure>'
+        text = image.info.get("Description", path.stem)
+    return as_image(path.read_bytes(), text)
+
+
+def as_image(content, text):
+    """A PNG inside the page, and the text that stands for it where it cannot be seen."""
+    encoded = base64.b64encode(content).decode()
+    text = html.escape(text, quote=True)
+    return f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"></figure>'
+
+
+def show_settings(rows, label):
+    """The picture of draw_settings inside the page."""
+    figure, text = draw_settings(rows, label)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return as_image(buffer.getvalue(), text)
 
 
 def read_rows(run, folders):
@@ -521,7 +587,7 @@ def show_tested(run, facts, rows):
         draw_row(run / folder, row, facts["data_root"], f"{facts['label']}{name}")
         link = as_cell(Path(folder, "per_gene.csv"))
         parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder)}, {link}</small></h2>")
-        parts += [as_image(run / folder / figure) for figure in ("maps.png", "scores.png")]
+        parts += [as_picture(run / folder / figure) for figure in ("maps.png", "scores.png")]
     return parts
 
 
@@ -535,10 +601,13 @@ def write_report(run, facts):
         '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
     ]
+    scored = [row for row in rows if is_headline(row)]
+    if scored:
+        parts.append(show_settings(scored, facts["label"]))
+    parts += [as_picture(path) for path in sorted(run.glob("[!.]*.png"))]
     parts += show_warnings(facts.get("warnings", []))
     if rows:
         parts += show_scores(rows)
-    parts += [as_image(path) for path in sorted(run.glob("[!.]*.png"))]
     parts += [as_table(caption, records) for caption, records in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)

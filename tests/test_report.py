@@ -63,7 +63,7 @@ def written(folder, **facts):
 def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     _, text = report
     page = Page(text)
-    assert page.tags.count("img") == 4  # maps and scores of two rows
+    assert page.tags.count("img") == 5  # the settings, and maps and scores of two of them
     assert not page.mute
     assert not page.outside
     assert "script" not in page.tags
@@ -71,6 +71,47 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     assert "LEARNING_RATE" in text
     assert "prefers" not in text
     assert "color-scheme" in text
+
+
+def test_the_report_begins_with_a_picture_of_its_settings(report):
+    run, text = report
+    picture = text.index("<img")
+    assert text.index("</h1>") < picture < text.index("<table>")
+    words = text[picture:].split('alt="')[1].split('"')[0]
+    rows = pd.read_csv(run / "rows.csv").query("split == 'test' and truth == 'lognorm'")
+    assert len(rows) == 2
+    for setting, heg in zip(rows["setting"], rows["heg"], strict=True):
+        assert f"{setting}  {heg:.3f}" in words
+    assert "SIMULATED" in words
+
+
+def scored_row(setting, slide, heg, interval, split="test"):
+    """What the picture of the settings takes of a row."""
+    row = {"setting": setting, "slide": slide, "split": split, "protocol": "loso"}
+    return row | {"heg": heg, "heg_ci": interval, "heg_ceiling": 0.6}
+
+
+def test_points_intervals_and_ceilings_stand_at_their_numbers():
+    rows = [
+        scored_row("a", "1", 0.3, [0.2, 0.4]),
+        scored_row("a", "2", 0.1, [0.05, 0.2]),
+        scored_row("b", "1", None, None),
+        scored_row("b", "2", 0.2, None, split="oof"),
+    ]
+    figure, words = load_script("27").draw_settings(rows, "")
+    (ax,) = figure.axes
+    drawn = {"o": [], "|": [], "None": []}
+    for line in ax.lines:
+        drawn[line.get_marker()] += np.round(line.get_xydata(), 9).tolist()
+    points = [point for point in drawn["o"] if not np.isnan(point[0])]
+    assert sorted(points) == [[0.1, 0.3], [0.2, 1.3], [0.2, 1.3], [0.3, -0.3]]  # one hollow
+    assert sorted(drawn["|"]) == [[0.6, -0.3], [0.6, 0.3], [0.6, 0.7], [0.6, 1.3]]
+    for end in ([0.2, -0.3], [0.4, -0.3], [0.05, 0.3], [0.2, 0.3]):
+        assert end in drawn["None"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a  0.200", "b  0.200"]
+    assert words.endswith("a  0.200; b  0.200")
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["slide 1", "slide 2", "ceiling"]
 
 
 def test_every_row_of_a_run_is_in_its_report(report):
