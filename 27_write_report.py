@@ -14,7 +14,7 @@ Every script from 20 on ends with this one.
 
 import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("RUN",))
 
 
@@ -122,7 +122,7 @@ def read_saved_thumbnail(data_root, slide, fingerprint):
         return None
 
 
-def choose_genes(r, groups):
+def choose_drawn_genes(r, groups):
     """{gene: what it stands for} of the genes to draw: the best, a median one and the best marker.
 
     `r` is a Series over genes. Where none is defined, as of a constant prediction, the gene of the
@@ -147,7 +147,7 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     `table` holds the test slide's spots, with r in var; `thumbnail` is what read_saved_thumbnail
     gives.
     """
-    genes = choose_genes(table.var["r"], groups)
+    genes = choose_drawn_genes(table.var["r"], groups)
     (left, right), (top, bottom) = view_of(table)
     shape = min(1.6, max(0.4, (bottom - top) / (right - left)))  # height of a map over its width
     columns = 1 + len(genes)
@@ -302,7 +302,7 @@ def draw_points(ax, table, headline, label):
     ax.plot(table[headline.ceiling], table["line"], "|", color=colour, markersize=12)
 
 
-def draw_scores(path, genes, groups, history, kept, title):
+def draw_scores(path, genes, groups, history, selected_epoch, title):
     """r of the genes beside their ceilings; loss curves, where a network was trained.
 
     `genes` has the columns r and ceiling; `history` is None where no network was trained.
@@ -312,7 +312,7 @@ def draw_scores(path, genes, groups, history, kept, title):
     draw_ranks(axes[0], genes.sort_values("r", ascending=False), groups)
     shown = "r of the genes with their ceilings"
     if history is not None:
-        draw_losses(axes[1], history, kept)
+        draw_losses(axes[1], history, selected_epoch)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
     shell.save_figure(path, figure, f"{title}: {shown}")
@@ -331,12 +331,12 @@ def draw_ranks(ax, genes, groups):
     lay_legend(ax)
 
 
-def draw_losses(ax, history, kept):
-    """Loss of training and, if there was any, MSE of validation, with the epoch that was kept."""
+def draw_losses(ax, history, selected_epoch):
+    """Loss of training and, if there was any, MSE of validation, with the selected epoch."""
     ax.plot(history["epoch"], history["train_loss"], label="training (augmented, dropout)")
     if history["valid_mse"].notna().any():
         ax.plot(history["epoch"], history["valid_mse"], label="validation")
-        ax.axvline(kept, color="grey", linewidth=0.8, label="kept")
+        ax.axvline(selected_epoch, color="grey", linewidth=0.8, label="selected epoch")
     ax.set(xlabel="epoch", ylabel="loss, MSE over the panel")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     lay_legend(ax)
@@ -413,18 +413,18 @@ def as_cell(value):
     return html.escape(as_text(value))
 
 
-def as_table(caption, records):
+def as_table(caption, lines):
     """A table of dicts, a line each, with its caption; it scrolls where the page is narrow."""
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    kinds = {name: alignment([record.get(name) for record in records]) for name in columns}
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    kinds = {name: alignment([line.get(name) for line in lines]) for name in columns}
     head = "".join(f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns)
-    lines = []
-    for record in records:
-        cells = (f"<td{kinds[name]}>{as_cell(record.get(name))}</td>" for name in columns)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body = []
+    for line in lines:
+        cells = (f"<td{kinds[name]}>{as_cell(line.get(name))}</td>" for name in columns)
+        body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<div><table><caption>{html.escape(caption)}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -498,11 +498,11 @@ def score_table(caption, rows):
     columns = KEYS | {"n_spots": "spots", headline.column: headline.name}
     columns |= {"interval": "[95 %]", "of_ceiling": "of ceiling"} | others
     columns |= {"n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}", "per_gene": "each gene"}
-    return row_table(caption, [row | derive(row, headline) for row in rows], columns)
+    return row_table(caption, [row | derive_cells(row, headline) for row in rows], columns)
 
 
-def derive(row, headline):
-    """What the tables of scores show of a row beside its own values."""
+def derive_cells(row, headline):
+    """What the tables of scores show of a row beside its values."""
     derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
     interval = row.get(f"{headline.column}_ci")
     if interval is not None:
@@ -608,13 +608,13 @@ def write_report(run, facts):
     parts += show_warnings(facts.get("warnings", []))
     if rows:
         parts += show_scores(rows)
-    parts += [as_table(caption, records) for caption, records in facts["tables"].items()]
+    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)
     parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):
-        records = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
-        parts.append(as_table(caption.capitalize(), records))
+        lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
+        parts.append(as_table(caption.capitalize(), lines))
     with shell.whole_file(run / "report.html") as path:
         path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
 

@@ -341,7 +341,7 @@ def test_circles_have_the_size_of_the_spots(slide):
 ])  # fmt: skip
 def test_genes_of_the_maps(r, chosen):
     groups = GROUPS[GROUPS["gene"] != "B"]
-    assert load_script("27").choose_genes(pd.Series(r, ["A", "B", "HAL"]), groups) == chosen
+    assert load_script("27").choose_drawn_genes(pd.Series(r, ["A", "B", "HAL"]), groups) == chosen
 
 
 def test_a_constant_prediction_is_drawn(slide, tmp_path):
