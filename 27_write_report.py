@@ -51,15 +51,8 @@ holds no thumbnail
 of this slide,
 or was made anew"""
 
-# Columns of a row that say what it is of: name in rows.csv, and heading.
-KEYS = {
-    "setting": "setting",
-    "split": "split",
-    "truth": "truth",
-    "slide": "slide",
-    "seed": "seed",
-    "fold": "fold",
-}
+# Columns of a row that say what it is of.
+KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
 # is of the measured expression alone.
 SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
@@ -256,24 +249,22 @@ def draw_settings(rows, label):
     """
     headline = shell.headline_of(rows[0]["protocol"])
     table = pd.DataFrame(rows)
-    for column in (headline.column, headline.ceiling):
-        table[column] = table[column].astype(float)  # None becomes NaN.
-    settings = table["setting"].unique()
-    table["line"] = table["setting"].map(list(settings).index) + spread_rows(table)
-    most = table["setting"].value_counts().max()
-    height = 1.1 + len(settings) * max(0.32, 0.1 * most)  # inches
-    figure = Figure(figsize=(9.5, height), layout="constrained")
+    table["r"] = table[headline.column].astype(float)  # None becomes NaN.
+    table["name"] = table["setting"] + np.where(table["split"] == "oof", ", out of fold", "")
+    means = table.groupby("name", sort=False)["r"].mean()
+    table["height"] = place_rows(table["name"])
+    rows_a_line = table["name"].value_counts().max()
+    inches = 1.1 + len(means) * max(0.32, 0.1 * rows_a_line)
+    figure = Figure(figsize=(9.5, inches), layout="constrained")
     ax = figure.subplots()
     for slide, part in table.groupby("slide", sort=False):
-        draw_points(ax, part, headline, f"slide {slide}" if table["slide"].nunique() > 1 else "r")
-    ax.plot([], [], "|", color="0.4", markersize=12, label="ceiling")
-    means = table.groupby("setting", sort=False)[headline.column].mean()
+        draw_points(ax, part, headline, f"slide {slide}")
+    ax.plot([], [], "|", color="0.4", markersize=9, label="ceiling")
     names = [f"{name}  {as_text(mean)}" for name, mean in means.items()]
-    ax.set_yticks(range(len(settings)), names)
-    ax.set_ylim(len(settings) - 0.5, -0.5)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.axvline(0, color="0.6", linewidth=0.8)
     ax.grid(axis="x", color="0.9")
-    ax.set_axisbelow(True)
     ax.set_xlabel(f"Pearson r, {headline.name}; its mean stands beside the name")
     lay_legend(ax)
     shown = f"{headline.name} of each setting, its 95 % interval and its ceiling"
@@ -281,25 +272,23 @@ def draw_settings(rows, label):
     return figure, f"{label}{shown}: {'; '.join(names)}"
 
 
-def spread_rows(table):
-    """(n,) where a row lies in its setting's line: beside each other, from -0.3 to 0.3."""
-    place = table.groupby("setting").cumcount()
-    count = table.groupby("setting")["setting"].transform("size")
-    return np.where(count > 1, 0.6 * place / (count - 1).clip(lower=1) - 0.3, 0)
+def place_rows(names):
+    """(n,) the height of each row: its name's line, 0, 1, ..., and there from -0.3 to 0.3."""
+    group = names.groupby(names, sort=False)
+    place, count = group.cumcount(), group.transform("size")
+    beside = np.where(count > 1, 0.6 * place / (count - 1).clip(lower=1) - 0.3, 0)
+    return group.ngroup() + beside
 
 
 def draw_points(ax, table, headline, label):
-    """The points of some rows with their intervals, and their ceilings in the same colour; hollow
-    where they are out of fold and not of a test slide.
-    """
-    hollow = table["split"] == "oof"
-    (points,) = ax.plot(table[headline.column], table["line"], "o", markersize=5, label=label)
+    """The points of some rows, and in the same colour their intervals and ceilings."""
+    (points,) = ax.plot(table["r"], table["height"], "o", markersize=5, label=label)
     colour = points.get_color()
-    ax.plot(table[headline.column][hollow], table["line"][hollow], "o", color="white", markersize=3)
     intervals = table.get(f"{headline.column}_ci", pd.Series(dtype=object)).dropna()
-    for number, (low, high) in intervals.items():
-        ax.plot([low, high], [table["line"][number]] * 2, color=colour, linewidth=1.2)
-    ax.plot(table[headline.ceiling], table["line"], "|", color=colour, markersize=12)
+    for row, (low, high) in intervals.items():
+        ax.plot([low, high], [table["height"][row]] * 2, color=colour, linewidth=1.2)
+    ceilings = table[headline.ceiling].astype(float)
+    ax.plot(ceilings, table["height"], "|", color=colour, markersize=12)
 
 
 def draw_scores(path, genes, groups, history, selected_epoch, title):
@@ -347,7 +336,8 @@ def lay_legend(ax):
     ax.legend(
         frameon=False,
         loc="lower left",
-        bbox_to_anchor=(0, 0.98),
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
         ncols=5,
         fontsize=8,
         markerscale=1.5,
@@ -414,8 +404,12 @@ def as_cell(value):
 
 
 def as_table(caption, lines):
-    """A table of dicts, a line each, with its caption; it scrolls where the page is narrow."""
-    columns = list(dict.fromkeys(name for line in lines for name in line))
+    """A table of dicts, a line each, without the columns that are empty in every line; it scrolls
+    where the page is narrow.
+    """
+    lines = list(lines)
+    columns = dict.fromkeys(name for line in lines for name in line)
+    columns = [name for name in columns if any(line.get(name) is not None for line in lines)]
     kinds = {name: alignment([line.get(name) for line in lines]) for name in columns}
     head = "".join(f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns)
     body = []
@@ -479,49 +473,39 @@ def read_rows(run, folders):
     lacking = {*KEYS, "folder", "protocol", "heg"} - {*table}
     if lacking:
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
-    table = table[table["folder"].isin(folders)].convert_dtypes()
+    table = table[table["folder"].isin(folders)].convert_dtypes().astype(object)
     table = table.sort_values("folder", key=lambda names: names.map(folders.index), kind="stable")
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    for row in rows:
-        for name, value in row.items():
-            if name.endswith("_ci") and value is not None:
-                row[name] = json.loads(value)
-    return rows
+    for name in table.filter(regex="_ci$"):
+        table[name] = table[name].map(json.loads, na_action="ignore")
+    return table.where(table.notna(), None).to_dict("records")
 
 
-def score_table(caption, rows):
-    """A table of the scores of rows."""
-    headline = shell.headline_of(rows[0]["protocol"])
-    others = {"hvg": "HVG", "mg": "MG", "all": "all"}
-    if headline is shell.OF_HEST:
-        others = {"all": "in slides"}
-    columns = KEYS | {"n_spots": "spots", headline.column: headline.name}
-    columns |= {"interval": "[95 %]", "of_ceiling": "of ceiling"} | others
-    columns |= {"n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}", "per_gene": "each gene"}
-    return row_table(caption, [row | derive_cells(row, headline) for row in rows], columns)
-
-
-def derive_cells(row, headline):
-    """What the tables of scores show of a row beside its values."""
-    derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
-    interval = row.get(f"{headline.column}_ci")
-    if interval is not None:
-        derived["interval"] = "[{:.2f}, {:.2f}]".format(*interval)
+def list_scores(row):
+    """{heading: value} of a row's line in the tables of scores."""
+    headline = shell.headline_of(row["protocol"])
     value, ceiling = row[headline.column], row[headline.ceiling]
-    if value is not None and ceiling:
-        derived["of_ceiling"] = f"{100 * value / ceiling:.0f} %"
-    return derived
+    interval = row.get(f"{headline.column}_ci")
+    line = {name: row[name] for name in KEYS} | {"spots": row["n_spots"], headline.name: value}
+    line["[95 %]"] = interval and "[{:.2f}, {:.2f}]".format(*interval)
+    line["of ceiling"] = f"{value / ceiling:.0%}" if value is not None and ceiling else None
+    if headline is shell.OF_HEST:
+        line["in slides"] = row["all"]
+    else:
+        line |= {"HVG": row["hvg"], "MG": row["mg"], "all": row["all"]}
+    line[f"genes r >= {shell.R_THRESHOLD:.2f}"] = row["n_genes_r30"]
+    return line | {"each gene": Path(row["folder"], "per_gene.csv")}
 
 
-def row_table(caption, rows, columns):
-    """A table of the rows' values under the headings {name: heading}, without empty columns."""
-    filled = {
-        name: heading
-        for name, heading in columns.items()
-        if any(row.get(name) is not None for row in rows)
-    }
-    lines = [{heading: row.get(name) for name, heading in filled.items()} for row in rows]
-    return as_table(caption, lines)
+def list_metrics(row):
+    """{heading: value} of a row's line in the table of further metrics."""
+    further = {name: value for name, value in row.items() if is_further(name)}
+    return {name: row[name] for name in KEYS} | further
+
+
+def is_further(column):
+    """Whether a column of rows.csv is neither in the tables of scores nor of another gene group."""
+    other = column.startswith(("hvg", "mg", "all")) or column.endswith("_ci")
+    return not other and column not in SHOWN_ELSEWHERE
 
 
 def show_warnings(warnings):
@@ -548,7 +532,7 @@ def show_scores(rows):
     first = [row for row in rows if is_headline(row)]
     others = [row for row in rows if not is_headline(row)]
     tables = [(caption, first), ("The same of validation spots, and against other truths", others)]
-    parts = [score_table(caption, chosen) for caption, chosen in tables if chosen]
+    parts = [as_table(caption, map(list_scores, part)) for caption, part in tables if part]
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
@@ -563,14 +547,7 @@ def show_further(run, rows):
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
             parts.append(as_table(caption, differences))
-    further = {
-        name: name
-        for name in rows[0]
-        if name not in SHOWN_ELSEWHERE
-        and not name.startswith(("hvg", "mg", "all"))
-        and not name.endswith("_ci")
-    }
-    parts.append(row_table("Further metrics", rows, KEYS | further))
+    parts.append(as_table("Further metrics", map(list_metrics, rows)))
     parts.append(as_paragraph(ABOUT_FURTHER))
     return parts
 

@@ -104,12 +104,13 @@ def test_points_intervals_and_ceilings_stand_at_their_numbers():
     for line in ax.lines:
         drawn[line.get_marker()] += np.round(line.get_xydata(), 9).tolist()
     points = [point for point in drawn["o"] if not np.isnan(point[0])]
-    assert sorted(points) == [[0.1, 0.3], [0.2, 1.3], [0.2, 1.3], [0.3, -0.3]]  # one hollow
-    assert sorted(drawn["|"]) == [[0.6, -0.3], [0.6, 0.3], [0.6, 0.7], [0.6, 1.3]]
+    assert sorted(points) == [[0.1, 0.3], [0.2, 2], [0.3, -0.3]]
+    assert sorted(drawn["|"]) == [[0.6, -0.3], [0.6, 0.3], [0.6, 1], [0.6, 2]]
     for end in ([0.2, -0.3], [0.4, -0.3], [0.05, 0.3], [0.2, 0.3]):
         assert end in drawn["None"]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["a  0.200", "b  0.200"]
-    assert words.endswith("a  0.200; b  0.200")
+    names = ["a  0.200", "b  -", "b, out of fold  0.200"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == names
+    assert words.endswith("; ".join(names))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["slide 1", "slide 2", "ceiling"]
 
@@ -222,8 +223,15 @@ def test_cells(value, shown):
     assert load_script("27").as_cell(value) == shown
 
 
+def test_columns_keep_their_order_and_empty_ones_go():
+    lines = [{"a": None, "b": 1, "c": None}, {"a": 2, "b": None, "c": None, "d": "x"}]
+    table = load_script("27").as_table("T", lines)
+    assert headings_of(table, "T")[0] == ["a", "b", "d"]
+    assert '<tr><td>-</td><td>1</td><td class="text">-</td></tr>' in table
+
+
 def test_other_tables_of_a_run_are_shown(tmp_path):
-    published = [{"method": "BLEEP", "HEG": 0.175}, {"method": "EfficientNet-B0", "HVG": None}]
+    published = [{"method": "BLEEP", "HEG": 0.175}, {"method": "EfficientNet-B0", "HVG": 0.2}]
     text = written(tmp_path, tables={"published": published})
     assert "<caption>published</caption>" in text
     assert '<td class="text">BLEEP</td><td>0.175</td><td>-</td>' in text
