@@ -7,7 +7,7 @@ Writes     <RUN>/report.html, one file without network or script; in a test slid
            and scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
-Time       7 s of processor time for the two rows of script 20 (AMD EPYC, 2026-11-25)
+Time       6 s of processor time for the two rows of script 20 (Intel Xeon, 2026-11-26)
 
 Every script from 20 on ends with this one.
 """
@@ -503,9 +503,11 @@ def list_metrics(row):
 
 
 def is_further(column):
-    """Whether a column of rows.csv is neither in the tables of scores nor of another gene group."""
-    other = column.startswith(("hvg", "mg", "all")) or column.endswith("_ci")
-    return not other and column not in SHOWN_ELSEWHERE
+    """Whether a column of rows.csv is neither in the tables of scores nor of another gene group
+    than HEG, of which the number of genes alone is told.
+    """
+    other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
+    return not other_group and not column.endswith("_ci") and column not in SHOWN_ELSEWHERE
 
 
 def show_warnings(warnings):

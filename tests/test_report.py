@@ -125,7 +125,16 @@ def test_every_row_of_a_run_is_in_its_report(report):
             assert f"<td>{value:.3f}</td>" in text
     for number in rows["parameters_total"].dropna():
         assert f"<td>{number:,.0f}</td>" in text
-    named = ("heg_image_ceiling", "seconds", "images_per_s", "peak_memory_mb", "best_epoch")
+    named = (
+        "heg_image_ceiling",
+        "hvg_n",
+        "mg_n",
+        "all_n",
+        "seconds",
+        "images_per_s",
+        "peak_memory_mb",
+        "best_epoch",
+    )
     for heading in named:
         assert f">{heading}</th>" in text
 
