@@ -21,11 +21,10 @@ stain and its own fold change per gene.
 
 import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("GEOMETRY",))
 
 
-import json
 from pathlib import Path
 
 import anndata
@@ -138,8 +137,8 @@ def read_geometry(folder, slide):
 
     Genes have the columns id, name. Raises InputError where `folder` lacks a file.
     """
-    matrices = Path(folder) / "data" / "filtered_expression_matrices" / str(slide)
-    positions = Path(folder) / "data" / "tissue_pos_matrices" / f"tissue_positions_list_{slide}.csv"
+    matrices = Path(folder, "data", "filtered_expression_matrices", str(slide))
+    positions = Path(folder, "data", "tissue_pos_matrices", f"tissue_positions_list_{slide}.csv")
     if not positions.is_file():
         raise InputError(
             f"no {positions}: --geometry needs positions and 10x tables in GSE240429's layout"
@@ -149,19 +148,18 @@ def read_geometry(folder, slide):
     table = pd.read_csv(positions, header=None, names=common.POSITION_COLUMNS)
     barcodes = (matrices / "barcodes.tsv").read_text().split()
     table["in_tissue"] = table["barcode"].isin(barcodes).astype(int)
-    genes = pd.read_csv(
-        matrices / "features.tsv", sep="\t", header=None, names=["id", "name"], usecols=[0, 1]
-    )
-    return table, genes
+    genes = pd.read_csv(matrices / "features.tsv", sep="\t", header=None, usecols=[0, 1])
+    return table, genes.set_axis(["id", "name"], axis=1)
 
 
 def choose_geometry():
     """([positions table of each slide], table of the genes' id and name)."""
     if GEOMETRY:
-        found = [read_geometry(GEOMETRY, slide) for slide in range(1, SLIDES + 1)]
-        return [positions for positions, _ in found], found[0][1]
-    symbols = " ".join([*PROGRAMMES.values(), HOUSEKEEPING]).split()
-    symbols = list(dict.fromkeys(symbols))
+        tables, genes = zip(
+            *(read_geometry(GEOMETRY, n) for n in range(1, SLIDES + 1)), strict=True
+        )
+        return tables, genes[0]
+    symbols = list(dict.fromkeys(" ".join([*PROGRAMMES.values(), HOUSEKEEPING]).split()))
     return [hexagonal_grid(SPOTS)] * SLIDES, pd.DataFrame({"id": symbols, "name": symbols})
 
 
@@ -298,8 +296,7 @@ def outlines(objects, centres):
     """Polygons of objects at centres (n, 2) row, column: (n, 2 x CORNERS), x and y in turn."""
     turn = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     circle = np.stack([np.cos(turn), np.sin(turn)])
-    cos = np.cos(objects[:, 4])
-    sin = np.sin(objects[:, 4])
+    cos, sin = np.cos(objects[:, 4]), np.sin(objects[:, 4])
     rotation = np.stack([[cos, -sin], [sin, cos]]).transpose(2, 0, 1)  # (n, 2, 2)
     around = rotation @ (circle * objects[:, 2:4, None])  # (n, 2, CORNERS)
     corners = around + centres[:, ::-1, None]
@@ -320,7 +317,7 @@ def paint(path, fields, kinds, shape, rng):
     shell.reserve_disk(path)
     grain = rng.standard_normal((2, GRAIN, GRAIN))
     grain = gaussian_filter(grain, (0, 0.8, 0.8), mode="wrap").astype(np.float32)
-    strength = rng.normal(1, [0.06, 0.06])  # the slide's own, of either dye
+    strength = rng.normal(1, [0.06, 0.06])  # of this slide's two dyes
     eosin_colour = EOSIN + rng.normal(0, 0.015, 3).astype(np.float32)
     tiles = [(y, x) for y in range(0, shape[0], TILE) for x in range(0, shape[1], TILE)]
     for y, x in tqdm(tiles, f"paint {path.name}", leave=False, disable=None):
@@ -372,8 +369,8 @@ def spot_means(field, spots):
     """Mean of a cell-grid field over every spot's disc, (n,)."""
     # A Gaussian of the disc's own second moment stands for the disc.
     disc = gaussian_filter(field, SPOT_RADIUS / 2 / CELL)
-    at = np.stack([spots["pxl_row"], spots["pxl_col"]]) / CELL - 0.5
-    return map_coordinates(disc, at, order=1, mode="nearest")
+    places = np.stack([spots["pxl_row"], spots["pxl_col"]]) / CELL - 0.5
+    return map_coordinates(disc, places, order=1, mode="nearest")
 
 
 def gene_table(names, rng):
@@ -389,7 +386,7 @@ def gene_table(names, rng):
     base = np.where(in_programme | housekeeping, base_known, base_other)
     home = []
     for name, steady in zip(names, housekeeping, strict=True):
-        # Drawn where it is not used, too, so that a gene's own programme moves no other gene's.
+        # Drawn where it is not used, too, so that one gene's programme moves no other gene's.
         drawn = MID_ZONE if steady else rng.integers(count)
         home.append(programme.get(name, drawn))
     visible = rng.normal(0, 0.12, (len(names), count))
@@ -434,14 +431,14 @@ def simulate_counts(fields, spots, genes, rng):
     cells = fields["zone"].shape
     unseen = [spot_means(smooth_noise(cells, 2.5 * PITCH, rng), spots) for _ in hidden.T]
     unseen = np.stack(unseen, 1)  # (n, 3)
-    own = base + SLIDE_SD * rng.standard_normal(len(base))
-    rate = np.exp(own + shown + HIDDEN_SD * (unseen @ hidden.T))
+    slide_base = base + SLIDE_SD * rng.standard_normal(len(base))
+    rate = np.exp(slide_base + shown + HIDDEN_SD * (unseen @ hidden.T))
     depth = DEPTH * np.exp(DEPTH_SD * rng.standard_normal((len(spots), 1)))
     rate *= depth / rate.sum(1, keepdims=True)
     if DISPERSION > 0:
         rate *= rng.gamma(1 / DISPERSION, DISPERSION, rate.shape)
     counts = scipy.sparse.csr_matrix(rng.poisson(rate))
-    visible_rate = np.exp(own + shown)
+    visible_rate = np.exp(slide_base + shown)
     visible_lognorm = common.log_normalise(visible_rate, visible_rate.sum(1))
     return counts, rate.astype(np.float32), visible_lognorm
 
@@ -460,7 +457,7 @@ def best_r(counts, rate, visible):
 
 
 # -------------------------------------------------------------------------------------------- files
-def describe_slide(number):
+def make_manifest_row(number):
     """A slide's row of slides.csv."""
     # Called as the sections on a chip are, or by number where the chip's letters end.
     name = f"SIM_{'ABCDEFGH'[number - 1]}1" if number <= 8 else f"SIM_{number}"
@@ -488,7 +485,7 @@ def write_slide(root, slide, table, names, genes, rng):
     counts, rate, visible = simulate_counts(fields, spots, genes, rng)
     (root / slide["positions"]).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(root / slide["positions"], header=False, index=False)
-    write_matrix(root / slide["matrix"], counts, spots["barcode"], names)
+    write_10x_folder(root / slide["matrix"], counts, spots["barcode"], names)
     morphology = {name: spot_means(field, spots) for name, field in fields.items()}
     truth = anndata.AnnData(
         rate,
@@ -503,7 +500,7 @@ def write_slide(root, slide, table, names, genes, rng):
     return best_r(counts, rate, visible)
 
 
-def write_matrix(folder, counts, barcodes, names):
+def write_10x_folder(folder, counts, barcodes, names):
     """Write (n, G) counts as an unpacked 10x folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "barcodes.tsv").write_text("\n".join(barcodes) + "\n")
@@ -513,20 +510,10 @@ def write_matrix(folder, counts, barcodes, names):
 
 
 def write_constants(path):
-    """Write what the slides follow from as JSON."""
-    constants = {
-        "GEOMETRY": GEOMETRY,
-        "SPOTS": SPOTS,
-        "SLIDES": SLIDES,
-        "SEED": SEED,
-        "DEPTH": DEPTH,
-        "DEPTH_SD": DEPTH_SD,
-        "VISIBLE_SD": VISIBLE_SD,
-        "HIDDEN_SD": HIDDEN_SD,
-        "DISPERSION": DISPERSION,
-        "SLIDE_SD": SLIDE_SD,
-    }
-    path.write_text(json.dumps(constants, indent=1) + "\n")
+    """Write what the slides follow from as JSON: the constants above but the folder."""
+    names = ["GEOMETRY", "SPOTS", "SLIDES", "SEED", "DEPTH", "DEPTH_SD"]
+    names += ["VISIBLE_SD", "HIDDEN_SD", "DISPERSION", "SLIDE_SD"]
+    shell.save_json(path, {name: globals()[name] for name in names})
 
 
 def main():
@@ -543,7 +530,7 @@ def main():
     genes = gene_table(names["name"].tolist(), rng)
     print("SIMULATED slides")
     print("slide  name      spots   rows x columns px   counts/spot (median)")
-    slides = [describe_slide(number) for number in range(1, SLIDES + 1)]
+    slides = [make_manifest_row(number) for number in range(1, SLIDES + 1)]
     best = []
     for slide, table in zip(slides, tables, strict=True):
         rng = np.random.default_rng(shell.seed_of(SEED, "slide", slide["tissue_index"]))
@@ -551,10 +538,9 @@ def main():
     write_constants(root / "simulation.json")
     shell.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
     ceiling, image_ceiling = np.mean(best, axis=0)
-    print(
-        f"best mean r of the 50 highest expressed genes, per slide: {ceiling:.3f} against ", end=""
-    )
-    print(f"counting noise,\n{image_ceiling:.3f} from what the image shows")
+    what = "best mean r of the 50 highest expressed genes, per slide"
+    print(f"{what}: {ceiling:.3f} against counting noise,")
+    print(f"{image_ceiling:.3f} from what the image shows")
     print(f"next: python 19_make_patches_and_csv.py --data-root {DATA_ROOT}")
 
 

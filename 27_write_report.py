@@ -1,13 +1,13 @@
 """One page that shows a run: its scores, settings, maps, genes and loss curves.
 
 Question   What came out, on what, and which genes can be believed?
-Reads      <RUN>/run.json and the folders of its rows (scripts 20 to 26); the slides' thumbnails in
-           the data root that it names (script 19)
+Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
+           20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
 Writes     <RUN>/report.html, one file without network or script; in a test slide's folders maps.png
            and scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
-Time       7 s of processor time for the two rows of script 20 (AMD EPYC, 2026-11-25)
+Time       6 s of processor time for the two rows of script 20 (Intel Xeon, 2026-11-26)
 
 Every script from 20 on ends with this one.
 """
@@ -15,7 +15,7 @@ Every script from 20 on ends with this one.
 import recipes
 import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("RUN",))
 
 
@@ -46,82 +46,25 @@ NEEDED = {"title", "label", "tables", "rows", "settings", "machine", "data_root"
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 PALE = 0.6  # opacity of the H&E beneath the spots
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
-NO_THUMBNAIL = """no H&E: the data root holds no
-thumbnail of this slide, or was made anew"""
+NO_THUMBNAIL = """no H&E:
+the data root
+holds no thumbnail
+of this slide,
+or was made anew"""
 
-# Columns of the tables of scores: key in a row of run.json, and heading.
-SCORES = {
-    "setting": "setting",
-    "split": "split",
-    "slide": "slide",
-    "seed": "seed",
-    "fold": "fold",
-    "n_spots": "spots",
-    "heg": "HEG",
-    "heg_ci": "[95 %]",
-    "of_ceiling": "of ceiling",
-    "hvg": "HVG",
-    "mg": "MG",
-    "all": "all",
-    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
-    "per_gene": "each gene",
-}
-SCORES_OF_HEST = {
-    "setting": "setting",
-    "slide": "slides",
-    "seed": "seed",
-    "fold": "fold",
-    "n_spots": "spots",
-    "all_pooled": "HEST r",
-    "all_pooled_ci": "[95 %]",
-    "of_ceiling": "of ceiling",
-    "all": "in slides",
-    "n_genes_r30": f"genes r >= {shell.R_THRESHOLD:.2f}",
-    "per_gene": "each gene",
-}
-FURTHER = {
-    "setting": "setting",
-    "split": "split",
-    "truth": "truth",
-    "slide": "slide",
-    "seed": "seed",
-    "fold": "fold",
-    "heg": "HEG",
-    "hvg": "HVG",
-    "mg": "MG",
-    "all": "all",
-    "heg_n": "HEG genes",
-    "hvg_n": "HVG genes",
-    "mg_n": "MG genes",
-    "all_n": "all genes",
-    "heg_ceiling": "HEG ceiling",
-    "heg_image_ceiling": "HEG image ceiling",
-    "heg_pooled": "HEG pooled r",
-    "heg_spearman": "HEG Spearman's r",
-    "spot_r": "spot-wise r",
-    "variance_ratio": "variance ratio",
-    "r_against_moran": "r ~ Moran's I",
-    "r_against_mean": "r ~ mean",
-    "mse": "MSE",
-    "weights": "weights",
-    "best_epoch": "best epoch",
-    "seconds": "seconds",
-    "images_per_s": "images/s",
-    "peak_memory_mb": "memory, MB",
-    "parameters_backbone": "parameters, backbone",
-    "parameters_trainable": "parameters, trainable",
-    "parameters_total": "parameters, total",
-    "per_gene": "each gene",
-}
+# Columns of a row that say what it is of.
+KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
+# What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
+# is of the measured expression alone.
+SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
+SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
-as a share of its ceiling, the r that a prediction free of error would reach against counts with
-their noise."""
+divided by the best r that counting noise allows."""
 ABOUT_HEST = """HEST r is the mean over the genes of Pearson's r over all test spots of a
 fold at once; its mean over the folds is what the benchmark's tables hold. [95 %] is an interval
-over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is
-HEST r as a share of its ceiling, the r that a prediction free of error would reach
-against counts with their noise."""
+over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is HEST r
+divided by the best r that counting noise allows."""
 ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with split and truth
 (test_lognorm_: the test slide, against log-normalised counts), in which r and spearman are
 Pearson's and Spearman's correlation over the spots of a slide, r_pooled is Pearson's over all
@@ -129,11 +72,12 @@ spots, variance and variance_predicted are those of measured and predicted expre
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, and moran
 Moran's I of the measured expression."""
-ABOUT_FURTHER = """Image ceiling: r of what a simulated slide's image shows. Pooled r: over all
-spots of several slides at once. Spot-wise r: over the genes of a spot, mean over spots, after the
-training mean of each gene is taken away. Variance ratio: of predicted to measured expression. r ~
-Moran's I and r ~ mean: rank correlation, over genes, of r with how smooth and how high a gene's
-measured expression is."""
+ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
+heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
+several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean
+of each gene is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
+r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
+measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
@@ -152,7 +96,7 @@ td:first-child,th:first-child{position:sticky;left:0;background:Canvas;white-spa
 
 
 # --------------------------------------------------------------------------------------------- maps
-def read_thumbnail(data_root, slide, fingerprint):
+def read_saved_thumbnail(data_root, slide, fingerprint):
     """(RGB image, px of the slide a px of it) of slide number `slide`, as script 19 made it.
 
     None where there is none, or where the data root is not what it was when the run with this
@@ -172,7 +116,7 @@ def read_thumbnail(data_root, slide, fingerprint):
         return None
 
 
-def choose_genes(r, groups):
+def choose_drawn_genes(r, groups):
     """{gene: what it stands for} of the genes to draw: the best, a median one and the best marker.
 
     `r` is a Series over genes. Where none is defined, as of a constant prediction, the gene of the
@@ -190,26 +134,26 @@ def choose_genes(r, groups):
     return chosen
 
 
-def draw_maps(path, table, groups, thumbnail, title):
-    """The slide's H&E, and on it measured beside predicted expression of a few genes.
+def draw_test_slide(path, table, groups, thumbnail, title):
+    """A few genes, a column each: measured above predicted expression, on the slide's H&E. The
+    column before them has the H&E itself and predicted against measured expression.
 
-    `table` holds the test slide's spots, with r in var; `thumbnail` is what read_thumbnail gives.
+    `table` holds the test slide's spots, with r in var; `thumbnail` is what read_saved_thumbnail
+    gives.
     """
-    genes = choose_genes(table.var["r"], groups)
+    genes = choose_drawn_genes(table.var["r"], groups)
     (left, right), (top, bottom) = view_of(table)
-    map_height = 2.6 * min(1.2, max(0.4, (bottom - top) / (right - left)))  # inches
-    lines = max(1, len(genes))
-    figure = Figure(figsize=(9.5, 0.8 + lines * (map_height + 0.3)), layout="constrained")
-    grid = figure.add_gridspec(lines, 3)
-    for line, (gene, label) in enumerate(genes.items()):
-        axes = figure.add_subplot(grid[line, 1]), figure.add_subplot(grid[line, 2])
-        draw_gene(axes, table, thumbnail, gene, label)
-    column = grid[:, 0].subgridspec(min(2, lines), 1)
-    tissue = figure.add_subplot(column[0])
+    shape = min(1.6, max(0.4, (bottom - top) / (right - left)))  # height of a map over its width
+    columns = 1 + len(genes)
+    figure = Figure(figsize=(2.8 * columns, 0.8 + 5 * shape), layout="compressed")
+    ((tissue, *measured), (agreement, *predicted)) = figure.subplots(2, columns, squeeze=False)
     draw_tissue(tissue, table, thumbnail)
-    tissue.set_title("H&E" if thumbnail else NO_THUMBNAIL, size=9)
-    if lines > 1:
-        draw_agreement(figure.add_subplot(column[1]), table, genes)
+    tissue.set_title("H&E", size=9)
+    if thumbnail is None:
+        tissue.text(0.5, 0.5, NO_THUMBNAIL, ha="center", va="center", transform=tissue.transAxes)
+    draw_agreement(agreement, table, genes, shape)
+    for (gene, label), *axes in zip(genes.items(), measured, predicted, strict=True):
+        draw_gene(axes, table, thumbnail, gene, label)
     shown = f"measured and predicted expression of {', '.join(genes)}"
     figure.suptitle(f"{title}\n{shown}\n{ABOUT_MAPS}", size=10)
     ground = "the H&E" if thumbnail else "white"
@@ -219,10 +163,10 @@ def draw_maps(path, table, groups, thumbnail, title):
 def draw_gene(axes, table, thumbnail, gene, label):
     """Maps of a gene's measured and predicted expression on two axes."""
     r = table.var["r"][gene]
-    known = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
-    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {known}"
+    score = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
+    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {score}"
     for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
-        draw_map(ax, table, thumbnail, values)
+        draw_spots(ax, table, thumbnail, values)
         ax.set_title(title, size=9)
 
 
@@ -232,13 +176,13 @@ def values_of(table, gene):
     return table.layers["target"][:, column], table.X[:, column]
 
 
-def draw_agreement(ax, table, genes):
+def draw_agreement(ax, table, genes, shape):
     """Predicted against measured expression of the genes, a dot a spot: one scale for all."""
     for gene in genes:
         measured, predicted = values_of(table, gene)
         ax.plot(measured, predicted, ".", markersize=3, alpha=0.5, label=gene)
-    ax.set(xlabel="measured", ylabel="predicted")
-    lay_legend(ax, columns=1)
+    ax.set(xlabel="measured", ylabel="predicted", box_aspect=shape)
+    ax.legend(fontsize=8, markerscale=1.5, handletextpad=0.1, framealpha=0.6)
 
 
 def save_picture(path, figure, description):
@@ -246,7 +190,7 @@ def save_picture(path, figure, description):
     information = PngInfo()
     information.add_text("Description", description)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
+    figure.savefig(buffer, dpi=100, bbox_inches="tight")
     with shell.whole_file(path) as partial, Image.open(buffer) as picture:
         # The other methods dull the colours that are rare, as yellow, or the shades of grey.
         method = Image.Quantize.MAXCOVERAGE
@@ -281,7 +225,7 @@ def draw_tissue(ax, table, thumbnail, pale=False):
     ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
 
 
-def draw_map(ax, table, thumbnail, values):
+def draw_spots(ax, table, thumbnail, values):
     """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar."""
     draw_tissue(ax, table, thumbnail, pale=True)
     diameter = SPOT * table.obs["pitch"].iloc[0]
@@ -300,23 +244,65 @@ def draw_map(ax, table, thumbnail, values):
 
 
 # ------------------------------------------------------------------------------------------- scores
-def draw_scores(path, genes, groups, history, kept, title):
-    """r of the genes beside their ceilings, against Moran's I and mean expression; loss curves.
-
-    `genes` holds the test_lognorm_ (of protocol hest test_log1p_) columns of per_gene.csv without
-    that prefix; `history` is None where no network was trained.
+def draw_settings(rows, label):
+    """(figure, what it says) of each setting's r on a line: a point, its interval and its ceiling a
+    row. Settings stand in their rows' order, the first on top.
     """
-    figure = Figure(figsize=(9.5, 6.2), layout="constrained")
-    ((ranks, losses), (smooth, high)) = figure.subplots(2, 2)
-    genes = genes.sort_values("r", ascending=False)
-    draw_ranks(ranks, genes, groups)
-    draw_dependence(smooth, genes, "moran", "Moran's I of the measured slide")
-    draw_dependence(high, genes, "mean", "mean expression on the measured slide")
-    shown = "r of the genes with their ceilings, against Moran's I and mean expression"
-    if history is None:
-        losses.set_axis_off()
-    else:
-        draw_losses(losses, history, kept)
+    headline = recipes.headline_of(rows[0]["protocol"])
+    table = pd.DataFrame(rows)
+    table["r"] = table[headline.column].astype(float)  # None becomes NaN.
+    table["name"] = table["setting"] + np.where(table["split"] == "oof", ", out of fold", "")
+    means = table.groupby("name", sort=False)["r"].mean()
+    table["height"] = place_rows(table["name"])
+    rows_a_line = table["name"].value_counts().max()
+    inches = 1.1 + len(means) * max(0.32, 0.1 * rows_a_line)
+    figure = Figure(figsize=(9.5, inches), layout="constrained")
+    ax = figure.subplots()
+    for slide, part in table.groupby("slide", sort=False):
+        draw_points(ax, part, headline, f"slide {slide}")
+    ax.plot([], [], "|", color="0.4", markersize=9, label="ceiling")
+    names = [f"{name}  {as_text(mean)}" for name, mean in means.items()]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.axvline(0, color="0.6", linewidth=0.8)
+    ax.grid(axis="x", color="0.9")
+    ax.set_xlabel(f"Pearson r, {headline.name}; its mean stands beside the name")
+    lay_legend(ax)
+    shown = f"{headline.name} of each setting, its 95 % interval and its ceiling"
+    figure.suptitle(f"{label}{shown}", size=10)
+    return figure, f"{label}{shown}: {'; '.join(names)}"
+
+
+def place_rows(names):
+    """(n,) the height of each row: its name's line, 0, 1, ..., and there from -0.3 to 0.3."""
+    group = names.groupby(names, sort=False)
+    place, count = group.cumcount(), group.transform("size")
+    beside = np.where(count > 1, 0.6 * place / (count - 1).clip(lower=1) - 0.3, 0)
+    return group.ngroup() + beside
+
+
+def draw_points(ax, table, headline, label):
+    """The points of some rows, and in the same colour their intervals and ceilings."""
+    (points,) = ax.plot(table["r"], table["height"], "o", markersize=5, label=label)
+    colour = points.get_color()
+    intervals = table.get(f"{headline.column}_ci", pd.Series(dtype=object)).dropna()
+    for row, (low, high) in intervals.items():
+        ax.plot([low, high], [table["height"][row]] * 2, color=colour, linewidth=1.2)
+    ceilings = table[headline.ceiling].astype(float)
+    ax.plot(ceilings, table["height"], "|", color=colour, markersize=12)
+
+
+def draw_scores(path, genes, groups, history, selected_epoch, title):
+    """r of the genes beside their ceilings; loss curves, where a network was trained.
+
+    `genes` has the columns r and ceiling; `history` is None where no network was trained.
+    """
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 if history is None else 2, squeeze=False)[0]
+    draw_ranks(axes[0], genes.sort_values("r", ascending=False), groups)
+    shown = "r of the genes with their ceilings"
+    if history is not None:
+        draw_losses(axes[1], history, selected_epoch)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
     shell.save_figure(path, figure, f"{title}: {shown}")
@@ -335,35 +321,25 @@ def draw_ranks(ax, genes, groups):
     lay_legend(ax)
 
 
-def draw_dependence(ax, genes, fact, label):
-    """r of every gene against a fact of it, with their rank correlation."""
-    if genes["r"].isna().all():  # as of a constant prediction
-        ax.set_axis_off()
-        return
-    ax.plot(genes[fact], genes["r"], ".", markersize=3, alpha=0.5)
-    correlation = genes["r"].corr(genes[fact], "spearman")
-    ax.set(xlabel=label, ylabel="Pearson r")
-    ax.set_title(f"rank correlation {correlation:.2f}", size=9)
-
-
-def draw_losses(ax, history, kept):
-    """Loss of training and, if there was any, MSE of validation, with the epoch that was kept."""
+def draw_losses(ax, history, selected_epoch):
+    """Loss of training and, if there was any, MSE of validation, with the selected epoch."""
     ax.plot(history["epoch"], history["train_loss"], label="training (augmented, dropout)")
     if history["valid_mse"].notna().any():
         ax.plot(history["epoch"], history["valid_mse"], label="validation")
-        ax.axvline(kept, color="grey", linewidth=0.8, label="kept")
+        ax.axvline(selected_epoch, color="grey", linewidth=0.8, label="selected epoch")
     ax.set(xlabel="epoch", ylabel="loss, MSE over the panel")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     lay_legend(ax)
 
 
-def lay_legend(ax, columns=5):
+def lay_legend(ax):
     """A legend above the axes, where it hides nothing."""
     ax.legend(
         frameon=False,
         loc="lower left",
-        bbox_to_anchor=(0, 0.98),
-        ncols=columns,
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        ncols=5,
         fontsize=8,
         markerscale=1.5,
         columnspacing=0.9,
@@ -389,26 +365,24 @@ def read_test_slide(path):
     return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
 
 
-def draw_row(folder, data_root, title):
+def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
-    table = read_test_slide(folder / "predictions.h5ad")
     groups = pd.read_csv(folder / "genes.csv")
-    made_with = json.loads((folder / "recipe.json").read_text())
-    prefix = f"test_{recipes.headline_of(made_with['PROTOCOL']).truth}_"
-    genes = table.var.filter(like=prefix)
+    prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
+    genes = pd.read_csv(folder / "per_gene.csv", index_col="gene").filter(like=prefix)
     genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
     history = None
     if (folder / "history.csv").is_file():
         history = pd.read_csv(folder / "history.csv")
-    record = json.loads((folder / "rows.json").read_text())[0]
-    kept = record.get("best_epoch")
-    draw_scores(folder / "scores.png", genes, groups, history, kept, title)
-    table.var["r"] = table.var[f"{prefix}r"]
+    draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
+    table = read_test_slide(folder / "predictions.h5ad")
+    table.var["r"] = genes["r"]
     slide = int(table.obs["tissue_index"].iloc[0])
-    thumbnail = read_thumbnail(data_root, slide, made_with["data"])
-    draw_maps(folder / "maps.png", table, groups, thumbnail, title)
+    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
+    thumbnail = read_saved_thumbnail(data_root, slide, fingerprint)
+    draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
 
 # --------------------------------------------------------------------------------------------- page
@@ -430,18 +404,22 @@ def as_cell(value):
     return html.escape(as_text(value))
 
 
-def as_table(caption, records):
-    """A table of dicts, a line each, with its caption; it scrolls where the page is narrow."""
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    kinds = {name: alignment([record.get(name) for record in records]) for name in columns}
+def as_table(caption, lines):
+    """A table of dicts, a line each, without the columns that are empty in every line; it scrolls
+    where the page is narrow.
+    """
+    lines = list(lines)
+    columns = dict.fromkeys(name for line in lines for name in line)
+    columns = [name for name in columns if any(line.get(name) is not None for line in lines)]
+    kinds = {name: alignment([line.get(name) for line in lines]) for name in columns}
     head = "".join(f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns)
-    lines = []
-    for record in records:
-        cells = (f"<td{kinds[name]}>{as_cell(record.get(name))}</td>" for name in columns)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+    body = []
+    for line in lines:
+        cells = (f"<td{kinds[name]}>{as_cell(line.get(name))}</td>" for name in columns)
+        body.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<div><table><caption>{html.escape(caption)}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -456,38 +434,81 @@ def as_paragraph(text):
     return f"<p>{html.escape(text)}</p>"
 
 
-def as_image(path):
-    """A PNG inside the page, with the text that it carries."""
+def as_picture(path):
+    """The PNG of a file inside the page, with the text that it carries."""
     with Image.open(path) as image:
-        text = html.escape(image.info.get("Description", path.stem), quote=True)
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{content}" alt="{text}"></figure>'
+        text = image.info.get("Description", path.stem)
+    return as_image(path.read_bytes(), text)
 
 
-def score_table(caption, rows, columns):
-    """A table of the rows' values under the headings {key: heading}, without the empty columns."""
-    rows = [row | derive(row) for row in rows]
-    filled = {
-        key: heading
-        for key, heading in columns.items()
-        if any(row.get(key) is not None for row in rows)
-    }
-    records = [{heading: row.get(key) for key, heading in filled.items()} for row in rows]
-    return as_table(caption, records)
+def as_image(content, text):
+    """A PNG inside the page, and the text that stands for it where it cannot be seen."""
+    encoded = base64.b64encode(content).decode()
+    text = html.escape(text, quote=True)
+    return f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"></figure>'
 
 
-def derive(row):
-    """What the tables show of a row beside its own values."""
-    derived = {"per_gene": Path(row["folder"], "per_gene.csv")}
-    if row["heg_ci"] is not None:
-        derived["heg_ci"] = "[{:.2f}, {:.2f}]".format(*row["heg_ci"])
-    if row.get("all_pooled_ci") is not None:
-        derived["all_pooled_ci"] = "[{:.2f}, {:.2f}]".format(*row["all_pooled_ci"])
+def show_settings(rows, label):
+    """The picture of draw_settings inside the page."""
+    figure, text = draw_settings(rows, label)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    return as_image(buffer.getvalue(), text)
+
+
+def read_rows(run, folders):
+    """The lines of a run's rows.csv in these folders, in their order: dicts, None where empty.
+
+    None at all of script 26, whose run has no rows.csv. InputError where it lacks a column.
+    """
+    path = run / "rows.csv"
+    if not path.is_file():
+        return []
+    table = pd.read_csv(
+        path,
+        dtype={"slide": str},
+        keep_default_na=False,
+        na_values=[""],
+        float_precision="round_trip",
+    )
+    lacking = {*KEYS, "folder", "protocol", "heg"} - {*table}
+    if lacking:
+        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
+    table = table[table["folder"].isin(folders)].convert_dtypes().astype(object)
+    table = table.sort_values("folder", key=lambda names: names.map(folders.index), kind="stable")
+    for name in table.filter(regex="_ci$"):
+        table[name] = table[name].map(json.loads, na_action="ignore")
+    return table.where(table.notna(), None).to_dict("records")
+
+
+def list_scores(row):
+    """{heading: value} of a row's line in the tables of scores."""
     headline = recipes.headline_of(row["protocol"])
     value, ceiling = row[headline.column], row[headline.ceiling]
-    if value is not None and ceiling:
-        derived["of_ceiling"] = f"{100 * value / ceiling:.0f} %"
-    return derived
+    interval = row.get(f"{headline.column}_ci")
+    line = {name: row[name] for name in KEYS} | {"spots": row["n_spots"], headline.name: value}
+    line["[95 %]"] = interval and "[{:.2f}, {:.2f}]".format(*interval)
+    line["of ceiling"] = f"{value / ceiling:.0%}" if value is not None and ceiling else None
+    if headline is recipes.OF_HEST:
+        line["in slides"] = row["all"]
+    else:
+        line |= {"HVG": row["hvg"], "MG": row["mg"], "all": row["all"]}
+    line[f"genes r >= {shell.R_THRESHOLD:.2f}"] = row["n_genes_r30"]
+    return line | {"each gene": Path(row["folder"], "per_gene.csv")}
+
+
+def list_metrics(row):
+    """{heading: value} of a row's line in the table of further metrics."""
+    further = {name: value for name, value in row.items() if is_further(name)}
+    return {name: row[name] for name in KEYS} | further
+
+
+def is_further(column):
+    """Whether a column of rows.csv is neither in the tables of scores nor of another gene group
+    than HEG, of which the number of genes alone is told.
+    """
+    other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
+    return not other_group and not column.endswith("_ci") and column not in SHOWN_ELSEWHERE
 
 
 def show_warnings(warnings):
@@ -498,20 +519,28 @@ def show_warnings(warnings):
     return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
 
 
+def is_headline(row):
+    """Whether a row is of spots that took no part in training, against the headline's truth."""
+    truth = recipes.headline_of(row["protocol"]).truth
+    return row["split"] != "valid" and row["truth"] == truth
+
+
 def show_scores(rows):
-    """The table that a reader wants first, as the parts of a page."""
-    headline = recipes.headline_of(rows[0]["protocol"])
-    scored = [row for row in rows if row["split"] != "valid" and row["truth"] == headline.truth]
+    """Every row once, those first that a reader wants, as the parts of a page."""
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
-    columns, about = SCORES, ABOUT_SCORES
-    if headline is recipes.OF_HEST:
+    about = ABOUT_SCORES
+    if recipes.headline_of(rows[0]["protocol"]) is recipes.OF_HEST:
         caption = "Mean Pearson r over all test spots of a fold, against log1p of raw counts"
-        columns, about = SCORES_OF_HEST, ABOUT_HEST
-    return [score_table(caption, scored, columns), as_paragraph(about), as_paragraph(ABOUT_GENES)]
+        about = ABOUT_HEST
+    first = [row for row in rows if is_headline(row)]
+    others = [row for row in rows if not is_headline(row)]
+    tables = [(caption, first), ("The same of validation spots, and against other truths", others)]
+    parts = [as_table(caption, map(list_scores, part)) for caption, part in tables if part]
+    return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
 def show_further(run, rows):
-    """Paired differences and the metrics of every row, as the parts of a page."""
+    """Paired differences and the further metrics of every row, as the parts of a page."""
     parts = []
     path = run / "paired_differences.csv"
     if path.is_file():
@@ -521,21 +550,9 @@ def show_further(run, rows):
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
             parts.append(as_table(caption, differences))
-    parts.append(score_table("Further metrics, all rows", rows, FURTHER | name_metrics(rows)))
+    parts.append(as_table("Further metrics", map(list_metrics, rows)))
     parts.append(as_paragraph(ABOUT_FURTHER))
     return parts
-
-
-def name_metrics(rows):
-    """{column: heading} of the metrics of HEG that rows hold beside those of SCORES and FURTHER.
-    Moran's I is none: it is of the measured expression alone.
-    """
-    columns = dict.fromkeys(name for row in rows for name in row if name.startswith("heg_"))
-    return {
-        name: name.replace("heg_", "HEG ")
-        for name in columns
-        if name not in SCORES and name not in FURTHER and name != "heg_moran"
-    }
 
 
 def show_tested(run, facts, rows):
@@ -547,33 +564,37 @@ def show_tested(run, facts, rows):
         name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
         if several_folds:
             name += f", fold {row['fold']}"
-        draw_row(run / folder, facts["data_root"], f"{facts['label']}{name}")
+        draw_row(run / folder, row, facts["data_root"], f"{facts['label']}{name}")
         link = as_cell(Path(folder, "per_gene.csv"))
         parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder)}, {link}</small></h2>")
-        parts += [as_image(run / folder / figure) for figure in ("maps.png", "scores.png")]
+        parts += [as_picture(run / folder / figure) for figure in ("maps.png", "scores.png")]
     return parts
 
 
 def write_report(run, facts):
     """report.html of a run's folder from its run.json."""
     title = html.escape(facts["title"])
-    rows = [row for row in facts["rows"] if "setting" in row]  # 26's are of gene groups alone
+    folders = list(dict.fromkeys(row.get("folder") for row in facts["rows"]))
+    rows = read_rows(run, folders)  # Others there may be of an earlier start.
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
     ]
+    scored = [row for row in rows if is_headline(row)]
+    if scored:
+        parts.append(show_settings(scored, facts["label"]))
+    parts += [as_picture(path) for path in sorted(run.glob("[!.]*.png"))]
     parts += show_warnings(facts.get("warnings", []))
     if rows:
         parts += show_scores(rows)
-    parts += [as_image(path) for path in sorted(run.glob("[!.]*.png"))]
-    parts += [as_table(caption, records) for caption, records in facts["tables"].items()]
+    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)
     parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):
-        records = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
-        parts.append(as_table(caption.capitalize(), records))
+        lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
+        parts.append(as_table(caption.capitalize(), lines))
     with shell.whole_file(run / "report.html") as path:
         path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
 

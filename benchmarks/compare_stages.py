@@ -21,7 +21,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)
 
 
@@ -29,9 +29,9 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
-import threading
 import time
 
 import conventional
@@ -59,6 +59,10 @@ PRECISION = "auto"  # of this project's side
 
 HEIGHT, WIDTH = 26_000, 25_400  # px, as a slide of GSE240429
 GENES, SPOTS = 3_467, 9_269  # of GSE240429
+COMPRESSED = {  # kinds of slides beside the contiguous one
+    "JPEG tiles": {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}},
+    "LZW strips": {"rowsperstrip": 16, "compression": "lzw"},
+}
 TRAINED_BY = {
     "BACKBONE": "efficientnet_b0",
     "PRETRAINED": False,
@@ -95,7 +99,7 @@ def alternate(repeats, conventionally, here):
     return np.array(seconds[1:])
 
 
-def line(stage, unit, pairs, amount, target):
+def make_row(stage, unit, pairs, amount, target):
     """A row of the table: `pairs` (repeats, 2) seconds for `amount` of the unit."""
     ratios = pairs[:, 0] / pairs[:, 1]
     old, new = np.median(pairs, axis=0)
@@ -125,8 +129,8 @@ def spot_corners():
     return spots - common.PATCH_SIZE // 2
 
 
-def make_slides(folder, kinds=("contiguous", "jpeg_tiles", "lzw_strips")):
-    """{kind: path} of one image as a contiguous TIFF, and as JPEG tiles or LZW strips: simulated
+def make_slides(folder):
+    """{kind: path} of one image as a contiguous TIFF, as JPEG tiles and as LZW strips: simulated
     tissue, repeated.
     """
     command = [sys.executable, REPOSITORY / "18_simulate_slides.py", "--slides", "1"]
@@ -134,63 +138,56 @@ def make_slides(folder, kinds=("contiguous", "jpeg_tiles", "lzw_strips")):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     (tissue,) = (folder / "tissue" / "image").iterdir()
     tissue = tifffile.imread(tissue)
-    paths = {kind: folder / f"{kind}.tif" for kind in kinds}
+    path = folder / "contiguous.tif"
     shape = (HEIGHT, WIDTH, 3)
-    whole = tifffile.memmap(paths["contiguous"], shape=shape, dtype=np.uint8, photometric="rgb")
+    whole = tifffile.memmap(path, shape=shape, dtype=np.uint8, photometric="rgb")
     for top in range(0, HEIGHT, len(tissue)):
         for left in range(0, WIDTH, tissue.shape[1]):
             part = whole[top : top + len(tissue), left : left + tissue.shape[1]]
             part[:] = tissue[: part.shape[0], : part.shape[1]]
     whole.flush()
-    formats = {
-        "jpeg_tiles": {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}},
-        "lzw_strips": {"rowsperstrip": 16, "compression": "lzw"},
-    }
-    for kind in kinds[1:]:
-        options = {"photometric": "rgb", "bigtiff": True, "maxworkers": 2} | formats[kind]
-        tifffile.imwrite(paths[kind], whole, **options)
+    paths = {"contiguous": path}
+    for kind, options in COMPRESSED.items():
+        paths[kind] = folder / f"{kind.replace(' ', '_')}.tif"
+        tifffile.imwrite(
+            paths[kind], whole, photometric="rgb", bigtiff=True, maxworkers=2, **options
+        )
     shutil.rmtree(folder / "tissue")
     return paths
 
 
+def read_memory(pid):
+    """MB of a process that the kernel cannot drop: without the pages of memory-mapped files."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+)", status)  # of a process that has ended there is none
+    return int(found[1]) / 1024 if found else 0.0
+
+
 def watch_memory(function, *arguments):
-    """(seconds, MB) of a call in a process of its own: memory that the kernel cannot drop, beyond
-    what it began with.
-
-    Pages of memory-mapped files are left out, since they are the file's own and go when memory is
-    short.
-    """
+    """(seconds, MB beyond what it began with, see read_memory) of a call in a process by itself."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_watched, args=(sender, function, *arguments))
+    pipe, pipe_of_call = context.Pipe()
+    process = context.Process(target=call_on_signal, args=(pipe_of_call, function, *arguments))
     process.start()
-    result = receiver.recv()
-    process.join()
-    return result
-
-
-def _watched(sender, function, *arguments):
-    def anonymous():
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0]) / 1024
-
-    peak = 0.0
-    done = threading.Event()
-    before = anonymous()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+    pipe.recv()  # Its imports are done.
+    before = peak = read_memory(process.pid)
     began = time.perf_counter()
-    function(*arguments)
+    pipe.send("begin")
+    while not pipe.poll(0.005):
+        peak = max(peak, read_memory(process.pid))
     seconds = time.perf_counter() - began
-    done.set()
-    thread.join()
-    sender.send((seconds, peak))
+    pipe.send("end")
+    process.join()
+    return seconds, peak - before
+
+
+def call_on_signal(pipe, function, *arguments):
+    """The other end of watch_memory: it lives until its memory is no longer read."""
+    pipe.send("ready")
+    pipe.recv()
+    function(*arguments)
+    pipe.send("done")
+    pipe.recv()
 
 
 def cut_here(path, corners, folder):
@@ -204,25 +201,21 @@ def cut_here(path, corners, folder):
 
 
 def compare_patches(folder):
-    lines = []
+    rows = []
     corners = spot_corners()
+    cut = folder / "cut"
     for kind, path in make_slides(folder).items():
-        pairs, peaks = [], []
-        for _ in range(REPEATS):
-            sides = []
-            for function in (conventional.cut_patches, cut_here):
-                out = folder / "cut"
-                out.mkdir()
-                sides.append(watch_memory(function, path, corners, out))
-                shutil.rmtree(out)
-            pairs.append([seconds for seconds, _ in sides])
-            peaks.append([peak for _, peak in sides])
+        watched = np.empty((REPEATS, 2, 2))  # repeat, side, (seconds, MB)
+        for repeat in range(REPEATS):
+            for side, function in enumerate((conventional.cut_patches, cut_here)):
+                cut.mkdir()
+                watched[repeat, side] = watch_memory(function, path, corners, cut)
+                shutil.rmtree(cut)
         targets = (">= 20", ">= 5") if kind == "contiguous" else (">= 3", "")
-        name = f"patches, {kind.replace('_', ' ')}"
-        lines.append(line(name, "s", np.array(pairs), 1, targets[0]))
-        lines.append(line("  its peak memory", "MB", np.array(peaks), 1, targets[1]))
+        rows.append(make_row(f"patches, {kind}", "s", watched[:, :, 0], 1, targets[0]))
+        rows.append(make_row("  its peak memory", "MB", watched[:, :, 1], 1, targets[1]))
         path.unlink()
-    return lines
+    return rows
 
 
 # ---------------------------------------------------------------------------------- patches to loss
@@ -284,7 +277,7 @@ def compare_input(folder):
     pairs = alternate(REPEATS, lambda: [None for _ in loader], here)
     torch.set_num_threads(threads)
     os.sched_setaffinity(0, cores)
-    return [line("input: load, MPA, normalise, one core", "images/s", pairs, count, ">= 1.7")]
+    return [make_row("input: load, MPA, normalise, one core", "images/s", pairs, count, ">= 1.7")]
 
 
 def compare_training(folder):
@@ -308,7 +301,7 @@ def compare_training(folder):
 
     pairs = alternate(REPEATS, conventionally, here)
     name = f"training, EfficientNet-B0, {str(dtype).removeprefix('torch.')}"
-    lines = [line(name, "images/s", pairs, count, ">= 1.7")]
+    rows = [make_row(name, "images/s", pairs, count, ">= 1.7")]
     batch = images[torch.arange(32).to(images.device)].to(device).float()
     batch = batch.contiguous(memory_format=torch.channels_last)
 
@@ -319,10 +312,10 @@ def compare_training(folder):
 
     pairs = alternate(REPEATS, fixed, here)
     name = "  a fixed batch against the whole epoch"
-    lines.append(line(name, "images/s", pairs, count, ">= 0.95"))
+    rows.append(make_row(name, "images/s", pairs, count, ">= 0.95"))
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GB")
-    return lines
+    return rows
 
 
 def compare_prediction(folder):
@@ -340,7 +333,7 @@ def compare_prediction(folder):
 
     pairs = alternate(REPEATS, conventionally, here)
     name = f"prediction, {str(dtype).removeprefix('torch.')}"
-    return [line(name, "images/s", pairs, count, ">= 2")]
+    return [make_row(name, "images/s", pairs, count, ">= 2")]
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -350,7 +343,7 @@ def compare_scoring(folder):
     here = functools.partial(common.pearson_per_gene, predicted, truth)
     assert np.allclose(conventionally(), here())
     pairs = alternate(REPEATS, conventionally, here)
-    return [line(f"scoring 2,277 x {GENES:,}", "s", pairs, 1, ">= 5")]
+    return [make_row(f"scoring 2,277 x {GENES:,}", "s", pairs, 1, ">= 5")]
 
 
 def compare_table(folder):
@@ -380,9 +373,9 @@ def compare_table(folder):
         return np.array(common.map_array(folder / "lognorm.npy"))
 
     pairs = alternate(repeats, write_conventionally, write_here)
-    lines = [line(f"dataset.csv {SPOTS:,} x {GENES:,}, write", "s", pairs, 1, ">= 4")]
+    rows = [make_row(f"dataset.csv {SPOTS:,} x {GENES:,}, write", "s", pairs, 1, ">= 4")]
     pairs = alternate(repeats, read_conventionally, read_here)
-    return [*lines, line("  read", "s", pairs, 1, ">= 2")]
+    return [*rows, make_row("  read", "s", pairs, 1, ">= 2")]
 
 
 STAGES = {
@@ -401,7 +394,7 @@ def main():
     out = Path(OUT)
     machine = describe_machine()
     print(json.dumps(machine))
-    lines = []
+    rows = []
     for name, compare in STAGES.items():
         if ONLY not in ("", name):
             continue
@@ -409,10 +402,10 @@ def main():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            lines += compare(work)
+            rows += compare(work)
         finally:
             shutil.rmtree(work)
-        table = pd.DataFrame(lines)
+        table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="{:.2f}".format), flush=True)
     shell.save_csv(out / "stages.csv", table)
     shell.save_json(out / "machine.json", machine)

@@ -9,7 +9,7 @@ Prints     a line a size: patches and expression on disk, and for 19 and 20 seco
 Command    python benchmarks/measure_growth.py
 Override   python benchmarks/measure_growth.py --sizes 100000 --keep
 
-Memory is what the kernel cannot drop (RssAnon). Pages of memory-mapped files are the files' own.
+Memory is what the kernel cannot drop (RssAnon): without the pages of memory-mapped files.
 """
 
 import sys
@@ -20,13 +20,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)
 
 
-import json
 import multiprocessing
-import re
 import shutil
 import subprocess
 import time
@@ -35,7 +33,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import tifffile
-from compare_stages import describe_machine
+from compare_stages import describe_machine, read_memory
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -52,12 +50,12 @@ VARIABLE = 3_000  # features that vary as a highly variable gene does
 HEIGHT, WIDTH = 16_000, 17_500  # px: 50 x 50 spots at a pitch of 329 px, 0.84 GB of pixels
 
 
-def make_image(path, height, width):
+def make_image(path):
     """A slide of smooth noise with a grain, so that no two patches are the same."""
     random = np.random.default_rng(0)
-    image = tifffile.memmap(path, shape=(height, width, 3), dtype=np.uint8, photometric="rgb")
-    columns = np.sin(np.arange(width) / 900)[:, None] * (20, 30, 15)
-    for top in range(0, height, 400):
+    image = tifffile.memmap(path, shape=(HEIGHT, WIDTH, 3), dtype=np.uint8, photometric="rgb")
+    columns = np.sin(np.arange(WIDTH) / 900)[:, None] * (20, 30, 15)
+    for top in range(0, HEIGHT, 400):
         part = image[top : top + 400]
         rows = np.cos(np.arange(top, top + len(part)) / 700)[:, None, None] * (30, 20, 25)
         grain = random.normal(0, 12, (*part.shape[:2], 1))
@@ -82,18 +80,11 @@ def write_counts(path, spots, random, rates):
         matrix["indices"] = np.concatenate(indices)
         matrix["indptr"] = np.array(ends)
         matrix["shape"] = np.array([FEATURES, spots])
-        write_names(matrix, [f"SPOT{i:05d}-1" for i in range(spots)], FEATURES)
-
-
-def write_names(matrix, barcodes, n_features):
-    """The barcodes and features of a 10x matrix; a feature's id is its name."""
-    names = np.array([f"G{g}" for g in range(n_features)], "S")
-    matrix["barcodes"] = np.array(barcodes, "S")
-    features = matrix.create_group("features")
-    features["id"] = names
-    features["name"] = names
-    features["genome"] = np.full(n_features, b"none")
-    features["feature_type"] = np.full(n_features, b"Gene Expression")
+        matrix["barcodes"] = np.array([f"SPOT{i:05d}-1" for i in range(spots)], "S")
+        features = matrix.create_group("features")
+        features["id"] = features["name"] = np.array([f"G{g}" for g in range(FEATURES)], "S")
+        features["genome"] = np.full(FEATURES, b"none")
+        features["feature_type"] = np.full(FEATURES, b"Gene Expression")
 
 
 def make_root(root, size):
@@ -101,11 +92,11 @@ def make_root(root, size):
     random = np.random.default_rng(1)
     rates = random.lognormal(-3.2, 1.7, FEATURES)
     root.mkdir(parents=True)
-    make_image(root / "slide.tif", HEIGHT, WIDTH)
+    make_image(root / "slide.tif")
     panel = pd.DataFrame({"gene": [f"G{g}" for g in range(GENES)]})
     panel.to_csv(root / "panel.csv", index=False)
     rows, columns = (axis.ravel() for axis in np.mgrid[0:50, 0:50])
-    lines = []
+    manifest = []
     for slide in range(1, size // SPOTS + 1):
         spots = pd.DataFrame({"array_row": rows, "array_col": columns * 2 + rows % 2})
         spots["pxl_row"] = 500 + 285 * rows + 7 * slide
@@ -115,56 +106,48 @@ def make_root(root, size):
         positions, matrix = f"positions{slide}.csv", f"matrix{slide}.h5"
         spots.to_csv(root / positions, header=False, index=False)
         write_counts(root / matrix, len(spots), random, rates)
-        line = {"tissue_index": slide, "name": f"S{slide}", "donor": f"D{slide}"}
-        line |= {"image": "slide.tif", "um_per_px": 0.304}
-        lines.append(line | {"positions": positions, "matrix": matrix})
-    pd.DataFrame(lines).to_csv(root / "slides.csv", index=False)
+        row = {"tissue_index": slide, "name": f"S{slide}", "donor": f"D{slide}"}
+        row |= {"image": "slide.tif", "um_per_px": 0.304}
+        manifest.append(row | {"positions": positions, "matrix": matrix})
+    pd.DataFrame(manifest).to_csv(root / "slides.csv", index=False)
 
 
 def watch(*command):
-    """(seconds, peak GB of RssAnon, stdout) of a script and those that it calls, which run in its
-    process.
-    """
+    """(seconds, peak GB as read_memory tells it) of a script, with the scripts that it calls."""
     began = time.perf_counter()
     peak = 0
     command = [sys.executable, *map(str, command)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        status = Path(f"/proc/{process.pid}/status")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            found = re.search(r"RssAnon:\s+(\d+)", status.read_text())
-            peak = max(peak, int(found[1]) if found else 0)
+            peak = max(peak, read_memory(process.pid))
             time.sleep(0.02)
-        stdout = process.stdout.read()
     if process.returncode:
         raise shell.InputError(
             f"{command[1]} ended with {process.returncode}: its message stands above"
         )
-    return time.perf_counter() - began, peak / 2**20, stdout
+    return time.perf_counter() - began, peak / 1024
 
 
 def measure(root, size):
-    """A line of the table: what 19 and 20 take on a data root of this size."""
+    """A row of the table: what 19 and 20 take on a data root of this size."""
     shared = ["--data-root", root, "--target", "lognorm"]
     panel = ["--panel", root / "panel.csv"]
-    seconds, memory, _ = watch(REPOSITORY / "19_make_patches_and_csv.py", *shared, *panel)
-    line = {"spots": size}
+    seconds, memory = watch(REPOSITORY / "19_make_patches_and_csv.py", *shared, *panel)
+    row = {"spots": size}
     for name in ("patches", "lognorm"):
-        line[f"{name}, GB"] = (root / "dataset" / f"{name}.npy").stat().st_size / 2**30
-    line |= {"19, s": seconds, "19, GB": memory}
+        row[f"{name}, GB"] = (root / "dataset" / f"{name}.npy").stat().st_size / 2**30
+    row |= {"19, s": seconds, "19, GB": memory}
     network = ["--epochs", EPOCHS, "--image-size", IMAGE_SIZE, "--pretrained", "false"]
     options = [*shared, *network, "--test-slide", 2, "--out", root / "run"]
-    seconds, memory, trained = watch(REPOSITORY / "20_train_effb0_sota_split8020.py", *options)
-    (speed,) = {
-        row["images_per_s"]
-        for row in json.loads(trained.splitlines()[-1])["rows"]
-        if row["setting"] == "EfficientNet-B0"
-    }
-    return line | {"20, s": seconds, "20, GB": memory, "images/s": speed}
+    seconds, memory = watch(REPOSITORY / "20_train_effb0_sota_split8020.py", *options)
+    rows = pd.read_csv(root / "run" / "rows.csv")
+    (speed,) = rows["images_per_s"].dropna().unique()
+    return row | {"20, s": seconds, "20, GB": memory, "images/s": speed}
 
 
 def main():
     out = Path(OUT)
-    lines = []
+    measured = []
     root = out / "growth_data"
     shutil.rmtree(root, ignore_errors=True)
     for size in SIZES:
@@ -174,11 +157,13 @@ def main():
         maker.join()
         if maker.exitcode:
             raise shell.InputError(f"the slides of {size} spots could not be made: see above")
-        lines.append(measure(root, size))
-        print(pd.DataFrame(lines).to_string(index=False, float_format="{:.2f}".format), flush=True)
+        measured.append(measure(root, size))
+        print(
+            pd.DataFrame(measured).to_string(index=False, float_format="{:.2f}".format), flush=True
+        )
         if not (KEEP and size == SIZES[-1]):
             shutil.rmtree(root)
-    shell.save_csv(out / "growth.csv", pd.DataFrame(lines))
+    shell.save_csv(out / "growth.csv", pd.DataFrame(measured))
     shell.save_json(out / "machine.json", describe_machine())
 
 

@@ -1,6 +1,7 @@
 """Script 27: the page of a run, its links and tables, and maps on the H&E."""
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -13,7 +14,10 @@ from conftest import load_script, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
+
+import shell
 
 
 class Page(HTMLParser):
@@ -59,7 +63,7 @@ def written(folder, **facts):
 def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     _, text = report
     page = Page(text)
-    assert page.tags.count("img") == 4  # maps and scores of two rows
+    assert page.tags.count("img") == 5  # the settings, and maps and scores of two of them
     assert not page.mute
     assert not page.outside
     assert "script" not in page.tags
@@ -69,26 +73,129 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     assert "color-scheme" in text
 
 
+def test_the_report_begins_with_a_picture_of_its_settings(report):
+    run, text = report
+    picture = text.index("<img")
+    assert text.index("</h1>") < picture < text.index("<table>")
+    words = text[picture:].split('alt="')[1].split('"')[0]
+    rows = pd.read_csv(run / "rows.csv").query("split == 'test' and truth == 'lognorm'")
+    assert len(rows) == 2
+    for setting, heg in zip(rows["setting"], rows["heg"], strict=True):
+        assert f"{setting}  {heg:.3f}" in words
+    assert "SIMULATED" in words
+
+
+def scored_row(setting, slide, heg, interval, split="test"):
+    """What the picture of the settings takes of a row."""
+    row = {"setting": setting, "slide": slide, "split": split, "protocol": "loso"}
+    return row | {"heg": heg, "heg_ci": interval, "heg_ceiling": 0.6}
+
+
+def test_points_intervals_and_ceilings_stand_at_their_numbers():
+    rows = [
+        scored_row("a", "1", 0.3, [0.2, 0.4]),
+        scored_row("a", "2", 0.1, [0.05, 0.2]),
+        scored_row("b", "1", None, None),
+        scored_row("b", "2", 0.2, None, split="oof"),
+    ]
+    figure, words = load_script("27").draw_settings(rows, "")
+    (ax,) = figure.axes
+    drawn = {"o": [], "|": [], "None": []}
+    for line in ax.lines:
+        drawn[line.get_marker()] += np.round(line.get_xydata(), 9).tolist()
+    points = [point for point in drawn["o"] if not np.isnan(point[0])]
+    assert sorted(points) == [[0.1, 0.3], [0.2, 2], [0.3, -0.3]]
+    assert sorted(drawn["|"]) == [[0.6, -0.3], [0.6, 0.3], [0.6, 1], [0.6, 2]]
+    for end in ([0.2, -0.3], [0.4, -0.3], [0.05, 0.3], [0.2, 0.3]):
+        assert end in drawn["None"]
+    names = ["a  0.200", "b  -", "b, out of fold  0.200"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == names
+    assert words.endswith("; ".join(names))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["slide 1", "slide 2", "ceiling"]
+
+
 def test_every_row_of_a_run_is_in_its_report(report):
     run, text = report
-    rows = json.loads((run / "run.json").read_text())["rows"]
-    assert {row["split"] for row in rows} == {"valid", "test"}
-    assert {row["truth"] for row in rows} == {"harmony", "lognorm"}
-    for row in rows:
-        for metric in ("heg", "heg_pooled", "heg_spearman", "spot_r", "variance_ratio", "mse"):
-            assert f"<td>{row[metric]:.3f}</td>" in text
-    network = next(row for row in rows if "parameters_total" in row)
-    assert f"<td>{network['parameters_total']:,}</td>" in text
-    for heading in ("image ceiling", "Moran's I", "seconds", "images/s", "memory", "trainable"):
-        assert heading in text.replace("&#x27;", "'")
+    rows = pd.read_csv(run / "rows.csv")
+    assert {*rows["split"]} == {"valid", "test"}
+    assert {*rows["truth"]} == {"harmony", "lognorm"}
+    for metric in ("heg", "heg_pooled", "heg_spearman", "spot_r", "variance_ratio", "mse"):
+        for value in rows[metric]:
+            assert f"<td>{value:.3f}</td>" in text
+    for number in rows["parameters_total"].dropna():
+        assert f"<td>{number:,.0f}</td>" in text
+    named = (
+        "heg_image_ceiling",
+        "hvg_n",
+        "mg_n",
+        "all_n",
+        "seconds",
+        "images_per_s",
+        "peak_memory_mb",
+        "best_epoch",
+    )
+    for heading in named:
+        assert f">{heading}</th>" in text
+
+
+def headings_of(text, caption):
+    """The headings of the table of a page whose caption begins so, and how many lines it has."""
+    (table,) = [part for part in text.split("<caption>") if part.startswith(caption)]
+    head, body = table.split("</table>")[0].split("</thead>")
+    return re.findall(r"<th(?: [^>]*)?>([^<]*)<", head), body.count("<tr>")
+
+
+def test_no_number_of_a_row_stands_in_two_tables(report):
+    run, text = report
+    scores, n_first = headings_of(text, "Mean Pearson r")
+    others, n_others = headings_of(text, "The same of validation spots")
+    further, n_further = headings_of(text, "Further metrics")
+    assert n_first + n_others == n_further == len(pd.read_csv(run / "rows.csv"))
+    shared = {"setting", "split", "truth", "slide", "seed", "fold"}
+    assert {*others} <= {*scores}
+    assert {*further} & {*scores, "heg", "n_spots", "n_genes_r30"} == shared
+    assert "heg_ceiling" in further
+
+
+def test_rows_of_an_earlier_start_are_left_out(report):
+    run, _ = report
+    script = load_script("27")
+    folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
+    assert len(folders) == 2
+    for chosen in (folders, folders[::-1], folders[:1]):
+        rows = script.read_rows(run, chosen)
+        assert list(dict.fromkeys(row["folder"] for row in rows)) == chosen
+
+
+def test_a_row_is_read_as_it_was_written(report):
+    """An interval is two numbers, a whole number none with a point, and an empty cell None."""
+    run, _ = report
+    folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
+    for row in load_script("27").read_rows(run, folders):
+        written = json.loads((run / row["folder"] / "rows.json").read_text())
+        (same,) = [
+            line for line in written
+            if (line["split"], line["truth"]) == (row["split"], row["truth"])
+        ]  # fmt: skip
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: value for name, value in same.items() if value is not None
+        }
+
+
+@pytest.mark.parametrize("name", ["folder", "heg", "setting"])
+def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
+    pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
+        load_script("27").read_rows(tmp_path, [])
 
 
 def test_every_row_links_its_genes_and_their_columns_are_explained(report):
     run, text = report
     page = Page(text)
-    rows = json.loads((run / "run.json").read_text())["rows"]
-    assert set(page.links) == {f"{row['folder']}/per_gene.csv" for row in rows}
-    assert len(page.links) > len(rows)  # each row of the table of further metrics, and more
+    rows = pd.read_csv(run / "rows.csv")
+    assert set(page.links) == {f"{folder}/per_gene.csv" for folder in rows["folder"]}
+    assert len(page.links) > len(rows)  # each row of the tables of scores, and headings
     (explanation,) = [part for part in text.split("<p>") if part.startswith("Each per_gene.csv")]
     columns = pd.read_csv(run / page.links[0], nrows=1).columns[1:]
     prefixes = ("valid_lognorm_", "test_lognorm_", "valid_harmony_", "test_harmony_")
@@ -125,8 +232,15 @@ def test_cells(value, shown):
     assert load_script("27").as_cell(value) == shown
 
 
+def test_columns_keep_their_order_and_empty_ones_go():
+    lines = [{"a": None, "b": 1, "c": None}, {"a": 2, "b": None, "c": None, "d": "x"}]
+    table = load_script("27").as_table("T", lines)
+    assert headings_of(table, "T")[0] == ["a", "b", "d"]
+    assert '<tr><td>-</td><td>1</td><td class="text">-</td></tr>' in table
+
+
 def test_other_tables_of_a_run_are_shown(tmp_path):
-    published = [{"method": "BLEEP", "HEG": 0.175}, {"method": "EfficientNet-B0", "HVG": None}]
+    published = [{"method": "BLEEP", "HEG": 0.175}, {"method": "EfficientNet-B0", "HVG": 0.2}]
     text = written(tmp_path, tables={"published": published})
     assert "<caption>published</caption>" in text
     assert '<td class="text">BLEEP</td><td>0.175</td><td>-</td>' in text
@@ -156,18 +270,22 @@ def count_pink(path):
     return int((np.abs(pixels - PINK).max(2) < 16).sum())
 
 
-@pytest.fixture
-def slide():
-    """AnnData of 30 spots, 100 px apart, as a row's predictions.h5ad holds them."""
-    places = np.stack(np.meshgrid(np.arange(6), np.arange(5)), -1).reshape(-1, 2)
+def make_slide(width, height):
+    """AnnData of width x height spots, 100 px apart, as a row's predictions.h5ad holds them."""
+    places = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).reshape(-1, 2)
     random = np.random.default_rng(0)
-    table = anndata.AnnData(random.random((30, 3), np.float32))
+    table = anndata.AnnData(random.random((len(places), 3), np.float32))
     table.var_names = ["A", "B", "HAL"]
     table.var["r"] = [0.2, 0.6, 0.1]
-    table.layers["target"] = random.random((30, 3), np.float32)
+    table.layers["target"] = random.random((len(places), 3), np.float32)
     table.obsm["spatial"] = 300.0 + 100 * places
     table.obs["pitch"] = 100.0
     return table
+
+
+@pytest.fixture
+def slide():
+    return make_slide(6, 5)
 
 
 GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "MG", "MG"], "gene": ["absent", "A", "HAL", "B"]})
@@ -175,7 +293,7 @@ GROUPS = pd.DataFrame({"group": ["HEG", "HEG", "MG", "MG"], "gene": ["absent", "
 
 def draw(folder, table, thumbnail):
     path = folder / "maps.png"
-    load_script("27").draw_maps(path, table, GROUPS, thumbnail, "a title")
+    load_script("27").draw_test_slide(path, table, GROUPS, thumbnail, "a title")
     return path
 
 
@@ -188,16 +306,28 @@ def test_maps_lie_on_the_slide_and_say_what_they_show(slide, tmp_path):
     assert count_pink(draw(tmp_path, slide, None)) == 0, "white where there is no thumbnail"
 
 
+@pytest.mark.parametrize("height, genes", [(15, ["A", "HAL"]), (5, ["A"])])
+def test_no_part_of_the_maps_picture_is_empty(height, genes, tmp_path):
+    """No blank square is half as wide as a map, whatever the slide's shape and the genes."""
+    table = make_slide(6, height)[:, genes].copy()
+    path = draw(tmp_path, table, (np.tile(PINK, (100, 70, 1)), 20))
+    with Image.open(path) as image:
+        blank = np.asarray(image.convert("L"))[80:] == 255  # beneath the title
+    width = blank.shape[1] / (1 + len(genes))
+    blank = np.pad(blank, 1)
+    assert 2 * distance_transform_cdt(blank, "chessboard").max() < width / 2
+
+
 def test_a_spot_lies_on_its_own_pixel_of_the_thumbnail(slide):
     thumbnail = np.zeros((60, 70, 3), np.uint8)  # 20 px of the slide a pixel
-    at = slide.obsm["spatial"][7]
-    thumbnail[int(at[1] // 20), int(at[0] // 20)] = 255
+    x, y = slide.obsm["spatial"][7]
+    thumbnail[int(y // 20), int(x // 20)] = 255
     ax = Figure().add_subplot()
-    load_script("27").draw_map(ax, slide, (thumbnail, 20), slide.X[:, 0])
+    load_script("27").draw_spots(ax, slide, (thumbnail, 20), slide.X[:, 0])
     shown, (left, right, bottom, top) = ax.images[0].get_array(), ax.images[0].get_extent()
     row, column = np.argwhere(shown > 0)[0]
-    assert left + column * (right - left) / 70 <= at[0] < left + (column + 1) * (right - left) / 70
-    assert top + row * (bottom - top) / 60 <= at[1] < top + (row + 1) * (bottom - top) / 60
+    assert left + column * (right - left) / 70 <= x < left + (column + 1) * (right - left) / 70
+    assert top + row * (bottom - top) / 60 <= y < top + (row + 1) * (bottom - top) / 60
     np.testing.assert_array_equal(ax.collections[0].get_offsets(), slide.obsm["spatial"])
 
 
@@ -213,7 +343,7 @@ def test_circles_have_the_size_of_the_spots(slide):
     script = load_script("27")
     script.draw_tissue(ax, slide, None)
     before = pixels_of(figure)
-    script.draw_map(ax, slide, None, np.zeros(30))
+    script.draw_spots(ax, slide, None, np.zeros(30))
     ax.set_position((0, 0, 1, 1))  # the colour bar took some of it
     figure.axes[1].remove()
     changed = (pixels_of(figure) != before).any(2).sum()
@@ -228,14 +358,14 @@ def test_circles_have_the_size_of_the_spots(slide):
 ])  # fmt: skip
 def test_genes_of_the_maps(r, chosen):
     groups = GROUPS[GROUPS["gene"] != "B"]
-    assert load_script("27").choose_genes(pd.Series(r, ["A", "B", "HAL"]), groups) == chosen
+    assert load_script("27").choose_drawn_genes(pd.Series(r, ["A", "B", "HAL"]), groups) == chosen
 
 
 def test_a_constant_prediction_is_drawn(slide, tmp_path):
     slide.X = np.ones_like(slide.X)
     slide.var["r"] = np.nan
     assert draw(tmp_path, slide, None).is_file()
-    genes = slide.var.assign(ceiling=0.5, moran=0.1, mean=1)
+    genes = slide.var.assign(ceiling=0.5)
     load_script("27").draw_scores(tmp_path / "scores.png", genes, GROUPS, None, None, "a title")
     assert (tmp_path / "scores.png").is_file()
 
@@ -246,7 +376,7 @@ def test_a_run_is_drawn_on_the_slide_it_was_made_on(report, simulated):
         assert path.stat().st_size < 300_000
     folder = next(run.glob("EfficientNet-B0-*"))
     fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    image, step = load_script("27").read_thumbnail(simulated, 3, fingerprint)
+    image, step = load_script("27").read_saved_thumbnail(simulated, 3, fingerprint)
     slides = pd.read_csv(simulated / "slides.csv").set_index("tissue_index")
     with Image.open(simulated / slides["image"][3]) as whole:
         assert np.abs(np.array(whole.size) / step - image.shape[1::-1]).max() <= 1
@@ -264,7 +394,7 @@ def test_no_thumbnail_is_taken_for_another(simulated, tmp_path, damage):
     )
     path = tmp_path / "dataset" / "meta.json"
     fingerprint = script.fingerprint_of(path.read_bytes())
-    assert script.read_thumbnail(tmp_path, 3, fingerprint) is not None
+    assert script.read_saved_thumbnail(tmp_path, 3, fingerprint) is not None
     if damage == "no folder":
         shutil.rmtree(tmp_path / "dataset")
     elif damage == "other data":
@@ -278,4 +408,4 @@ def test_no_thumbnail_is_taken_for_another(simulated, tmp_path, damage):
         fingerprint = script.fingerprint_of(path.read_bytes())
     else:
         (tmp_path / "dataset" / "thumbnail_3.png").write_bytes(b"not a PNG")
-    assert script.read_thumbnail(tmp_path, 3, fingerprint) is None
+    assert script.read_saved_thumbnail(tmp_path, 3, fingerprint) is None
