@@ -5,7 +5,7 @@ Question   How well does one H&E patch predict the expression of its spot on a s
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, paired_differences.csv and a folder a row: per-gene r, predictions,
            figures, weights, split, gene groups
-Prints     header, one row an epoch, the table of mean Pearson r, one JSON line
+Prints     header, one row an epoch, the table of mean Pearson r
 Command    python 20_train_effb0_sota_split8020.py --data-root GSE240429_data
 Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slides)
            python 20_train_effb0_sota_split8020.py --data-root HER2ST_data --test-slide 4
@@ -151,8 +151,6 @@ def main():
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", records, minus=minus)
     tables = runner.print_published(run.data.root)
-    for folder in dict.fromkeys(record["folder"] for record in records):
-        print(f"per-gene r, predictions, maps: {run.out / folder}")
     run.finish(records, tables)
 
 

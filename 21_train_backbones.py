@@ -6,7 +6,7 @@ Question   Is EfficientNet-B0 better than other backbones, or was it only tuned 
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv,
            r_against_parameters.png
-Prints     header, the table with parameters, speed and memory, one JSON line
+Prints     header, the table with parameters, speed and memory
 Command    python 21_train_backbones.py --data-root GSE240429_data
 Override   python 21_train_backbones.py --data-root HER2ST_data --test-slide 4 --only resnet18
            python 21_train_backbones.py --quick      (three small backbones: no evidence)

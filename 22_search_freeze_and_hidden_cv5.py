@@ -6,7 +6,7 @@ Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions
            (as script 20), search.png
 Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
-           the test slide, one JSON line
+           the test slide
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
            python 22_search_freeze_and_hidden_cv5.py --quick      (small grid: no evidence)

@@ -7,7 +7,7 @@ Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), grid.csv, clusters.csv, clusters.png,
            paired_differences.csv
 Prints     header, the grid of weights with its cluster scores, the table of r with paired
-           differences, one JSON line
+           differences
 Command    python 24_cluster_id.py --data-root GSE240429_data
 Override   python 24_cluster_id.py --data-root HER2ST_data --test-slide 4 --features ""
            python 24_cluster_id.py --quick      (small budget: no evidence)

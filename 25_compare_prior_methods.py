@@ -4,8 +4,7 @@ Question   Is EfficientNet-B0 with MPA better than BLEEP, ST-Net and what needs 
            all?
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
-Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP, one
-           JSON line
+Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget: no evidence)

@@ -386,7 +386,7 @@ def report(slide, table, genes, trained, out):
         out=out,
         data_root=str(slide.image),
         label=trained.title,
-        rows=records[caption],
+        folders=[],  # It has no rows.
         tables=records,
         recipe=shell.recipe_of(globals()),
         warnings=inputs.WARNINGS,

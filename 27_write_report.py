@@ -42,7 +42,7 @@ from shell import InputError, fingerprint_of
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 # --------------------------------------------------------------------------------------------------
 
-NEEDED = {"title", "label", "tables", "rows", "settings", "machine", "data_root"}  # of run.json
+NEEDED = {"title", "label", "tables", "folders", "settings", "machine", "data_root"}  # of run.json
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 PALE = 0.6  # opacity of the H&E beneath the spots
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
@@ -574,8 +574,7 @@ def show_tested(run, facts, rows):
 def write_report(run, facts):
     """report.html of a run's folder from its run.json."""
     title = html.escape(facts["title"])
-    folders = list(dict.fromkeys(row.get("folder") for row in facts["rows"]))
-    rows = read_rows(run, folders)  # Others there may be of an earlier start.
+    rows = read_rows(run, facts["folders"])  # Others there may be of an earlier start.
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',

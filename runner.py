@@ -9,6 +9,7 @@ were made with>/.
 import ctypes
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -989,26 +990,30 @@ def describe_machine(device):
     }
 
 
-def finish_run(script, *, out, data_root, label, rows, tables, recipe, warnings=()):
-    """Save run.json, have script 27 make the report of it, and print the one JSON line that ends
-    every output.
+def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnings=()):
+    """Save run.json and have script 27 make the report of it.
 
-    `tables` {caption: records} and `warnings` are shown in the report; `recipe` names DEVICE and
-    PRECISION.
+    `folders` are those of the run's rows in rows.csv; `tables` {caption: lines} and `warnings` are
+    shown in the report; `recipe` names DEVICE and PRECISION.
     """
     if RANK:
         return
     name = Path(script["__file__"]).stem
-    result = {"script": name, "data_root": str(data_root), "simulated": bool(label)}
-    result |= {"out": str(out), "rows": rows}
-    page = {"title": f"{label}{name}, {data_root}", "label": label, "tables": tables}
-    page |= {"settings": shell.recipe_of(script), "warnings": list(warnings)}
-    page["machine"] = describe_machine(common.choose_device(recipe)[0])
-    shell.save_json(out / "run.json", page | result)
-    try:
+    page = {
+        "script": name,
+        "title": f"{label}{name}, {data_root}",
+        "data_root": str(data_root),
+        "label": label,
+        "folders": folders,
+        "tables": tables,
+        "settings": shell.recipe_of(script),
+        "warnings": list(warnings),
+        "machine": describe_machine(common.choose_device(recipe)[0]),
+    }
+    shell.save_json(out / "run.json", page)
+    with redirect_stdout(io.StringIO()):  # What it says is said below.
         shell.call_script("27_write_report.py", "--run", str(out))
-    finally:
-        print(json.dumps(result))
+    print(f"report: {out / 'report.html'}")
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -1127,17 +1132,19 @@ class Run:
         print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)
 
     def finish(self, records, tables=None):
-        """Save run.json, have the report made of it, and print the JSON line that comes last."""
+        """Save run.json, have the report made of it, and print where the rows are."""
+        folders = dict.fromkeys(record["folder"] for record in records)
         finish_run(
             self.script,
             out=self.out,
             data_root=self.data.root,
             label=self.data.label,
-            rows=records,
+            folders=list(folders),
             tables=tables or {},
             recipe=self.recipe,
             warnings=self.data.meta.get("warnings", []),
         )
+        print(f"rows: {self.out / 'rows.csv'}")
 
 
 PROTOCOLS = {

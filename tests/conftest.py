@@ -5,6 +5,7 @@ reaches beyond loopback.
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import sys
@@ -126,14 +127,19 @@ def stdout_of(name, *arguments, **options):
     return stdout.getvalue()
 
 
-def last_json(stdout):
-    """The JSON line with which every output of the scripts from 20 on ends."""
-    return json.loads(stdout.splitlines()[-1])
+def rows_of(stdout):
+    """The rows, dicts, of the run that printed this, in its order."""
+    word, path = stdout.splitlines()[-1].split(": ")
+    assert word == "rows"
+    out = Path(path).parent
+    folders = json.loads((out / "run.json").read_text())["folders"]
+    rows = [json.loads((out / folder / "rows.json").read_text()) for folder in folders]
+    return list(itertools.chain(*rows))
 
 
 def table_of(stdout):
-    """The records of the JSON line as a table."""
-    return pd.DataFrame(last_json(stdout)["rows"])
+    """The rows of the run that printed this, as a table."""
+    return pd.DataFrame(rows_of(stdout))
 
 
 def printed_table(stdout, title):

@@ -20,9 +20,9 @@ from conftest import (
     SMALL_RUNS,
     TINY,
     TINY_SEARCH,
-    last_json,
     load_script,
     printed_table,
+    rows_of,
     run_script,
     stdout_of,
     table_of,
@@ -355,7 +355,7 @@ def test_under_block_the_test_slide_decides_nothing(simulated, tmp_path, monkeyp
     load_dataset, read_h5ad = common.load_dataset, anndata.read_h5ad
 
     def search(out):
-        rows = last_json(stdout_of("22", data_root=root, out=out, **options))["rows"]
+        rows = rows_of(stdout_of("22", data_root=root, out=out, **options))
         for row in rows:
             del row["folder"]
         return without_timing(rows)
@@ -598,8 +598,8 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(
     assert began[6] == first[5]
     assert len(began) == 6 + 4, "8 folds, of which one began twice, and the final one"
     assert not set(began[7:]) & set(first)
-    whole = without_timing(last_json(searched[1])["rows"])
-    assert without_timing(last_json(resumed)["rows"]) == whole, "as if nothing had happened"
+    whole = without_timing(rows_of(searched[1]))
+    assert without_timing(rows_of(resumed)) == whole, "as if nothing had happened"
     (tmp_path / "rows.csv").unlink()
     assert run_script("22", **options) == 0
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole), "mended from the rows' folders"

@@ -18,9 +18,9 @@ from conftest import (
     PAPER,
     REPOSITORY,
     TINY,
-    last_json,
     load_script,
     printed_table,
+    rows_of,
     run_script,
     stdout_of,
     table_of,
@@ -207,7 +207,7 @@ def test_changed_gene_lists_are_another_row(trained, simulated, tmp_path):
     stdout = stdout_of("20", data_root=root, out=tmp_path / "out", **TINY)
     assert "gene_sets.csv; not in the panel: nowhere" in stdout
     assert "on disk already" not in stdout
-    row = last_json(stdout)["rows"][0]
+    row = rows_of(stdout)[0]
     assert row["gene_lists"] == "gene_sets.csv"
     assert row["heg_n"] == 1
     assert row["hvg_n"] == 0
@@ -287,25 +287,28 @@ def test_a_row_is_called_by_the_backbone_that_it_trained(backbone, name):
 
 
 KEYS = """setting split slide fold seed target truth protocol gene_lists n_spots heg hvg mg all
-heg_n hvg_n mg_n all_n n_genes_r30 mse seconds weights"""
+heg_n hvg_n mg_n all_n n_genes_r30 mse seconds steps weights"""
 
 
-def test_last_line_is_the_json_of_the_contract(trained, simulated):
+def test_the_last_lines_are_the_table_the_report_and_the_rows(trained):
     out, stdout = trained
-    result = last_json(stdout)
-    assert result["script"] == "20_train_effb0_sota_split8020"
-    assert result["simulated"] is True
-    assert result["data_root"] == str(simulated)
-    assert result["out"] == str(out)
-    assert [(row["setting"], row["split"], row["truth"]) for row in result["rows"]] == [
+    *_, end, report, rows = stdout.splitlines()
+    assert set(end) == {"="}
+    assert report == f"report: {out / 'report.html'}"
+    assert rows == f"rows: {out / 'rows.csv'}"
+
+
+def test_the_rows_are_those_of_the_contract(trained):
+    rows = rows_of(trained[1])
+    assert [(row["setting"], row["split"], row["truth"]) for row in rows] == [
         (setting, split, truth)
         for setting in ("EfficientNet-B0", "ridge (colour)")
         for split in ("valid", "test")
         for truth in ("harmony", "lognorm")
     ]
-    for row in result["rows"]:
+    for row in rows:
         assert {*KEYS.split()} <= row.keys()
-    assert {row["n_spots"] for row in result["rows"] if row["split"] == "test"} == {10}
+    assert {row["n_spots"] for row in rows if row["split"] == "test"} == {10}
 
 
 def test_rows_csv_has_each_row_once(trained):
@@ -372,7 +375,7 @@ def test_a_row_on_disk_is_not_computed_again(trained, simulated, monkeypatch):
     monkeypatch.setattr(common, "fit", lambda *a, **k: pytest.fail("trained again"))
     again = stdout_of("20", data_root=simulated, out=out, **TINY)
     assert "on disk already" in again
-    assert last_json(again)["rows"] == last_json(stdout)["rows"]
+    assert rows_of(again) == rows_of(stdout)
 
 
 def test_another_constant_is_another_row(trained, simulated, tmp_path):

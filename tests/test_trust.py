@@ -19,9 +19,9 @@ from conftest import (
     TIMING,
     TINY,
     TINY_SEARCH,
-    last_json,
     load_script,
     printed_table,
+    rows_of,
     run_script,
     stdout_of,
     table_of,
@@ -466,7 +466,7 @@ def test_a_record_has_r_over_genes_spot_by_spot(scored, simulated):
 
 
 def test_ceilings_are_of_the_log_normalised_truth(trained):
-    for row in last_json(trained[1])["rows"]:
+    for row in rows_of(trained[1]):
         assert (row["heg_ceiling"] is None) == (row["truth"] == "harmony")
 
 
