@@ -128,14 +128,14 @@ def trained_methods():
         "MICRO_BATCH": MICRO_BATCH,
     }
     best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
-    methods = {
+    found = {
         network: ("network", paper),
         f"{network}, random start": ("network", paper | at_random),
         f"{network}, linear head": ("network", paper | {"HIDDEN": 0}),
     }
     for backbone in OTHER_BACKBONES:
-        methods[runner.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
-    methods |= {
+        found[runner.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
+    found |= {
         f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
         "ST-Net, random start": ("ST-Net", stnet | published | at_random),
@@ -144,8 +144,8 @@ def trained_methods():
         name_bleep(): ("BLEEP", bleep),
     }
     if PRETRAINED is False:  # Features of a random network are nothing to start from.
-        del methods[f"{network}, best recipe"]
-    return {name: shared | own | {"METHOD": method} for name, (method, own) in methods.items()}
+        del found[f"{network}, best recipe"]
+    return {name: shared | own | {"METHOD": method} for name, (method, own) in found.items()}
 
 
 # ------------------------------------------------------------------------------------------- ST-Net
@@ -438,7 +438,7 @@ def computed_methods(run):
     epochs.
     """
     plain = run.baseline
-    methods = {
+    found = {
         "training mean": (plain, training_mean),
         "ridge (colour)": (plain, runner.ridge_on_colour),
     }
@@ -447,25 +447,25 @@ def computed_methods(run):
     backbones = [FEATURES, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
     for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
         recipe = frozen | {"BACKBONE": backbone}
-        methods[f"ridge ({backbone})"] = (recipe, runner.ridge_on_features)
+        found[f"ridge ({backbone})"] = (recipe, runner.ridge_on_features)
         if PRETRAINED is False:
             continue
         pooled = recipe | {"POOL_STAGES": True}
-        methods[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
+        found[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
         if backbone == FEATURES:
             full_rank = pooled | {"FULL_RANK": True}
-            methods[f"ridge ({backbone}, full rank)"] = (full_rank, runner.ridge_on_features)
+            found[f"ridge ({backbone}, full rank)"] = (full_rank, runner.ridge_on_features)
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
-        methods[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
+        found[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
         if PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
-            methods[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
-    methods["depth only (control)"] = (plain, depth_only)
-    methods["nearest spot (control)"] = (plain, nearest_spot)
+            found[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
+    found["depth only (control)"] = (plain, depth_only)
+    found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
         recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True, "REFIT": False}
-        methods["same-slide ridge (control)"] = (recipe, same_slide)
-    return methods
+        found["same-slide ridge (control)"] = (recipe, same_slide)
+    return found
 
 
 def compute_ensembles(run, records):
