@@ -538,7 +538,7 @@ def main():
     minus = {} if ONLY else dict.fromkeys(others, bleep)
     add = functools.partial(add_costs_and_gain, r_of(records, bleep))
     title = "methods; a control uses what no image model may"
-    leave_out = ("HVG", "MG", "all", "in slides", "r>=.30")
+    leave_out = ("HVG", "MG", "all", "in slides", "r>=.30", "q<.05")
     run.print_scores(title, records, minus=minus, add=add, leave_out=leave_out)
     tables = runner.print_published(run.data.root) if PUBLISHED else {}
     run.finish(records, tables)

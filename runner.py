@@ -604,7 +604,7 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     """Score a setting's prediction and write its folder."""
     data = split.data
     scored = split.scored()
-    records, per_gene, draws = score_split(setting, recipe, split, predicted, more)
+    records, per_gene, influence = score_split(setting, recipe, split, predicted, more)
     roles = pd.DataFrame({"id": data.spots["id"], "role": split.roles, "fold": split.fold})
     obs = data.spots.iloc[scored].set_index("id").assign(role=split.roles[scored])
     table = anndata.AnnData(predicted, obs, per_gene.set_index("gene"))
@@ -614,7 +614,7 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     shell.save_csv(folder / "per_gene.csv", per_gene)
     shell.save_csv(folder / "split.csv", roles[split.roles != ""])
     shell.save_csv(folder / "genes.csv", split.groups)
-    shell.save_csv(folder / "bootstrap.csv", draws)
+    shell.save_csv(folder / "influence.csv", influence)
     with shell.whole_file(folder / "predictions.h5ad") as path:
         table.write_h5ad(path)
     shell.save_json(folder / "recipe.json", made_with)
@@ -632,8 +632,8 @@ def read_prediction(folder):
 
 
 def score_split(setting, recipe, split, predicted, more):
-    """([a record a role and truth], per-gene table, bootstrap draws) of the prediction of
-    split.scored().
+    """([a record a role and truth], per-gene table, influence of the test spots) of the prediction
+    of split.scored().
     """
     data = split.data
     scored = split.scored()
@@ -643,12 +643,16 @@ def score_split(setting, recipe, split, predicted, more):
     usual = {
         truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
     }
-    records, draws = [], pd.DataFrame()
+    records, influence = [], place_spots(data.spots.iloc[split.spots("test")])
     per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
     for role, (truth, values) in itertools.product(roles, truths.items()):
         at = split.roles[scored] == role
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
+        if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
+            slides, places = spots["tissue_index"], common.places_in_pitches(spots)
+            p, q = common.compare_with_chance(x, y, slides.to_numpy(), places.to_numpy())
+            genes = genes.assign(p=p, q=q)
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
@@ -660,18 +664,47 @@ def score_split(setting, recipe, split, predicted, more):
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, usual[truth])
         if role == "test":
-            means = common.bootstrap_means(x, y, spots, data.genes, split.members)
+            moved = common.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
-                pooled = common.bootstrap_means(x, y, spots, data.genes, split.members, pooled=True)
-                means = means.join(pooled.add_suffix("_pooled"))
-            draws = draws.join(means.add_prefix(f"{truth}_"), how="outer")
-            for key in means.dropna(axis=1):
-                record[f"{key}_ci"] = means[key].quantile([0.025, 0.975]).tolist()
+                pooled = common.find_influence(x, y, spots, data.genes, split.members, pooled=True)
+                moved = moved.join(pooled.add_suffix("_pooled"))
+            record |= describe_intervals(record, moved, influence)
+            influence = influence.join(moved.add_prefix(f"{truth}_"))
         records.append({name: none_for_nan(value) for name, value in record.items()})
-    return records, per_gene.reset_index(), draws
+    return records, per_gene.reset_index(), influence
+
+
+PLACE = ["tissue_index", "column", "row"]  # of influence.csv: where a spot lies, in pitches
+
+
+def place_spots(spots):
+    """Table (n, 3) of PLACE."""
+    places = common.places_in_pitches(spots).set_axis(PLACE[1:], axis=1)
+    places.insert(0, PLACE[0], spots[PLACE[0]])
+    return places.reset_index(drop=True)
+
+
+def describe_intervals(record, influence, places):
+    """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a record, by the influence
+    (n, k) of its test spots at `places`.
+    """
+    errors, freedoms = measure_errors(influence, places)
+    found = {}
+    for key, error, freedom in zip(influence, errors, freedoms, strict=True):
+        value = np.nan if record[key] is None else record[key]
+        found[f"{key}_ci"] = common.find_interval(value, error, freedom)
+    return found | {"interval_df": freedoms[0]}
+
+
+def measure_errors(influence, places):
+    """common.measure_error of a table of influence at a table with the columns PLACE."""
+    slides = places[PLACE[0]].to_numpy()
+    where = places[PLACE[1:]].to_numpy(np.float64)
+    return common.measure_error(influence.to_numpy(), slides, where)
 
 
 # What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
+Q_THRESHOLD = 0.05
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
 
 
@@ -703,6 +736,7 @@ def summarise_genes(genes, members):
     """A record's means over the genes that have an r, by group; <group>_n is how many have one."""
     record = {
         "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
+        "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
         "mse": genes["mse"].mean(),
         "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),
     }
@@ -756,24 +790,35 @@ def select_records(records, role="test", truth=None):
     return table
 
 
-def join_draws(records, out):
-    """(DRAWS, 4) draws, as common.bootstrap_means, of a setting's mean over its test slides, or
-    over the folds of HEST-Benchmark.
+def join_influence(records, out):
+    """(table (n, 4) heg, hvg, mg, all of the influence of every test spot on a setting's mean over
+    its test slides, or over the folds of HEST-Benchmark; their table PLACE).
 
-    Of several trainings on one of them, as many are drawn with replacement; those of two settings
-    stay paired.
+    Of several trainings on one of them a spot's influence is the mean.
     """
-    means = []
     headline = headline_of(records)
     keys = [group.lower() for group in (*GROUPS, "all")]
     columns = [f"{headline.truth}_{key}{headline.ending}" for key in keys]
-    for _, folders in records.sort_values(["seed", "fold"]).groupby(headline.unit)["folder"]:
-        tables = [pd.read_csv(out / folder / "bootstrap.csv") for folder in folders]
-        draws = np.stack([table[columns] for table in tables], axis=1)
-        random = np.random.default_rng(shell.seed_of("trainings"))
-        picked = random.integers(draws.shape[1], size=draws.shape[:2])
-        means.append(np.take_along_axis(draws, picked[:, :, None], axis=1).mean(1))
-    return np.mean(means, axis=0)
+    units = records.groupby(headline.unit)["folder"]
+    parts = []
+    for _, folders in units:
+        for folder in folders:
+            table = pd.read_csv(out / folder / "influence.csv")
+            moved = table[columns].set_axis(keys, axis=1) / len(folders) / len(units)
+            parts.append(pd.concat([table[PLACE], moved], axis=1))
+    joined = pd.concat(parts).groupby(PLACE)[keys].sum(min_count=1).reset_index()
+    return joined[keys], joined[PLACE]
+
+
+def find_mean_interval(records, out, group):
+    """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
+    undefined.
+    """
+    headline = headline_of(records)
+    influence, places = join_influence(records, out)
+    (error,), (freedom,) = measure_errors(influence[[group]], places)
+    value = records.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
+    return common.find_interval(value, error, freedom), freedom
 
 
 def pair_differences(records, out, minus):
@@ -788,8 +833,8 @@ def pair_differences(records, out, minus):
     for setting, other in minus.items():
         ones = table[table["setting"] == setting].reset_index()
         others = table[table["setting"] == other].reset_index()
-        draws = join_draws(ones, out) - join_draws(others, out)
-        low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+        influence, places = join_influence(ones, out)
+        errors, freedoms = measure_errors(influence - join_influence(others, out)[0], places)
         for place, group in enumerate((*GROUPS, "all")):
             key = group.lower()
             line = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
@@ -797,7 +842,8 @@ def pair_differences(records, out, minus):
             same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
             if same_genes and ones[f"{key}_n"].all():
                 line["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
-                line |= {"low": low[place], "high": high[place]}
+                interval = common.find_interval(line["difference"], errors[place], freedoms[place])
+                line["low"], line["high"] = interval or (np.nan, np.nan)
             lines.append(line)
     columns = ["setting", "minus", "group", "n", "difference", "low", "high"]
     return pd.DataFrame(lines, columns=columns)
@@ -871,18 +917,25 @@ def group_sizes(split):
 def describe_setting(records, sizes, out):
     """{column: text} of one setting's records: its line of the table of scores."""
     over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
-    low = high = np.nan
+    interval, freedom = None, np.nan
     if (records["split"] == "test").all():
-        low, high = np.quantile(join_draws(records, out)[:, 0], [0.025, 0.975])
+        interval, freedom = find_mean_interval(records, out, "heg")
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
-    line["[95 %]"] = format_interval(low, high)
+    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    line["df"] = "-" if np.isnan(freedom) else f"{freedom:.0f}"
     line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["q<.05"] = format_count(records["n_genes_q05"])
     line["steps"] = describe_mean_steps(records)
     return line
+
+
+def format_count(counts):
+    """The mean of counts; "-" without any."""
+    return "-" if counts.isna().all() else f"{counts.astype(float).mean():.0f}"
 
 
 def describe_mean_steps(records):
@@ -896,18 +949,20 @@ def describe_hest(records, n_genes, out):
     that its published tables hold, over all test spots of a fold at once; `in slides` is the same
     slide by slide.
     """
-    low = high = np.nan
+    interval, freedom = None, np.nan
     if (records["split"] == "test").all():
-        low, high = np.quantile(join_draws(records, out)[:, -1], [0.025, 0.975])
+        interval, freedom = find_mean_interval(records, out, "all")
     mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
     line = {"setting": cut(records["setting"].iloc[0], 32)}
     line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
-    line["[95 %]"] = format_interval(low, high)
+    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    line["df"] = "-" if np.isnan(freedom) else f"{freedom:.0f}"
     mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
     line["of ceiling"] = format_share(mean, ceiling)
     line["in slides"] = format_mean(records.groupby(recipes.OF_HEST.unit)["all"].mean())
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["q<.05"] = format_count(records["n_genes_q05"])
     line["steps"] = describe_mean_steps(records)
     return line
 

@@ -244,63 +244,6 @@ def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):
 
 
 # --------------------------------------------------------------------------- intervals and ceilings
-def make_blocks(n_slides, n=100):
-    """A table of spots on slides of ten blocks, and (n_slides * n, 1) predicted and measured."""
-    random = np.random.default_rng(0)
-    slides = np.repeat(np.arange(n_slides), n)
-    blocks = [f"{slide}:{spot % n // 10}:0" for spot, slide in enumerate(slides)]
-    spots = pd.DataFrame({"tissue_index": slides, "block": blocks})
-    predicted = random.normal(size=(len(spots), 1)) + 3 * slides[:, None]
-    return spots, predicted, predicted + random.normal(size=predicted.shape)
-
-
-def bootstrap(spots, predicted, truth, pooled):
-    genes = {"all": ["g"]}
-    return common.bootstrap_means(predicted, truth, spots, ["g"], genes, pooled=pooled)["all"]
-
-
-def test_every_draw_holds_as_many_blocks_of_each_slide_as_it_has():
-    spots, _, _ = make_blocks(3)
-    slides, drawn = common.draw_blocks(spots)
-    assert [len(at) for at, _ in slides] == [100] * 3
-    for slide in range(3):
-        assert (drawn[:, 10 * slide : 10 * slide + 10].sum(1) == 10).all()
-
-
-def test_a_pooled_draw_is_r_over_the_blocks_of_all_slides_drawn_by_hand():
-    spots, predicted, truth = make_blocks(3)
-    _, drawn = common.draw_blocks(spots)
-    means = bootstrap(spots, predicted, truth, pooled=True)
-    for i in (0, 999):
-        chosen = np.repeat(np.unique(spots["block"]), drawn[i].astype(int))
-        at = np.concatenate([np.flatnonzero(spots["block"] == name) for name in chosen])
-        r = scipy.stats.pearsonr(predicted[at, 0], truth[at, 0])[0]
-        assert means[i] == pytest.approx(r)
-
-
-def test_draws_over_slides_are_means_of_each_slides_own():
-    spots, predicted, truth = make_blocks(2)
-    means = bootstrap(spots, predicted, truth, pooled=False)
-    own = []
-    for slide in (0, 1):
-        at = (spots["tissue_index"] == slide).to_numpy()
-        own.append(bootstrap(spots[at], predicted[at], truth[at], pooled=True))
-    np.testing.assert_allclose(means, np.mean(own, axis=0))
-
-
-def test_differences_between_slides_raise_the_pooled_r_alone():
-    spots, predicted, truth = make_blocks(3)
-    pooled = bootstrap(spots, predicted, truth, pooled=True)
-    within = bootstrap(spots, predicted, truth, pooled=False)
-    assert pooled.quantile(0.025) > within.quantile(0.975)
-
-
-def test_slides_of_one_block_each_have_no_interval():
-    spots, predicted, truth = make_blocks(2)
-    spots["block"] = spots["tissue_index"].astype(str)
-    assert bootstrap(spots, predicted, truth, pooled=True).isna().all()
-
-
 def test_the_ceiling_of_raw_counts_is_the_r_of_knowing_every_intensity():
     random = np.random.default_rng(0)
     intensity = np.exp(random.normal(1, 0.7, (3000, 1)) * [1, 0.5, 1.5])

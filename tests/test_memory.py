@@ -55,8 +55,8 @@ def test_some_genes_of_some_genes():
 
 
 def results_of(split):
-    """All that follows from expression: gene groups, a ridge, scores and draws."""
-    records, per_gene, draws = runner.score_split(
+    """All that follows from expression: gene groups, a ridge, scores and influence."""
+    records, per_gene, influence = runner.score_split(
         "x",
         PAPER | {"TARGET": "lognorm"},
         split,
@@ -70,7 +70,7 @@ def results_of(split):
         features, split.data.target, train, table, shrinkage, split.reported
     )
     numbers = pd.DataFrame(records).select_dtypes("number")
-    return split.groups["gene"], numbers, per_gene, draws, ridge.predict(features), explained
+    return split.groups["gene"], numbers, per_gene, influence, ridge.predict(features), explained
 
 
 @pytest.mark.parametrize("recipe", [PAPER, LOSO], ids=["paper", "loso"])

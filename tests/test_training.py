@@ -327,7 +327,7 @@ def test_simulated_slides_are_named(trained):
 
 
 FILES = """per_gene.csv split.csv genes.csv recipe.json history.csv predictions.h5ad
-weights.safetensors bootstrap.csv rows.json"""
+weights.safetensors influence.csv rows.json"""
 
 
 def test_the_folder_of_a_row_is_complete(trained):

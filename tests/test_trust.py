@@ -470,30 +470,6 @@ def test_ceilings_are_of_the_log_normalised_truth(trained):
         assert (row["heg_ceiling"] is None) == (row["truth"] == "harmony")
 
 
-def test_draws_over_slides_are_means_of_independent_slides(tmp_path):
-    records, random = [], np.random.default_rng(0)
-    groups = ["heg", "hvg", "mg", "all"]
-    for slide in "123":
-        draws = pd.DataFrame(random.normal(size=(common.DRAWS, 4)), columns=groups)
-        (tmp_path / slide).mkdir()
-        draws.add_prefix("lognorm_").to_csv(tmp_path / slide / "bootstrap.csv", index=False)
-        record = {"slide": slide, "folder": slide, "seed": 42, "fold": int(slide)}
-        records.append(record | {"protocol": "loso"})
-    joined = runner.join_draws(pd.DataFrame(records), tmp_path)
-    assert joined.shape == (common.DRAWS, 4)
-    assert joined[:, 0].std() == pytest.approx(1 / np.sqrt(3), rel=0.1)
-
-
-def test_blocks_of_one_slide_are_not_drawn_with_those_of_another():
-    values = np.random.default_rng(0).normal(size=(2, 40, 1))
-    draws = []
-    for slide in (1, 2):
-        blocks = [f"{slide}:{i // 4}:0" for i in range(40)]
-        spots = pd.DataFrame({"tissue_index": slide, "block": blocks})
-        draws.append(common.bootstrap_means(*values, spots, ["g"], {"all": ["g"]})["all"])
-    assert abs(np.corrcoef(*draws)[0, 1]) < 0.15
-
-
 # -------------------------------------------------------------------------------------------- leaks
 COPIED = {"pixels": ["image", "positions"], "counts": ["matrix", "positions"]}
 
