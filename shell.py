@@ -359,8 +359,8 @@ def end_with(error):
 def run_script(script):
     """Apply the command line to a script's globals and call its main().
 
-    Ends the process with 2 on an InputError, a full disk or the loss of another process of
-    torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
+    Ends the process with 2 on an InputError, a full disk, a limit of the system or the loss of
+    another process of torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
     """
     provide_caches()
     screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
@@ -438,15 +438,31 @@ def can_write_at_home():
     return os.access(usual, os.W_OK)
 
 
+# What the system has no more of, by the number of its error, and what to do about it.
+LIMITS = {
+    errno.ENOSPC: "no space left on the disk: free some and",
+    errno.EDQUOT: "the disk quota is used up: free some of it and",
+    errno.EFBIG: "a file is larger than the system allows: raise the limit (ulimit -f) and",
+    errno.ENOMEM: "not enough memory: give the process more, or the run a smaller batch, and",
+}
+# How torch says so, which raises plain RuntimeErrors; CUDA's and Python's allocators.
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't start new thread")
+
+
 def explain(error):
-    """What outside this program an exception comes from: a full disk, a process that ended; else
-    None.
+    """What outside this program an exception comes from: a full disk, a quota or limit that is
+    used up, a process that ended; else None.
     """
     first = error  # torch and HDF5 raise others on top of the disk's own
     while first.__context__ is not None:
         first = first.__context__
-    if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
-        return "no space left on the disk: free some and"
+    message = str(first)
+    if isinstance(first, OSError):
+        for number, reason in LIMITS.items():
+            if number == first.errno or os.strerror(number) in message:  # HDF5 gives no number.
+                return reason
+    if isinstance(first, MemoryError) or any(words in message for words in NO_MEMORY):
+        return f"{LIMITS[errno.ENOMEM].removesuffix(' and')} ({message or 'MemoryError'}) and"
     distributed = sys.modules.get("torch.distributed")  # If it is not loaded, it raised nothing.
     of_another = distributed is not None and isinstance(first, distributed.DistError)
     if of_another or "gloo/" in str(first):  # gloo's own errors are plain RuntimeErrors.
