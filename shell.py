@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -251,6 +252,7 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     data root must have a slides.csv, and with `dataset` it must have been through script 19. Then
     choose_waiting, which has to come before torch as well.
     """
+    prepare_process()
     script = read_script(path)
     try:
         script |= parse_command(script, sys.argv[1:])
@@ -265,6 +267,16 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     except InputError as error:
         end_with(error)
     choose_waiting()
+
+
+def prepare_process():
+    """Draw figures without a screen, whatever a notebook has set, and print a character that the
+    terminal does not have as a question mark: a run must not end at its last line.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # Read when matplotlib is loaded.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def choose_waiting():

@@ -188,6 +188,49 @@ def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
     assert stdout.count('{"script"') == 1
 
 
+# ------------------------------------------------------------------------------------ environments
+ENVIRONMENTS = {
+    "a notebook's figures": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+    "figures on a screen": {"MPLBACKEND": "tkagg"},
+    "a terminal of ASCII": {"PYTHONIOENCODING": "ascii"},
+    "no locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_script_19_runs_in_any_environment(tmp_path, kind):
+    root = tmp_path / "Größe 肝"
+    root.mkdir()
+    make_root(root)
+    command = [sys.executable, SCRIPTS["19"], "--data-root", root, "--target", "lognorm"]
+    process = start(command, env=os.environ | ENVIRONMENTS[kind])
+    out, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr[-2000:]
+    assert "7 spots, target lognorm" in out
+    assert len(common.load_dataset(root, "lognorm").spots) == 7
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+@pytest.mark.parametrize("number", ["20", "26", "27"])
+def test_scripts_that_draw_are_loaded_in_any_environment(number, kind):
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import shell
+shell.prepare_process()
+print("\\u8089 \\udcfc")
+import matplotlib.figure, runpy
+runpy.run_path({str(SCRIPTS[number])!r})
+print(matplotlib.get_backend())
+"""
+    process = start(
+        [sys.executable, "-X", "utf8=0", "-c", code], env=os.environ | ENVIRONMENTS[kind]
+    )
+    out, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr[-2000:]
+    assert out.splitlines()[-1].lower() == "agg"
+
+
 # ------------------------------------------------------------------------------------------ limits
 def refuse_writing(number, name):
     """Code that has the system refuse to write to files whose name ends so, as a quota does."""
