@@ -66,7 +66,7 @@ class Slide:
     image: Path  # or an .h5 of HEST-1k's patches
     um_per_px: float
     positions: Path | None  # None: a grid is laid over the tissue
-    matrix: Path | None  # a 10x folder or .h5, or an .h5ad; None: there are no counts
+    matrix: Path | None  # a 10x folder or .h5, an .h5ad or a table; None: no counts
 
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
@@ -324,7 +324,8 @@ def lay_blocks(positions, pitch, tissue_index):
 
 
 def read_matrix(path, genome=""):
-    """Counts of one slide from a 10x folder or .h5, or an .h5ad, as AnnData (spots x genes, CSR).
+    """Counts of one slide from a 10x folder or .h5, an .h5ad or a plain table, as AnnData (spots x
+    genes, CSR).
 
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
@@ -336,6 +337,8 @@ def read_matrix_file(path):
     """As read_matrix, of the genes of all genomes."""
     if is_anndata(path):
         return read_anndata_matrix(path)
+    if path.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
+        return read_dense_matrix(path)
     if path.is_file():
         return read_h5_matrix(path)
     return read_matrix_folder(path)
@@ -370,6 +373,34 @@ def find_genomes(table):
     if not len(ids) or ids.isna().any() or ids.nunique() > MOST_GENOMES or (ids != symbols).any():
         return pd.Series(dtype=str)
     return ids
+
+
+def read_dense_matrix(path):
+    """Counts in a plain table, spots x genes or genes x spots, as read_matrix gives them.
+
+    The first line and the first column are names; those that look like barcodes are the spots'.
+    Genes have one name there, which is both id and symbol.
+    """
+    names, table = inputs.read_dense_table(path)
+    of_rows, of_columns = (look_like_barcodes(part) for part in (table.index, names))
+    if of_rows == of_columns:
+        raise InputError(
+            f"{path}: neither rows, as {table.index[0]}, nor columns, as {names[0]}, are spots "
+            "alone: name the spots of one of them by their barcodes, as AAACAAGTATCTCCCA-1 or 10x13"
+        )
+    counts, barcodes, genes = table.to_numpy(), table.index, names
+    if of_columns:
+        counts, barcodes, genes = counts.T, names, table.index
+    inputs.check_unique(barcodes, "barcode", path)
+    inputs.check_unique(genes, "gene", path)
+    var = pd.DataFrame({"name": [*genes]}, index=[*genes])
+    return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
+
+
+def look_like_barcodes(names):
+    """Whether most names are barcodes: letters as 10x has, or ST's place on the array, 10x13."""
+    pattern = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
+    return pd.Series(names).str.fullmatch(pattern).mean() > 0.5
 
 
 def read_h5_matrix(path):
@@ -510,7 +541,8 @@ def find_part(folder, *names):
             if path.exists():
                 return path
     for name in names:
-        pattern = re.compile(rf".+[_.-]{re.escape(name)}(\.gz)?")
+        # Hidden files are a Mac's ._NAME beside every file, or a program's own.
+        pattern = re.compile(rf"[^.].*[_.-]{re.escape(name)}(\.gz)?")
         found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
         if len(found) > 1:
             raise InputError(

@@ -5,6 +5,7 @@ belong together, spots that do not count, odd names. Each is read rightly, or re
 import csv
 import gzip
 import json
+import re
 import shutil
 
 import anndata
@@ -289,6 +290,92 @@ def test_matrix_folders_of_geo_and_of_old_versions(tmp_path, kind):
     _, table, patches = make_dataset(tmp_path)
     for slide in (1, 2):
         check_spots(table, patches, slide, paint(slide), 36)
+
+
+def litter(folder):
+    """What a Mac leaves beside every file of a folder on a disk of another system."""
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + bytes(60))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_hidden_files_of_a_mac_are_no_sample(tmp_path, kind):
+    make_slides(tmp_path)
+    change_parts(tmp_path, PARTS[kind])
+    for slide in (1, 2):
+        litter(tmp_path / f"matrix{slide}")
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+# name of the file: (separator, whether genes are rows, whether there is a head above row names)
+DENSE = {
+    "counts.tsv": ("\t", False, True),
+    "counts.tsv.gz": ("\t", False, False),
+    "counts.csv": (",", True, True),
+    "counts.csv.gz": (";", True, True),
+    "counts.txt": (" ", True, False),
+}
+
+
+def write_dense(path, counts, barcodes, separator, turned, head):
+    """Counts (spots, genes) as a plain table."""
+    table = pd.DataFrame(counts, index=[*barcodes], columns=GENES)
+    table = table.T if turned else table
+    text = table.to_csv(sep=separator)
+    text = text if head else text[1:]  # as R's write.table
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("of_st", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_counts_as_a_plain_table(tmp_path, name, of_st):
+    counts, barcodes = draw_counts(36, 1), spot_array()["barcode"]
+    if of_st:
+        barcodes = [f"{number // 6}x{number % 6}" for number in range(36)]
+    write_dense(tmp_path / name, counts, barcodes, *DENSE[name])
+    table = slides.read_matrix(tmp_path / name)
+    assert [*table.obs_names] == [*barcodes]
+    assert [*table.var_names] == [*table.var["name"]] == GENES
+    assert np.array_equal(table.X.toarray(), counts)
+
+
+def test_slides_whose_counts_are_plain_tables_either_way_round(tmp_path):
+    make_slides(tmp_path)
+    for slide, name in ((1, "counts.tsv.gz"), (2, "counts.csv")):
+        path = tmp_path / f"slide{slide}_{name}"
+        write_dense(path, draw_counts(36, slide), spot_array()["barcode"], *DENSE[name])
+    edit_manifest(tmp_path, matrix=["slide1_counts.tsv.gz", "slide2_counts.csv"])
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+def test_names_of_a_plain_table_are_text(tmp_path):
+    (tmp_path / "counts.csv").write_text("gene,1x1,1x2\nNA,1,2\n7,3,4\nnan,5,6\n")
+    assert [*slides.read_matrix(tmp_path / "counts.csv").var_names] == ["NA", "7", "nan"]
+
+
+BAD_DENSE = {
+    "no barcode": ("gene,a,b\nX,1,2\nY,3,4\n", ["as X", "as a", "barcodes"]),
+    "a text": ("gene,1x1,1x2\nX,1,many\n", ["many"]),
+    "cells that lack": ("gene,1x1,1x2\nX,1\n", ["2 names|3 names", "1 columns"]),
+    "a gene twice": ("gene,1x1,1x2\nX,1,2\nX,3,4\n", ["gene X", "twice"]),
+    "nothing": ("", ["not a table of counts"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DENSE)
+def test_tables_that_hold_no_counts_are_refused(tmp_path, kind):
+    text, words = BAD_DENSE[kind]
+    path = tmp_path / "counts.csv"
+    path.write_text(text)
+    with pytest.raises(shell.InputError, match=str(path)) as caught:
+        slides.read_matrix(path)
+    for word in words:
+        assert re.search(word, str(caught.value))
 
 
 def test_two_samples_in_one_folder_are_refused(tmp_path, capsys):
