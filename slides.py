@@ -9,6 +9,7 @@ pixels read in imaging.py. What cannot be read raises InputError.
 import io
 import os
 import re
+import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass, fields
@@ -162,13 +163,27 @@ def read_manifest_row(root, row):
     )
 
 
+def spell_path(path):
+    """The path, with the separators of Windows as well, as file systems may spell it.
+
+    A Mac's disk has accents as characters of their own, and archives of Windows have bytes of
+    Latin-1.
+    """
+    for spelling in (path, path.replace("\\", "/")):
+        yield spelling
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, spelling)
+        composed = unicodedata.normalize("NFC", spelling)
+        yield os.fsdecode(composed.encode("cp1252", "replace"))
+
+
 def find_named(root, row, column):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
         return None
-    if not (root / value).exists():
-        value = value.replace("\\", "/")  # as Windows writes paths
+    spellings = (spelling for spelling in spell_path(value) if (root / spelling).exists())
+    value = next(spellings, value.replace("\\", "/"))
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
     if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100

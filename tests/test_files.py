@@ -5,8 +5,10 @@ belong together, spots that do not count, odd names. Each is read rightly, or re
 import csv
 import gzip
 import json
+import os
 import re
 import shutil
+import unicodedata
 
 import anndata
 import h5py
@@ -223,6 +225,32 @@ def test_paths_of_windows(tmp_path):
     (tmp_path / "image1.tif").rename(tmp_path / "images" / "image1.tif")
     edit_manifest(tmp_path, image=["images\\image1.tif", "image2.tif"])
     assert slides.read_manifest(tmp_path)[0].image == tmp_path / "images" / "image1.tif"
+
+
+# how a file's name is spelt on the disk: from the text in slides.csv
+SPELLINGS = {
+    "decomposed, of a Mac": lambda name: unicodedata.normalize("NFD", name),
+    "composed": lambda name: unicodedata.normalize("NFC", name),
+    "Latin-1": lambda name: os.fsdecode(unicodedata.normalize("NFC", name).encode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_names_are_found_however_a_disk_spells_them(tmp_path, kind, form):
+    make_slides(tmp_path)
+    names = [f"Gewebe_Müller_é{ending}" for ending in (".tif", ".csv", "")]
+    for name, before in zip(names, ("image1.tif", "positions1.csv", "matrix1"), strict=True):
+        (tmp_path / before).rename(tmp_path / SPELLINGS[kind](name))
+    image, positions, matrix = [unicodedata.normalize(form, name) for name in names]
+    edit_manifest(
+        tmp_path,
+        image=[image, "image2.tif"],
+        positions=[positions, "positions2.csv"],
+        matrix=[matrix, "matrix2"],
+    )
+    _, table, patches = make_dataset(tmp_path)
+    check_spots(table, patches, 1, paint(1), 36)
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
