@@ -228,6 +228,7 @@ def parse_positions(path, table, separator):
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
     for column in POSITION_COLUMNS[1:]:
+        check_thousands(path, table, column, separator)
         numbers = inputs.parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
         if unknown.any():
@@ -242,6 +243,23 @@ def parse_positions(path, table, separator):
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
+
+
+def check_thousands(path, table, column, separator):
+    """InputError where spreadsheets of Europe may have written 1234 as 1.234.
+
+    That is where semicolons separate the cells, and no number is without a point and above 999.
+    """
+    if separator != ";":
+        return
+    texts = table[column].astype(str)
+    dotted = texts.str.fullmatch(r"[1-9]\d{0,2}(\.\d{3})+")
+    if dotted.any() and (dotted | texts.str.fullmatch(r"\d{1,3}")).all():
+        barcode, text = table.loc[dotted, ["barcode", column]].iloc[0]
+        raise InputError(
+            f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
+            "export the numbers without separators of thousands"
+        )
 
 
 def read_anndata_positions(path):

@@ -760,3 +760,33 @@ def test_check_goes_on_after_a_slide_that_is_refused(tmp_path, capsys):
     assert "1 of 2 slides cannot be used" in printed.err and printed.err.count("\n") == 1
     assert "36 kept; 0 left out" in printed.out
     assert not list(tmp_path.glob("*dataset*"))
+
+
+@pytest.mark.parametrize("column", ["pxl_row", "pxl_col"])
+def test_thousands_of_a_spreadsheet_are_refused_by_name(tmp_path, capsys, column):
+    make_slides(tmp_path)
+    table = spot_array().rename(columns=FULLRES)
+    name = FULLRES[column]
+    table[name] = table[name].map(lambda value: f"{value:,}".replace(",", "."))
+    table.to_csv(tmp_path / "positions1.csv", sep=";", index=False)
+    refuse(capsys, tmp_path, "positions1.csv", f"{column} '1.", "without separators of thousands")
+
+
+def test_decimals_under_semicolons_are_no_thousands(tmp_path):
+    table = spot_array().rename(columns=FULLRES)
+    for name in FULLRES.values():
+        table[name] = table[name].map(lambda value: f"{value + 0.125:.3f}")
+    table.to_csv(tmp_path / "positions.csv", sep=";", index=False)
+    read = slides.read_positions(tmp_path / "positions.csv")
+    assert [*read["pxl_row"]] == [*spot_array()["pxl_row"]]
+
+
+def test_check_needs_no_folder_to_write_to(tmp_path, monkeypatch):
+    make_slides(tmp_path)
+
+    def refuse_to_write(folder):
+        raise AssertionError(f"{folder} is written to")
+
+    monkeypatch.setattr(shell, "hold_folder", refuse_to_write)
+    assert "2 slides can be used" in stdout_of("19", data_root=tmp_path, check=True)
+    assert not (tmp_path / ".lock").exists()
