@@ -74,6 +74,17 @@ CHECK = False  # true = say what is found and what fits, and write no patches
 THUMBNAIL = True  # false = no thumbnails; of a tiled slide only what the patches need is decoded
 # -------------------------------------------------------------------------------------------
 
+# Patterns of the files in dataset/; meta.json is the last, as exchange_files needs it.
+WRITTEN = (
+    "patches.npy",
+    "lognorm.npy",
+    "target.npy",
+    "dataset.csv",
+    "counts.h5ad",
+    "contact_sheet.png",
+    "thumbnail_*.png",
+    "meta.json",
+)
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
 LOST_GENES = 20  # genes of a panel that a warning names at most
@@ -442,24 +453,61 @@ def is_simulated(root):
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """Give an empty folder beside `folder`; move its files there at the end, meta.json last.
+    """Give an empty folder inside `folder`; move its files into `folder` at the end.
 
-    On failure nothing moves. meta.json of the old files goes first, and no reader takes a folder
-    without it, so no mixture is ever read.
+    On failure nothing moves. Where `folder` is a link, its target is used. The folder of work lies
+    inside, so that files are renamed on one file system wherever that is.
     """
-    work = folder.with_name(f".{folder.name}")  # of a run that was killed, perhaps
+    folder = folder.resolve()
+    was_there = folder.exists()
+    make_folder(folder)
+    work = folder / ".new"  # of a run that was killed, perhaps
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     try:
         yield work
-        folder.mkdir(exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
-        for path in sorted(work.iterdir(), key=lambda path: path.name == "meta.json"):
-            path.replace(folder / path.name)
+        exchange_files(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def make_folder(folder):
+    """Make a folder for the files of this script. InputError where something is in their place."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: a file, where the dataset's folder belongs: move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in find_written(folder):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder, where a file of this script belongs: move it away")
+
+
+def find_written(folder):
+    """The paths in a folder whose names this script gives."""
+    return [path for name in WRITTEN for path in sorted(folder.glob(name))]
+
+
+def exchange_files(work, folder):
+    """Move the files of `work` into `folder`, and what this script wrote there before out of it.
+
+    Either all files move or none; others stay. No reader takes a folder without meta.json, which
+    goes first and comes last, so no mixture is ever read.
+    """
+    old = work / "old"
+    moves = [(path, old / path.name) for path in reversed(find_written(folder))]
+    moves += [(path, folder / path.name) for path in find_written(work)]
+    old.mkdir()
+    begun = []
+    try:
+        for source, target in moves:
+            begun.append((source, target))
+            source.replace(target)
+    except BaseException:
+        for source, target in reversed(begun):
+            if not source.exists():
+                target.replace(source)
+        raise
 
 
 def write_patches(out, manifest, obs, thumbnails):
@@ -848,7 +896,8 @@ def main():
         samples.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
     manifest = slides.read_manifest(root)
-    shell.hold_folder(root)
+    if not CHECK:  # It writes nothing, and may look at what it cannot write to.
+        shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
     if len(have_counts) > 1:
         raise InputError(

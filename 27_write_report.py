@@ -595,7 +595,7 @@ def write_report(run, facts):
         lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
         parts.append(as_table(caption.capitalize(), lines))
     with shell.whole_file(run / "report.html") as path:
-        path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8")
+        path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8", errors="replace")
 
 
 def main():

@@ -116,6 +116,39 @@ def split_cells(path):
     return rows, separator
 
 
+def read_dense_table(path):
+    """(names of the columns, table of numbers whose index are the names of the rows) of a file.
+
+    The cell above the names of the rows may be there or not. Names may stand there twice.
+    """
+    try:
+        text = decode_text(read_bytes(path)).lstrip("\r\n")
+        separator = find_separator(text)
+        table = pd.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            header=None,
+            skiprows=1,
+            converters={0: str.strip},  # A gene may be called NA.
+        ).set_index(0)
+        heads = next(csv.reader(io.StringIO(text), delimiter=separator))
+        table = table.astype(float)
+    except (ValueError, csv.Error, OSError, EOFError, zlib.error, StopIteration) as error:
+        raise InputError(
+            f"{path}: not a table of counts ({error}): expected names in its first line and "
+            "first column, and numbers"
+        ) from None
+    names = [head.strip() for head in heads]
+    if len(names) == table.shape[1] + 1:
+        names = names[1:]  # R's write.table gives row names no head.
+    if len(names) != table.shape[1] or table.empty:
+        raise InputError(
+            f"{path}: {len(names)} names in the first line and {table.shape[1]} columns of "
+            "counts; expected as many"
+        )
+    return names, table
+
+
 def normalise_name(cell):
     """A column's name in lower case, with underscores for all that is no letter or number."""
     return re.sub(r"[\W_]+", "_", cell.lower()).strip("_")

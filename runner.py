@@ -593,7 +593,7 @@ def name_folder(setting, made_with):
 def collect_records(out):
     """Write rows.csv: every record in the folders of `out` that this version's numbers are in."""
     records = []
-    for path in sorted(out.glob("*/rows.json")):
+    for path in sorted(out.glob("[!.]*/rows.json")):
         made_with = json.loads(path.with_name("recipe.json").read_text())
         if made_with.get("results") == common.RESULTS:
             records += json.loads(path.read_text())

@@ -530,7 +530,7 @@ def read_splits(folder):
     InputError where a file of a fold is missing, or a sample has both roles in one.
     """
     numbers = []
-    for path in (folder / "splits").glob("*.csv"):
+    for path in (folder / "splits").glob("[!.]*.csv"):
         numbers += re.findall(r"^(?:train|test)_(\d+)$", path.stem)
     n_folds = max(map(int, numbers), default=0) + 1
     parts = []

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -251,6 +252,7 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     data root must have a slides.csv, and with `dataset` it must have been through script 19. Then
     choose_waiting, which has to come before torch as well.
     """
+    prepare_process()
     script = read_script(path)
     try:
         script |= parse_command(script, sys.argv[1:])
@@ -265,6 +267,16 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     except InputError as error:
         end_with(error)
     choose_waiting()
+
+
+def prepare_process():
+    """Draw figures without a screen, whatever a notebook has set, and print a character that the
+    terminal does not have as a question mark: a run must not end at its last line.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # Read when matplotlib is loaded.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def choose_waiting():
@@ -359,8 +371,8 @@ def end_with(error):
 def run_script(script):
     """Apply the command line to a script's globals and call its main().
 
-    Ends the process with 2 on an InputError, a full disk or the loss of another process of
-    torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
+    Ends the process with 2 on an InputError, a full disk, a limit of the system or the loss of
+    another process of torchrun's, with 130 on Ctrl-C. Of torchrun's processes the first one prints.
     """
     provide_caches()
     screen = open(os.devnull, "w") if RANK else sys.stdout  # noqa: SIM115 - open to the end
@@ -438,15 +450,31 @@ def can_write_at_home():
     return os.access(usual, os.W_OK)
 
 
+# What the system has no more of, by the number of its error, and what to do about it.
+LIMITS = {
+    errno.ENOSPC: "no space left on the disk: free some and",
+    errno.EDQUOT: "the disk quota is used up: free some of it and",
+    errno.EFBIG: "a file is larger than the system allows: raise the limit (ulimit -f) and",
+    errno.ENOMEM: "not enough memory: give the process more, or the run a smaller batch, and",
+}
+# How torch says so, which raises plain RuntimeErrors; CUDA's and Python's allocators.
+NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't start new thread")
+
+
 def explain(error):
-    """What outside this program an exception comes from: a full disk, a process that ended; else
-    None.
+    """What outside this program an exception comes from: a full disk, a quota or limit that is
+    used up, a process that ended; else None.
     """
     first = error  # torch and HDF5 raise others on top of the disk's own
     while first.__context__ is not None:
         first = first.__context__
-    if isinstance(first, OSError) and os.strerror(errno.ENOSPC) in str(first):
-        return "no space left on the disk: free some and"
+    message = str(first)
+    if isinstance(first, OSError):
+        for number, reason in LIMITS.items():
+            if number == first.errno or os.strerror(number) in message:  # HDF5 gives no number.
+                return reason
+    if isinstance(first, MemoryError) or any(words in message for words in NO_MEMORY):
+        return f"{LIMITS[errno.ENOMEM].removesuffix(' and')} ({message or 'MemoryError'}) and"
     distributed = sys.modules.get("torch.distributed")  # If it is not loaded, it raised nothing.
     of_another = distributed is not None and isinstance(first, distributed.DistError)
     if of_another or "gloo/" in str(first):  # gloo's own errors are plain RuntimeErrors.

@@ -9,6 +9,7 @@ pixels read in imaging.py. What cannot be read raises InputError.
 import io
 import os
 import re
+import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass, fields
@@ -66,7 +67,7 @@ class Slide:
     image: Path  # or an .h5 of HEST-1k's patches
     um_per_px: float
     positions: Path | None  # None: a grid is laid over the tissue
-    matrix: Path | None  # a 10x folder or .h5, or an .h5ad; None: there are no counts
+    matrix: Path | None  # a 10x folder or .h5, an .h5ad or a table; None: no counts
 
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
@@ -162,13 +163,27 @@ def read_manifest_row(root, row):
     )
 
 
+def spell_path(path):
+    """The path, with the separators of Windows as well, as file systems may spell it.
+
+    A Mac's disk has accents as characters of their own, and archives of Windows have bytes of
+    Latin-1.
+    """
+    for spelling in (path, path.replace("\\", "/")):
+        yield spelling
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, spelling)
+        composed = unicodedata.normalize("NFC", spelling)
+        yield os.fsdecode(composed.encode("cp1252", "replace"))
+
+
 def find_named(root, row, column):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
         return None
-    if not (root / value).exists():
-        value = value.replace("\\", "/")  # as Windows writes paths
+    spellings = (spelling for spelling in spell_path(value) if (root / spelling).exists())
+    value = next(spellings, value.replace("\\", "/"))
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
     if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
@@ -213,6 +228,7 @@ def parse_positions(path, table, separator):
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
     for column in POSITION_COLUMNS[1:]:
+        check_thousands(path, table, column, separator)
         numbers = inputs.parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
         if unknown.any():
@@ -227,6 +243,23 @@ def parse_positions(path, table, separator):
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
     return table.set_index("barcode")
+
+
+def check_thousands(path, table, column, separator):
+    """InputError where spreadsheets of Europe may have written 1234 as 1.234.
+
+    That is where semicolons separate the cells, and no number is without a point and above 999.
+    """
+    if separator != ";":
+        return
+    texts = table[column].astype(str)
+    dotted = texts.str.fullmatch(r"[1-9]\d{0,2}(\.\d{3})+")
+    if dotted.any() and (dotted | texts.str.fullmatch(r"\d{1,3}")).all():
+        barcode, text = table.loc[dotted, ["barcode", column]].iloc[0]
+        raise InputError(
+            f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
+            "export the numbers without separators of thousands"
+        )
 
 
 def read_anndata_positions(path):
@@ -324,7 +357,8 @@ def lay_blocks(positions, pitch, tissue_index):
 
 
 def read_matrix(path, genome=""):
-    """Counts of one slide from a 10x folder or .h5, or an .h5ad, as AnnData (spots x genes, CSR).
+    """Counts of one slide from a 10x folder or .h5, an .h5ad or a plain table, as AnnData (spots x
+    genes, CSR).
 
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
@@ -336,6 +370,8 @@ def read_matrix_file(path):
     """As read_matrix, of the genes of all genomes."""
     if is_anndata(path):
         return read_anndata_matrix(path)
+    if path.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
+        return read_dense_matrix(path)
     if path.is_file():
         return read_h5_matrix(path)
     return read_matrix_folder(path)
@@ -370,6 +406,34 @@ def find_genomes(table):
     if not len(ids) or ids.isna().any() or ids.nunique() > MOST_GENOMES or (ids != symbols).any():
         return pd.Series(dtype=str)
     return ids
+
+
+def read_dense_matrix(path):
+    """Counts in a plain table, spots x genes or genes x spots, as read_matrix gives them.
+
+    The first line and the first column are names; those that look like barcodes are the spots'.
+    Genes have one name there, which is both id and symbol.
+    """
+    names, table = inputs.read_dense_table(path)
+    of_rows, of_columns = (look_like_barcodes(part) for part in (table.index, names))
+    if of_rows == of_columns:
+        raise InputError(
+            f"{path}: neither rows, as {table.index[0]}, nor columns, as {names[0]}, are spots "
+            "alone: name the spots of one of them by their barcodes, as AAACAAGTATCTCCCA-1 or 10x13"
+        )
+    counts, barcodes, genes = table.to_numpy(), table.index, names
+    if of_columns:
+        counts, barcodes, genes = counts.T, names, table.index
+    inputs.check_unique(barcodes, "barcode", path)
+    inputs.check_unique(genes, "gene", path)
+    var = pd.DataFrame({"name": [*genes]}, index=[*genes])
+    return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
+
+
+def look_like_barcodes(names):
+    """Whether most names are barcodes: letters as 10x has, or ST's place on the array, 10x13."""
+    pattern = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
+    return pd.Series(names).str.fullmatch(pattern).mean() > 0.5
 
 
 def read_h5_matrix(path):
@@ -510,7 +574,8 @@ def find_part(folder, *names):
             if path.exists():
                 return path
     for name in names:
-        pattern = re.compile(rf".+[_.-]{re.escape(name)}(\.gz)?")
+        # Hidden files are a Mac's ._NAME beside every file, or a program's own.
+        pattern = re.compile(rf"[^.].*[_.-]{re.escape(name)}(\.gz)?")
         found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
         if len(found) > 1:
             raise InputError(

@@ -372,7 +372,7 @@ def test_script_19_refuses(tmp_path, case, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before, (
         "the old one is whole"
     )
-    assert not list(tmp_path.glob(".dataset*")) and not list(tmp_path.glob("dataset/.partial*"))
+    assert not list(tmp_path.glob("dataset/.new")) and not list(tmp_path.glob("dataset/.partial*"))
 
 
 def check_one_line(capsys, words):

@@ -5,7 +5,10 @@ belong together, spots that do not count, odd names. Each is read rightly, or re
 import csv
 import gzip
 import json
+import os
+import re
 import shutil
+import unicodedata
 
 import anndata
 import h5py
@@ -224,6 +227,32 @@ def test_paths_of_windows(tmp_path):
     assert slides.read_manifest(tmp_path)[0].image == tmp_path / "images" / "image1.tif"
 
 
+# how a file's name is spelt on the disk: from the text in slides.csv
+SPELLINGS = {
+    "decomposed, of a Mac": lambda name: unicodedata.normalize("NFD", name),
+    "composed": lambda name: unicodedata.normalize("NFC", name),
+    "Latin-1": lambda name: os.fsdecode(unicodedata.normalize("NFC", name).encode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_names_are_found_however_a_disk_spells_them(tmp_path, kind, form):
+    make_slides(tmp_path)
+    names = [f"Gewebe_Müller_é{ending}" for ending in (".tif", ".csv", "")]
+    for name, before in zip(names, ("image1.tif", "positions1.csv", "matrix1"), strict=True):
+        (tmp_path / before).rename(tmp_path / SPELLINGS[kind](name))
+    image, positions, matrix = [unicodedata.normalize(form, name) for name in names]
+    edit_manifest(
+        tmp_path,
+        image=[image, "image2.tif"],
+        positions=[positions, "positions2.csv"],
+        matrix=[matrix, "matrix2"],
+    )
+    _, table, patches = make_dataset(tmp_path)
+    check_spots(table, patches, 1, paint(1), 36)
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_gene_sets_of_spreadsheets(tmp_path, separator):
     text = "\ufeffgroup,gene\r\nHEG,NA\r\nMG, ALB \r\n".replace(",", separator)
@@ -289,6 +318,92 @@ def test_matrix_folders_of_geo_and_of_old_versions(tmp_path, kind):
     _, table, patches = make_dataset(tmp_path)
     for slide in (1, 2):
         check_spots(table, patches, slide, paint(slide), 36)
+
+
+def litter(folder):
+    """What a Mac leaves beside every file of a folder on a disk of another system."""
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + bytes(60))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_hidden_files_of_a_mac_are_no_sample(tmp_path, kind):
+    make_slides(tmp_path)
+    change_parts(tmp_path, PARTS[kind])
+    for slide in (1, 2):
+        litter(tmp_path / f"matrix{slide}")
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+# name of the file: (separator, whether genes are rows, whether there is a head above row names)
+DENSE = {
+    "counts.tsv": ("\t", False, True),
+    "counts.tsv.gz": ("\t", False, False),
+    "counts.csv": (",", True, True),
+    "counts.csv.gz": (";", True, True),
+    "counts.txt": (" ", True, False),
+}
+
+
+def write_dense(path, counts, barcodes, separator, turned, head):
+    """Counts (spots, genes) as a plain table."""
+    table = pd.DataFrame(counts, index=[*barcodes], columns=GENES)
+    table = table.T if turned else table
+    text = table.to_csv(sep=separator)
+    text = text if head else text[1:]  # as R's write.table
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("of_st", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_counts_as_a_plain_table(tmp_path, name, of_st):
+    counts, barcodes = draw_counts(36, 1), spot_array()["barcode"]
+    if of_st:
+        barcodes = [f"{number // 6}x{number % 6}" for number in range(36)]
+    write_dense(tmp_path / name, counts, barcodes, *DENSE[name])
+    table = slides.read_matrix(tmp_path / name)
+    assert [*table.obs_names] == [*barcodes]
+    assert [*table.var_names] == [*table.var["name"]] == GENES
+    assert np.array_equal(table.X.toarray(), counts)
+
+
+def test_slides_whose_counts_are_plain_tables_either_way_round(tmp_path):
+    make_slides(tmp_path)
+    for slide, name in ((1, "counts.tsv.gz"), (2, "counts.csv")):
+        path = tmp_path / f"slide{slide}_{name}"
+        write_dense(path, draw_counts(36, slide), spot_array()["barcode"], *DENSE[name])
+    edit_manifest(tmp_path, matrix=["slide1_counts.tsv.gz", "slide2_counts.csv"])
+    _, table, patches = make_dataset(tmp_path)
+    for slide in (1, 2):
+        check_spots(table, patches, slide, paint(slide), 36)
+
+
+def test_names_of_a_plain_table_are_text(tmp_path):
+    (tmp_path / "counts.csv").write_text("gene,1x1,1x2\nNA,1,2\n7,3,4\nnan,5,6\n")
+    assert [*slides.read_matrix(tmp_path / "counts.csv").var_names] == ["NA", "7", "nan"]
+
+
+BAD_DENSE = {
+    "no barcode": ("gene,a,b\nX,1,2\nY,3,4\n", ["as X", "as a", "barcodes"]),
+    "a text": ("gene,1x1,1x2\nX,1,many\n", ["many"]),
+    "cells that lack": ("gene,1x1,1x2\nX,1\n", ["2 names|3 names", "1 columns"]),
+    "a gene twice": ("gene,1x1,1x2\nX,1,2\nX,3,4\n", ["gene X", "twice"]),
+    "nothing": ("", ["not a table of counts"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DENSE)
+def test_tables_that_hold_no_counts_are_refused(tmp_path, kind):
+    text, words = BAD_DENSE[kind]
+    path = tmp_path / "counts.csv"
+    path.write_text(text)
+    with pytest.raises(shell.InputError, match=str(path)) as caught:
+        slides.read_matrix(path)
+    for word in words:
+        assert re.search(word, str(caught.value))
 
 
 def test_two_samples_in_one_folder_are_refused(tmp_path, capsys):
@@ -645,3 +760,33 @@ def test_check_goes_on_after_a_slide_that_is_refused(tmp_path, capsys):
     assert "1 of 2 slides cannot be used" in printed.err and printed.err.count("\n") == 1
     assert "36 kept; 0 left out" in printed.out
     assert not list(tmp_path.glob("*dataset*"))
+
+
+@pytest.mark.parametrize("column", ["pxl_row", "pxl_col"])
+def test_thousands_of_a_spreadsheet_are_refused_by_name(tmp_path, capsys, column):
+    make_slides(tmp_path)
+    table = spot_array().rename(columns=FULLRES)
+    name = FULLRES[column]
+    table[name] = table[name].map(lambda value: f"{value:,}".replace(",", "."))
+    table.to_csv(tmp_path / "positions1.csv", sep=";", index=False)
+    refuse(capsys, tmp_path, "positions1.csv", f"{column} '1.", "without separators of thousands")
+
+
+def test_decimals_under_semicolons_are_no_thousands(tmp_path):
+    table = spot_array().rename(columns=FULLRES)
+    for name in FULLRES.values():
+        table[name] = table[name].map(lambda value: f"{value + 0.125:.3f}")
+    table.to_csv(tmp_path / "positions.csv", sep=";", index=False)
+    read = slides.read_positions(tmp_path / "positions.csv")
+    assert [*read["pxl_row"]] == [*spot_array()["pxl_row"]]
+
+
+def test_check_needs_no_folder_to_write_to(tmp_path, monkeypatch):
+    make_slides(tmp_path)
+
+    def refuse_to_write(folder):
+        raise AssertionError(f"{folder} is written to")
+
+    monkeypatch.setattr(shell, "hold_folder", refuse_to_write)
+    assert "2 slides can be used" in stdout_of("19", data_root=tmp_path, check=True)
+    assert not (tmp_path / ".lock").exists()

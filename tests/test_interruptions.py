@@ -9,13 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import safetensors
 import torch
-from conftest import REPOSITORY, TIMING, TINY, TINY_SEARCH, flags_of, run_script, without_timing
+from conftest import (
+    REPOSITORY,
+    TIMING,
+    TINY,
+    TINY_SEARCH,
+    flags_of,
+    load_script,
+    run_script,
+    without_timing,
+)
 from test_patches import make_root
 
 import common
@@ -91,7 +102,7 @@ def slides_of(script, simulated, folder):
 
 def has_begun(script, data, out):
     """Whether a run writes: 19 its folder of work, the others their results."""
-    return (data / ".dataset").is_dir() if script == "19" else out.is_dir()
+    return (data / "dataset" / ".new").is_dir() if script == "19" else out.is_dir()
 
 
 def is_late(script, data, out):
@@ -99,7 +110,7 @@ def is_late(script, data, out):
     row.
     """
     if script == "19":
-        return (data / ".dataset" / "counts.h5ad").exists()
+        return (data / "dataset" / ".new" / "counts.h5ad").exists()
     return bool([*out.glob("*/checkpoint.pt"), *out.glob("*/rows.json")])
 
 
@@ -154,7 +165,7 @@ def kill_at_random(script, number, simulated, folder, undisturbed):
     finish(command)
     assert results(data / "dataset" if script == "19" else out) == whole
     assert not list(folder.rglob(".partial-*")), "nothing half-written stays"
-    assert not (data / ".dataset").exists()
+    assert not (data / "dataset" / ".new").exists()
 
 
 @pytest.mark.parametrize("script, number", [("19", 0), ("20", 0), ("20", 1), ("22", 0), ("22", 1)])
@@ -286,7 +297,7 @@ def test_a_disk_that_is_too_small_for_resampling(small_disk):
     assert stderr.count("error: ") == 1
     assert "no space left" in stderr
     assert not (data / "dataset").exists()
-    assert not (data / ".dataset").exists()
+    assert not (data / "dataset" / ".new").exists()
 
 
 @pytest.mark.parametrize("script", ["19", "20"])
@@ -312,6 +323,101 @@ sys.stdin.read()
     first.kill()  # The lock goes with it, however it ends.
     first.communicate()
     finish(command)
+
+
+# ------------------------------------------------------------------------- exchange of a dataset
+FOREIGN = {
+    "a notebook's folder": ".ipynb_checkpoints/dataset-checkpoint.csv",
+    "a folder of somebody": "figures/deep/one.png",
+    "a note": "notes.txt",
+    "a Mac's": "._meta.json",
+    "a link to nothing": None,
+}
+
+
+def put_foreign(folder, name):
+    """Put a file that script 19 did not write into a folder; returns its path."""
+    if name is None:
+        (folder / "link").symlink_to("nowhere")
+        return folder / "link"
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_others_put_into_dataset_stays_when_it_is_made_anew(tmp_path, kind):
+    make_root(tmp_path)
+    options = {"data_root": tmp_path, "target": "lognorm"}
+    assert run_script("19", **options) == 0
+    folder = tmp_path / "dataset"
+    (folder / "thumbnail_of_a_slide_before.png").write_text("old")
+    (folder / "target.npy").write_text("old")
+    path = put_foreign(folder, FOREIGN[kind])
+    assert run_script("19", **options, thumbnail=False) == 0
+    assert path.is_symlink() or path.read_text() == "mine"
+    assert not (folder / "target.npy").exists(), "19's own files of before go"
+    assert not list(folder.glob("thumbnail_*")) and not (folder / ".new").exists()
+    assert len(common.load_dataset(tmp_path, "lognorm").spots) == 7
+
+
+@pytest.mark.parametrize("kind", ["another disk", "beside", "not there yet"])
+def test_a_linked_dataset_is_made_where_the_link_leads(tmp_path, kind):
+    root = tmp_path / "root"
+    root.mkdir()
+    make_root(root)
+    other = tempfile.mkdtemp(dir="/dev/shm") if kind == "another disk" else tmp_path / "elsewhere"
+    target = Path(other, "mine")
+    if kind != "not there yet":
+        target.mkdir(parents=True)
+    (root / "dataset").symlink_to(target)
+    try:
+        for thumbnail in (True, False):  # A second time it is exchanged.
+            options = {"target": "lognorm", "thumbnail": thumbnail}
+            assert run_script("19", data_root=root, **options) == 0
+            assert (root / "dataset").is_symlink()
+            assert (target / "meta.json").is_file()
+            assert not list(target.glob(".*"))
+        assert len(common.load_dataset(root, "lognorm").spots) == 7
+    finally:
+        shutil.rmtree(other, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "patches.npy", "thumbnail_S1.png", ""])
+def test_what_is_in_the_place_of_a_dataset_is_told_at_the_start(tmp_path, capsys, name):
+    make_root(tmp_path)
+    path = tmp_path / "dataset" / name
+    if name:
+        path.mkdir(parents=True)
+    else:
+        path.write_text("a file")
+    assert run_script("19", data_root=tmp_path, target="lognorm") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: a ") and error.endswith("move it away\n")
+    assert path.exists()
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_an_exchange_that_fails_at_any_file_moves_none(tmp_path, monkeypatch, number):
+    script = load_script("19")
+    names = ("patches.npy", "dataset.csv", "meta.json")
+    for name in names:
+        (tmp_path / name).write_text("old")
+    replace, calls = Path.replace, []
+
+    def fail_once(path, target):
+        calls.append(target)
+        if len(calls) == number + 1:
+            raise OSError(5, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    with pytest.raises(OSError, match="Input/output"), script.whole_folder(tmp_path) as work:
+        for name in names:
+            (work / name).write_text("new")
+    assert results(tmp_path).keys() == set(names)
+    assert {(tmp_path / name).read_text() for name in names} == {"old"}
 
 
 def test_numbers_in_rows_csv_round_trip(trained):

@@ -4,7 +4,9 @@ others than torchrun, systems that cannot reserve disk space.
 
 import errno
 import fcntl
+import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, TINY, flags_of, run_script
 from test_interruptions import SCRIPTS, start
 from test_patches import make_root
@@ -183,6 +186,132 @@ def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert stdout.count('{"script"') == 1
+
+
+# ------------------------------------------------------------------------------------ environments
+ENVIRONMENTS = {
+    "a notebook's figures": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+    "figures on a screen": {"MPLBACKEND": "tkagg"},
+    "a terminal of ASCII": {"PYTHONIOENCODING": "ascii"},
+    "no locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_script_19_runs_in_any_environment(tmp_path, kind):
+    root = tmp_path / "Größe 肝"
+    root.mkdir()
+    make_root(root)
+    command = [sys.executable, SCRIPTS["19"], "--data-root", root, "--target", "lognorm"]
+    process = start(command, env=os.environ | ENVIRONMENTS[kind])
+    out, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr[-2000:]
+    assert "7 spots, target lognorm" in out
+    assert len(common.load_dataset(root, "lognorm").spots) == 7
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+@pytest.mark.parametrize("number", ["20", "26", "27"])
+def test_scripts_that_draw_are_loaded_in_any_environment(number, kind):
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import shell
+shell.prepare_process()
+print("\\u8089 \\udcfc")
+import matplotlib.figure, runpy
+runpy.run_path({str(SCRIPTS[number])!r})
+print(matplotlib.get_backend())
+"""
+    process = start(
+        [sys.executable, "-X", "utf8=0", "-c", code], env=os.environ | ENVIRONMENTS[kind]
+    )
+    out, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr[-2000:]
+    assert out.splitlines()[-1].lower() == "agg"
+
+
+# ------------------------------------------------------------------------------------------ limits
+def refuse_writing(number, name):
+    """Code that has the system refuse to write to files whose name ends so, as a quota does."""
+    return f"""
+import errno, os, sys
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY)!r})
+reserve = os.posix_fallocate
+def refuse(descriptor, *sizes):
+    if os.readlink(f"/proc/self/fd/{{descriptor}}").endswith({name!r}):
+        raise OSError({number}, os.strerror({number}))
+    return reserve(descriptor, *sizes)
+os.posix_fallocate = refuse
+"""
+
+
+LIMITS = {
+    "a quota": (refuse_writing(errno.EDQUOT, "patches.npy"), "disk quota is used up"),
+    "a quota later": (refuse_writing(errno.EDQUOT, "lognorm.npy"), "disk quota is used up"),
+    "ulimit -f": (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
+        "larger than the system allows",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_limit_of_the_system_is_told_in_one_line_and_the_next_start_goes_on(tmp_path, kind):
+    code, words = LIMITS[kind]
+    make_root(tmp_path)
+    flags = ["--data-root", str(tmp_path), "--target", "lognorm"]
+    code += f"""
+import runpy, sys
+sys.argv = [{str(SCRIPTS["19"])!r}, *{flags!r}]
+sys.path.insert(0, {str(REPOSITORY)!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    process = start([sys.executable, "-c", code])
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2, stderr[-2000:]
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert words in stderr
+    assert not (tmp_path / "dataset").exists()
+    assert run_script("19", data_root=tmp_path, target="lognorm") == 0
+
+
+def raise_as_hdf5(number):
+    """Raise as h5py does, which gives the number in its message alone."""
+    raise OSError(f"Can't write data (errno = {number}, error message = '{os.strerror(number)}')")
+
+
+def raise_over(error):
+    """Raise as torch.save does, on top of the disk's own error."""
+    try:
+        raise error
+    except OSError:
+        raise RuntimeError("unexpected pos 704 vs 598") from None
+
+
+FAILURES = {
+    "numpy": (lambda: np.zeros(2**60, np.uint8), "not enough memory: .*Unable to allocate"),
+    "torch": (lambda: torch.zeros(2**60, dtype=torch.uint8), "not enough memory: .*DefaultCPU"),
+    "python": (lambda: bytes(2**60), "not enough memory"),
+    "mmap": (lambda: mmap.mmap(-1, 2**50), "not enough memory"),
+    "quota of HDF5": (lambda: raise_as_hdf5(errno.EDQUOT), "quota"),
+    "limit of HDF5": (lambda: raise_as_hdf5(errno.EFBIG), "ulimit -f"),
+    "quota of torch": (lambda: raise_over(OSError(errno.EDQUOT, "Quota")), "quota"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_limit_that_a_library_meets_is_explained_in_one_line(kind):
+    fail, words = FAILURES[kind]
+    with pytest.raises(Exception) as caught:  # Libraries differ in what they raise.
+        fail()
+    assert re.search(words, shell.explain(caught.value))
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    assert shell.explain(KeyError("memory")) is None
+    assert shell.explain(OSError(errno.EIO, os.strerror(errno.EIO))) is None
 
 
 # ------------------------------------------------------------------------------------------- macOS
