@@ -327,7 +327,7 @@ def main():
     oof.sort(key=lambda r: order.index(r["setting"]) if r["setting"] in order else len(order))
     title = f"{len(folds[0])} folds, best setting first"
     add = functools.partial(add_folds, trained)
-    leave_out = ("[95 %]", "df", "MG", "r>=.30", "q<.05")
+    leave_out = ("[95 %]", "MG", "r>=.30", "q<.05")
     run.print_scores(title, oof, add=add, leave_out=leave_out, role="oof", truth=TARGET)
     final = []
     if not ONLY:

@@ -139,8 +139,8 @@ def trained_methods():
         f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
         "ST-Net, random start": ("ST-Net", stnet | published | at_random),
-        "ST-Net, our optimiser": ("ST-Net, our optimiser", stnet),
-        "ST-Net, our optimiser, random start": ("ST-Net, our optimiser", stnet | at_random),
+        "ST-Net, Adam": ("ST-Net, Adam", stnet),
+        "ST-Net, Adam, random start": ("ST-Net, Adam", stnet | at_random),
         name_bleep(): ("BLEEP", bleep),
     }
     if PRETRAINED is False:  # Features of a random network are nothing to start from.
@@ -418,7 +418,7 @@ def predict_otherwise(run, settings, records):
             if recipe["METHOD"] == "network" and TTA:
                 one_view = again | {"TTA": False}
                 compute = runner.predict_again(run.out, trained)
-                found += run.compute(f"{name}, one view", one_view, split, compute)
+                found += run.compute(f"{name}, 1 view", one_view, split, compute)
     return found
 
 
@@ -474,7 +474,7 @@ def compute_ensembles(run, records):
     """
     if PRETRAINED is False:
         return []
-    at_best = (", best recipe", ", our optimiser", ", all stages)")
+    at_best = (", best recipe", ", Adam", ", all stages)")
     return [
         *average_settings(run, records, at_best, "models"),
         *average_settings(run, records, (", surroundings)",), "ridges, surroundings"),

@@ -917,13 +917,12 @@ def group_sizes(split):
 def describe_setting(records, sizes, out):
     """{column: text} of one setting's records: its line of the table of scores."""
     over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
-    interval, freedom = None, np.nan
+    interval = None
     if (records["split"] == "test").all():
-        interval, freedom = find_mean_interval(records, out, "heg")
-    line = {"setting": cut(records["setting"].iloc[0], 32)}
+        interval, _ = find_mean_interval(records, out, "heg")
+    line = {"setting": cut(records["setting"].iloc[0], 30)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
     line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
-    line["df"] = "-" if np.isnan(freedom) else f"{freedom:.0f}"
     line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
@@ -949,19 +948,17 @@ def describe_hest(records, n_genes, out):
     that its published tables hold, over all test spots of a fold at once; `in slides` is the same
     slide by slide.
     """
-    interval, freedom = None, np.nan
+    interval = None
     if (records["split"] == "test").all():
-        interval, freedom = find_mean_interval(records, out, "all")
+        interval, _ = find_mean_interval(records, out, "all")
     mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
-    line = {"setting": cut(records["setting"].iloc[0], 32)}
+    line = {"setting": cut(records["setting"].iloc[0], 30)}
     line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
-    line["df"] = "-" if np.isnan(freedom) else f"{freedom:.0f}"
     mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
     line["of ceiling"] = format_share(mean, ceiling)
-    line["in slides"] = format_mean(records.groupby(recipes.OF_HEST.unit)["all"].mean())
-    line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["in slides"] = f"{records.groupby(recipes.OF_HEST.unit)['all'].mean().mean():.3f}"
     line["q<.05"] = format_count(records["n_genes_q05"])
     line["steps"] = describe_mean_steps(records)
     return line
@@ -1007,6 +1004,19 @@ def describe_scored(records):
     where = f"{role} {slides} ({n_spots} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
     return f"{where}, {truths[records['truth'].iloc[0]]}, {trainings}"
+
+
+def describe_freedom(records):
+    """How many independent places the intervals of these records rest on, as a test slide has."""
+    freedoms = records["interval_df"].dropna() if "interval_df" in records else []
+    if not len(freedoms):
+        return ""
+    low, high = round(min(freedoms)), round(max(freedoms))
+    return (
+        f", intervals of {low} degrees of freedom"
+        if low == high
+        else (f", intervals of {low} to {high} degrees of freedom a slide")
+    )
 
 
 def print_published(root):
@@ -1184,7 +1194,8 @@ class Run:
             settings = chosen["setting"].unique()
             columns.append(describe_differences(differences, settings, headline))
         table = pd.concat(columns, axis=1)
-        print_table(self.title(f"{title}: {describe_scored(chosen)} ({self.data.root})"), table)
+        title = f"{title}: {describe_scored(chosen)}{describe_freedom(chosen)} ({self.data.root})"
+        print_table(self.title(title), table)
 
     def finish(self, records, tables=None):
         """Save run.json, have the report made of it, and print where the rows are."""

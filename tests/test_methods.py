@@ -205,7 +205,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(paper_split, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------ ST-Net
-@pytest.mark.parametrize("method", ["ST-Net", "ST-Net, our optimiser"])
+@pytest.mark.parametrize("method", ["ST-Net", "ST-Net, Adam"])
 def test_stnet_starts_at_the_training_mean_as_published(method):
     recipe = load_script("25").trained_methods()[method]
     published = {"HIDDEN": 0, "AUG": "stnet", "HEAD_START": "mean"}
@@ -223,7 +223,7 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
     training = adapt(paper_split, recipe)
     assert training.loss.__name__ == "sum_of_squares"
     assert training.optimise.__name__ == "sgd_with_momentum"
-    training = adapt(paper_split, recipe | {"METHOD": "ST-Net, our optimiser"})
+    training = adapt(paper_split, recipe | {"METHOD": "ST-Net, Adam"})
     assert training.loss is None
     assert training.optimise is common.adam
 
@@ -448,7 +448,7 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
         sorted(
             [
                 "tiny, best recipe",
-                "ST-Net, our optimiser",
+                "ST-Net, Adam",
                 *(f"ridge ({name}, all stages)" for name in ("tiny", "densenet121", "resnet50")),
             ]
         ),
@@ -460,9 +460,9 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
 
 # -------------------------------------------------------------------------- script 25, end to end
 METHODS = ["EfficientNet-B0", "EfficientNet-B0, random start", "EfficientNet-B0, linear head"]
-METHODS += ["resnet10t", "ST-Net", "ST-Net, random start", "ST-Net, our optimiser"]
-METHODS += ["ST-Net, our optimiser, random start", "BLEEP"]
-METHODS += [f"{setting}, one view" for setting in METHODS[:4]]
+METHODS += ["resnet10t", "ST-Net", "ST-Net, random start", "ST-Net, Adam"]
+METHODS += ["ST-Net, Adam, random start", "BLEEP"]
+METHODS += [f"{setting}, 1 view" for setting in METHODS[:4]]
 METHODS += ["BLEEP, all references", "training mean"]
 METHODS += ["ridge (colour)", "ridge (resnet18)"]
 METHODS += ["depth only (control)", "nearest spot (control)"]
