@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -756,7 +757,7 @@ def summarise_genes(genes, members):
 
 def none_for_nan(value):
     """The value, or None for NaN, which JSON does not have."""
-    if isinstance(value, float) and np.isnan(value):
+    if isinstance(value, float) and math.isnan(value):
         return None
     return value
 

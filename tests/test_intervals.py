@@ -45,8 +45,8 @@ def make_slides(n_slides=1, side=12, genes=6, seed=0):
 def test_influence_is_what_leaving_a_spot_out_takes_away(pooled):
     """To first order: the jackknife of the mean r, done by hand."""
     spots, predicted, truth = make_slides(2)
-    predicted[:, 5] = 3.0
     predicted += 2.0 * spots["tissue_index"].to_numpy()[:, None]
+    predicted[:, 5] = 3.0
     moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS, pooled)
     slides = np.zeros(len(spots)) if pooled else spots["tissue_index"].to_numpy()
 
