@@ -16,7 +16,7 @@ listing states them, hashes are checked. GEO's bulk tar of the series is reporte
 TIFF, so files come by sample.
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__)
@@ -43,7 +43,7 @@ import scipy.sparse
 import tifffile
 from tqdm import tqdm
 
-from shell import InputError
+from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATASET = "GSE240429"  # GSE240429 or HER2ST

@@ -19,7 +19,7 @@ binomial (gamma-Poisson) with a depth that is independent of the tissue, and eve
 stain and its own fold change per gene.
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("GEOMETRY",))
@@ -41,7 +41,7 @@ from scipy.stats import norm
 from tqdm import tqdm
 
 import common
-from shell import InputError
+from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "SIMULATED_data"  # folder to write; must not hold slides already

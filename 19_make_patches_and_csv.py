@@ -18,10 +18,10 @@ Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lo
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. Counts are in memory one slide at
-a time. How slides are read is in slides.py, their pixels in imaging.py.
+a time. How slides are read is in slides/readers.py, their pixels in imaging.py.
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, files=("PANEL", "FROM_HEST"), manifest=True)
@@ -45,12 +45,10 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 import common
-import imaging
-import inputs
-import samples
-import slides
 from common import PATCH_SIZE
-from shell import InputError
+from slides import hest, imaging, inputs, readers, space_ranger
+from study import splitting
+from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv
@@ -242,7 +240,7 @@ def read_harmony(slide, obs, published):
     The file holds the published genes x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
-    barcodes = slides.read_barcodes(slides.find_part(slide.matrix, "barcodes.tsv"))
+    barcodes = readers.read_barcodes(readers.find_part(slide.matrix, "barcodes.tsv"))
     expected = len(published), len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
@@ -421,7 +419,7 @@ def describe_folds(root, tables):
         slide = table.obs["tissue_index"].iloc[0]
         counts[slide] = table.read().X.toarray()
     columns = {}
-    folds = common.read_task_folds(root)
+    folds = splitting.read_task_folds(root)
     for fold, tested in folds[folds["role"] == "test"].groupby("fold"):
         pooled = np.concatenate([counts[slide] for slide in tested["tissue_index"]])
         same_depth = np.full(len(pooled), 1e4)
@@ -529,7 +527,7 @@ def write_patches(out, manifest, obs, thumbnails):
         thumbnail = thumbnails[slide.name]
         step = imaging.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
         image, made, over = imaging.read_resampled(slide, spots, own, UM_PER_PX, out, step)
-        samples.check_hires(slide, image.shape, made)
+        space_ranger.check_hires(slide, image.shape, made)
         over_border[slide.name] = over
         inside.append(imaging.find_inside(spots, image.shape))
         size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
@@ -598,7 +596,7 @@ class StoredSpots:
 
     def take(self, genes):
         """The same with these genes alone, as slides.take_genes."""
-        return StoredSpots(self.path, slides.take_genes(self.read(), genes))
+        return StoredSpots(self.path, readers.take_genes(self.read(), genes))
 
 
 def write_expression(root, out, tables, manifest):
@@ -608,7 +606,7 @@ def write_expression(root, out, tables, manifest):
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_patches(patches, obs.index)
-    genes = slides.join_genes(
+    genes = readers.join_genes(
         (slide.tissue_index, table.read_features())
         for slide, table in zip(manifest, tables, strict=True)
     )
@@ -617,7 +615,7 @@ def write_expression(root, out, tables, manifest):
     for slide, stored in zip(manifest, tables, strict=True):
         table = stored.read()
         check_counts(seen, table)
-        check_counts(seen, slides.take_genes(table, shared))
+        check_counts(seen, readers.take_genes(table, shared))
         # By the slide's own genes alone, so that no other slide changes them.
         chosen = table.var_names[find_variable_genes(table)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
@@ -737,7 +735,7 @@ def check_slides(root, manifest):
         print()
         numbers = [slide.tissue_index for slide in manifest]
         features = [table.var for table in tables]
-        check_genes(root, slides.join_genes(zip(numbers, features, strict=True)))
+        check_genes(root, readers.join_genes(zip(numbers, features, strict=True)))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
@@ -746,12 +744,12 @@ def check_slides(root, manifest):
 def check_slide(slide):
     """Print what one slide holds; returns its spots as AnnData."""
     image = check_image(slide)
-    positions, _ = slides.place_spots(slide)
-    pitch = slides.measure_pitch(positions)
+    positions, _ = readers.place_spots(slide)
+    pitch = readers.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
     if image is not None:
-        samples.check_hires(slide, image.shape)
-    table = slides.read_spots(slide, positions, GENOME)
+        space_ranger.check_hires(slide, image.shape)
+    table = readers.read_spots(slide, positions, GENOME)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
@@ -832,14 +830,14 @@ def link_hest(root):
     wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
     filters = {column: value for column, value in wanted.items() if value}
     named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
-    if samples.has_splits(folder):
+    if hest.has_splits(folder):
         if named or filters:
             raise InputError(
                 f"--from-hest {FROM_HEST}: a task of HEST-Benchmark, whose splits/ names its "
                 "samples: leave out --samples, --organ, --species and --technology"
             )
         shell.hold_folder(root)
-        samples.write_task(root, folder)
+        hest.write_task(root, folder)
         return
     if not named and not filters:
         raise InputError(
@@ -847,7 +845,7 @@ def link_hest(root):
             "--technology"
         )
     shell.hold_folder(root)
-    samples.write_hest_manifest(root, folder, list(dict.fromkeys(named)), filters, HEST_PATCHES)
+    hest.write_hest_manifest(root, folder, list(dict.fromkeys(named)), filters, HEST_PATCHES)
 
 
 def choose_target(root):
@@ -893,9 +891,9 @@ def main():
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
-        samples.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
+        space_ranger.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
-    manifest = slides.read_manifest(root)
+    manifest = readers.read_manifest(root)
     if not CHECK:  # It writes nothing, and may look at what it cannot write to.
         shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
@@ -905,7 +903,7 @@ def main():
             "use two data roots"
         )
     if not UM_PER_PX:
-        slides.warn_of_magnifications(manifest)
+        readers.warn_of_magnifications(manifest)
     if CHECK:
         check_slides(root, manifest)
         return
@@ -914,8 +912,8 @@ def main():
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
         tables, thumbnails = [], {}
         for slide in manifest:
-            positions, thumbnails[slide.name] = slides.place_spots(slide)
-            table = slides.read_spots(slide, positions, GENOME)
+            positions, thumbnails[slide.name] = readers.place_spots(slide)
+            table = readers.read_spots(slide, positions, GENOME)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
             check_task(root, manifest, tables)

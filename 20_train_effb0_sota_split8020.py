@@ -15,7 +15,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
            baseline", BMC Bioinformatics, 2026
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -28,7 +28,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-import runner
+from study import methods, printing, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -41,7 +41,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
+RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -115,31 +115,31 @@ def join_ranks(recipe):
 
 def compute_methods(run, recipe, split, suffix=""):
     """The records of the network and of the ridges that it may not lose to."""
-    train = functools.partial(runner.train_network, report=print_epoch)
-    network = runner.name_network(recipe["BACKBONE"])
+    train = functools.partial(methods.train_network, report=print_epoch)
+    network = methods.name_network(recipe["BACKBONE"])
     records = run.compute(network + suffix, recipe, split, train)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
-    records += run.compute("ridge (colour)" + suffix, baseline, split, runner.ridge_on_colour)
+    records += run.compute("ridge (colour)" + suffix, baseline, split, methods.ridge_on_colour)
     if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
         own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
         baseline |= {name: recipe[name] for name in own}
         stages = ", all stages" if recipe["POOL_STAGES"] else ""
         ridge = f"ridge ({recipe['BACKBONE']}{stages}){suffix}"
-        records += run.compute(ridge, baseline, split, runner.ridge_on_features)
+        records += run.compute(ridge, baseline, split, methods.ridge_on_features)
         if PROTOCOL == "hest":
             probe = f"hest probe ({recipe['BACKBONE']})"
             plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-            records += run.compute(probe, plain, split, runner.hest_probe)
+            records += run.compute(probe, plain, split, methods.hest_probe)
     return records
 
 
 def main():
     if COMPARE_TARGETS and TARGET != "harmony":
         raise shell.InputError("--compare-targets sets lognorm beside --target harmony")
-    run = runner.open_run(globals())
+    run = runs.open_run(globals())
     join_ranks(run.recipe)
     run.print_header()
-    network = runner.name_network(BACKBONE)
+    network = methods.name_network(BACKBONE)
     minus = {network: "ridge (colour)"}
     records = []
     for split in run.splits:
@@ -150,7 +150,7 @@ def main():
         records += compute_methods(run, recipe, other, ", lognorm target")
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", records, minus=minus)
-    tables = runner.print_published(run.data.root)
+    tables = printing.print_published(run.data.root)
     run.finish(records, tables)
 
 

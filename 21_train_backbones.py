@@ -16,7 +16,7 @@ Source     the paper's comparison, which left ResNet frozen; the row "resnet50 f
            that was worth
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -28,8 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-import runner
-import weight_files
+from study import recording, runs, shell, weight_files
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -41,7 +40,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
-RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
+RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
 HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
@@ -122,10 +121,10 @@ def add_costs(resnet, records):
 
 def draw_figure(path, title, records):
     """The headline's r on the test slides against the backbone's parameters."""
-    headline = runner.headline_of(records)
+    headline = recording.headline_of(records)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
-    for setting, of in runner.select_records(records).groupby("setting", sort=False):
+    for setting, of in recording.select_records(records).groupby("setting", sort=False):
         x = of["parameters_backbone"].iloc[0] / 1e6
         y = of[headline.column].astype(float)
         sd = y.std() if len(of) > 1 else None
@@ -146,7 +145,7 @@ def main():
     settings = {name: {"BACKBONE": name, "TRAINABLE_STAGES": -1} for name in BACKBONES}
     for name in FROZEN:
         settings[f"{name} frozen"] = {"BACKBONE": name, "TRAINABLE_STAGES": 0}
-    run = runner.open_run(globals())
+    run = runs.open_run(globals())
     run.print_header()
     settings = run.chosen(settings)
     for setting in settings.values():

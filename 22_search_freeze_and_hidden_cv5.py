@@ -22,7 +22,7 @@ once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, o
 draws in each epoch.
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-import runner
+from study import methods, printing, recording, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -53,7 +53,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
 SEEDS = (42,)  # one search each
-RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
+RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -98,7 +98,7 @@ def hold_out(spots, recipe, seed):
     """`split` of runner.open_run: "test", and "train" for every spot that the folds may use."""
     outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
     recipe = recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}
-    trainings = common.split_spots(spots, recipe, seed)
+    trainings = splitting.split_spots(spots, recipe, seed)
     return [np.where(roles == "valid", "train", roles) for roles in trainings]
 
 
@@ -108,7 +108,7 @@ def fold_whole(whole, first):
     """
     pool = whole.spots("train")
     count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
-    folds = common.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
+    folds = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
     return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
 
 
@@ -190,14 +190,14 @@ def join_folds(out, records):
 
     def compute(recipe, split, folder):
         of = [record for record in records if record["truth"] == recipe["TARGET"]]
-        parts = [runner.read_prediction(out / record["folder"]) for record in of]
+        parts = [recording.read_prediction(out / record["folder"]) for record in of]
         if PROTOCOL != "loso":  # There each slide is of one fold.
             parts = share_intercept(parts, split.data, [out / record["folder"] for record in of])
         parts = pd.concat(parts)
         ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
         histories = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
         mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
-        more = {name: of[0][name] for name in ("weights", *runner.PARAMETERS)}
+        more = {name: of[0][name] for name in ("weights", *methods.PARAMETERS)}
         more["best_epoch"] = common.choose_epoch(mean.to_dict("records"), recipe)
         more["seconds"] = sum(record["seconds"] for record in of)
         return parts.loc[ids].to_numpy(), more
@@ -227,7 +227,7 @@ def rank_settings(records):
     over the seeds. A setting whose r of HEG is undefined, or defined for fewer genes than
     another's, is left out.
     """
-    table = runner.select_records(records, "oof", TARGET).astype({"heg": float, "hvg": float})
+    table = recording.select_records(records, "oof", TARGET).astype({"heg": float, "hvg": float})
     table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean()
     table = table.dropna(subset="heg")
     table = table[table["heg_n"] == table["heg_n"].max()]
@@ -242,11 +242,11 @@ def rank_settings(records):
 def add_folds(trained, records):
     """`add` of Run.print_scores: mean±sd over the folds of HEG's and HVG's r."""
     setting, truth = records["setting"].iloc[0], records["truth"].iloc[0]
-    folds = runner.select_records(trained, "valid", truth)
+    folds = recording.select_records(trained, "valid", truth)
     folds = folds[folds["setting"] == setting]
     return {
-        "HEG by fold": runner.format_mean(folds["heg"].astype(float)),
-        "HVG by fold": runner.format_mean(folds["hvg"].astype(float)),
+        "HEG by fold": printing.format_mean(folds["heg"].astype(float)),
+        "HVG by fold": printing.format_mean(folds["hvg"].astype(float)),
         "best epoch": f"{records['best_epoch'].mean():.0f}",
         "minutes": f"{records['seconds'].sum() / 60:.1f}",
     }
@@ -254,7 +254,7 @@ def add_folds(trained, records):
 
 def draw_figure(path, title, records):
     """Out-of-fold HEG r of the grid, against the target."""
-    table = runner.select_records(records, "oof", TARGET).astype({"heg": float})
+    table = recording.select_records(records, "oof", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
     hiddens = choose_hiddens()
     values = np.array([[grid[name_setting(k, h)] for h in hiddens] for k in STAGES])
@@ -293,14 +293,14 @@ def train_chosen(run, oof, settings):
     for whole in run.splits:
         of = [record for record in oof if record["fold"] == whole.fold]
         best = rank_settings(of)[0]
-        keep = runner.record_of(of, best, whole)["best_epoch"]
-        train = functools.partial(runner.train_network, keep=keep, adapt=use_features)
+        keep = recording.record_of(of, best, whole)["best_epoch"]
+        train = functools.partial(methods.train_network, keep=keep, adapt=use_features)
         final += run.compute(best, run.recipe | settings[best] | {"KEEP": keep}, whole, train)
     return final
 
 
 def main():
-    run = runner.open_run(globals(), hold_out)
+    run = runs.open_run(globals(), hold_out)
     settings = {
         name_setting(stages, hidden): {"TRAINABLE_STAGES": stages, "HIDDEN": hidden, "TTA": False}
         for stages, hidden in itertools.product(STAGES, choose_hiddens())

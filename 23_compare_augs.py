@@ -19,7 +19,7 @@ Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color
 (p = .2).
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import common
-import runner
+from study import methods, recording, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -48,7 +48,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training and one split each, the same for every augmentation
-RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
+RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder
@@ -69,8 +69,8 @@ QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
 RIDGES = {
-    "ridge (colour)": runner.ridge_on_colour,
-    "ridge (colour), restained": runner.ridge_on_other_colours,
+    "ridge (colour)": methods.ridge_on_colour,
+    "ridge (colour), restained": methods.ridge_on_other_colours,
 }
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
@@ -216,12 +216,12 @@ def predict_anew(run, records, aug, split):
     """The records of a trained network's predictions over the 8 symmetries, and of the same slide
     as another laboratory would have stained it.
     """
-    trained = runner.record_of(records, aug, split)
+    trained = recording.record_of(records, aug, split)
     recipe = run.recipe | setting_of(aug)
-    split = runner.final_split(recipe, split)
-    again = runner.predict_again(run.out, trained)
+    split = splitting.final_split(recipe, split)
+    again = methods.predict_again(run.out, trained)
     anew = run.compute(f"{aug}, 8 views", recipe | {"TTA": True}, split, again)
-    again = runner.predict_again(run.out, trained, restained=True)
+    again = methods.predict_again(run.out, trained, restained=True)
     return anew + run.compute(f"{aug}, restained", recipe | {"RESTAINED": True}, split, again)
 
 
@@ -229,7 +229,7 @@ def main():
     for aug in AUGS:  # a wrong name is told now, not when its training begins
         if setting_of(aug)["AUG"] not in common.AUGMENTATIONS:
             raise shell.InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
-    run = runner.open_run(globals())
+    run = runs.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})
     records = run.train(settings, adapt=add_colour)

@@ -22,7 +22,7 @@ most of its NEIGHBOURS nearest clustered training spots have, by the same featur
 never looked at. The shuffled ids are the same ids in another order within each slide.
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -44,7 +44,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-import runner
+from study import methods, printing, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -56,7 +56,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training, split and clustering each, the same for every setting
-RECIPE = "paper"  # paper, published or best: see recipes.py; flags and edited constants win
+RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 FEATURES = "efficientnet_b0"  # timm name: its features are clustered; empty = colour statistics
 MIN_CLUSTER = 0.02  # of the training spots; the smallest cluster
@@ -317,7 +317,7 @@ def cluster_every_split(run):
     ids, points, grid = every[SEEDS[0], 0]
     shell.save_csv(run.out / "grid.csv", grid)
     title = run.title("clusters of the first training by weights; the first line is used")
-    runner.print_table(title, grid.round(3).fillna("-"))
+    printing.print_table(title, grid.round(3).fillna("-"))
     draw_clusters(
         run.out / "clusters.png", run.title("the first training"), run.splits[0], ids, points
     )
@@ -328,7 +328,7 @@ def cluster_every_split(run):
 
 
 def main():
-    run = runner.open_run(globals())
+    run = runs.open_run(globals())
     run.print_header()
     ids_of, table = cluster_every_split(run)
     # A record follows from the ids, not from how they were found; without an id, from neither.
@@ -339,7 +339,7 @@ def main():
     settings["no id"] |= {"IDS": None, "EMBEDDING": None}
     records = run.train(run.chosen(settings), adapt=functools.partial(add_id, ids_of))
     minus = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
-    title = f"{runner.name_network(BACKBONE)} with and without a cluster id"
+    title = f"{methods.name_network(BACKBONE)} with and without a cluster id"
     run.print_scores(title, records, minus=minus)
     print(f"figure: {run.out / 'clusters.png'}")
     run.finish(records)

@@ -22,8 +22,7 @@ what it compares, MICRO_BATCH only what the image encoder holds in memory at onc
 control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
-import recipes
-import shell
+from study import recipes, shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, dataset=True)
@@ -42,8 +41,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-import ridges
-import runner
+from study import methods, printing, recording, ridges, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -112,7 +110,7 @@ def trained_methods():
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
     others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "SURROUNDINGS", "PUBLISHED")
     shared = dict.fromkeys(others)
-    network = runner.name_network(BACKBONE)
+    network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
@@ -134,7 +132,7 @@ def trained_methods():
         f"{network}, linear head": ("network", paper | {"HIDDEN": 0}),
     }
     for backbone in OTHER_BACKBONES:
-        found[runner.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
+        found[methods.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
     found |= {
         f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
@@ -275,7 +273,7 @@ def adapt(training, recipe, split):
 
 
 # ------------------------------------------------------------------------------ baselines, controls
-@runner.refitted
+@methods.refitted
 def training_mean(recipe, split, folder):
     """Each gene's mean over the training spots: constant, so r is undefined and MSE what is left to
     explain.
@@ -285,23 +283,23 @@ def training_mean(recipe, split, folder):
     return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
 
 
-@runner.refitted
+@methods.refitted
 def ridge_with_surroundings(recipe, split, folder):
     """The ridge on frozen features of the spot's own patch and, beside them, of the patches around
     it: what a method that looks at single spots leaves on the slide.
     """
-    own, _ = runner.freeze_features(recipe, split)
+    own, _ = methods.freeze_features(recipe, split)
     around = average_surroundings(own, split.data.spots, recipe["SURROUNDINGS"])
     features = np.hstack([own, around])
-    weights = runner.name_weights(recipe)
-    return runner.predict_by_ridge(split, features, features[split.scored()], weights)
+    weights = methods.name_weights(recipe)
+    return methods.predict_by_ridge(split, features, features[split.scored()], weights)
 
 
 def average_surroundings(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
-    around, places = features.copy(), common.places_in_pitches(spots).to_numpy()
+    around, places = features.copy(), splitting.places_in_pitches(spots).to_numpy()
     for numbers in spots.groupby("tissue_index").indices.values():
         tree = cKDTree(places[numbers])
         near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
@@ -314,7 +312,7 @@ def average_surroundings(features, spots, width):
     return around
 
 
-@runner.refitted
+@methods.refitted
 def depth_only(recipe, split, folder):
     """Control: a straight line a gene through the log of the spot's own total counts, which an
     image does not show.
@@ -326,7 +324,7 @@ def depth_only(recipe, split, folder):
     return line.predict(depth[split.scored()]), {"weights": "none"}
 
 
-@runner.refitted
+@methods.refitted
 def nearest_spot(recipe, split, folder):
     """Control: expression measured at the nearest position of the neighbouring training slide,
     slides laid upon each other by the middle of their spots. NaN for a spot whose slide has no such
@@ -335,7 +333,7 @@ def nearest_spot(recipe, split, folder):
     data = split.data
     train, scored = split.spots("train"), split.scored()
     slides = data.spots["tissue_index"].to_numpy()
-    places = common.places_in_pitches(data.spots)
+    places = splitting.places_in_pitches(data.spots)
     places = (places - places.groupby(slides).transform("mean")).to_numpy()
     predicted = np.full((len(scored), len(data.genes)), np.nan, np.float32)
     for slide in np.unique(slides[scored]):
@@ -360,7 +358,7 @@ def same_slide(recipe, split, folder):
     with their mean for its intercept even permuted counts would have an r, below 0.
     """
     data = split.data
-    features, _ = runner.freeze_features(recipe, split)
+    features, _ = methods.freeze_features(recipe, split)
     slides = data.spots["tissue_index"].to_numpy()
     scored = split.scored()
     line_of = pd.Series(range(len(scored)), scored)
@@ -372,10 +370,10 @@ def same_slide(recipe, split, folder):
         mean_y, _ = common.mean_and_variance(data.target, here)
         for train, held_out in ridges.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
-            ridge, _ = runner.fit_ridge(split, features, learn)
+            ridge, _ = methods.fit_ridge(split, features, learn)
             ridge = ridge.through(mean_x, mean_y)
             predicted[line_of[judge]] = ridge.predict(features[judge])
-    return predicted, {"weights": runner.name_weights(recipe)}
+    return predicted, {"weights": methods.name_weights(recipe)}
 
 
 def retrieve_from_all(out, trained):
@@ -394,10 +392,10 @@ def retrieve_from_all(out, trained):
         patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
         spots = every.scored()
         predicted = common.predict(network, patches, spots, dtype=dtype, tta=recipe["TTA"])
-        first = runner.read_prediction(out / trained["folder"]).to_numpy()
-        kept = ("weights", "steps", "best_epoch", *runner.PARAMETERS)
+        first = recording.read_prediction(out / trained["folder"]).to_numpy()
+        kept = ("weights", "steps", "best_epoch", *methods.PARAMETERS)
         more = {name: trained[name] for name in kept}
-        return runner.keep_validation_of(first, predicted, split), more
+        return splitting.keep_validation_of(first, predicted, split), more
 
     return compute
 
@@ -410,14 +408,14 @@ def predict_otherwise(run, settings, records):
     for name, changed in settings.items():
         recipe = run.recipe | changed
         for split in run.splits:
-            trained = runner.record_of(records, name, split)
+            trained = recording.record_of(records, name, split)
             again = recipe | {"AGAIN": trained["folder"]}
             if name == name_bleep() and not REFIT:  # which has taken them all
                 compute = retrieve_from_all(run.out, trained)
                 found += run.compute(f"{name}, all references", again, split, compute)
             if recipe["METHOD"] == "network" and TTA:
                 one_view = again | {"TTA": False}
-                compute = runner.predict_again(run.out, trained)
+                compute = methods.predict_again(run.out, trained)
                 found += run.compute(f"{name}, 1 view", one_view, split, compute)
     return found
 
@@ -427,7 +425,7 @@ def average_predictions(out, records):
 
     def compute(recipe, split, folder):
         names = dict.fromkeys(record["folder"] for record in records)
-        total = sum(runner.read_prediction(out / name).to_numpy() for name in names)
+        total = sum(recording.read_prediction(out / name).to_numpy() for name in names)
         return total / len(names), {"weights": "several"}
 
     return compute
@@ -440,26 +438,26 @@ def computed_methods(run):
     plain = run.baseline
     found = {
         "training mean": (plain, training_mean),
-        "ridge (colour)": (plain, runner.ridge_on_colour),
+        "ridge (colour)": (plain, methods.ridge_on_colour),
     }
     own = {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
     frozen = plain | own | {"POOL_STAGES": False}
     backbones = [FEATURES, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
     for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
         recipe = frozen | {"BACKBONE": backbone}
-        found[f"ridge ({backbone})"] = (recipe, runner.ridge_on_features)
+        found[f"ridge ({backbone})"] = (recipe, methods.ridge_on_features)
         if PRETRAINED is False:
             continue
         pooled = recipe | {"POOL_STAGES": True}
-        found[f"ridge ({backbone}, all stages)"] = (pooled, runner.ridge_on_features)
+        found[f"ridge ({backbone}, all stages)"] = (pooled, methods.ridge_on_features)
         if backbone == FEATURES:
             full_rank = pooled | {"FULL_RANK": True}
-            found[f"ridge ({backbone}, full rank)"] = (full_rank, runner.ridge_on_features)
+            found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
         found[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
         if PROTOCOL == "hest":
             probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
-            found[f"hest probe ({backbone})"] = (probe, runner.hest_probe)
+            found[f"hest probe ({backbone})"] = (probe, methods.hest_probe)
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
@@ -489,7 +487,7 @@ def average_settings(run, records, endings, kind):
         return []
     found = []
     for split in run.splits:
-        of = [runner.record_of(records, name, split) for name in members]
+        of = [recording.record_of(records, name, split) for name in members]
         recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
         compute = average_predictions(run.out, of)
         found += run.compute(f"mean of {len(members)} {kind}", recipe, split, compute)
@@ -502,7 +500,7 @@ def add_costs_and_gain(bleep, records):
     that of what is measured, and r over `bleep`'s.
     """
     parameters = records.get("parameters_total", pd.Series(dtype=float)).mean()
-    r = records[runner.headline_of(records).column].mean()
+    r = records[recording.headline_of(records).column].mean()
     gain = r / bleep - 1 if bleep > 0 else np.nan
     return {
         "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
@@ -514,13 +512,13 @@ def add_costs_and_gain(bleep, records):
 
 def r_of(records, setting):
     """Mean of the headline's r of a setting on the test slides; NaN without records."""
-    table = runner.select_records(records)
-    column = runner.headline_of(records).column
+    table = recording.select_records(records)
+    column = recording.headline_of(records).column
     return table[column][table["setting"] == setting].astype(float).mean()
 
 
 def main():
-    run = runner.open_run(globals())
+    run = runs.open_run(globals())
     trained, computed = trained_methods(), computed_methods(run)
     chosen = run.chosen(trained | computed)
     run.print_header()
@@ -540,7 +538,7 @@ def main():
     title = "methods; a control uses what no image model may"
     leave_out = ("HVG", "MG", "all", "in slides", "r>=.30", "q<.05")
     run.print_scores(title, records, minus=minus, add=add, leave_out=leave_out)
-    tables = runner.print_published(run.data.root) if PUBLISHED else {}
+    tables = printing.print_published(run.data.root) if PUBLISHED else {}
     run.finish(records, tables)
 
 

@@ -17,7 +17,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
            of an AMD EPYC, 2026-11-24)
 """
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
     shell.check_command(__file__, files=("WEIGHTS", "IMAGE"))
@@ -36,13 +36,10 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-import imaging
-import inputs
-import runner
-import samples
-import slides
 from common import PATCH_SIZE
-from shell import InputError
+from slides import imaging, inputs, readers, space_ranger
+from study import printing, runs, shell
+from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 WEIGHTS = ""  # weights.safetensors of a run, or its folder
@@ -172,7 +169,7 @@ def choose_slide():
     if MATRIX and not POSITIONS:
         raise InputError(f"--matrix {MATRIX}: needs the --positions of its spots")
     image = check_image()
-    slide = slides.Slide(
+    slide = readers.Slide(
         tissue_index=1,
         name=image.stem,
         donor=image.stem,
@@ -194,7 +191,7 @@ def choose_sample():
             "Visium HD, by microns_per_pixel; leave it out"
         )
     image = check_image() if IMAGE else None
-    return samples.read_space_ranger(Path(POSITIONS), image)
+    return space_ranger.read_space_ranger(Path(POSITIONS), image)
 
 
 def check_image():
@@ -221,12 +218,12 @@ def read_slide(slide, positions, um_per_px, scratch):
     """
     thumbnail = None
     if positions is None:
-        positions, thumbnail = slides.place_spots(slide)
-    spots = slides.read_spots(slide, positions, GENOME)
+        positions, thumbnail = readers.place_spots(slide)
+    spots = readers.read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
     step = imaging.thumbnail_step(slide) if thumbnail is None else None
     image, made, over = imaging.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
-    samples.check_hires(slide, image.shape, made)
+    space_ranger.check_hires(slide, image.shape, made)
     inside = imaging.find_inside(spots.obs, image.shape)
     if not inside.all():
         spots, patches = spots[inside].copy(), patches[inside]
@@ -278,13 +275,13 @@ def assemble(slide, spots, predicted, thumbnail, trained):
 
 def measure(slide, spots, genes):
     """Log-normalised counts of the genes, (n, G) float32; NaN for genes that the slide lacks."""
-    measured = slides.join_genes([(slide.tissue_index, spots.var)])
+    measured = readers.join_genes([(slide.tissue_index, spots.var)])
     known = measured.index.isin(genes)
     if not known.any():
         raise InputError(
             f"{slide.matrix}: holds none of the model's {len(genes)} genes, as {genes[0]}"
         )
-    counts = slides.take_genes(spots, measured[known])
+    counts = readers.take_genes(spots, measured[known])
     values = common.log_normalise(counts.X, counts.obs["n_counts"])
     table = pd.DataFrame(values, columns=counts.var_names)
     return table.reindex(columns=genes).to_numpy(np.float32)
@@ -370,7 +367,7 @@ def report(slide, table, genes, trained, out):
     tables = {caption: groups, "Genes drawn": drawn}
     for name, content in tables.items():
         title = f"{trained.title}{name} ({slide.image})"
-        runner.print_table(title, content.round(3).fillna("-"))
+        printing.print_table(title, content.round(3).fillna("-"))
     heg = groups["r in validation"][0]
     if np.isnan(heg) or heg < LEAST_R:
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
@@ -381,7 +378,7 @@ def report(slide, table, genes, trained, out):
     records = {
         name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()
     }
-    runner.finish_run(
+    runs.finish_run(
         globals(),
         out=out,
         data_root=str(slide.image),

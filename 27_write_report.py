@@ -12,8 +12,7 @@ Time       6 s of processor time for the two rows of script 20 (Intel Xeon, 2026
 Every script from 20 on ends with this one.
 """
 
-import recipes
-import shell
+from study import recipes, shell
 
 if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("RUN",))
@@ -36,7 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from shell import InputError, fingerprint_of
+from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json

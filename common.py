@@ -2,9 +2,8 @@
 gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction ->
 correlation -> intervals
 
-Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in shell.py
-(command line, files) and runner.py (settings, result folders, tables); how slides become patches
-and counts is in slides.py, imaging.py and script 19.
+Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in study/,
+how slides become patches and counts in slides/ and script 19.
 
 Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `recipe` is the plain
 dict of a script's constants.
@@ -38,34 +37,78 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import shell
-import weight_files
-from shell import InputError
+from study import shell, weight_files
+from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, records and weights; raised when one of them changes
+
+
 RESULTS = 5  # raised when the same constants give another number: rows on disk are made anew then
+
+
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
+
+
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
+
+
 GROUPS = ("HEG", "HVG", "MG")
+
+
 MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
+
+
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
+
+
 SPOT_COLUMNS = ["donor", "pitch", "block"]  # what script 19 adds to them
+
+
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
+
+
 ROLES = ("train", "oof", "valid", "test")  # of a spot; oof = out of fold; "" takes no part
+
+
 SCORED = ("oof", "valid", "test")  # the roles whose spots are predicted and scored
+
+
 FOLDS = 5  # of PROTOCOL block
+
+
 TASK_FOLDS = "folds.csv"  # in a data root that 19 made of a task of HEST-Benchmark
+
+
 TASK_GENES = "hest_genes.csv"  # there as well: the task's genes, which are the panel
+
+
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
+
+
 BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
+
+
 CELLS = 6  # in a bandwidth
+
+
 SPREAD = 1e-6  # relative; a column that varies less is constant
+
+
 LAID = 199  # times that a prediction is laid on the slide otherwise, to see what chance gives
+
+
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
+
+
 READ_AHEAD = 2  # batches that are read while one is used
+
+
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
+
+
 GENES_AT_ONCE = 512
+
 
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and hold_folder keeps other runs out.
@@ -358,181 +401,6 @@ def members_of(groups, genes):
     return members | {"all": genes}
 
 
-# ------------------------------------------------------------------------------------------- splits
-def split_spots(spots, recipe, seed):
-    """The trainings of PROTOCOL: for each an array (N,) of ROLES, "" for a spot that takes no part.
-
-    paper: VALID_FRACTION of the training slides' spots validate. block: a fifth of their blocks in
-    turn. Both test on TEST_SLIDE. loso: every slide (of TRAIN_SLIDES, if any) is once the test
-    slide. hest: the folds of the task of HEST-Benchmark in DATA_ROOT.
-    """
-    slides = spots["tissue_index"].to_numpy()
-    if recipe["PROTOCOL"] == "hest":
-        folds = read_task_folds(Path(recipe["DATA_ROOT"]))
-        return split_task(slides, folds, recipe["VALID_FRACTION"], seed)
-    if recipe["PROTOCOL"] == "loso":
-        return split_slides(spots, choose_train_slides(slides, recipe, ()))
-    test = recipe["TEST_SLIDE"]
-    pool = np.flatnonzero(np.isin(slides, choose_train_slides(slides, recipe, (test,))))
-    if recipe["PROTOCOL"] == "block":
-        trainings = split_folds(spots, pool, "block", FOLDS, seed)
-    else:
-        trainings = [split_random(len(spots), pool, recipe["VALID_FRACTION"], seed)]
-    for roles in trainings:
-        roles[slides == test] = "test"
-    return trainings
-
-
-def choose_train_slides(slides, recipe, test):
-    """TRAIN_SLIDES, or every slide but those of `test`. InputError where one is missing or is used
-    twice.
-    """
-    train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slides, test))
-    for slide in (*train, *test):
-        if slide not in slides:
-            held = np.unique(slides)
-            raise InputError(f"slide {slide} is not in the dataset: it holds slides {held}")
-        if slide in train and slide in test:
-            raise InputError(
-                f"slide {slide} is both in TRAIN_SLIDES and TEST_SLIDE: choose another one"
-            )
-    return train
-
-
-def split_random(n, pool, valid_fraction, seed):
-    """Roles (n,): of the spot numbers `pool`, a random share is "valid" and the rest "train"."""
-    n_valid = round(valid_fraction * len(pool))
-    if not 0 < n_valid < len(pool) - 1:
-        raise InputError(
-            f"--valid-fraction {valid_fraction} of {len(pool)} spots leaves validation or training "
-            "none"
-        )
-    order = np.random.default_rng(shell.seed_of(seed, "split")).permutation(pool)
-    roles = np.full(n, "", "U5")
-    roles[order[:n_valid]] = "valid"
-    roles[order[n_valid:]] = "train"
-    return roles
-
-
-def split_slides(spots, slides):
-    """One array (N,) of roles for each of `slides`, which is the test slide; the next one
-    validates.
-
-    All slides of the test slide's donor are left out, unless there is no other donor. Of three
-    donors or more, all slides of the validation slide's donor validate, so that the epoch is chosen
-    on a person who does not train.
-    """
-    slide_of = spots["tissue_index"].to_numpy()
-    donors = {slide: set(spots["donor"][slide_of == slide]) for slide in slides}
-    trainings = []
-    for test in sorted(slides):
-        others = [slide for slide in slides if donors[slide] != donors[test]]
-        if not others:
-            others = [slide for slide in slides if slide != test]
-        if len(others) < 2:
-            raise InputError(
-                f"--protocol loso: slide {test} has {len(others)} slides to learn from; "
-                "two are needed"
-            )
-        after = [slide for slide in others if slide > test]
-        roles = np.full(len(spots), "", "U5")
-        valid = [min(after or others)]
-        same_donor = [slide for slide in others if donors[slide] == donors[valid[0]]]
-        if len(same_donor) < len(others):
-            valid = same_donor
-        roles[np.isin(slide_of, others)] = "train"
-        roles[np.isin(slide_of, valid)] = "valid"
-        roles[slide_of == test] = "test"
-        trainings.append(roles)
-    return trainings
-
-
-def read_task_folds(root):
-    """Table fold, role (train or test), tissue_index of a data root; InputError without one."""
-    path = root / TASK_FOLDS
-    command = f"python 19_make_patches_and_csv.py --data-root {root} --from-hest FOLDER_OF_A_TASK"
-    if not path.is_file():
-        raise InputError(
-            f"no {path}: --protocol hest is for a task of HEST-Benchmark: run {command} first"
-        )
-    table = pd.read_csv(path)
-    if not {"fold", "role", "tissue_index"} <= set(table):
-        raise InputError(f"{path}: expected the columns fold, role, tissue_index: run {command}")
-    return table
-
-
-def split_task(slides, folds, valid_fraction, seed):
-    """One array (N,) of roles for each fold of the table `folds`, of (N,) tissue_index `slides`.
-
-    The benchmark has no validation: a random share of the training slides' spots is held out for
-    it, and a fold's test slides take no part in that.
-    """
-    trainings = []
-    for _, fold in folds.groupby("fold"):
-        slides_of = fold.groupby("role")["tissue_index"].apply(list)
-        pool = np.flatnonzero(np.isin(slides, slides_of["train"]))
-        roles = split_random(len(slides), pool, valid_fraction, seed)
-        roles[np.isin(slides, slides_of["test"])] = "test"
-        trainings.append(roles)
-    return trainings
-
-
-def split_folds(spots, pool, protocol, folds, seed):
-    """`folds` arrays (N,) of roles: of the spot numbers `pool`, another share is "valid" each time,
-    the rest "train".
-
-    paper draws spots; loso takes a slide in turn; block draws blocks and leaves out what lies
-    within MARGIN of "valid".
-    """
-    fold_of = assign_folds(spots.iloc[pool], protocol, folds, seed)
-    trainings = []
-    for fold in range(folds):
-        valid = pool[fold_of == fold]
-        train = pool[fold_of != fold]
-        if protocol == "block" and len(valid):
-            train = leave_margin(spots, train, valid)
-        if len(valid) == 0 or len(train) < 2:
-            raise InputError(
-                f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
-            )
-        roles = np.full(len(spots), "", "U5")
-        roles[valid] = "valid"
-        roles[train] = "train"
-        trainings.append(roles)
-    return trainings
-
-
-def assign_folds(spots, protocol, folds, seed):
-    """(n,) number of the fold in which each of these spots validates; units that belong together
-    stay together.
-    """
-    column = {"paper": "id", "loso": "tissue_index", "block": "block"}[protocol]
-    units = pd.factorize(spots[column], sort=protocol != "paper")[0]
-    if protocol == "loso":
-        return units
-    sizes = np.bincount(units)
-    order = np.random.default_rng(shell.seed_of(seed, "folds")).permutation(len(sizes))
-    drawn_before = np.empty(len(sizes), np.int64)
-    drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
-    return drawn_before[units] * folds // len(spots)
-
-
-def places_in_pitches(spots):
-    """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""
-    return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
-
-
-def leave_margin(spots, train, valid):
-    """The numbers `train` of the spots that lie farther than MARGIN pitches from all of `valid` on
-    their slide.
-    """
-    places = places_in_pitches(spots)
-    places["slide"] = spots["tissue_index"] * 1e9  # Slides lie far apart.
-    places = places.to_numpy()
-    distance = cKDTree(places[valid]).query(places[train])[0]
-    return train[distance > MARGIN + 0.1]  # A grid in whole px is not exact.
-
-
 # ------------------------------------------------------------------------------------------ patches
 class MappedPatches:
     """SpotData's patches as they lie on disk: [spots] reads them, (B, 3, size, size) uint8,
@@ -626,9 +494,17 @@ AUGMENTATIONS = {
     "stnet": Preset(symmetries=True, warp=False),
     "none": Preset(symmetries=False, warp=False),
 }
+
+
 SHIFT = 0.10  # of the side, at most
+
+
 SCALE = (0.9, 1.1)
+
+
 ROTATION = 30  # degrees, at most
+
+
 STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 
 
@@ -747,7 +623,11 @@ def lay_affine_grid(affine, size):
 # Optical densities of red, green and blue of hematoxylin, eosin and what is neither: of Ruifrok and
 # Johnston (2001), and of another laboratory, as Macenko et al. (2009) give them.
 DYES = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+
+
 OTHER_DYES = ((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581), (0.268, 0.570, 0.776))
+
+
 OTHER_STRENGTHS = (1.3, 0.7, 1.0)  # of the other laboratory's staining, hematoxylin first
 
 

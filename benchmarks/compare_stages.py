@@ -19,7 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)
@@ -43,9 +43,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import imaging
-import runner
-import slides
+from slides import imaging, readers
+from study import runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -81,7 +80,7 @@ def describe_machine():
     device, _, _ = common.choose_device({"DEVICE": "auto", "PRECISION": "auto"})
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    return runner.describe_machine(device) | {"commit": commit.stdout.strip()}
+    return runs.describe_machine(device) | {"commit": commit.stdout.strip()}
 
 
 def alternate(repeats, conventionally, here):
@@ -119,7 +118,7 @@ def make_row(stage, unit, pairs, amount, target):
 def spot_corners():
     """(n, 2) rows and columns of the patches' upper left corners."""
     if POSITIONS:
-        table = slides.read_positions(Path(POSITIONS))
+        table = readers.read_positions(Path(POSITIONS))
         return table[["pxl_row", "pxl_col"]].to_numpy() - common.PATCH_SIZE // 2
     rows, columns = (axis.ravel() for axis in np.mgrid[0:90, 0:64])
     places = np.stack([1000 + rows * 285, 1500 + columns * 329 + rows % 2 * 164], axis=1)

@@ -18,7 +18,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-import shell
+from study import shell
 
 if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)

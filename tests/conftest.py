@@ -26,9 +26,8 @@ sys.path.insert(0, str(REPOSITORY))
 SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
-import runner  # noqa: E402
-import shell  # noqa: E402
-import slides  # noqa: E402
+from slides import readers  # noqa: E402
+from study import shell, splitting  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
 # Of the command line, for flags_of and run_script: a network that trains in a second.
@@ -169,7 +168,7 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
     scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
-    table = pd.DataFrame([row], columns=slides.MANIFEST)
+    table = pd.DataFrame([row], columns=readers.MANIFEST)
     if (root / "slides.csv").exists():
         table = pd.concat([pd.read_csv(root / "slides.csv"), table])
     table.to_csv(root / "slides.csv", index=False)
@@ -205,8 +204,8 @@ def simulated(tmp_path_factory):
 def paper_split(simulated):
     """The Split of protocol paper on the simulated slides, target lognorm, seed 42."""
     data = common.load_dataset(simulated, "lognorm")
-    (roles,) = common.split_spots(data.spots, PAPER, 42)
-    return runner.make_split(data, roles, LOGNORM, 42, 0)
+    (roles,) = splitting.split_spots(data.spots, PAPER, 42)
+    return splitting.make_split(data, roles, LOGNORM, 42, 0)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from conftest import run_script
 
 import common
-import runner
-import shell
+from study import runs, shell
 
 SYMMETRIES = list(itertools.product([False, True], repeat=3))
 
@@ -123,7 +122,7 @@ def test_an_unknown_preset_on_the_command_line_ends_with_2(simulated, tmp_path, 
 
 def test_every_preset_is_allowed_as_aug():
     for preset in common.AUGMENTATIONS:
-        shell.check_constants({"AUG": preset}, runner.NAMED_IN_COMMON)
+        shell.check_constants({"AUG": preset}, runs.NAMED_IN_COMMON)
 
 
 def test_resized_patches_keep_order_and_colour():

@@ -18,9 +18,8 @@ from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
-import runner
-import shell
-import slides
+from slides import readers
+from study import runs, shell
 
 
 def edit_manifest(root, **values):
@@ -206,7 +205,7 @@ CASES = {
         ["slides.csv", "S1", "no donor"],
     ),
     "no slide in the manifest": (
-        lambda r: write_text(r / "slides.csv", ",".join(slides.MANIFEST) + "\n"),
+        lambda r: write_text(r / "slides.csv", ",".join(readers.MANIFEST) + "\n"),
         ["slides.csv", "tissue_index"],
     ),
     "no matrix in the folder": (
@@ -785,8 +784,8 @@ def whole_root(tmp_path_factory):
 
 
 READERS = {
-    "slides.csv": lambda root: slides.read_manifest(root),
-    "positions1.csv": lambda root: slides.read_positions(root / "positions1.csv"),
+    "slides.csv": lambda root: readers.read_manifest(root),
+    "positions1.csv": lambda root: readers.read_positions(root / "positions1.csv"),
     "matrix1/matrix.mtx": lambda root: read_checked(root / "matrix1"),
     "matrix1/barcodes.tsv": lambda root: read_checked(root / "matrix1"),
     "matrix1/features.tsv": lambda root: read_checked(root / "matrix1"),
@@ -799,8 +798,8 @@ READERS = {
 
 
 def read_checked(folder):
-    table = slides.read_matrix(folder)
-    slides.check_counts(table, folder)
+    table = readers.read_matrix(folder)
+    readers.check_counts(table, folder)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -828,12 +827,12 @@ def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatc
     one.mkdir(parents=True)
     other.mkdir(parents=True)
     script = {"__file__": "20_train.py"}
-    out = runner.choose_out(script, one)
+    out = runs.choose_out(script, one)
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps({"data_root": str(one)}))
-    assert runner.choose_out(script, one) == out
+    assert runs.choose_out(script, one) == out
     with pytest.raises(shell.InputError, match="--out"):
-        runner.choose_out(script, other)
+        runs.choose_out(script, other)
 
 
 @pytest.mark.parametrize("quick", [{"quick": True}, {"QUICK": True}])

@@ -32,10 +32,7 @@ from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
-import recipes
-import ridges
-import runner
-import shell
+from study import methods, recipes, ridges, shell, splitting
 
 # ------------------------------------------------------------------------------- what is trainable
 
@@ -286,7 +283,7 @@ def two_slides():
 def fold_roles(spots, protocol, seed=42, folds=5):
     """The folds of the spots on slides 1 and 2; slide 3 is the test slide."""
     pool = np.flatnonzero(spots["tissue_index"] < 3)
-    return common.split_folds(spots, pool, protocol, folds, seed)
+    return splitting.split_folds(spots, pool, protocol, folds, seed)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +476,7 @@ def test_joined_folds_of_permuted_counts_have_no_r(tmp_path, kind):
     target = random.normal(size=(225, 400))
     features = np.sin(row[:, None] * [0.2, 0.3, 0.5]) + np.cos(col[:, None] * [0.4, 0.3, 0.1])
     parts, folders = [], []
-    for fold, roles in enumerate(common.split_folds(spots, np.arange(225), "block", 5, 42)):
+    for fold, roles in enumerate(splitting.split_folds(spots, np.arange(225), "block", 5, 42)):
         train, held_out = np.flatnonzero(roles == "train"), np.flatnonzero(roles == "valid")
         predicted = np.tile(target[train].mean(0), (len(held_out), 1))
         if kind == "ridge":
@@ -627,8 +624,8 @@ FROZEN = {
 def test_frozen_features_are_exact_without_augmentation(paper_split, tmp_path, capsys):
     """Training the head on stored features equals training it behind the frozen backbone."""
     adapt = load_script("22").use_features
-    slow, _ = runner.train_network(FROZEN, paper_split, tmp_path / "slow")
-    fast, _ = runner.train_network(FROZEN, paper_split, tmp_path / "fast", adapt=adapt)
+    slow, _ = methods.train_network(FROZEN, paper_split, tmp_path / "slow")
+    fast, _ = methods.train_network(FROZEN, paper_split, tmp_path / "fast", adapt=adapt)
     np.testing.assert_allclose(slow, fast, rtol=1e-4, atol=1e-4)
     assert "0 augmented views" in capsys.readouterr().out
 
@@ -646,7 +643,7 @@ def test_features_of_one_backbone_are_computed_once(paper_split, monkeypatch):
     for hidden in (4, 0):
         recipe = FROZEN | {"AUG": "mpa", "HIDDEN": hidden}
         model = common.build_model(recipe, 5, 42)
-        training = runner.Training(model, model, paper_split.data.patches)
+        training = methods.Training(model, model, paper_split.data.patches)
         adapted = script.use_features(training, recipe, paper_split)
         assert len(adapted.patches) == n_spots
         assert adapted.model is model
@@ -730,7 +727,7 @@ def test_colour_follows_torchs_seed_and_mixed_precision_leaves_it_alone(images):
 def test_the_other_augmentations_leave_the_network_alone(images, aug):
     script = load_script("23")
     model = common.build_model(NETWORK, 5, 0)
-    training = runner.Training(model, model, images)
+    training = methods.Training(model, model, images)
     setting = script.setting_of(aug)
     assert setting["AUG"] == aug
     assert script.add_colour(training, setting, None) is training
@@ -739,7 +736,7 @@ def test_the_other_augmentations_leave_the_network_alone(images, aug):
 def test_stnet_color_is_stnet_and_colour(images):
     script = load_script("23")
     model = common.build_model(NETWORK, 5, 0)
-    training = runner.Training(model, model, images)
+    training = methods.Training(model, model, images)
     setting = script.setting_of("stnet_color")
     assert setting["AUG"] == "stnet"
     adapted = script.add_colour(training, setting, None)

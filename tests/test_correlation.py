@@ -12,7 +12,7 @@ import scipy.stats
 from conftest import PAPER
 
 import common
-import runner
+from study import recording
 
 
 def scipy_r(predicted, truth):
@@ -74,7 +74,7 @@ def score_test_spots(split, predicted):
     lognorm.
     """
     recipe = PAPER | {"TARGET": "lognorm"}
-    records, per_gene, _ = runner.score_split("x", recipe, split, predicted, {})
+    records, per_gene, _ = recording.score_split("x", recipe, split, predicted, {})
     (record,) = [record for record in records if record["split"] == "test"]
     return record, per_gene.set_index("gene")
 

@@ -14,8 +14,8 @@ import pytest
 import tifffile
 from conftest import SHARED, load_script, run_script
 
-import shell
-import slides
+from slides import readers
+from study import shell
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
 
@@ -334,8 +334,8 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
     assert manifest[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [
         [1, "C2", "C", 0.69]
     ]
-    (slide,) = slides.read_manifest(root)
-    table = slides.read_spots(slide, slides.read_positions(slide.positions))
+    (slide,) = readers.read_manifest(root)
+    table = readers.read_spots(slide, readers.read_positions(slide.positions))
     assert table.obs["barcode"].tolist() == [
         "1x3",
         "1x4",

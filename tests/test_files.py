@@ -22,8 +22,8 @@ from PIL import Image
 from test_bad_input import check_one_line
 
 import common
-import shell
-import slides
+from slides import readers
+from study import shell
 
 FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
 GENES = [*common.MARKER_GENES, *(f"GENE{number}" for number in range(40))]
@@ -158,7 +158,7 @@ TABLES = {
 @pytest.mark.parametrize("kind", TABLES)
 def test_positions_are_read_as_they_were_meant(tmp_path, kind):
     TABLES[kind](tmp_path / "positions.csv")
-    found = slides.read_positions(tmp_path / "positions.csv")
+    found = readers.read_positions(tmp_path / "positions.csv")
     pd.testing.assert_frame_equal(found, spot_array().set_index("barcode"), check_index_type=False)
 
 
@@ -179,7 +179,7 @@ def test_positions_in_doubt_are_refused(tmp_path, kind):
     table.loc[3, list(cells)] = list(cells.values())
     table.rename(columns=names).to_csv(tmp_path / "positions.csv", index=False)
     with pytest.raises(shell.InputError) as error:
-        slides.read_positions(tmp_path / "positions.csv")
+        readers.read_positions(tmp_path / "positions.csv")
     for word in ["positions.csv", *words]:
         assert word in str(error.value)
 
@@ -206,7 +206,7 @@ def test_names_are_text_and_never_missing(tmp_path):
     assert table.obs["barcode"].tolist() == codes * 2
     assert sorted(table.var_names) == sorted(genes)
     assert set(table.obs["donor"]) == {"nan", "1"}
-    assert [slide.name for slide in slides.read_manifest(tmp_path)] == ["NA", "007"]
+    assert [slide.name for slide in readers.read_manifest(tmp_path)] == ["NA", "007"]
     data = common.load_dataset(tmp_path, "lognorm")
     assert data.spots["barcode"].tolist() == codes * 2
     assert sorted(data.genes) == sorted(genes)
@@ -214,9 +214,9 @@ def test_names_are_text_and_never_missing(tmp_path):
 
 def test_numbers_may_be_barcodes(tmp_path):
     (tmp_path / "barcodes.tsv").write_text("0\n1\n2\n")
-    assert slides.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["0", "1", "2"]
+    assert readers.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["0", "1", "2"]
     (tmp_path / "barcodes.tsv").write_text('"x"\n"1" "AC-1"\n"2" "AG-1"\n')
-    assert slides.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["AC-1", "AG-1"]
+    assert readers.read_barcodes(tmp_path / "barcodes.tsv").tolist() == ["AC-1", "AG-1"]
 
 
 def test_paths_of_windows(tmp_path):
@@ -224,7 +224,7 @@ def test_paths_of_windows(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "image1.tif").rename(tmp_path / "images" / "image1.tif")
     edit_manifest(tmp_path, image=["images\\image1.tif", "image2.tif"])
-    assert slides.read_manifest(tmp_path)[0].image == tmp_path / "images" / "image1.tif"
+    assert readers.read_manifest(tmp_path)[0].image == tmp_path / "images" / "image1.tif"
 
 
 # how a file's name is spelt on the disk: from the text in slides.csv
@@ -272,11 +272,11 @@ MANIFESTS = {
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_manifests_of_spreadsheets(tmp_path, kind):
     make_slides(tmp_path)
-    expected = slides.read_manifest(tmp_path)
+    expected = readers.read_manifest(tmp_path)
     table = pd.read_csv(tmp_path / "slides.csv").iloc[:, ::-1].rename(columns={"name": "Name"})
     table["donor"] = "Größe"
     table.to_csv(tmp_path / "slides.csv", index=False, **MANIFESTS[kind])
-    found = slides.read_manifest(tmp_path)
+    found = readers.read_manifest(tmp_path)
     assert {slide.donor for slide in found} == {"Größe"}
     for one, other in zip(found, expected, strict=True):
         assert (one.image, one.um_per_px) == (other.image, other.um_per_px)
@@ -364,7 +364,7 @@ def test_counts_as_a_plain_table(tmp_path, name, of_st):
     if of_st:
         barcodes = [f"{number // 6}x{number % 6}" for number in range(36)]
     write_dense(tmp_path / name, counts, barcodes, *DENSE[name])
-    table = slides.read_matrix(tmp_path / name)
+    table = readers.read_matrix(tmp_path / name)
     assert [*table.obs_names] == [*barcodes]
     assert [*table.var_names] == [*table.var["name"]] == GENES
     assert np.array_equal(table.X.toarray(), counts)
@@ -383,7 +383,7 @@ def test_slides_whose_counts_are_plain_tables_either_way_round(tmp_path):
 
 def test_names_of_a_plain_table_are_text(tmp_path):
     (tmp_path / "counts.csv").write_text("gene,1x1,1x2\nNA,1,2\n7,3,4\nnan,5,6\n")
-    assert [*slides.read_matrix(tmp_path / "counts.csv").var_names] == ["NA", "7", "nan"]
+    assert [*readers.read_matrix(tmp_path / "counts.csv").var_names] == ["NA", "7", "nan"]
 
 
 BAD_DENSE = {
@@ -401,7 +401,7 @@ def test_tables_that_hold_no_counts_are_refused(tmp_path, kind):
     path = tmp_path / "counts.csv"
     path.write_text(text)
     with pytest.raises(shell.InputError, match=str(path)) as caught:
-        slides.read_matrix(path)
+        readers.read_matrix(path)
     for word in words:
         assert re.search(word, str(caught.value))
 
@@ -583,14 +583,14 @@ def test_an_image_is_held_against_the_hires_image_beside_its_positions(tmp_path,
     tifffile.imwrite(path, paint(1)[:, ::-1], photometric="rgb")
     row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
     row.append("outs/filtered_feature_bc_matrix")
-    pd.DataFrame([row], columns=slides.MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
+    pd.DataFrame([row], columns=readers.MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
     refuse(capsys, tmp_path, "scan1.tif", "shows something else", "tissue_hires_image.png")
 
 
 def test_space_rangers_files_as_geo_has_them(tmp_path):
     """Packed, with the sample's accession before every name, and a packed full image."""
     outs, path = make_outs(tmp_path / "s1", 1)
-    matrix = slides.read_matrix(outs / "filtered_feature_bc_matrix")
+    matrix = readers.read_matrix(outs / "filtered_feature_bc_matrix")
     shutil.rmtree(outs / "filtered_feature_bc_matrix")
     h5 = outs / "GSM1_filtered_feature_bc_matrix.h5"
     write_h5(h5, matrix.X.toarray(), GENES, ["GRCh38"] * len(GENES))
@@ -780,7 +780,7 @@ def test_decimals_under_semicolons_are_no_thousands(tmp_path):
     for name in FULLRES.values():
         table[name] = table[name].map(lambda value: f"{value + 0.125:.3f}")
     table.to_csv(tmp_path / "positions.csv", sep=";", index=False)
-    read = slides.read_positions(tmp_path / "positions.csv")
+    read = readers.read_positions(tmp_path / "positions.csv")
     assert [*read["pxl_row"]] == [*spot_array()["pxl_row"]]
 
 

@@ -25,7 +25,7 @@ from test_files import (
     spot_array,
 )
 
-import slides
+from slides import readers
 
 
 # ---------------------------------------------------------------------------------- invented slides
@@ -128,14 +128,14 @@ def test_an_h5ad_may_be_packed(tmp_path):
 def test_symbols_of_an_h5ad_name_the_genes(tmp_path):
     path = tmp_path / "slide.h5ad"
     with_gene_ids(make_anndata()).write_h5ad(path)
-    genes = slides.read_matrix(path).var["name"]
+    genes = readers.read_matrix(path).var["name"]
     assert genes[GENES[0]] == f"symbol of {GENES[0]}"
 
 
 def test_where_the_array_is_not_named_no_two_spots_share_a_place_on_it(tmp_path):
     path = tmp_path / "slide.h5ad"
     without_array(make_anndata(rows=12)).write_h5ad(path)
-    positions = slides.read_positions(path)
+    positions = readers.read_positions(path)
     assert not positions[["array_row", "array_col"]].duplicated().any()
     assert (positions["array_col"] == spot_array(12)["array_col"].to_numpy()).all()
 

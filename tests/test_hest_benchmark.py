@@ -21,7 +21,7 @@ from test_hest import make_anndata, make_patches
 from test_weights import SMALL, pretend
 
 import common
-import runner
+from study import methods, splitting
 
 SAMPLES = ("TENX1", "NCBI2", "MEND3")
 TASK_GENES = GENES[10:16]
@@ -84,8 +84,8 @@ def data(root):
 def splits(root, data):
     recipe = {"PROTOCOL": "hest", "TARGET": "log1p", "DATA_ROOT": str(root)}
     recipe |= {"VALID_FRACTION": 0.2}
-    roles = common.split_spots(data.spots, recipe, 42)
-    return [runner.make_split(data, own, recipe, 42, fold) for fold, own in enumerate(roles)]
+    roles = splitting.split_spots(data.spots, recipe, 42)
+    return [splitting.make_split(data, own, recipe, 42, fold) for fold, own in enumerate(roles)]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path
     recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
     features, _ = common.encode_patches(data.patches, recipe, 42)
     for split in splits:
-        known = runner.order_by_fold_file(split)
+        known = methods.order_by_fold_file(split)
         scaler = StandardScaler().fit(features[known])
         pca = PCA(n_components=min(256, len(known)), random_state=1)
         x = torch.Tensor(pca.fit_transform(scaler.transform(features[known])))
@@ -222,7 +222,7 @@ def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path
         ridge.fit(x, data.target[known])
         test = split.roles == "test"
         expected = ridge.predict(torch.Tensor(pca.transform(scaler.transform(features[test]))))
-        predicted, more = runner.hest_probe(recipe | {"PRECISION": "bf16"}, split, tmp_path)
+        predicted, more = methods.hest_probe(recipe | {"PRECISION": "bf16"}, split, tmp_path)
         found = predicted[split.roles[split.scored()] == "test"]
         np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
         r = common.pearson_per_gene(found, data.target[test])
@@ -235,7 +235,7 @@ def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path
 def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):
     names = pd.read_csv(root / "slides.csv").set_index("tissue_index")["name"]
     for split, (train, _) in zip(splits, SPLITS, strict=True):
-        known = runner.order_by_fold_file(split)
+        known = methods.order_by_fold_file(split)
         assert sorted(known) == sorted(split.spots("train", "valid"))
         samples = names[data.spots["tissue_index"].to_numpy()[known]]
         assert list(dict.fromkeys(samples)) == list(train)

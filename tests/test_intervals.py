@@ -7,7 +7,7 @@ import scipy.stats
 from scipy.spatial.distance import cdist
 
 import common
-import runner
+from study import recording, splitting
 
 NAMES = [str(gene) for gene in range(6)]
 MEMBERS = {"heg": NAMES[:2], "hvg": NAMES[2:3], "mg": [], "all": NAMES}
@@ -86,7 +86,7 @@ def test_of_independent_spots_the_error_is_the_usual_one():
 
 def test_slides_are_independent():
     spots, predicted, truth = make_slides(2)
-    places = common.places_in_pitches(spots).to_numpy()
+    places = splitting.places_in_pitches(spots).to_numpy()
     slides = spots["tissue_index"].to_numpy()
     moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS)[["heg"]].to_numpy()
     both, freedom = common.measure_error(moved, slides, places)
@@ -151,7 +151,7 @@ def write_record(out, setting, seed, spots, predicted, truth, n_genes=6):
     folder = out / f"{setting}{seed}"
     folder.mkdir()
     moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS)
-    places = runner.place_spots(spots)
+    places = recording.place_spots(spots)
     places.join(moved.add_prefix("lognorm_")).to_csv(folder / "influence.csv", index=False)
     record = {"setting": setting, "seed": seed, "fold": 0, "slide": "1", "folder": folder.name}
     record |= {"split": "test", "truth": "lognorm", "protocol": "paper"}
@@ -178,34 +178,34 @@ def written(tmp_path):
 
 def test_a_paired_difference_is_narrower_than_either_interval(written):
     records, out = written
-    line = runner.pair_differences(records, out, {"b": "a"}).set_index("group").loc["HEG"]
+    line = recording.pair_differences(records, out, {"b": "a"}).set_index("group").loc["HEG"]
     r = {setting: [] for setting in "abc"}
     for record in records[:6]:
         r[record["setting"]].append(record["heg"])
     assert line["difference"] == pytest.approx(np.mean(r["b"]) - np.mean(r["a"]))
     assert line["low"] < line["difference"] < line["high"]
-    table = runner.select_records(records)
-    (low, high), freedom = runner.find_mean_interval(table[table["setting"] == "a"], out, "heg")
+    table = recording.select_records(records)
+    (low, high), freedom = recording.find_mean_interval(table[table["setting"] == "a"], out, "heg")
     assert high - low > 2 * (line["high"] - line["low"])
     assert 3 < freedom < 144
 
 
 def test_a_setting_minus_itself_has_no_width(written):
     records, out = written
-    table = runner.pair_differences(records, out, {"a": "a"}).set_index("group")
+    table = recording.pair_differences(records, out, {"a": "a"}).set_index("group")
     assert table.loc["HEG", ["difference", "low", "high"]].tolist() == [0, 0, 0]
 
 
 def test_r_of_other_numbers_of_genes_has_no_difference(written):
-    table = runner.pair_differences(*written, {"c": "a"})
+    table = recording.pair_differences(*written, {"c": "a"})
     assert table[["difference", "low", "high"]].isna().all(axis=None)
 
 
 def test_differences_do_not_depend_on_the_order_of_the_records(written):
     records, out = written
     minus = {"b": "a", "c": "a"}
-    table = runner.pair_differences(records, out, minus)
-    again = runner.pair_differences(records[::-1], out, minus)
+    table = recording.pair_differences(records, out, minus)
+    again = recording.pair_differences(records[::-1], out, minus)
     pd.testing.assert_frame_equal(table, again)
 
 

@@ -25,8 +25,8 @@ from test_interruptions import SCRIPTS, start
 from test_patches import make_root
 
 import common
-import imaging
-import shell
+from slides import imaging
+from study import shell
 
 NOBODY = 65534
 
@@ -145,7 +145,7 @@ def test_a_signal_ends_a_process_whatever_it_waits_for(tmp_path, wait, kind):
     (tmp_path / "script.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import shell, {modules}
+from study import shell, {modules}
 # {"-" * 40}
 # {"-" * 40}
 def main():
@@ -173,7 +173,7 @@ shell.run_script(globals())
 def test_rank_and_world_size_of_a_pod_are_not_torchruns(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    command = [sys.executable, "-c", "import shell; print(shell.RANK, shell.RANKS)"]
+    command = [sys.executable, "-c", "from study import shell; print(shell.RANK, shell.RANKS)"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "1"]
 
@@ -216,7 +216,7 @@ def test_scripts_that_draw_are_loaded_in_any_environment(number, kind):
     code = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-import shell
+from study import shell
 shell.prepare_process()
 print("\\u8089 \\udcfc")
 import matplotlib.figure, runpy

@@ -12,8 +12,7 @@ from conftest import PAPER, run_script
 from test_patches import make_root
 
 import common
-import ridges
-import runner
+from study import methods, recording, ridges, splitting
 
 LOSO = PAPER | {"PROTOCOL": "loso"}
 
@@ -28,8 +27,8 @@ def base_of(array):
 def split_of(simulated, recipe):
     """The first Split of a protocol on the simulated slides, log-normalised."""
     data = common.load_dataset(simulated, "lognorm")
-    roles = common.split_spots(data.spots, recipe, 42)[0]
-    return runner.make_split(data, roles, recipe | {"TARGET": "lognorm"}, 42, 0)
+    roles = splitting.split_spots(data.spots, recipe, 42)[0]
+    return splitting.make_split(data, roles, recipe | {"TARGET": "lognorm"}, 42, 0)
 
 
 @pytest.mark.parametrize("target", ["lognorm", "harmony"])
@@ -56,15 +55,15 @@ def test_some_genes_of_some_genes():
 
 def results_of(split):
     """All that follows from expression: gene groups, a ridge, scores and influence."""
-    records, per_gene, influence = runner.score_split(
+    records, per_gene, influence = recording.score_split(
         "x",
         PAPER | {"TARGET": "lognorm"},
         split,
-        runner.ridge_on_colour({"REFIT": False}, split, None)[0],
+        methods.ridge_on_colour({"REFIT": False}, split, None)[0],
         {},
     )
     features = split.data.annotations.obsm["colour"]
-    ridge, shrinkage = runner.fit_ridge(split, features, split.spots("train"))
+    ridge, shrinkage = methods.fit_ridge(split, features, split.spots("train"))
     table, train = split.data.spots, split.spots("train")
     explained = ridges.explain_genes(
         features, split.data.target, train, table, shrinkage, split.reported

@@ -24,10 +24,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-import recipes
-import ridges
-import runner
-import shell
+from study import methods, recipes, recording, ridges, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
@@ -49,7 +46,7 @@ def adapt(split, recipe):
     """Script 25's Training of a method of the recipe."""
     model = common.build_model(recipe, len(split.data.genes), 42)
     patches = common.place_patches(split.data.patches, 32, torch.device("cpu"))
-    return load_script("25").adapt(runner.Training(model, model, patches), recipe, split)
+    return load_script("25").adapt(methods.Training(model, model, patches), recipe, split)
 
 
 # ------------------------------------------------------------------------------------------- BLEEP
@@ -262,8 +259,8 @@ def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
 
 # ------------------------------------------------------------------------------ baselines, controls
 RIDGES = {
-    "on features": runner.ridge_on_features,
-    "on colour": runner.ridge_on_colour,
+    "on features": methods.ridge_on_features,
+    "on colour": methods.ridge_on_colour,
     "with surroundings": load_script("25").ridge_with_surroundings,
 }
 
@@ -280,7 +277,7 @@ def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
 
 
 def test_the_ridge_on_features_learns_from_training_spots(paper_split):
-    compute, recipe = runner.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
+    compute, recipe = methods.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
     target = paper_split.data.target.copy()
     target[paper_split.spots("train")] *= -3
     data = dataclasses.replace(paper_split.data, target=target)
@@ -363,7 +360,7 @@ def slide_of_smooth_fields(side=15, genes=150, fields=6):
     data = SimpleNamespace(spots=spots, target=expression, genes=[str(g) for g in range(genes)])
     groups = pd.DataFrame({"group": "HEG", "gene": data.genes, "rank": 1})
     roles = np.full(len(spots), "test")
-    return runner.Split(data, roles, groups, seed=42), features
+    return splitting.Split(data, roles, groups, seed=42), features
 
 
 @pytest.mark.parametrize("permuted, low, high", [(True, -0.02, 0.02), (False, 0.3, 1)])
@@ -374,7 +371,7 @@ def test_the_same_slide_ridge_finds_what_is_there_and_nothing_in_permuted_counts
     if permuted:
         random = np.random.default_rng(1)
         split.data.target = random.permuted(split.data.target, axis=0)  # each gene by itself
-    monkeypatch.setattr(runner, "freeze_features", lambda recipe, split: (features, None))
+    monkeypatch.setattr(methods, "freeze_features", lambda recipe, split: (features, None))
     recipe = {"PRETRAINED": True, "BACKBONE": "tiny"}
     predicted, _ = load_script("25").same_slide(recipe, split, None)
     r = common.pearson_per_gene(predicted, split.data.target)
@@ -392,20 +389,20 @@ def test_a_ridge_through_a_point_has_the_same_weight():
 
 def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_path, monkeypatch):
     recipe = CPU | PAPER | {"TARGET": "lognorm"}
-    arguments = tmp_path, "ridge (colour)", recipe, paper_split, runner.ridge_on_colour
+    arguments = tmp_path, "ridge (colour)", recipe, paper_split, methods.ridge_on_colour
     monkeypatch.setattr(common, "RESULTS", common.RESULTS - 1)
-    runner.compute_records(*arguments)
+    recording.compute_records(*arguments)
     monkeypatch.setattr(common, "RESULTS", common.RESULTS + 1)
-    records = runner.compute_records(*arguments)
+    records = recording.compute_records(*arguments)
     assert len(list(tmp_path.glob("*/rows.json"))) == 2
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(records)
 
 
 def test_the_full_rank_is_kept_through_a_refit(paper_split):
     recipe = CPU | {"BACKBONE": "resnet18", "REFIT": True}
-    _, told = runner.ridge_on_features(recipe | {"FULL_RANK": True}, paper_split, None)
+    _, told = methods.ridge_on_features(recipe | {"FULL_RANK": True}, paper_split, None)
     assert told["rank"] is None
-    _, told = runner.ridge_on_features(recipe, paper_split, None)
+    _, told = methods.ridge_on_features(recipe, paper_split, None)
     assert told["rank"] >= 1
 
 

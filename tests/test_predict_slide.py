@@ -17,9 +17,8 @@ from test_patches import picture, spot_table
 from test_report import Page
 
 import common
-import imaging
-import shell
-import slides
+from slides import imaging, readers
+from study import shell
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +127,8 @@ def ellipse(height=3200, width=3800):
 def grid_of(tmp_path, image, um_per_px, **options):
     path = tmp_path / f"{um_per_px}.tif"
     tifffile.imwrite(path, image, photometric="rgb", **options)
-    slide = slides.Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
-    return slides.place_spots(slide)[0]
+    slide = readers.Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
+    return readers.place_spots(slide)[0]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +164,7 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
         root.mkdir()
         tifffile.imwrite(root / "slide.tif", image if um == 0.5 else half, photometric="rgb")
         row = [1, "S", "D", "slide.tif", um, "", ""]
-        pd.DataFrame([row], columns=slides.MANIFEST).to_csv(root / "slides.csv", index=False)
+        pd.DataFrame([row], columns=readers.MANIFEST).to_csv(root / "slides.csv", index=False)
         assert run_script("19", "--data-root", root, "--um-per-px", 0.5, "--target", "lognorm") == 0
         table = pd.read_csv(root / "dataset" / "dataset.csv").set_index("barcode")
         made = np.load(root / "dataset" / "patches.npy")
@@ -296,7 +295,7 @@ def space_ranger(folder, simulated, number, kind):
     )
     header = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     named = positions.set_axis([*common.POSITION_COLUMNS[:4], *header], axis=1)
-    matrix = slides.read_matrix(simulated / row["matrix"])
+    matrix = readers.read_matrix(simulated / row["matrix"])
     if kind == "old":
         positions.to_csv(outs / "spatial" / "tissue_positions_list.csv", header=False, index=False)
         shutil.copytree(simulated / row["matrix"], outs / "filtered_feature_bc_matrix",
@@ -451,7 +450,7 @@ def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(
     assert run_script("26", *options) == 0
     assert "hires image, 1.2" in capsys.readouterr().out
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
-    truth = slides.read_positions(outs / "spatial" / "tissue_positions.csv").loc[
+    truth = readers.read_positions(outs / "spatial" / "tissue_positions.csv").loc[
         table.obs["barcode"]
     ]
     assert np.abs(table.obs["pxl_row"].to_numpy() - truth["pxl_row"].to_numpy() / 4).max() <= 0.5

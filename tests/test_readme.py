@@ -13,7 +13,7 @@ from conftest import REPOSITORY, SHARED, load_script, table_of
 from test_predict_slide import space_ranger
 from test_source import too_wide
 
-import shell
+from study import shell
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))]

@@ -6,8 +6,7 @@ import pytest
 from conftest import REPOSITORY, TINY, load_script, run_script, stdout_of
 
 import common
-import recipes
-import shell
+from study import recipes, shell
 
 SCRIPTS = ["20", "21", "22", "23", "24", "25"]
 
@@ -87,7 +86,7 @@ def test_a_backbone_without_blocks_to_leave_out_is_refused(simulated, tmp_path, 
 
 
 def test_recipes_need_no_package():
-    text = (REPOSITORY / "recipes.py").read_text()
+    text = (REPOSITORY / "study" / "recipes.py").read_text()
     assert re.findall(r"^(?:import|from) (\S+)", text, flags=re.MULTILINE) == ["dataclasses"]
 
 

@@ -12,7 +12,7 @@ import torch
 from test_ridge_start import RECIPE
 
 import common
-import runner
+from study import methods, splitting
 
 RECIPE = RECIPE | {"REFIT": True}
 ONCE = RECIPE | {"REFIT": False}
@@ -47,9 +47,9 @@ def test_a_ridge_predicts_the_test_slide_from_all_training_slides_spots(paper_sp
     whole = dataclasses.replace(
         paper_split, roles=np.where(paper_split.roles == "valid", "train", paper_split.roles)
     )
-    once, _ = runner.ridge_on_colour(ONCE, paper_split, None)
-    refitted, _ = runner.ridge_on_colour(RECIPE, paper_split, None)
-    of_all, _ = runner.ridge_on_colour(ONCE, whole, None)
+    once, _ = methods.ridge_on_colour(ONCE, paper_split, None)
+    refitted, _ = methods.ridge_on_colour(RECIPE, paper_split, None)
+    of_all, _ = methods.ridge_on_colour(ONCE, whole, None)
     np.testing.assert_array_equal(
         refitted[rows_of(paper_split, "valid")], once[rows_of(paper_split, "valid")]
     )
@@ -66,7 +66,7 @@ def test_validation_spots_do_not_move_their_own_prediction(paper_split):
     other = dataclasses.replace(
         paper_split, data=dataclasses.replace(paper_split.data, target=target)
     )
-    for compute in (runner.ridge_on_colour, runner.ridge_on_features):
+    for compute in (methods.ridge_on_colour, methods.ridge_on_features):
         before, _ = compute(RECIPE, paper_split, None)
         after, _ = compute(RECIPE, other, None)
         valid = rows_of(paper_split, "valid")
@@ -76,10 +76,10 @@ def test_validation_spots_do_not_move_their_own_prediction(paper_split):
 
 # ------------------------------------------------------------------------------------------ networks
 def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_split, tmp_path):
-    once, first = runner.train_network(ONCE, paper_split, tmp_path / "once")
-    predicted, more = runner.train_network(RECIPE, paper_split, tmp_path / "refit")
+    once, first = methods.train_network(ONCE, paper_split, tmp_path / "once")
+    predicted, more = methods.train_network(RECIPE, paper_split, tmp_path / "refit")
     whole = paper_split.with_all_in_training()
-    of_all, _ = runner.train_network(ONCE, whole, tmp_path / "all", keep=first["best_epoch"])
+    of_all, _ = methods.train_network(ONCE, whole, tmp_path / "all", keep=first["best_epoch"])
     assert more["best_epoch"] == first["best_epoch"]
     valid = rows_of(paper_split, "valid")
     np.testing.assert_array_equal(predicted[valid], once[valid])
@@ -99,29 +99,29 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_
 def test_a_killed_training_goes_on_where_it_was(paper_split, tmp_path, monkeypatch, after, kept):
     recipe = RECIPE | {"HEAD_START": "mean", "GENE_WEIGHTS": "equal", "BEST_EPOCH": "mse"}
     recipe |= {"EPOCHS": 2}
-    expected, _ = runner.train_network(recipe, paper_split, tmp_path / "whole")
+    expected, _ = methods.train_network(recipe, paper_split, tmp_path / "whole")
     with monkeypatch.context() as patched:
         saved = kill_after(patched, after)
         with pytest.raises(KeyboardInterrupt):
-            runner.train_network(recipe, paper_split, tmp_path / "killed")
+            methods.train_network(recipe, paper_split, tmp_path / "killed")
         assert saved[-1].name == kept
-    predicted, _ = runner.train_network(recipe, paper_split, tmp_path / "killed")
+    predicted, _ = methods.train_network(recipe, paper_split, tmp_path / "killed")
     np.testing.assert_array_equal(predicted, expected)
 
 
 def test_the_split_of_saved_weights_has_no_validation(paper_split):
-    final = runner.final_split(RECIPE, paper_split)
+    final = splitting.final_split(RECIPE, paper_split)
     assert {*final.roles} - {""} == {"train", "test"}
     np.testing.assert_array_equal(final.spots("test"), paper_split.spots("test"))
-    assert runner.final_split(ONCE, paper_split) is paper_split
+    assert splitting.final_split(ONCE, paper_split) is paper_split
 
 
 def test_without_a_test_slide_there_is_nothing_to_learn_again_for(paper_split):
     roles = np.where(paper_split.roles == "test", "", paper_split.roles)
-    assert not runner.is_refitted(RECIPE, dataclasses.replace(paper_split, roles=roles))
-    assert not runner.is_refitted(RECIPE, paper_split.with_all_in_training())
-    assert not runner.is_refitted(ONCE, paper_split)
-    assert runner.is_refitted(RECIPE, paper_split)
+    assert not splitting.is_refitted(RECIPE, dataclasses.replace(paper_split, roles=roles))
+    assert not splitting.is_refitted(RECIPE, paper_split.with_all_in_training())
+    assert not splitting.is_refitted(ONCE, paper_split)
+    assert splitting.is_refitted(RECIPE, paper_split)
 
 
 def test_spots_of_a_margin_train_in_the_end(paper_split):

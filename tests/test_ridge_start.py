@@ -10,10 +10,7 @@ from conftest import NETWORK, PAPER
 from sklearn.linear_model import Ridge
 
 import common
-import recipes
-import ridges
-import runner
-import shell
+from study import methods, recipes, ridges, shell, splitting
 
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
@@ -26,14 +23,14 @@ DEVICE = torch.device("cpu")
 def split(simulated):
     """The Split of the paper's protocol on the simulated slides, by log-normalised counts."""
     data = common.load_dataset(simulated, "lognorm")
-    (roles,) = common.split_spots(data.spots, PAPER, 42)
-    return runner.make_split(data, roles, RECIPE, 42, 0)
+    (roles,) = splitting.split_spots(data.spots, PAPER, 42)
+    return splitting.make_split(data, roles, RECIPE, 42, 0)
 
 
 def start(split, **changed):
     recipe = RECIPE | changed
     patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], DEVICE)
-    return runner.start_training(recipe, split, patches, DEVICE)
+    return methods.start_training(recipe, split, patches, DEVICE)
 
 
 # -------------------------------------------------------------------------------------------- ridge
@@ -180,8 +177,8 @@ def test_alpha_and_weights_follow_from_training_spots_alone(split):
     target[others] = np.random.default_rng(0).normal(size=target[others].shape)
     data = dataclasses.replace(split.data, target=target, lognorm=target)
     changed = dataclasses.replace(split, data=data)
-    one, told = runner.ridge_on_features(RECIPE, split, None)
-    other, told_then = runner.ridge_on_features(RECIPE, changed, None)
+    one, told = methods.ridge_on_features(RECIPE, split, None)
+    other, told_then = methods.ridge_on_features(RECIPE, changed, None)
     np.testing.assert_array_equal(one, other)
     assert told == told_then
 
@@ -191,7 +188,7 @@ def test_alpha_and_weights_follow_from_training_spots_alone(split):
 def test_the_first_prediction_is_the_ridges(split, pool_stages):
     training = start(split, POOL_STAGES=pool_stages)
     recipe = RECIPE | {"POOL_STAGES": pool_stages}
-    ridge, told = runner.ridge_on_features(recipe, split, None)
+    ridge, told = methods.ridge_on_features(recipe, split, None)
     predicted = common.predict(
         training.network, training.patches, split.scored(), dtype=torch.float32, tta=True
     )
@@ -262,7 +259,7 @@ def fit(split, training, **changed):
         dtype=torch.float32,
         gene_weights=training.gene_weights,
         optimise=common.adamw_with_two_rates,
-        valid_heg=lambda predicted: runner.mean_heg(split, predicted),
+        valid_heg=lambda predicted: methods.mean_heg(split, predicted),
     )
 
 

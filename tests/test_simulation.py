@@ -10,8 +10,8 @@ import tifffile
 from conftest import REPOSITORY, SHARED, load_script, stdout_of
 
 import common
-import shell
-from slides import read_matrix, read_positions
+from slides.readers import read_matrix, read_positions
+from study import shell
 
 
 def test_layout_is_gse240429s(simulated):

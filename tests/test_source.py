@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPOSITORY, SMALL_RUNS, load_script
 
-import runner
+from study import printing
 
 RUNS = sorted(SMALL_RUNS)
 
@@ -22,7 +22,7 @@ def names_of(path):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             called.add(node.func.id)
     return imported, called
@@ -30,14 +30,17 @@ def names_of(path):
 
 def test_common_knows_neither_its_neighbours_nor_a_script():
     imported, called = names_of(REPOSITORY / "common.py")
-    assert not imported & {"runner", "ridges", "slides", "imaging", "inputs", "samples"}
+    rooms = {name for name in imported if name.startswith(("study", "slides"))}
+    assert rooms == {"study.shell", "study.weight_files", "study.shell.InputError"}
     assert "globals" not in called
     assert "globals()" not in (REPOSITORY / "common.py").read_text()
 
 
 def test_shell_needs_no_package():
-    imported, _ = names_of(REPOSITORY / "shell.py")
-    assert imported <= sys.stdlib_module_names
+    imported, _ = names_of(REPOSITORY / "study" / "shell.py")
+    assert "study.recipes.ALLOWED" in imported
+    packages = {name.split(".")[0] for name in imported} - {"study"}
+    assert packages <= sys.stdlib_module_names
 
 
 # ----------------------------------------------------------------------------------------- headers
@@ -92,11 +95,11 @@ def test_what_a_header_says_is_written_is_there_and_nothing_else(finished, name)
 # ------------------------------------------------------------------------------------------- width
 def too_wide(stdout):
     """Printed lines that are wider than runner.WIDTH."""
-    return [line for line in stdout.splitlines() if len(line) > runner.WIDTH]
+    return [line for line in stdout.splitlines() if len(line) > printing.WIDTH]
 
 
 def test_the_width_is_that_of_a_terminal():
-    assert runner.WIDTH == 120
+    assert printing.WIDTH == 120
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -27,8 +27,7 @@ from conftest import (
 )
 
 import common
-import runner
-import shell
+from study import printing, runs, shell, splitting
 
 RECIPE = {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4, "AUG": "mpa", "LOSS": "mse"}
 
@@ -121,7 +120,7 @@ def test_a_new_loss_is_one_function_that_a_constant_names(little, monkeypatch):
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(shell.InputError, match="--loss huber: expected one of mse"):
-        shell.check_constants({"LOSS": "huber"}, runner.NAMED_IN_COMMON)
+        shell.check_constants({"LOSS": "huber"}, runs.NAMED_IN_COMMON)
 
 
 @pytest.mark.parametrize("killed_after", [1, 2])
@@ -217,7 +216,7 @@ def test_changed_gene_lists_are_another_row(trained, simulated, tmp_path):
 
 
 def test_published_numbers_go_whole_to_the_report(capsys):
-    tables = runner.print_published(REPOSITORY / "GSE240429_data")
+    tables = printing.print_published(REPOSITORY / "GSE240429_data")
     (records,) = tables.values()
     assert "published, not computed here" in capsys.readouterr().out
     (record, *_) = [record for record in records if "0.315" in record["HEG50"]]
@@ -391,9 +390,9 @@ def test_another_constant_is_another_row(trained, simulated, tmp_path):
 def test_split_is_reproducible_disjoint_and_exhaustive(simulated):
     spots = common.load_dataset(simulated, "harmony").spots
     recipe = PAPER | {"TRAIN_SLIDES": (1, 2)}
-    (roles,) = common.split_spots(spots, recipe, 42)
-    assert np.array_equal([roles], common.split_spots(spots, recipe, 42))
-    assert not np.array_equal([roles], common.split_spots(spots, recipe, 43))
+    (roles,) = splitting.split_spots(spots, recipe, 42)
+    assert np.array_equal([roles], splitting.split_spots(spots, recipe, 42))
+    assert not np.array_equal([roles], splitting.split_spots(spots, recipe, 43))
     assert (roles == "valid").sum() == 4
     assert (roles == "train").sum() == 16
     assert set(spots["tissue_index"][roles == "test"]) == {3}
@@ -402,7 +401,7 @@ def test_split_is_reproducible_disjoint_and_exhaustive(simulated):
 
 def test_groups_are_ranked_on_training_spots_alone(simulated):
     data = common.load_dataset(simulated, "harmony")
-    (roles,) = common.split_spots(data.spots, PAPER, 42)
+    (roles,) = splitting.split_spots(data.spots, PAPER, 42)
     train = roles == "train"
     groups = common.choose_gene_groups(data, train, published=True)
     assert groups.attrs["source"] == "training spots"

@@ -29,8 +29,7 @@ from conftest import (
 from scipy.spatial.distance import cdist
 
 import common
-import runner
-import shell
+from study import printing, shell, splitting
 
 
 # ------------------------------------------------------------------------------ ceiling, Moran's I
@@ -123,9 +122,9 @@ def test_the_mean_ceiling_of_many_kinds_of_genes_is_near_the_truth():
 
 
 def test_no_share_of_a_ceiling_of_nothing():
-    assert runner.format_share(0.2, 0.4) == "50%"
+    assert printing.format_share(0.2, 0.4) == "50%"
     for r, ceiling in ((0.2, 0.0), (0.2, np.nan), (np.nan, 0.4)):
-        assert runner.format_share(r, ceiling) == "-"
+        assert printing.format_share(r, ceiling) == "-"
 
 
 def test_ceiling_stays_in_its_bounds():
@@ -181,7 +180,7 @@ def slides_with_donors(donors):
 def slides_by_role(spots, recipe):
     """[{role: its slides}], one a training."""
     trainings = []
-    for roles in common.split_spots(spots, recipe, 42):
+    for roles in splitting.split_spots(spots, recipe, 42):
         slides = {role: spots["tissue_index"][roles == role] for role in ("train", "valid", "test")}
         trainings.append({role: sorted(set(of)) for role, of in slides.items()})
     return trainings
@@ -330,16 +329,16 @@ def test_of_three_donors_the_one_that_validates_does_not_train():
     slides = np.repeat([1, 2, 3, 4, 5], 4)
     donors = pd.Series(slides).map({1: "A", 2: "A", 3: "B", 4: "C", 5: "C"})
     spots = pd.DataFrame({"tissue_index": slides, "donor": donors})
-    for roles in common.split_slides(spots, (1, 2, 3, 4, 5)):
+    for roles in splitting.split_slides(spots, (1, 2, 3, 4, 5)):
         donor_of = {role: set(donors[roles == role]) for role in ("train", "valid", "test")}
         assert donor_of["train"] and donor_of["valid"]
         for one, other in itertools.combinations(donor_of.values(), 2):
             assert not one & other
     two_donors = spots[slides < 4].reset_index(drop=True)
     with pytest.raises(shell.InputError, match="slide 1 has 1 slides to learn from"):
-        common.split_slides(two_donors, (1, 2, 3))
+        splitting.split_slides(two_donors, (1, 2, 3))
     four = pd.DataFrame({"tissue_index": slides, "donor": "A"})
-    for roles in common.split_slides(four, (1, 2, 3, 4, 5)):
+    for roles in splitting.split_slides(four, (1, 2, 3, 4, 5)):
         assert (roles == "train").sum() == 3 * 4, "one donor alone is not left out"
 
 

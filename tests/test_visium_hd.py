@@ -16,8 +16,7 @@ from conftest import stdout_of, write_slide
 from PIL import Image
 from test_files import GENES, paint, refuse
 
-import samples
-import slides
+from slides import readers, space_ranger, visium_hd
 
 BIN_PX = 16  # of 8 um at 0.5 um/px
 ROWS, COLUMNS = 38, 45  # bins: five whole spots of 7 x 7 and three rows more, six and three columns
@@ -113,9 +112,9 @@ def check_dataset(root, expected):
 def test_sums_of_bins_are_those_of_a_dense_matrix():
     table, counts = make_bins()
     bins = table.rename(columns=lambda name: name.removesuffix("_in_fullres")).set_index("barcode")
-    spots, spot_of_bin = samples.group_bins(bins, 7, 56.0)
+    spots, spot_of_bin = visium_hd.group_bins(bins, 7, 56.0)
     kept = np.arange(len(spots)) != 3
-    sums = samples.sum_bins(scipy.sparse.csr_matrix(counts), spot_of_bin, kept)
+    sums = visium_hd.sum_bins(scipy.sparse.csr_matrix(counts), spot_of_bin, kept)
     dense = np.zeros((len(spots), len(GENES)), int)
     np.add.at(dense, spot_of_bin, counts)
     assert scipy.sparse.issparse(sums) and np.array_equal(sums.toarray(), dense[kept])
@@ -170,8 +169,8 @@ def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
     table, counts = make_bins()
     write_slide(tmp_path / "made", "no.tif", table, counts, GENES)
     (tmp_path / "made" / "matrix1").rename(binned / "filtered_feature_bc_matrix")
-    slide, positions = samples.read_space_ranger(outs, image, bin_um=112.0)
-    spots = slides.read_spots(slide, positions)
+    slide, positions = space_ranger.read_space_ranger(outs, image, bin_um=112.0)
+    spots = readers.read_spots(slide, positions)
     assert slide.um_per_px == 1.0 and set(spots.obs["pitch"]) == {7 * BIN_PX}
     whole = counts.sum(1).reshape(ROWS, COLUMNS)[7:14, :7]
     assert spots.obs.loc["1_s_112um_00001_00000-1", "n_counts"] == whole.sum()
@@ -183,7 +182,7 @@ def test_positions_may_be_a_parquet(tmp_path):
     write_parquet(path, table.astype({"in_tissue": bool}))
     text = tmp_path / "positions.csv"
     table.to_csv(text, index=False)
-    pd.testing.assert_frame_equal(slides.read_positions(path), slides.read_positions(text))
+    pd.testing.assert_frame_equal(readers.read_positions(path), readers.read_positions(text))
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -13,7 +13,7 @@ import torch
 from conftest import NETWORK, TINY, run_script, table_of
 
 import common
-import shell
+from study import shell
 
 SMALL = "mobilenetv3_small_050"  # a backbone of half a million parameters
 

@@ -7,8 +7,8 @@ import itertools
 import json
 from pathlib import Path
 
-import shell
-from shell import InputError
+from study import shell
+from study.shell import InputError
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 

@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 import polars
 
-from shell import InputError
+from study.shell import InputError
 
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
+
 
 WARNINGS = []  # of this start of a script, in the order in which warn() printed them
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -25,13 +26,34 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from recipes import ALLOWED, PAPER, RECIPES
+from study.recipes import ALLOWED, PAPER, RECIPES
+
+
+def without_nan(values):
+    """A list of floats with None for NaN, which JSON does not have."""
+    return [none_for_nan(float(value)) for value in values]
+
+
+def none_for_nan(value):
+    """The value, or None for NaN, which JSON does not have."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
+
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
+
+
 R_THRESHOLD = 0.30  # the paper counts the genes above it
+
+
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+
+
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
+
+
 RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
 
 
@@ -115,6 +137,8 @@ def fingerprint_of(meta_text):
 
 # ---------------------------------------------------------------------------------------- constants
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
+
+
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
 
@@ -394,6 +418,8 @@ def run_script(script):
 
 
 INTERRUPTED = "interrupted: run the same command again"
+
+
 GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
 
 
@@ -457,6 +483,8 @@ LIMITS = {
     errno.EFBIG: "a file is larger than the system allows: raise the limit (ulimit -f) and",
     errno.ENOMEM: "not enough memory: give the process more, or the run a smaller batch, and",
 }
+
+
 # How torch says so, which raises plain RuntimeErrors; CUDA's and Python's allocators.
 NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't start new thread")
 
@@ -487,7 +515,7 @@ def call_script(name, *flags):
     this one as well.
     """
     print("$ python", name, *flags, flush=True)
-    path = str(Path(__file__).with_name(name))
+    path = str(Path(__file__).parent.with_name(name))
     before = sys.argv
     sys.argv = [path, *flags]
     try:

@@ -26,23 +26,36 @@ from skimage.filters import threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
 import common
-import imaging
-import inputs
-import shell
 from common import PATCH_SIZE, POSITION_COLUMNS
-from shell import InputError
+from slides import imaging, inputs
+from study import shell
+from study.shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
+
+
 PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+
+
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
+
+
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
+
+
 BLOCK_WIDTH = 5  # pitches
+
+
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
+
+
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
     "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
     "kind": ("feature_type", "feature_types", "kind", "type"),
 }
+
+
 # How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
 POSITION_SPELLINGS = {
     "barcode": ("barcode", "barcodes", "barcode_id", "cell", "cell_id", "spot", "spot_id"),
@@ -71,6 +84,8 @@ class Slide:
 
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
+
+
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 
 

@@ -28,14 +28,20 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-import inputs
-import shell
 from common import PATCH_SIZE
-from shell import InputError
+from slides import inputs
+from study import shell
+from study.shell import InputError
 
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
+
+
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
+
+
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
+
+
 PLACE = ["pxl_row", "pxl_col"]
 
 
@@ -411,6 +417,8 @@ UM_PER_UNIT = {
     "inch": 25_400.0,
     "in": 25_400.0,
 }
+
+
 RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # of TIFF's own tags; 1 is none
 
 

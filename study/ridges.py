@@ -13,7 +13,8 @@ import scipy.linalg
 import torch
 
 import common
-from shell import InputError
+from study import splitting
+from study.shell import InputError
 
 # In units of the features' mean squared length; so wide that its ends are not chosen.
 ALPHAS = np.logspace(-4, 5, 37)
@@ -210,9 +211,9 @@ def choose_folds(table):
     """
     numbers = np.arange(len(table))
     try:
-        folds = common.split_folds(table, numbers, "block", common.FOLDS, 0)
+        folds = splitting.split_folds(table, numbers, "block", common.FOLDS, 0)
     except InputError:  # A fold would be empty, or its margin would take all others.
-        folds = common.split_folds(table, numbers, "paper", min(common.FOLDS, len(table)), 0)
+        folds = splitting.split_folds(table, numbers, "paper", min(common.FOLDS, len(table)), 0)
     return [(roles == "train", roles == "valid") for roles in folds]
 
 

@@ -1,0 +1,1 @@
+"""Files of slides, to spots and pixels."""

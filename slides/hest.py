@@ -1,0 +1,282 @@
+"""HEST-1k and the tasks of HEST-Benchmark, to the rows of a slides.csv."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pandas as pd
+
+import common
+from slides import imaging, inputs, readers, space_ranger
+from study import shell
+from study.shell import InputError
+
+HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
+
+
+# -------------------------------------------------------------------------------- HEST
+
+
+def write_hest_manifest(root, folder, samples, filters, use_patches):
+    """slides.csv for samples of HEST-1k, and root/links/ to their images and counts.
+
+    `samples` are ids, as NCBI826. `filters` {column of the metadata table: value} choose among
+    them, or among all where none is named. To `use_patches`, the files of patches stand in
+    place of the images, and the positions are scaled to them.
+    """
+    path = root / "slides.csv"
+    metadata = read_hest_metadata(folder)
+    samples = samples or list(metadata)
+    chosen = choose_hest_samples(folder, metadata, samples, filters)
+    made = [
+        read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
+        for number, sample in enumerate(chosen, 1)
+    ]
+    linked = [
+        space_ranger.name_links(slide, "positions_patches.csv" if use_patches else None)
+        for slide in made
+    ]
+    if use_patches:
+        linked = [replace(links, um_per_px=HEST_UM_PER_PX) for links in linked]
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    space_ranger.check_manifest_is_new(path, table, "--from-hest")
+    positions = [None] * len(made)  # They are in the .h5ad.
+    if use_patches:
+        positions = [scale_to_patches(slide) for slide in made]
+    place_slides(root, made, linked, positions)
+    shell.save_csv(path, table)
+    print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
+
+
+def scale_to_patches(slide):
+    """The positions of a sample in px of its patches' resolution."""
+    positions = readers.read_positions(slide.matrix)
+    return space_ranger.scale_positions(positions, slide.um_per_px / HEST_UM_PER_PX)
+
+
+def place_slides(root, made, linked, positions):
+    """Make the links of a data root to the files of slides, and the files of their positions, where
+    these are not None.
+    """
+    for slide, links, places in zip(made, linked, positions, strict=True):
+        space_ranger.place_link(root / links.image, slide.image)
+        space_ranger.place_link(root / links.matrix, slide.matrix)
+        if places is not None:
+            shell.save_csv(root / links.positions, places.reset_index())
+
+
+def read_hest_metadata(folder):
+    """{sample: {column: text}} of the newest table HEST_v*.csv in HEST's folder; {} without one."""
+    tables = sorted(folder.glob("HEST_v*.csv"), key=number_version)
+    if not tables:
+        return {}
+    table = inputs.read_table(tables[-1], {"id": ("id",)})
+    if "id" not in table or not table.attrs["named"]:
+        raise InputError(f"{tables[-1]}: no column id among {', '.join(map(str, table))}")
+    inputs.check_unique(table["id"], "sample", tables[-1])
+    return table.set_index("id").to_dict("index")
+
+
+def number_version(path):
+    """The numbers in a file's name, by which v1_10_0 follows v1_9_0."""
+    return [int(number) for number in re.findall(r"\d+", path.stem)]
+
+
+def choose_hest_samples(folder, metadata, samples, filters):
+    """The samples that pass every filter; InputError where one is unknown, or none is left.
+
+    Upper and lower case are the same to a filter.
+    """
+    if not metadata and filters:
+        raise InputError(
+            f"{folder}: no table HEST_v*.csv, in which --organ, --species and --technology look: "
+            "fetch it, or name the samples with --samples"
+        )
+    unknown = [sample for sample in samples if metadata and sample not in metadata]
+    if unknown:
+        raise InputError(
+            f"--samples {unknown[0]}: not in the table HEST_v*.csv of {folder}, which names "
+            f"{len(metadata)} samples, as {next(iter(metadata))}"
+        )
+    for column, value in filters.items():
+        values = {sample: metadata[sample].get(column, "") for sample in samples}
+        samples = [sample for sample in samples if values[sample].lower() == value.lower()]
+        if not samples:
+            raise InputError(
+                f"{folder}: no sample whose {column} is {value!r}; "
+                f"there are {', '.join(sorted(set(values.values())))}"
+            )
+    return samples
+
+
+def read_hest_sample(folder, number, sample, row, use_patches):
+    """The Slide of a sample of HEST-1k, of its metadata and of its row in their table.
+
+    A donor is a patient of a data set, since patients of two data sets may have one name.
+    """
+    matrix = folder / "st" / f"{sample}.h5ad"
+    image = folder / "wsis" / f"{sample}.tif"
+    if use_patches:
+        image = folder / "patches" / f"{sample}.h5"
+    for path in (matrix, image):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file: fetch it from the data set MahmoodLab/hest, or name "
+                "other samples with --samples"
+            )
+    facts = row | read_hest_json(folder, sample, row)
+    if facts.get("patient", "") in readers.NO_FILE:
+        inputs.warn(
+            f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
+            "mend donor in slides.csv where two samples are of one person"
+        )
+    um_per_px = pd.to_numeric(facts.get("pixel_size_um_estimated"), errors="coerce")
+    if um_per_px is None or not 0.05 <= um_per_px <= 20:
+        raise InputError(
+            f"{folder}: pixel_size_um_estimated of sample {sample} is "
+            f"{facts.get('pixel_size_um_estimated')}; expected a number from 0.05 to 20"
+        )
+    donor = name_donor(sample, facts)
+    return readers.Slide(number, sample, donor, image, float(um_per_px), None, matrix)
+
+
+def name_donor(sample, facts):
+    """The patient that the metadata {name: text} of a sample name, or else the sample."""
+    patient = facts.get("patient", "")
+    if patient in readers.NO_FILE:
+        return sample
+    return f"{facts.get('dataset_title', '')} {patient}".strip()
+
+
+def read_hest_json(folder, sample, row):
+    """What metadata/<sample>.json says, as texts by name; a `row` of the table may stand for it."""
+    path = folder / "metadata" / f"{sample}.json"
+    if not path.is_file() and row:
+        return {}
+    try:
+        facts = json.loads(inputs.decode_text(path.read_bytes()))
+        return {
+            name: str(value) for name, value in facts.items() if str(value) not in readers.NO_FILE
+        }
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: no metadata of sample {sample} ({error}): fetch it, or the table HEST_v*.csv"
+        ) from None
+
+
+# -------------------------------------------------------------------------------- HEST-Benchmark
+
+
+def has_splits(folder):
+    """Whether a folder has splits/, as a task of HEST-Benchmark does and HEST-1k does not."""
+    return (folder / "splits").is_dir()
+
+
+def write_task(root, folder):
+    """slides.csv, folds.csv and hest_genes.csv for a task of HEST-Benchmark, and root/links/.
+
+    Its spots are those that have a patch.
+    """
+    splits = read_splits(folder)
+    genes = read_task_genes(folder)
+    metadata = read_hest_metadata(folder)
+    made, linked = [], []
+    rows = splits.drop_duplicates("sample_id").sort_values("sample_id").to_dict("records")
+    for number, row in enumerate(rows, 1):
+        slide = read_task_sample(folder, number, row, metadata)
+        made.append(slide)
+        linked.append(space_ranger.name_links(slide, "positions_patches.csv"))
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
+    positions = [read_task_positions(slide) for slide in made]  # Refused before a link is made.
+    place_slides(root, made, linked, positions)
+    numbers = {slide.name: slide.tissue_index for slide in made}
+    splits["tissue_index"] = splits["sample_id"].map(numbers)
+    shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
+    shell.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])
+    shell.save_csv(root / "slides.csv", table)
+    n_folds = splits["fold"].nunique()
+    print(f"wrote {root / 'slides.csv'}: {len(table)} slides, {n_folds} folds, {len(genes)} genes")
+
+
+def read_splits(folder):
+    """Table fold, role (train or test), sample_id, patches_path, expr_path of a task's splits/.
+
+    InputError where a file of a fold is missing, or a sample has both roles in one.
+    """
+    numbers = []
+    for path in (folder / "splits").glob("[!.]*.csv"):
+        numbers += re.findall(r"^(?:train|test)_(\d+)$", path.stem)
+    n_folds = max(map(int, numbers), default=0) + 1
+    parts = []
+    for fold in range(n_folds):
+        roles = {role: read_split(folder, role, fold) for role in ("train", "test")}
+        twice = set(roles["train"]["sample_id"]) & set(roles["test"]["sample_id"])
+        if twice:
+            raise InputError(
+                f"{folder / 'splits'}: sample {min(twice)} is both in train_{fold}.csv and in "
+                f"test_{fold}.csv: fetch the task again"
+            )
+        parts += [part.assign(fold=fold, role=role) for role, part in roles.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def read_split(folder, role, fold):
+    """Table sample_id, patches_path, expr_path of a file of a task's splits/."""
+    path = folder / "splits" / f"{role}_{fold}.csv"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file: a fold needs train_{fold}.csv and test_{fold}.csv; fetch the "
+            "task again"
+        )
+    columns = ["sample_id", "patches_path", "expr_path"]
+    table = inputs.read_table(path, {column: (column,) for column in columns})
+    missing = [column for column in columns if column not in table or not table.attrs["named"]]
+    if missing or table.empty:
+        raise InputError(f"{path}: expected the columns {', '.join(columns)} and a row a sample")
+    inputs.check_unique(table["sample_id"], "sample", path)
+    return table[columns]
+
+
+def read_task_genes(folder):
+    """The genes that a task of HEST-Benchmark predicts."""
+    path = folder / "var_50genes.json"
+    try:
+        genes = json.loads(inputs.decode_text(path.read_bytes()))["genes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no list of genes ({error}): fetch the task again") from None
+    if not isinstance(genes, list) or not genes:
+        raise InputError(f"{path}: genes is {genes!r}; expected a list of names")
+    inputs.check_unique(genes, "gene", path)
+    return genes
+
+
+def read_task_sample(folder, number, row, metadata):
+    """The Slide of a sample, of its row in a task's splits and of {sample: its metadata}."""
+    sample = row["sample_id"]
+    image, matrix = folder / row["patches_path"], folder / row["expr_path"]
+    for path in (image, matrix):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file, which splits/ names for sample {sample}: fetch the task "
+                "again from the data set MahmoodLab/hest-bench"
+            )
+    known = {"id": sample} | metadata.get(sample, {})
+    donor = name_donor(sample, known | read_hest_json(folder, sample, known))
+    return readers.Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
+
+
+def read_task_positions(slide):
+    """The positions of a task's sample, in px of its whole image, whose size nobody states.
+
+    Those spots count as tissue that have a patch.
+    """
+    positions = readers.read_positions(slide.matrix)
+    with imaging.open_hest_patches(slide.image) as (barcodes, _):
+        lost = barcodes[~barcodes.isin(positions.index)]
+        if len(lost):
+            raise InputError(
+                f"{slide.image}: {slide.matrix} has no barcode {lost[0]}: the two files are not of "
+                "one sample"
+            )
+        return positions.assign(in_tissue=positions.index.isin(barcodes).astype(int))

@@ -1,0 +1,1 @@
+"""A run of a script: its constants, splits, methods, records, tables and report."""

@@ -1,0 +1,203 @@
+"""Tables as they are printed."""
+
+import functools
+import textwrap
+
+import numpy as np
+import pandas as pd
+
+from study import recipes, recording
+
+WIDTH = 120  # columns of what is printed, at most
+
+
+WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that paths can be copied
+
+
+# ----------------------------------------------------------------------------------- printed tables
+def print_table(title, table):
+    """One ruled table under its title; no line is wider than WIDTH."""
+    head, *body = table.to_string(index=False).splitlines()
+    lines = [cut(line.rstrip(), WIDTH) for line in (head, *body)]
+    width = max(map(len, lines))
+    print(f"\n{textwrap.fill(title, WIDTH)}", "=" * width, lines[0], "-" * width, sep="\n")
+    print(*lines[1:], "=" * width, sep="\n")
+
+
+def cut(text, width):
+    """The text, its end left out where it is longer."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def justify_left(column):
+    """A column of texts with its name, padded so that they begin at the same place."""
+    width = max(map(len, [column.name, *column]))
+    return column.str.ljust(width).rename(column.name.ljust(width))
+
+
+def format_mean(values, form="{:.3f}"):
+    """The mean of one number a training or slide, ±sd where there are several; "-" where it is
+    undefined.
+    """
+    values = values.dropna()
+    if values.empty:
+        return "-"
+    text = form.format(values.mean())
+    if len(values) > 1:
+        text += "±" + form.format(values.std())
+    return text
+
+
+def format_interval(low, high, form="{:.2f}"):
+    """[low, high], or "-" where it is undefined."""
+    if np.isnan(low) or np.isnan(high):
+        return "-"
+    return f"[{form.format(low)}, {form.format(high)}]"
+
+
+def format_share(r, ceiling):
+    """r as a share of its ceiling; "-" where either is undefined, or counts tell of noise alone."""
+    return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
+
+
+def format_group(records, group, size):
+    """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
+    mean = records[group].mean()
+    if np.isnan(mean):
+        return "-"
+    n_genes = int(records[f"{group}_n"].min())
+    return f"{mean:.3f}/{n_genes}" if n_genes < size else f"{mean:.3f}"
+
+
+def group_sizes(split):
+    """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
+    that are constant on a slide are no news.
+    """
+    sizes = {}
+    for group, count in split.groups["group"].value_counts().items():
+        sizes[group.lower()] = count
+    return sizes
+
+
+def describe_setting(records, sizes, out):
+    """{column: text} of one setting's records: its line of the table of scores."""
+    over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
+    interval = None
+    if (records["split"] == "test").all():
+        interval, _ = recording.find_mean_interval(records, out, "heg")
+    line = {"setting": cut(records["setting"].iloc[0], 30)}
+    line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
+    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
+    for group in ("HVG", "MG", "all"):
+        line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
+    line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
+    line["q<.05"] = format_count(records["n_genes_q05"])
+    line["steps"] = describe_mean_steps(records)
+    return line
+
+
+def format_count(counts):
+    """The mean of counts; "-" without any."""
+    return "-" if counts.isna().all() else f"{counts.astype(float).mean():.0f}"
+
+
+def describe_mean_steps(records):
+    """Mean number of the optimiser's steps; "-" of what takes none."""
+    steps = records.get("steps", pd.Series(dtype=float)).astype(float).mean()
+    return "-" if np.isnan(steps) else f"{steps:,.0f}"
+
+
+def describe_hest(records, n_genes, out):
+    """As describe_setting, of a task of HEST-Benchmark, whose panel has `n_genes`: first the number
+    that its published tables hold, over all test spots of a fold at once; `in slides` is the same
+    slide by slide.
+    """
+    interval = None
+    if (records["split"] == "test").all():
+        interval, _ = recording.find_mean_interval(records, out, "all")
+    mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
+    defined = int(records["all_n"].min())
+    line = {"setting": cut(records["setting"].iloc[0], 30)}
+    line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
+    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
+    line["of ceiling"] = format_share(mean, ceiling)
+    line["in slides"] = f"{records.groupby(recipes.OF_HEST.unit)['all'].mean().mean():.3f}"
+    line["q<.05"] = format_count(records["n_genes_q05"])
+    line["steps"] = describe_mean_steps(records)
+    return line
+
+
+def describe_differences(table, settings, headline=recipes.HEG):
+    """The column that tells the headline of each setting minus another's; the name of the other
+    stands in the head where it is the same for all.
+    """
+    of = table[table["group"] == headline.group].set_index("setting")
+    others = of["minus"].unique()
+    texts = []
+    for setting in settings:
+        if setting not in of.index:
+            texts.append("")
+            continue
+        difference, low, high, other = of.loc[setting, ["difference", "low", "high", "minus"]]
+        if np.isnan(difference):
+            texts.append("-")
+            continue
+        text = f"{difference:+.3f} {format_interval(low, high, '{:+.3f}')}"
+        texts.append(text if len(others) == 1 else f"{text} {other}")
+    name = f"{headline.name} minus"
+    if len(others) == 1:
+        name = f"{name} {others[0]}"
+    return justify_left(pd.Series(texts, name=name))
+
+
+def describe_scored(records):
+    """Which spots and which truth a table of scores is about."""
+    slides = records["slide"].unique()
+    roles = {"test": "test slide", "oof": "out of fold, slide", "valid": "validation, slide"}
+    truths = {
+        "lognorm": "log-normalised counts",
+        "harmony": "Harmony's values",
+        "log1p": "log1p of raw counts",
+    }
+    first = records.drop_duplicates(["slide", "fold"])
+    n_spots = first.groupby("slide")["n_spots"].max().sum()
+    n_trainings = len(records.drop_duplicates(["seed", "fold"]))
+    slides = ",".join(slides)
+    role = roles[records["split"].iloc[0]] + ("s" if "," in slides else "")
+    where = f"{role} {slides} ({n_spots} spots)"
+    trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
+    return f"{where}, {truths[records['truth'].iloc[0]]}, {trainings}"
+
+
+def describe_freedom(records):
+    """How many independent places the intervals of these records rest on, as a test slide has."""
+    freedoms = records["interval_df"].dropna() if "interval_df" in records else []
+    if not len(freedoms):
+        return ""
+    low, high = round(min(freedoms)), round(max(freedoms))
+    return (
+        f", intervals of {low} degrees of freedom"
+        if low == high
+        else (f", intervals of {low} to {high} degrees of freedom a slide")
+    )
+
+
+def print_published(root):
+    """Print five columns of the published numbers beside a data root, if there are any.
+
+    Returns the whole table for the report, {caption: records}.
+    """
+    path = root / "published_results.csv"
+    if not path.is_file():
+        return {}
+    published = pd.read_csv(path, dtype=str).fillna("-")
+    widths = {"method": 30, "HEG50": 25, "HVG50": 5, "source": 26, "protocol": 26}
+    columns = []
+    for name, width in widths.items():
+        texts = published[name].map(functools.partial(cut, width=width))
+        columns.append(justify_left(texts))
+    caption = "published, not computed here, other protocols"
+    print_table(caption, pd.concat(columns, axis=1))
+    return {caption: published.to_dict("records")}

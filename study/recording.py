@@ -1,0 +1,310 @@
+"""Records on disk: what a setting scored on a split, and differences of two settings."""
+
+import hashlib
+import itertools
+import json
+import re
+import time
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import torch.distributed as dist
+from tqdm import tqdm
+
+import common
+from common import GROUPS, SCORED
+from study import recipes, shell, splitting
+from study.shell import RANK
+
+
+# ------------------------------------------------------------------------------------------ records
+def compute_records(out, setting, recipe, split, compute, rank=0):
+    """The records of one setting on one split: from disk where they are, else computed, scored and
+    written to a folder of their own; rows.json comes last and marks it as whole.
+
+    compute(recipe, split, folder) returns the prediction (n, G) of split.scored() and {name: value}
+    for the records. Of torchrun's processes, `rank` computes them, or all do that have joined, and
+    the others wait.
+    """
+    made_with = split.made_with(recipe)
+    folder = out / name_folder(setting, made_with)
+    done = folder / "rows.json"
+    if done.is_file():
+        tqdm.write(f"{setting}: on disk already ({folder})")
+    elif rank == RANK or dist.is_initialized():
+        began = time.perf_counter()
+        predicted, more = compute(recipe, split, folder)
+        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
+        if rank == RANK:
+            save_setting(folder, setting, recipe, split, predicted, more, made_with)
+    while not done.is_file():
+        time.sleep(0.2)
+    if rank == RANK:
+        for checkpoint in folder.glob("checkpoint*.pt"):
+            checkpoint.unlink()
+    collect_records(out)
+    return json.loads(done.read_text())
+
+
+def name_folder(setting, made_with):
+    """<setting>-<hash of what it was made with>, in letters that every file system takes."""
+    content = json.dumps([setting, made_with], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:10]
+    name = re.sub(r"[^A-Za-z0-9.=-]+", "_", setting).strip("_")
+    return f"{name}-{key}"
+
+
+def collect_records(out):
+    """Write rows.csv: every record in the folders of `out` that this version's numbers are in."""
+    records = []
+    for path in sorted(out.glob("[!.]*/rows.json")):
+        made_with = json.loads(path.with_name("recipe.json").read_text())
+        if made_with.get("results") == common.RESULTS:
+            records += json.loads(path.read_text())
+    shell.save_csv(out / "rows.csv", pd.DataFrame(records))
+
+
+def save_setting(folder, setting, recipe, split, predicted, more, made_with):
+    """Score a setting's prediction and write its folder."""
+    data = split.data
+    scored = split.scored()
+    records, per_gene, influence = score_split(setting, recipe, split, predicted, more)
+    roles = pd.DataFrame({"id": data.spots["id"], "role": split.roles, "fold": split.fold})
+    obs = data.spots.iloc[scored].set_index("id").assign(role=split.roles[scored])
+    table = anndata.AnnData(predicted, obs, per_gene.set_index("gene"))
+    table.layers["lognorm"] = lognorm = data.lognorm[scored]
+    table.layers["target"] = lognorm if data.target is data.lognorm else data.target[scored]
+    table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    shell.save_csv(folder / "per_gene.csv", per_gene)
+    shell.save_csv(folder / "split.csv", roles[split.roles != ""])
+    shell.save_csv(folder / "genes.csv", split.groups)
+    shell.save_csv(folder / "influence.csv", influence)
+    with shell.whole_file(folder / "predictions.h5ad") as path:
+        table.write_h5ad(path)
+    shell.save_json(folder / "recipe.json", made_with)
+    shell.save_json(folder / "rows.json", records)
+
+
+def read_prediction(folder):
+    """Table (n, G) of float32, by id and gene: what a setting's folder holds of its prediction; the
+    truths beside it, which are as large, are not read.
+    """
+    path = folder / "predictions.h5ad"
+    table = common.read_annotations(path)
+    with h5py.File(path) as file:
+        return pd.DataFrame(file["X"][:], table.obs_names, table.var_names)
+
+
+def score_split(setting, recipe, split, predicted, more):
+    """([a record a role and truth], per-gene table, influence of the test spots) of the prediction
+    of split.scored().
+    """
+    data = split.data
+    scored = split.scored()
+    truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
+    roles = [role for role in SCORED if role in split.roles]
+    usual_spots = split.spots("train", "oof")
+    usual = {
+        truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
+    }
+    records, influence = [], place_spots(data.spots.iloc[split.spots("test")])
+    per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
+    for role, (truth, values) in itertools.product(roles, truths.items()):
+        at = split.roles[scored] == role
+        x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
+        genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
+        if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
+            slides, places = spots["tissue_index"], splitting.places_in_pitches(spots)
+            p, q = common.compare_with_chance(x, y, slides.to_numpy(), places.to_numpy())
+            genes = genes.assign(p=p, q=q)
+        per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
+        record = {"setting": setting, "split": role}
+        record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
+        record |= {"fold": split.fold, "seed": split.seed}
+        record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        record["recipe"] = recipe.get("RECIPE")
+        record["refit"] = bool(splitting.is_refitted(recipe, split))
+        record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
+        record |= summarise_genes(genes, split.members)
+        record["spot_r"] = common.correlate_spots(x, y, usual[truth])
+        if role == "test":
+            moved = common.find_influence(x, y, spots, data.genes, split.members)
+            if recipe["PROTOCOL"] == "hest":
+                pooled = common.find_influence(x, y, spots, data.genes, split.members, pooled=True)
+                moved = moved.join(pooled.add_suffix("_pooled"))
+            record |= describe_intervals(record, moved, influence)
+            influence = influence.join(moved.add_prefix(f"{truth}_"))
+        records.append({name: shell.none_for_nan(value) for name, value in record.items()})
+    return records, per_gene.reset_index(), influence
+
+
+PLACE = ["tissue_index", "column", "row"]  # of influence.csv: where a spot lies, in pitches
+
+
+def place_spots(spots):
+    """Table (n, 3) of PLACE."""
+    places = splitting.places_in_pitches(spots).set_axis(PLACE[1:], axis=1)
+    places.insert(0, PLACE[0], spots[PLACE[0]])
+    return places.reset_index(drop=True)
+
+
+def describe_intervals(record, influence, places):
+    """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a record, by the influence
+    (n, k) of its test spots at `places`.
+    """
+    errors, freedoms = measure_errors(influence, places)
+    found = {}
+    for key, error, freedom in zip(influence, errors, freedoms, strict=True):
+        value = np.nan if record[key] is None else record[key]
+        found[f"{key}_ci"] = common.find_interval(value, error, freedom)
+    return found | {"interval_df": freedoms[0]}
+
+
+def measure_errors(influence, places):
+    """common.measure_error of a table of influence at a table with the columns PLACE."""
+    slides = places[PLACE[0]].to_numpy()
+    where = places[PLACE[1:]].to_numpy(np.float64)
+    return common.measure_error(influence.to_numpy(), slides, where)
+
+
+# What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
+Q_THRESHOLD = 0.05
+
+
+GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
+
+
+def name_ceilings(recipe, split, role, truth):
+    """The endings of the var columns that tell GENE_COLUMNS of these spots: for log-normalised
+    counts one a slide, for a test fold of HEST-Benchmark the fold's.
+    """
+    if truth == "lognorm":
+        return [str(slide) for slide in split.slides(role)]
+    if recipe["PROTOCOL"] == "hest" and role == "test":
+        return [f"fold_{split.fold}"]
+    return []
+
+
+def score_genes(data, predicted, truth, spots, ceilings):
+    """A line a gene: common.score_genes, its mean expression and GENE_COLUMNS, the mean over the
+    var columns with the endings `ceilings`.
+    """
+    slides = spots["tissue_index"].to_numpy()
+    genes = pd.DataFrame(common.score_genes(predicted, truth, slides), data.genes)
+    genes["mean"] = truth.mean(0)
+    for name in GENE_COLUMNS:
+        columns = [f"{name}_{ending}" for ending in ceilings]
+        genes[name] = data.annotations.var.reindex(columns=columns).mean(axis=1)
+    return genes
+
+
+def summarise_genes(genes, members):
+    """A record's means over the genes that have an r, by group; <group>_n is how many have one."""
+    record = {
+        "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
+        "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
+        "mse": genes["mse"].mean(),
+        "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),
+    }
+    defined = genes.dropna(subset="r")
+    averaged = [name for name in (*common.METRICS, *GENE_COLUMNS) if name != "r"]
+    for key, group in members.items():
+        inside = defined.index.isin(group)
+        mean = defined[inside].mean()
+        record |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
+        record[f"{key}_pooled"] = mean["r_pooled"]
+        record |= {f"{key}_{name}": mean[name] for name in averaged}
+    order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
+    record["r_against_moran"] = order["moran"]
+    record["r_against_mean"] = order["mean"]
+    return record
+
+
+# -------------------------------------------------------------------------------------- differences
+def record_of(records, setting, split):
+    """The first record of a setting that was trained on this split."""
+    wanted = (setting, split.seed, split.fold)
+    for record in records:
+        if (record["setting"], record["seed"], record["fold"]) == wanted:
+            return record
+    raise LookupError(f"no record of {setting}")
+
+
+def headline_of(records):
+    """The recipes.Headline of these records, dicts or a table, all of one protocol."""
+    protocols = pd.DataFrame(records)["protocol"]
+    return recipes.headline_of(next(iter(protocols), None))
+
+
+def select_records(records, role="test", truth=None):
+    """Table of the records of this role and truth, by default the headline's, in the order of the
+    trainings.
+    """
+    table = pd.DataFrame(records)
+    truth = truth or headline_of(table).truth
+    chosen = (table["split"] == role) & (table["truth"] == truth)
+    table = table[chosen].copy()
+    empty = table.columns[table.isna().all()]
+    table[empty] = np.nan  # in place of None
+    return table
+
+
+def join_influence(records, out):
+    """(table (n, 4) heg, hvg, mg, all of the influence of every test spot on a setting's mean over
+    its test slides, or over the folds of HEST-Benchmark; their table PLACE).
+
+    Of several trainings on one of them a spot's influence is the mean.
+    """
+    headline = headline_of(records)
+    keys = [group.lower() for group in (*GROUPS, "all")]
+    columns = [f"{headline.truth}_{key}{headline.ending}" for key in keys]
+    units = records.groupby(headline.unit)["folder"]
+    parts = []
+    for _, folders in units:
+        for folder in folders:
+            table = pd.read_csv(out / folder / "influence.csv")
+            moved = table[columns].set_axis(keys, axis=1) / len(folders) / len(units)
+            parts.append(pd.concat([table[PLACE], moved], axis=1))
+    joined = pd.concat(parts).groupby(PLACE)[keys].sum(min_count=1).reset_index()
+    return joined[keys], joined[PLACE]
+
+
+def find_mean_interval(records, out, group):
+    """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
+    undefined.
+    """
+    headline = headline_of(records)
+    influence, places = join_influence(records, out)
+    (error,), (freedom,) = measure_errors(influence[[group]], places)
+    value = records.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
+    return common.find_interval(value, error, freedom), freedom
+
+
+def pair_differences(records, out, minus):
+    """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
+    against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).
+
+    NaN where r is not defined for equally many genes.
+    """
+    table = select_records(records).sort_values(["seed", "fold"])
+    ending = headline_of(records).ending
+    lines = []
+    for setting, other in minus.items():
+        ones = table[table["setting"] == setting].reset_index()
+        others = table[table["setting"] == other].reset_index()
+        influence, places = join_influence(ones, out)
+        errors, freedoms = measure_errors(influence - join_influence(others, out)[0], places)
+        for place, group in enumerate((*GROUPS, "all")):
+            key = group.lower()
+            line = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
+            line |= {"difference": np.nan, "low": np.nan, "high": np.nan}
+            same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
+            if same_genes and ones[f"{key}_n"].all():
+                line["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
+                interval = common.find_interval(line["difference"], errors[place], freedoms[place])
+                line["low"], line["high"] = interval or (np.nan, np.nan)
+            lines.append(line)
+    columns = ["setting", "minus", "group", "n", "difference", "low", "high"]
+    return pd.DataFrame(lines, columns=columns)

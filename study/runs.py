@@ -1,0 +1,361 @@
+"""One start of a script: constants, splits, the folder of its results, header and report."""
+
+import functools
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import textwrap
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import common
+from study import methods, printing, recipes, recording, shell, splitting, weight_files
+from study.shell import RANK, RANKS, InputError
+
+# What a constant that names something in common.py may be, beside recipes.ALLOWED.
+NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
+
+
+def make_simulated_slides(root, target):
+    """Call scripts 18 and 19 where the simulated slides or their patches are missing; other ranks
+    wait for them.
+    """
+    made = root / "dataset" / "meta.json"
+    while RANK and not made.exists():
+        time.sleep(0.2)
+    if not (root / "slides.csv").exists():
+        shell.call_script("18_simulate_slides.py", "--data-root", str(root))
+    if not made.exists():
+        shell.call_script(
+            "19_make_patches_and_csv.py", "--data-root", str(root), "--target", target
+        )
+
+
+# ------------------------------------------------------------------------------------------- report
+def describe_machine(device):
+    """What a number depends on, {name: value}."""
+    models = [platform.processor(), platform.machine()]
+    if Path("/proc/cpuinfo").exists():
+        models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) + models
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "processor": models[0],
+        "cores": os.cpu_count(),
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnings=()):
+    """Save run.json and have script 27 make the report of it.
+
+    `folders` are those of the run's rows in rows.csv; `tables` {caption: lines} and `warnings` are
+    shown in the report; `recipe` names DEVICE and PRECISION.
+    """
+    if RANK:
+        return
+    name = Path(script["__file__"]).stem
+    page = {
+        "script": name,
+        "title": f"{label}{name}, {data_root}",
+        "data_root": str(data_root),
+        "label": label,
+        "folders": folders,
+        "tables": tables,
+        "settings": shell.recipe_of(script),
+        "warnings": list(warnings),
+        "machine": describe_machine(common.choose_device(recipe)[0]),
+    }
+    shell.save_json(out / "run.json", page)
+    with redirect_stdout(io.StringIO()):  # What it says is said below.
+        shell.call_script("27_write_report.py", "--run", str(out))
+    print(f"report: {out / 'report.html'}")
+
+
+# ---------------------------------------------------------------------------------------------- run
+@dataclass(frozen=True)
+class Run:
+    """One start of a script on one data root: its constants, its splits and the folder of its
+    results.
+    """
+
+    script: dict  # the script's globals
+    recipe: dict  # its constants as they stand
+    splits: list  # one Split a training
+    out: Path
+
+    @property
+    def data(self):
+        """SpotData of the first training."""
+        return self.splits[0].data
+
+    @property
+    def name(self):
+        """The script's name."""
+        return Path(self.script["__file__"]).stem
+
+    def title(self, text):
+        """A title that says whether the slides are simulated, and whether anything can be
+        concluded.
+        """
+        note = ""
+        if self.recipe["QUICK"] and not self.name.startswith("20"):
+            note = "quick budget, no evidence: "
+        return f"{self.data.label}{note}{text}"
+
+    def chosen(self, settings):
+        """The settings {name: ...}, or ONLY one of them. InputError where ONLY names another."""
+        only = self.recipe["ONLY"]
+        if only not in ("", *settings):
+            raise InputError(f"--only {only}: expected one of {'; '.join(settings)}")
+        return {name: setting for name, setting in settings.items() if only in ("", name)}
+
+    def print_header(self):
+        """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
+        print(f"\n{self.data.label}{self.name}")
+        for name, value in describe_run(self.recipe, self.splits).items():
+            line = f"{name:11} {value}"
+            print(
+                textwrap.fill(
+                    line, printing.WIDTH, subsequent_indent=" " * 12, **printing.WHOLE_WORDS
+                )
+            )
+
+    @property
+    def baseline(self):
+        """The constants on which a method without network depends; the others stay out of it."""
+        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT")
+        return {name: self.recipe[name] for name in names} | {"PRETRAINED": False}
+
+    def compute(self, setting, recipe, split, compute):
+        """The records of one setting on one split: see compute_records."""
+        return recording.compute_records(self.out, setting, recipe, split, compute)
+
+    def train(self, settings, adapt=None):
+        """The records of each setting {name: {CONSTANT: value}} and split, by train_network with
+        `adapt`.
+
+        Of torchrun's processes each computes every so many-th training, and then collects the
+        others'.
+        """
+        tasks = []
+        for name, changed in settings.items():
+            tasks += [(name, self.recipe | changed, split) for split in self.splits]
+        own_first = sorted(range(len(tasks)), key=lambda number: number % RANKS != RANK)
+        epochs = sum(recipe["EPOCHS"] for _, recipe, _ in tasks)
+        records = {}
+        with tqdm(total=epochs, unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0) as bar:
+            train = functools.partial(
+                methods.train_network, adapt=adapt, report=lambda *_: bar.update()
+            )
+            for number in own_first:
+                name, recipe, split = tasks[number]
+                bar.set_description(f"{number + 1}/{len(tasks)} {name}")
+                before = bar.n
+                rank = number % RANKS
+                records[number] = recording.compute_records(
+                    self.out, name, recipe, split, train, rank
+                )
+                # Epochs that were on disk, or are another process's, are no work to wait for.
+                bar.total -= recipe["EPOCHS"] - (bar.n - before)
+        return list(itertools.chain(*(records[number] for number in sorted(records))))
+
+    def print_scores(
+        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth=None
+    ):
+        """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
+
+        pair_differences with `minus` {setting: another} is saved, and its headline shown.
+        add(records of a setting) may give further columns {name: text}, for which others are to
+        `leave_out`.
+        """
+        chosen = recording.select_records(records, role, truth)
+        sizes = printing.group_sizes(self.splits[0])
+        headline = recording.headline_of(chosen)
+        if headline is recipes.OF_HEST:
+            title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
+        lines = []
+        for _, of in chosen.groupby("setting", sort=False):
+            if headline is recipes.OF_HEST:
+                line = printing.describe_hest(of, len(self.data.genes), self.out)
+            else:
+                line = printing.describe_setting(of, sizes, self.out)
+            for name in leave_out:
+                line.pop(name, None)
+            if add:
+                line |= add(of)
+            lines.append(line)
+        table = pd.DataFrame(lines)
+        columns = [printing.justify_left(table.pop("setting")), table]
+        if minus:
+            differences = recording.pair_differences(records, self.out, minus)
+            shell.save_csv(self.out / "paired_differences.csv", differences)
+            settings = chosen["setting"].unique()
+            columns.append(printing.describe_differences(differences, settings, headline))
+        table = pd.concat(columns, axis=1)
+        scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
+        title = f"{title}: {scored} ({self.data.root})"
+        printing.print_table(self.title(title), table)
+
+    def finish(self, records, tables=None):
+        """Save run.json, have the report made of it, and print where the rows are."""
+        folders = dict.fromkeys(record["folder"] for record in records)
+        finish_run(
+            self.script,
+            out=self.out,
+            data_root=self.data.root,
+            label=self.data.label,
+            folders=list(folders),
+            tables=tables or {},
+            recipe=self.recipe,
+            warnings=self.data.meta.get("warnings", []),
+        )
+        print(f"rows: {self.out / 'rows.csv'}")
+
+
+PROTOCOLS = {
+    "paper": "spots of the training slides validate, as published",
+    "loso": "every slide once the test slide, of which nothing else is used",
+    "block": f"{common.FOLDS} folds of spatial blocks, then the test slide, of which nothing else "
+    "is used",
+    "hest": "folds and genes of HEST-Benchmark, which has no validation: random spots of the "
+    "training slides are held out for it; the genes were chosen on all slides, so transductive",
+}
+
+
+TARGETS = {
+    "harmony": "Harmony over the slides that take part, the test slide included; so is the panel",
+    "lognorm": "log1p of counts per 10,000",
+    "log1p": "log1p of raw counts, as in HEST-Benchmark",
+}
+
+
+def describe_run(recipe, splits):
+    """{name: text} of the header's lines."""
+    split = splits[0]
+    data = split.data
+    slides = data.spots["tissue_index"].nunique()
+    n_spots, n_genes = data.annotations.shape
+    protocol = PROTOCOLS[recipe["PROTOCOL"]]
+    if recipe["PROTOCOL"] == "loso":
+        one_donor = data.spots["donor"].nunique() == 1
+        protocol += (
+            "; one donor alone, who is not left out" if one_donor else "; its donor is left out"
+        )
+    groups = split.groups.attrs["source"]
+    missing = sorted(set(split.groups["gene"]) - set(data.genes))
+    if missing:
+        groups += f"; not in the panel: {', '.join(missing)}"
+    roles = describe_split(split, len(splits))
+    if splitting.is_refitted(recipe, split):
+        roles += "; test is predicted after learning again from train and valid (REFIT)"
+    device, dtype, reason = common.choose_device(recipe)
+    where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    return {
+        "data": f"{data.root}: {slides} slides, {n_spots:,} spots x {n_genes:,} genes",
+        "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
+        "protocol": f"{recipe['PROTOCOL']} ({protocol})",
+        "split": roles,
+        **({"steps": describe_steps(recipe, split)} if "EPOCHS" in recipe else {}),
+        "gene groups": groups,
+        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        "weights": describe_weights(recipe),
+    }
+
+
+def describe_steps(recipe, split):
+    """How many steps the optimiser takes, by the constants of the script."""
+    spots = len(split.spots("train"))
+    batches = len(common.split_batches(spots, recipe))
+    steps = common.count_steps(spots, recipe)
+    return f"{recipe['EPOCHS']} epochs x {batches} batches of {recipe['BATCH_SIZE']} = {steps:,}"
+
+
+def describe_weights(recipe):
+    """The header's line of what networks start from."""
+    if recipe["PRETRAINED"] is True:
+        return "pretrained (timm's hub)"
+    if recipe["PRETRAINED"] is False:
+        return "random: no pretraining"
+    if "BACKBONE" not in recipe:
+        return f"from {recipe['PRETRAINED']}"
+    return f"{weight_files.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+
+
+def describe_split(split, n_trainings):
+    """How many spots of which slides have which role, in the first of the trainings."""
+    parts = []
+    for role in common.ROLES:
+        if role in split.roles:
+            slides = ",".join(map(str, split.slides(role)))
+            parts.append(f"{role} {len(split.spots(role))} spots of slides {slides}")
+    if n_trainings > 1:
+        parts.append(f"the first of {n_trainings} trainings")
+    return "; ".join(parts)
+
+
+def choose_out(script, root):
+    """runs/<script>/<data root's name>. InputError where another data root of that name has its
+    results there.
+    """
+    out = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
+    try:
+        other = Path(json.loads((out / "run.json").read_text())["data_root"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return out
+    if other.exists() and other.resolve() != root.resolve():
+        raise InputError(f"{out} holds the results of {other}: give another folder with --out")
+    return out
+
+
+def check_target(protocol, target):
+    """InputError where a protocol does not go with a target."""
+    if protocol == "hest" and target != "log1p":
+        raise InputError(
+            "--protocol hest needs --target log1p: HEST-Benchmark predicts log1p of raw counts"
+        )
+    if protocol != "hest" and target == "log1p":
+        raise InputError(
+            f"--target log1p goes with --protocol hest alone, and not with {protocol}: use "
+            "--target lognorm"
+        )
+    if protocol in ("loso", "block") and target != "lognorm":
+        raise InputError(
+            f"--protocol {protocol} needs --target lognorm: Harmony has seen the test slide"
+        )
+
+
+def open_run(script, split=splitting.split_spots):
+    """The Run of a script's constants; `--quick` has its slides made where they are missing.
+
+    split(spots, recipe, seed) gives the roles of every training.
+    """
+    shell.check_constants(script, NAMED_IN_COMMON)
+    recipe = shell.recipe_of(script)
+    if not recipe["SEEDS"]:
+        raise InputError("--seeds: expected one number at least")
+    check_target(recipe["PROTOCOL"], recipe["TARGET"])
+    root = Path(recipe["DATA_ROOT"])
+    if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
+        make_simulated_slides(root, recipe["TARGET"])
+    data = common.load_dataset(root, recipe["TARGET"])
+    splits = []
+    for seed in recipe["SEEDS"]:
+        for fold, roles in enumerate(split(data.spots, recipe, seed)):
+            splits.append(splitting.make_split(data, roles, recipe, seed, fold))
+    out = Path(recipe["OUT"] or choose_out(script, root))
+    shell.hold_folder(out)
+    return Run(script, recipe, splits, out)
