@@ -65,7 +65,7 @@ HEAD_LEARNING_RATE = 0.0  # of the head, with AdamW; 0 = LEARNING_RATE for all
 LOSS = "mse"  # a name of common.LOSSES
 GENE_WEIGHTS = "equal"  # in the loss; predictable = by what a ridge start predicts of each gene
 BEST_EPOCH = "mse"  # by validation: lowest mse, or highest r of heg
-REFIT = False  # true = then learn again, from training and validation spots, up to that epoch
+REFIT = False  # true = then refit on training + validation spots, up to that epoch
 TTA = False  # average predictions over the 8 symmetries
 
 DEVICE = "auto"  # auto, cpu or cuda

@@ -67,7 +67,7 @@ BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs t
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
 TTA = True  # every method averages its predictions over the 8 symmetries
-REFIT = False  # true = every method learns again from training and validation spots, best too
+REFIT = False  # true = every method is refitted on training + validation spots, best too
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
 BLEEP_EPOCHS = 150
@@ -299,7 +299,7 @@ def average_surroundings(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
-    around, places = features.copy(), splitting.places_in_pitches(spots).to_numpy()
+    around, places = features.copy(), common.places_in_pitches(spots).to_numpy()
     for numbers in spots.groupby("tissue_index").indices.values():
         tree = cKDTree(places[numbers])
         near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
@@ -333,7 +333,7 @@ def nearest_spot(recipe, split, folder):
     data = split.data
     train, scored = split.spots("train"), split.scored()
     slides = data.spots["tissue_index"].to_numpy()
-    places = splitting.places_in_pitches(data.spots)
+    places = common.places_in_pitches(data.spots)
     places = (places - places.groupby(slides).transform("mean")).to_numpy()
     predicted = np.full((len(scored), len(data.genes)), np.nan, np.float32)
     for slide in np.unique(slides[scored]):

@@ -171,6 +171,11 @@ class SpotData:
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
 
 
+def places_in_pitches(spots):
+    """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""
+    return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
+
+
 def save_expression(path, spots, values, genes):
     """Write a CSV as dataset.csv is: ID_COLUMNS of the spots, then (n, G) values, a column a gene.
 

@@ -63,9 +63,7 @@ def train_network(recipe, split, folder, *, keep=None, adapt=None, report=None):
     seconds = sum(line["seconds"] for line in history)
     if splitting.is_refitted(recipe, split):
         whole, checkpoint = split.with_all_in_training(), folder / "checkpoint_refit.pt"
-        tqdm.write(
-            f"learning again from all {len(whole.spots('train'))} spots, up to epoch {best_epoch}"
-        )
+        tqdm.write(f"refitting on all {len(whole.spots('train'))} spots, up to epoch {best_epoch}")
         training, refit_history, refitted_prediction = train_once(
             recipe, whole, checkpoint, keep=best_epoch, adapt=adapt
         )

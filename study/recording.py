@@ -116,7 +116,7 @@ def score_split(setting, recipe, split, predicted, more):
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
-            slides, places = spots["tissue_index"], splitting.places_in_pitches(spots)
+            slides, places = spots["tissue_index"], common.places_in_pitches(spots)
             p, q = common.compare_with_chance(x, y, slides.to_numpy(), places.to_numpy())
             genes = genes.assign(p=p, q=q)
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
@@ -145,7 +145,7 @@ PLACE = ["tissue_index", "column", "row"]  # of influence.csv: where a spot lies
 
 def place_spots(spots):
     """Table (n, 3) of PLACE."""
-    places = splitting.places_in_pitches(spots).set_axis(PLACE[1:], axis=1)
+    places = common.places_in_pitches(spots).set_axis(PLACE[1:], axis=1)
     places.insert(0, PLACE[0], spots[PLACE[0]])
     return places.reset_index(drop=True)
 

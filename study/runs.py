@@ -259,7 +259,7 @@ def describe_run(recipe, splits):
         groups += f"; not in the panel: {', '.join(missing)}"
     roles = describe_split(split, len(splits))
     if splitting.is_refitted(recipe, split):
-        roles += "; test is predicted after learning again from train and valid (REFIT)"
+        roles += "; test is predicted after refitting on training + validation spots (REFIT)"
     device, dtype, reason = common.choose_device(recipe)
     where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
     if device.type == "cuda":

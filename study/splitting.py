@@ -280,16 +280,11 @@ def assign_folds(spots, protocol, folds, seed):
     return drawn_before[units] * folds // len(spots)
 
 
-def places_in_pitches(spots):
-    """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""
-    return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
-
-
 def leave_margin(spots, train, valid):
     """The numbers `train` of the spots that lie farther than MARGIN pitches from all of `valid` on
     their slide.
     """
-    places = places_in_pitches(spots)
+    places = common.places_in_pitches(spots)
     places["slide"] = spots["tissue_index"] * 1e9  # Slides lie far apart.
     places = places.to_numpy()
     distance = cKDTree(places[valid]).query(places[train])[0]

@@ -7,7 +7,7 @@ import scipy.stats
 from scipy.spatial.distance import cdist
 
 import common
-from study import recording, splitting
+from study import recording
 
 NAMES = [str(gene) for gene in range(6)]
 MEMBERS = {"heg": NAMES[:2], "hvg": NAMES[2:3], "mg": [], "all": NAMES}
@@ -86,7 +86,7 @@ def test_of_independent_spots_the_error_is_the_usual_one():
 
 def test_slides_are_independent():
     spots, predicted, truth = make_slides(2)
-    places = splitting.places_in_pitches(spots).to_numpy()
+    places = common.places_in_pitches(spots).to_numpy()
     slides = spots["tissue_index"].to_numpy()
     moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS)[["heg"]].to_numpy()
     both, freedom = common.measure_error(moved, slides, places)
