@@ -294,7 +294,7 @@ class GenesOf:
         self.shape = (values.shape[0], len(genes))
 
     def __getitem__(self, spots):
-        return self.values[spots][:, self.genes]
+        return self.values[spots][..., self.genes]
 
 
 @functools.cache

@@ -34,7 +34,7 @@ CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": Fal
 def changed_split(paper_split):
     """paper_split with other expression, counts and depth on the test slide."""
     data, test = paper_split.data, paper_split.roles == "test"
-    target, annotations = data.target.copy(), data.annotations.copy()
+    target, annotations = data.target[:].copy(), data.annotations.copy()
     shape = test.sum(), target.shape[1]
     target[test] = np.random.default_rng(0).random(shape, np.float32) * 9
     annotations.obs.loc[test, "n_counts"] = 7.0
@@ -278,7 +278,7 @@ def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
 
 def test_the_ridge_on_features_learns_from_training_spots(paper_split):
     compute, recipe = methods.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
-    target = paper_split.data.target.copy()
+    target = paper_split.data.target[:].copy()
     target[paper_split.spots("train")] *= -3
     data = dataclasses.replace(paper_split.data, target=target)
     one, _ = compute(recipe, paper_split, None)
@@ -437,7 +437,7 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
     names = [*script.trained_methods(), *methods]
     records = [{"setting": name, "folder": name} for name in names]
     monkeypatch.setattr(
-        script.runner, "record_of", lambda records, setting, split: {"folder": setting}
+        script.recording, "record_of", lambda records, setting, split: {"folder": setting}
     )
     single, wide = script.compute_ensembles(run, records)
     assert single == (
@@ -466,18 +466,18 @@ METHODS += ["depth only (control)", "nearest spot (control)"]
 
 
 @pytest.fixture(scope="module")
-def methods(finished):
+def compared(finished):
     """Table of script 25's records."""
     return table_of(finished("25")[1])
 
 
-def test_every_method_has_its_rows(methods):
-    assert methods["setting"].unique().tolist() == METHODS
-    assert set(methods["setting"].value_counts()) == {2}
+def test_every_method_has_its_rows(compared):
+    assert compared["setting"].unique().tolist() == METHODS
+    assert set(compared["setting"].value_counts()) == {2}
 
 
-def test_the_training_mean_has_no_r(methods, finished):
-    of = methods[methods["setting"] == "training mean"]
+def test_the_training_mean_has_no_r(compared, finished):
+    of = compared[compared["setting"] == "training mean"]
     assert of["heg"].isna().all()
     assert (of["heg_n"] == 0).all()
     assert (of["n_genes_r30"] == 0).all()
@@ -493,12 +493,12 @@ def test_the_training_mean_has_no_r(methods, finished):
 COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "steps", "M", "min", "var", "over BLEEP"]
 
 
-def test_the_table_shows_how_much_predictions_vary(methods, finished):
+def test_the_table_shows_how_much_predictions_vary(compared, finished):
     out, stdout = finished("25")
     _, lines = printed_table(stdout, "methods; a control uses")
     for name in ("ridge (colour)", "depth only (control)"):
-        (record,) = methods[
-            (methods["setting"] == name) & (methods["split"] == "test")
+        (record,) = compared[
+            (compared["setting"] == name) & (compared["split"] == "test")
         ].itertuples()
         table = anndata.read_h5ad(out / record.folder / "predictions.h5ad")
         table = table[table.obs["role"] == "test"]
@@ -512,8 +512,8 @@ def test_methods_without_published_numbers_beside_them(finished):
     assert "published, not computed here" not in finished("25")[1]
 
 
-def test_parameters_of_prior_methods(methods, simulated):
-    total = methods.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
+def test_parameters_of_prior_methods(compared, simulated):
+    total = compared.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
     panel = len(common.load_dataset(simulated, "lognorm").genes)
     assert total["ST-Net"] == 6953856 + 1025 * panel
     of_images = (2048 + 1) * 256 + (256 + 1) * 256 + 2 * 256
