@@ -489,6 +489,8 @@ def write_patches(out, manifest, obs, thumbnails):
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
         if slide.positions is not None:
             imaging.warn_of_swap(slide, spots, own, image.shape)
+        if not imaging.holds_patches(slide.image):
+            imaging.report_blank(slide, spots, imaging.cut_centres(own), image.shape)
         if THUMBNAIL and not imaging.holds_patches(slide.image):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
@@ -708,6 +710,8 @@ def check_slide(slide):
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
         inside = imaging.find_inside(table.obs, image.shape)
+        centres = imaging.read_centres(slide, table.obs)
+        imaging.report_blank(slide, table.obs, centres, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())

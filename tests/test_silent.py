@@ -1,0 +1,102 @@
+"""Files that look right and are not: pixels or counts of another place, slide or person. Each is
+refused or warned of, by script 19 and by its --check alike.
+"""
+
+import numpy as np
+import pytest
+import tifffile
+from conftest import run_script, stdout_of
+from test_bad_input import check_one_line
+from test_files import edit_manifest, make_slides, paint, spot_array
+from test_hest import make_anndata
+
+HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
+
+
+def warnings_of(root, *words, least=1):
+    """What 19 and 19 --check warn of on a data root; each holds the words."""
+    for check in (False, True):
+        printed = stdout_of("19", data_root=root, target="lognorm", check=check)
+        lines = [line for line in printed.splitlines() if line.startswith("warning: ")]
+        found = [line for line in lines if all(word in line for word in words)]
+        assert len(found) >= least, printed
+    return lines
+
+
+def assert_no_warning(root):
+    for check in (False, True):
+        printed = stdout_of("19", data_root=root, target="lognorm", check=check)
+        assert "warning: " not in printed
+
+
+def assert_refused(capsys, root, *words):
+    """19 and 19 --check end with 2 and one line that holds the words."""
+    for check in (False, True):
+        assert run_script("19", data_root=root, target="lognorm", check=check) == 2
+        check_one_line(capsys, words)
+
+
+# ------------------------------------------------------------------------------------------- glass
+def paint_half(seed):
+    """A slide with tissue above and glass, as a camera sees it, below."""
+    noise = np.random.default_rng(seed).normal(0, 3, (HEIGHT, WIDTH, 3))
+    image = np.clip([244, 240, 246] + noise, 0, 255).astype(np.uint8)
+    image[:1300, :1600] = paint(seed, 1300, 1600)
+    return image
+
+
+# What became of the image, and of the spots that lie on its tissue.
+TURNS = {
+    "as it is": ((lambda image: image), []),
+    "turned by 180 degrees": ((lambda image: image[::-1, ::-1]), ["180"]),
+    "turned by 90 degrees": ((lambda image: np.rot90(image, -1)), ["90 degrees clockwise"]),
+    "mirrored": ((lambda image: image[::-1]), ["top to bottom"]),
+}
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_turned_image_is_warned_of(tmp_path, kind):
+    turn, words = TURNS[kind]
+    make_slides(tmp_path, 1)
+    tifffile.imwrite(tmp_path / "image1.tif", turn(paint_half(1)), photometric="rgb")
+    if words:
+        warnings_of(tmp_path, "image1.tif", "of 36 spots lie on glass", *words)
+    else:
+        assert_no_warning(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["positions", "anndata"])
+def test_rows_counted_from_below_are_warned_of(tmp_path, kind):
+    make_slides(tmp_path, 1)
+    tifffile.imwrite(tmp_path / "image1.tif", paint_half(1), photometric="rgb")
+    spots = spot_array()
+    spots["pxl_row"] = HEIGHT - 1 - spots["pxl_row"]
+    spots.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    if kind == "anndata":
+        table = make_anndata()
+        table.obsm["spatial"] = spots[["pxl_col", "pxl_row"]].to_numpy()
+        table.obs = table.obs[[]]
+        table.write_h5ad(tmp_path / "slide1.h5ad")
+        edit_manifest(tmp_path, positions="", matrix="slide1.h5ad")
+    warnings_of(tmp_path, "36 of 36 spots lie on glass", "mirrored top to bottom")
+
+
+@pytest.mark.parametrize("colour", [0, 128, 255])
+def test_what_was_lost_or_not_scanned_is_warned_of(tmp_path, colour):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    image[1000:] = colour
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric="rgb")
+    warnings_of(tmp_path, "image1.tif", "6 of 36 spots lie on glass", "6 are of one colour")
+
+
+def test_a_few_spots_of_fat_are_counted_and_not_warned_of(tmp_path):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    noise = np.random.default_rng(0).normal(0, 2, (200, 200, 3))
+    image[280:480, 200:400] = np.clip(244 + noise, 0, 255)
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric="rgb")
+    for check in (False, True):
+        printed = stdout_of("19", data_root=tmp_path, target="lognorm", check=check)
+        assert "image1.tif: 1 of 36 spots lie on glass" in printed
+        assert "warning: " not in printed
