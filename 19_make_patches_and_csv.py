@@ -646,27 +646,17 @@ def write_meta(root, out, manifest, target, over_border):
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
-        "slides": [describe_slide(slide) for slide in manifest],
+        "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def describe_slide(slide):
+def describe_slide(root, slide):
     """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
-    files = {}
-    for path in (slide.image, slide.positions, slide.matrix):
-        if path is not None:
-            parts = sorted(path.iterdir()) if path.is_dir() else [path]
-            files |= {part.name: describe_file(part) for part in parts if part.is_file()}
-    return {
-        "tissue_index": slide.tissue_index,
-        "name": slide.name,
-        "donor": slide.donor,
-        "um_per_px": slide.um_per_px,
-        "files": files,
-    }
+    files = {path.name: describe_file(path) for path in slides.list_files(slide)}
+    return slides.describe_row(root, slide) | {"files": files}
 
 
 def describe_file(path):

@@ -71,13 +71,14 @@ class Slide:
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
+PATHS = ("image", "positions", "matrix")
 
 
-def read_manifest(root):
+def read_manifest(root, need_files=True):
     """The list of slides that root/slides.csv names, by tissue_index; their paths are absolute.
 
-    Raises InputError for a missing column, a value out of range, or a file that is missing or lies
-    outside `root`.
+    Raises InputError for a missing column, a value out of range, or a file that lies outside `root`
+    or, to `need_files`, is missing.
     """
     path = shell.find_manifest(root)
     table = inputs.read_table(path, {column: (column,) for column in MANIFEST})
@@ -94,7 +95,7 @@ def read_manifest(root):
     check_manifest_names(path, table)
     table["tissue_index"] = table["tissue_index"].astype(int)
     rows = table.sort_values("tissue_index").to_dict("records")
-    return [read_manifest_row(root, row) for row in rows]
+    return [read_manifest_row(root, row, need_files) for row in rows]
 
 
 def warn_of_magnifications(manifest):
@@ -136,9 +137,9 @@ def check_manifest_numbers(path, table):
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
 
 
-def read_manifest_row(root, row):
+def read_manifest_row(root, row, need_files):
     """A Slide from a row of slides.csv, a dict by column."""
-    paths = {column: find_named(root, row, column) for column in ("image", "positions", "matrix")}
+    paths = {column: find_named(root, row, column, need_files) for column in PATHS}
     if paths["image"] is None:
         raise InputError(f"{root / 'slides.csv'}: slide {row['tissue_index']} has no image")
     if paths["matrix"] is not None and paths["matrix"].suffix == ".zarr":
@@ -162,7 +163,54 @@ def read_manifest_row(root, row):
     )
 
 
-def find_named(root, row, column):
+def describe_row(root, slide):
+    """{column of slides.csv: value} of a Slide, whose paths are relative to `root`."""
+    values = {column: getattr(slide, column) for column in MANIFEST}
+    for column in PATHS:
+        if values[column] is not None:
+            values[column] = Path(os.path.relpath(values[column], root)).as_posix()
+    return values
+
+
+def list_files(slide):
+    """The paths of the files that a slide is read from; those in a folder each, if they exist."""
+    paths = []
+    for path in (slide.image, slide.positions, slide.matrix):
+        if path is not None:
+            paths += sorted(path.iterdir()) if path.is_dir() else [path]
+    return [path for path in paths if path.is_file()]
+
+
+def check_sources(root, described, command):
+    """InputError where slides.csv, or the size of a file that it names, is no more as script 19
+    described it: a list of dicts, one a slide.
+
+    A file that is gone is not compared: the patches are there, and images take much disk.
+    """
+    if not (root / "slides.csv").is_file():
+        return
+    manifest = read_manifest(root, need_files=False)
+    then = {row["tissue_index"]: row for row in described}
+    if sorted(then) != [slide.tissue_index for slide in manifest]:
+        raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
+    for slide in manifest:
+        row = then[slide.tissue_index]
+        for column, value in describe_row(root, slide).items():
+            if row.get(column, value) != value:
+                raise InputError(
+                    f"{root / 'slides.csv'}: {column} of slide {slide.tissue_index} is {value}, "
+                    f"and was {row[column]} when the dataset was made: run {command} again"
+                )
+        for path in list_files(slide):
+            size = row["files"].get(path.name, {}).get("bytes", path.stat().st_size)
+            if path.stat().st_size != size:
+                raise InputError(
+                    f"{path}: {path.stat().st_size:,} bytes, and {size:,} when the dataset was "
+                    f"made: run {command} again"
+                )
+
+
+def find_named(root, row, column, need_files=True):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
@@ -177,7 +225,7 @@ def find_named(root, row, column):
             "copy or link it into the data root"
         )
     found = path.exists() if column == "matrix" else path.is_file()
-    if not found:
+    if need_files and not found:
         raise InputError(
             f"{manifest}: {column} {value!r} of slide {row['tissue_index']} does not exist: "
             "fetch it with 17_download_data.py or mend the path"

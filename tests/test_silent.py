@@ -3,12 +3,15 @@ refused or warned of, by script 19 and by its --check alike.
 """
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from conftest import run_script, stdout_of
 from test_bad_input import check_one_line
-from test_files import edit_manifest, make_slides, paint, spot_array
+from test_files import edit_manifest, make_dataset, make_slides, paint, spot_array
 from test_hest import make_anndata
+
+import common
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
 
@@ -100,3 +103,41 @@ def test_a_few_spots_of_fat_are_counted_and_not_warned_of(tmp_path):
         printed = stdout_of("19", data_root=tmp_path, target="lognorm", check=check)
         assert "image1.tif: 1 of 36 spots lie on glass" in printed
         assert "warning: " not in printed
+
+
+# ------------------------------------------------------------------------------- after script 19
+@pytest.mark.parametrize("column, value, words", [
+    ("donor", "D3", ["donor of slide 1 is D3", "was D1"]),
+    ("name", "other", ["name of slide 1 is other"]),
+    ("um_per_px", 0.25, ["um_per_px of slide 1 is 0.25"]),
+    ("image", "image2.tif", ["image of slide 1 is image2.tif"]),
+    ("matrix", "matrix2", ["matrix of slide 1 is matrix2"]),
+    ("tissue_index", 7, ["other slides"]),
+])  # fmt: skip
+def test_a_manifest_that_changed_after_19_is_refused(tmp_path, capsys, column, value, words):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    before = pd.read_csv(tmp_path / "slides.csv")[column]
+    edit_manifest(tmp_path, **{column: [value, before[0 if value == before[1] else 1]]})
+    refuse_training(capsys, tmp_path, "slides.csv", *words)
+    make_dataset(tmp_path)
+    common.load_dataset(tmp_path, "lognorm")
+
+
+@pytest.mark.parametrize("name", ["image2.tif", "positions1.csv", "matrix2/matrix.mtx"])
+def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content + b"\n")
+    refuse_training(capsys, tmp_path, name, f"{len(content) + 1:,} bytes, and {len(content):,}")
+    (tmp_path / name).unlink()  # to spare disk
+    common.load_dataset(tmp_path, "lognorm")
+
+
+def refuse_training(capsys, root, *words):
+    capsys.readouterr()
+    assert run_script("20", data_root=root, target="lognorm", out=root / "runs") == 2
+    command = f"19_make_patches_and_csv.py --data-root {root} --target lognorm"
+    check_one_line(capsys, [*words, command])
+    assert not (root / "runs").exists()
