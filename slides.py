@@ -37,6 +37,19 @@ MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 BLOCK_WIDTH = 5  # pitches
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
+SECTION_SPELLINGS = (
+    "library_id",
+    "library",
+    "sample",
+    "sample_id",
+    "section",
+    "section_id",
+    "slide",
+)
+ONE_SAMPLE = (
+    'give each a matrix of its own, as table[table.obs["library_id"] == "A"].write_h5ad("A.h5ad"), '
+    "and its positions"
+)
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
     "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
@@ -274,6 +287,7 @@ def parse_positions(path, table, separator):
         barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
+    check_one_sample(path, table["barcode"])
     return table.set_index("barcode")
 
 
@@ -303,6 +317,7 @@ def read_anndata_positions(path):
         )
     table = pd.DataFrame({"barcode": spots.obs_names, "in_tissue": 1})
     table["pxl_col"], table["pxl_row"] = centres.T
+    check_frame(path, spots.uns, measure_distance(table))
     if {"array_row", "array_col"} <= set(spots.obs):
         table["array_row"] = spots.obs["array_row"].to_numpy()
         table["array_col"] = spots.obs["array_col"].to_numpy()
@@ -313,6 +328,43 @@ def read_anndata_positions(path):
     table = table.astype(str)
     table.attrs["separator"] = "\t"
     return table
+
+
+def check_frame(path, uns, pitch):
+    """InputError where an .h5ad says itself that its positions are those on a scaled image.
+
+    It does by the spots' diameter on the full-resolution image: no spot of Visium, 55 um wide and
+    100 um from the next, or of ST, 100 and 200, reaches the next. `pitch` is that of the positions.
+    """
+    for library, facts in list_libraries(uns).items():
+        scales = facts.get("scalefactors", {}) if hasattr(facts, "get") else {}
+        diameter = float(scales.get("spot_diameter_fullres", 0))
+        if not diameter > 1.1 * pitch > 0:  # Square bins are as wide as they are far apart.
+            continue
+        stated = (
+            f'{path}: obsm["spatial"] is {pitch:.4g} px from spot to spot, but uns["spatial"]'
+            f'["{library}"] has spots of {diameter:.4g} px: these are positions in another frame'
+        )
+        for name in ("tissue_hires_scalef", "tissue_lowres_scalef"):
+            scale = float(scales.get(name, 0))
+            if scale > 0 and 0.4 < diameter / (pitch / scale) < 0.9:
+                raise InputError(f"{stated}, scaled by {name} {scale:g}: divide them by it")
+        raise InputError(f"{stated} than px of the full-resolution image: give those")
+
+
+def list_libraries(uns):
+    """{library: facts} of uns["spatial"], as scanpy reads Space Ranger's folders."""
+    found = uns.get("spatial")
+    return found if isinstance(found, dict) else {}
+
+
+def measure_distance(positions):
+    """As measure_pitch, also below 1; 0 for a spot alone."""
+    if len(positions) < 2:
+        return 0.0
+    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    distances, _ = cKDTree(centres).query(centres, k=2)  # the nearest of all is the spot itself
+    return float(np.median(distances[:, 1]))
 
 
 def number_rows_and_columns(table):
@@ -351,11 +403,7 @@ def is_number(text):
 
 def measure_pitch(positions):
     """px from a spot to its nearest, median over the slide, at least 1; 1 for a spot alone."""
-    if len(positions) < 2:
-        return 1.0
-    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    distances, _ = cKDTree(centres).query(centres, k=2)  # the nearest of all is the spot itself
-    return max(float(np.median(distances[:, 1])), 1.0)
+    return max(measure_distance(positions), 1.0)
 
 
 def lay_blocks(positions, pitch, tissue_index):
@@ -377,7 +425,9 @@ def read_matrix(path, genome=""):
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
     """
-    return choose_genome(read_matrix_file(path), path, genome)
+    table = read_matrix_file(path)
+    check_one_sample(path, table.obs_names)
+    return choose_genome(table, path, genome)
 
 
 def read_matrix_file(path):
@@ -468,7 +518,56 @@ def read_anndata(path, backed=None):
     except Exception as error:  # h5py and anndata raise what they like
         raise InputError(f"{path}: not a whole .h5ad of AnnData ({error})") from None
     inputs.check_unique(table.obs_names, "barcode", path)
+    check_one_section(path, table)
     return table
+
+
+def check_one_sample(path, barcodes):
+    """InputError where barcodes are of several samples, which have a suffix or a prefix each.
+
+    spaceranger aggr and anndata.concat leave them so. The letters are the same on every slide.
+    """
+    found = pd.Series(barcodes).astype(str).str.extract(r"^(.*?)([ACGT]{14,})(.*)$").dropna()
+    samples = (found[0] + "..." + found[2]).value_counts()
+    if len(samples) > 1 and samples.min() > 1:
+        names = ", ".join(samples.index[:4])
+        raise InputError(
+            f"{path}: barcodes of {len(samples)} samples ({names}), and a slide is one: "
+            f"{ONE_SAMPLE}"
+        )
+    twice = found[1][found[1].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"{path}: {len(twice)} barcodes stand there twice but for what surrounds them, as "
+            f"{twice.iloc[0]}, so they are of several samples: {ONE_SAMPLE}"
+        )
+
+
+def check_one_section(path, spots):
+    """InputError where an AnnData is of several sections, by what it says of its spots."""
+    for column in spots.obs:
+        values = spots.obs[column].dropna().unique()
+        if inputs.normalise_name(str(column)) in SECTION_SPELLINGS and len(values) > 1:
+            names = ", ".join(map(str, values[:4]))
+            raise InputError(
+                f'{path}: obs["{column}"] names {len(values)} sections ({names}), and a slide is '
+                f"one: {ONE_SAMPLE}"
+            )
+    libraries = list(list_libraries(spots.uns))
+    if len(libraries) > 1:
+        raise InputError(
+            f'{path}: uns["spatial"] names {len(libraries)} sections ({", ".join(libraries[:4])}), '
+            f"and a slide is one: {ONE_SAMPLE}"
+        )
+    if {"array_row", "array_col"} <= set(spots.obs):
+        places = spots.obs[["array_row", "array_col"]]
+        twice = places[places.duplicated()]
+        if len(twice) and len(places.drop_duplicates()) > 1:
+            row, column = twice.iloc[0]
+            raise InputError(
+                f"{path}: {len(twice)} spots have the array_row and array_col of another, as {row} "
+                f"and {column}, so they are of several sections: {ONE_SAMPLE}"
+            )
 
 
 def read_anndata_matrix(path):
@@ -734,10 +833,13 @@ def check_pitch(slide, positions):
         pitches, expected = (float(stated[1]),), f"{float(stated[1]):g}, as their barcodes say"
     if len(positions) < 2 or any(abs(um / known - 1) < 0.1 for known in pitches):
         return
+    other = "unless these are positions in another frame, as px of a scaled image or microns"
+    if any(abs(pitch / known - 1) < 0.02 for known in pitches):
+        other = "but it seems that these are positions in another frame, in microns: give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
-        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}"
+        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}, {other}"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from conftest import run_script, stdout_of
 from test_bad_input import check_one_line
-from test_files import edit_manifest, make_dataset, make_slides, paint, spot_array
+from test_files import GENES, edit_manifest, make_dataset, make_slides, paint, spot_array
 from test_hest import make_anndata
 
 import common
@@ -141,3 +141,90 @@ def refuse_training(capsys, root, *words):
     command = f"19_make_patches_and_csv.py --data-root {root} --target lognorm"
     check_one_line(capsys, [*words, command])
     assert not (root / "runs").exists()
+
+
+# ------------------------------------------------------------------------------- frames of an .h5ad
+def make_h5ad(root, change):
+    """A data root of two slides, the first of which is an .h5ad that `change` has changed."""
+    make_slides(root)
+    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
+    (root / "matrix2" / "features.tsv").write_text(features)
+    table = make_anndata()
+    table = change(table) or table
+    table.write_h5ad(root / "slide1.h5ad")
+    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad", "matrix2"])
+
+
+def name_scales(table, by, **scales):
+    table.obsm["spatial"] = table.obsm["spatial"] * by
+    table.uns["spatial"] = {"S1": {"scalefactors": {"spot_diameter_fullres": 110.0, **scales}}}
+
+
+@pytest.mark.parametrize("by, scales, words", [
+    (0.4, {"tissue_hires_scalef": 0.4}, ["79.93 px", "110 px", "tissue_hires_scalef 0.4: divide"]),
+    (0.1, {"tissue_hires_scalef": 0.4, "tissue_lowres_scalef": 0.1}, ["tissue_lowres_scalef 0.1"]),
+    (0.5, {"tissue_hires_scalef": 0.1}, ["another frame than px of the full-resolution image"]),
+])  # fmt: skip
+def test_positions_that_the_file_says_are_scaled_are_refused(tmp_path, capsys, by, scales, words):
+    make_h5ad(tmp_path, lambda table: name_scales(table, by, **scales))
+    assert_refused(capsys, tmp_path, "slide1.h5ad", *words)
+
+
+def test_scale_factors_of_right_positions_are_no_news(tmp_path):
+    make_h5ad(tmp_path, lambda table: name_scales(table, 1, tissue_hires_scalef=0.2))
+    assert_no_warning(tmp_path)
+
+
+@pytest.mark.parametrize("by, words", [(0.5, ["in microns"]), (0.4, ["as px of a scaled image"])])
+def test_an_off_pitch_names_another_frame(tmp_path, by, words):
+    def scale(table):
+        table.obsm["spatial"] = table.obsm["spatial"] * by
+
+    make_h5ad(tmp_path, scale)
+    warnings_of(tmp_path, "slide1.h5ad", "positions in another frame", *words)
+
+
+# --------------------------------------------------------------------- several samples in one file
+def in_two_halves(table, prefix="", suffix=""):
+    """The second half of the barcodes gets a prefix, or another suffix."""
+    names = table.obs_names.tolist()
+    table.obs_names = names[:18] + [prefix + name[:-2] + (suffix or "-1") for name in names[18:]]
+
+
+def repeat_places(table):
+    table.obs.iloc[18:, 1:] = table.obs.iloc[:18, 1:].to_numpy()
+
+
+def name_column(column):
+    def change(table):
+        table.obs[column] = ["A"] * 18 + ["B"] * 18
+
+    return change
+
+
+def name_libraries(table):
+    table.uns["spatial"] = {"A": {}, "B": {}}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda table: in_two_halves(table, suffix="-2"), ["2 samples", "...-1", "...-2"]),
+    (lambda table: in_two_halves(table, prefix="B_"), ["2 samples", "B_...-1"]),
+    (repeat_places, ["18 spots have the array_row and array_col"]),
+    (name_column("library_id"), ['obs["library_id"] names 2 sections (A, B)']),
+    (name_column("Sample"), ['obs["Sample"] names 2 sections (A, B)']),
+    (name_libraries, ['uns["spatial"] names 2 sections (A, B)']),
+])  # fmt: skip
+def test_two_sections_in_one_h5ad_are_refused(tmp_path, capsys, change, words):
+    make_h5ad(tmp_path, change)
+    assert_refused(capsys, tmp_path, "slide1.h5ad", "matrix of its own", *words)
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_an_aggregated_matrix_is_refused(tmp_path, capsys, repeated):
+    make_slides(tmp_path)
+    path = tmp_path / "matrix1" / "barcodes.tsv"
+    barcodes = path.read_text().split()
+    second = barcodes[:18] if repeated else barcodes[18:]
+    both = barcodes[:18] + [barcode.replace("-1", "-2") for barcode in second]
+    path.write_text("\n".join(both) + "\n")
+    assert_refused(capsys, tmp_path, "matrix1", "2 samples (...-1, ...-2)")
