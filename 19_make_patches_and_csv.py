@@ -693,14 +693,14 @@ def check_slide(slide):
     positions, _ = slides.place_spots(slide)
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    if image is not None:
-        samples.check_hires(slide, image.shape)
     table = slides.read_spots(slide, positions, GENOME)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
         inside = imaging.find_inside(table.obs, image.shape)
-        centres = imaging.read_centres(slide, table.obs)
+        step = imaging.thumbnail_step(slide) if THUMBNAIL else None
+        centres, thumbnail = imaging.read_centres(slide, table.obs, step)
+        samples.check_hires(slide, image.shape, thumbnail)
         imaging.report_blank(slide, table.obs, centres, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():

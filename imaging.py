@@ -39,6 +39,7 @@ SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapp
 PLACE = ["pxl_row", "pxl_col"]
 LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more
 LEAST_COLOUR = 40.0  # of 255, from the least to the most of red, green and blue: glass has less
+DARK_SLIDE = 50  # of 255: H&E is brighter, since light shines through it
 MANY_BLANK = 0.25  # of the spots; fat and lumina are blank as well
 FEW_BLANK = 0.05  # of the spots; from here on it is asked whether the image is turned
 TURNS = {  # (rows, columns) on an image of (height, width), were it turned or mirrored back
@@ -130,6 +131,11 @@ def open_picture(path):
                 raise InputError(
                     f"{path}: a {image.mode} image; expected 8-bit RGB, RGBA or grey: convert it"
                 )
+            if image.format == "PNG" and read_png_depth(path) == 16:
+                raise InputError(
+                    f"{path}: 16 bits a channel; expected 8 bits a channel: "
+                    "convert the image to 8-bit RGB"
+                )
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(
@@ -137,6 +143,12 @@ def open_picture(path):
         ) from None
     regions = partial(cut_bands, [pixels], partial(as_rgb, path=path))
     return SlideImage("decoded whole", pixels.shape[:2], regions)
+
+
+def read_png_depth(path):
+    """Bits a channel of a PNG, by its header; Pillow drops the lower half of 16."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
 
 
 def open_tiff(path):
@@ -206,6 +218,10 @@ def is_coloured(series):
 
 
 GREY = ("MINISBLACK", "MINISWHITE")
+
+
+# Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
+JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.ALT_JPEG)
 
 
 def check_tiff(path, tiff, page):
@@ -293,7 +309,13 @@ def map_planes(page):
 
 
 def choose_conversion(path, page):
-    """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it."""
+    """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it.
+
+    A fourth channel that the page's tag does not call alpha is left out: it may be padding, or
+    infrared.
+    """
+    if page.samplesperpixel == 4 and page.extrasamples == (tifffile.EXTRASAMPLE.UNSPECIFIED,):
+        return lambda pixels: as_rgb(pixels[:, :, :3], path)
     return partial(
         as_rgb, path=path, premultiplied=tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples
     )
@@ -392,6 +414,11 @@ def decode_segment(page, number):
     """(h, w, channels) pixels of a tile or strip, or of one plane of it, by its number."""
     handle = page.parent.filehandle.fileno()
     data = os.pread(handle, page.databytecounts[number], page.dataoffsets[number])
+    if data and page.compression in JPEG and b"\xff\xd9" not in data:
+        raise InputError(
+            f"{page.parent.filehandle.path}: the JPEG of tile {number} has no end: the file is "
+            "damaged; fetch it again"
+        )
     tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
     pixels, _, shape = page.decode(data or None, number, **tables)
     if pixels is None:  # a sparse file holds no background
@@ -689,16 +716,17 @@ def cut_centres(patches):
     return patches[:, inner, inner]
 
 
-def read_centres(slide, spots):
-    """What cut_centres would give of the patches of spots, at the image's own resolution.
+def read_centres(slide, spots, step=None):
+    """(what cut_centres would give of the patches of spots, Thumbnail or None), as read_patches, at
+    the image's own resolution.
 
     The array lies in a file, since there may be thousands of spots.
     """
     centres = map_scratch(
         inputs.scratch_folder(), (len(spots), PATCH_SIZE // 2, PATCH_SIZE // 2, 3)
     )
-    read_patches(slide.image, spots, centres)
-    return centres
+    _, thumbnail = read_patches(slide.image, spots, centres, step)
+    return centres, thumbnail
 
 
 def find_blank(centres):
@@ -726,6 +754,12 @@ def report_blank(slide, spots, centres, shape):
     """
     inside = find_inside(spots, shape)
     spots, centres = spots[inside], centres[inside]
+    if len(centres) > 1 and not np.ptp(centres, axis=(0, 1, 2)).any():
+        raise InputError(
+            f"{slide.image}: all {len(spots)} spots are of one colour, {centres[0, 0, 0]}: nothing "
+            "is there, or its alpha is 0 everywhere: export it as RGB without alpha"
+        )
+    warn_of_other_stain(slide, centres)
     blank = find_blank(centres)
     if not blank.any():
         return
@@ -749,6 +783,20 @@ def report_blank(slide, spots, centres, shape):
         print(counted)
 
 
+def warn_of_other_stain(slide, centres):
+    """Warn where all spots are grey, or most are dark, as fluorescence and other channels are."""
+    some, cause = centres[:, ::8, ::8], ""
+    if not np.ptp(some, axis=3).any():
+        cause = "grey"
+    elif np.median(some) < DARK_SLIDE:
+        cause = "nearly black"
+    if len(centres) and cause:
+        inputs.warn(
+            f"{slide.image}: its spots are {cause}: no H&E? It may be fluorescence or one channel: "
+            "give the H&E image as 8-bit RGB"
+        )
+
+
 def find_turns(slide, spots, share, shape):
     """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue."""
     some = spots.iloc[np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)]
@@ -760,7 +808,7 @@ def find_turns(slide, spots, share, shape):
     turned = {name: moved for name, moved in turned.items() if find_inside(moved, shape).all()}
     if not turned:
         return []
-    every = read_centres(slide, pd.concat(turned.values()))
+    every, _ = read_centres(slide, pd.concat(turned.values()))
     blank = find_blank(every).reshape(len(turned), len(some)).mean(1)
     most = min(share / 4, min(blank) + FEW_BLANK)
     fitting = [name for name, left in zip(turned, blank, strict=True) if left < most]

@@ -9,6 +9,7 @@ pixels read in imaging.py. What cannot be read raises InputError.
 import io
 import os
 import re
+import unicodedata
 import warnings
 import zlib
 from dataclasses import dataclass, fields
@@ -108,7 +109,23 @@ def read_manifest(root, need_files=True):
     check_manifest_names(path, table)
     table["tissue_index"] = table["tissue_index"].astype(int)
     rows = table.sort_values("tissue_index").to_dict("records")
+    warn_of_spellings(path, table["donor"].unique())
     return [read_manifest_row(root, row, need_files) for row in rows]
+
+
+def warn_of_spellings(path, donors):
+    """Warn where donors differ in upper and lower case, signs or zeros before a number alone."""
+    seen = {}
+    for donor in donors:
+        text = unicodedata.normalize("NFKC", donor).casefold()
+        words = re.findall(r"[^\W\d_]+|\d+", text)
+        key = tuple(word.lstrip("0") for word in words) or donor
+        other = seen.setdefault(key, donor)
+        if other != donor:
+            inputs.warn(
+                f"{path}: donors {other!r} and {donor!r} are taken for two people: a leak where "
+                "they are one: spell them alike"
+            )
 
 
 def warn_of_magnifications(manifest):

@@ -2,6 +2,9 @@
 refused or warned of, by script 19 and by its --check alike.
 """
 
+import struct
+import zlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +15,8 @@ from test_files import GENES, edit_manifest, make_dataset, make_slides, paint, s
 from test_hest import make_anndata
 
 import common
+import samples
+import slides
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
 
@@ -228,3 +233,88 @@ def test_an_aggregated_matrix_is_refused(tmp_path, capsys, repeated):
     both = barcodes[:18] + [barcode.replace("-1", "-2") for barcode in second]
     path.write_text("\n".join(both) + "\n")
     assert_refused(capsys, tmp_path, "matrix1", "2 samples (...-1, ...-2)")
+
+
+# ------------------------------------------------------------------------------ pixels of an image
+def write_fourth(path, image, fourth, tag):
+    pixels = np.dstack([image, fourth])
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[tag], tile=(256, 256))
+
+
+@pytest.mark.parametrize("fourth", [np.zeros((1400, 1600), np.uint8), paint(9)[..., 0]])
+def test_a_fourth_channel_that_is_no_alpha_is_left_out(tmp_path, fourth):
+    make_slides(tmp_path, 1)
+    _, _, before = make_dataset(tmp_path)
+    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unspecified")
+    _, _, patches = make_dataset(tmp_path)
+    assert np.array_equal(patches, before)
+
+
+def test_alpha_that_is_0_everywhere_is_refused(tmp_path, capsys):
+    make_slides(tmp_path, 1)
+    fourth = np.zeros((1400, 1600), np.uint8)
+    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unassalpha")
+    assert_refused(capsys, tmp_path, "image1.tif", "one colour", "alpha is 0")
+
+
+def write_png16(path, image, colour):
+    """A PNG of 16 bits a channel, which Pillow cannot write; colour 2 is RGB, 0 grey."""
+    height, width = image.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("colour", [2, 0])
+def test_a_png_of_16_bits_is_refused(tmp_path, capsys, colour):
+    make_slides(tmp_path, 1)
+    image = paint(1).astype(np.uint16) * 16
+    write_png16(tmp_path / "image1.tif", image if colour else image[..., 0], colour)
+    assert_refused(capsys, tmp_path, "image1.tif", "8-bit RGB")
+
+
+@pytest.mark.parametrize("kind", ["grey", "dark"])
+def test_what_is_no_h_and_e_is_warned_of(tmp_path, kind):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    image = image[..., 0] if kind == "grey" else image // 6
+    photometric = "minisblack" if kind == "grey" else "rgb"
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric=photometric)
+    warnings_of(tmp_path, "image1.tif", "no H&E")
+
+
+@pytest.mark.parametrize("left", [0.25, 0.0])
+def test_a_jpeg_tile_that_is_cut_is_refused(tmp_path, capsys, left):
+    make_slides(tmp_path, 1)
+    path = tmp_path / "image1.tif"
+    tifffile.imwrite(path, paint(1), photometric="rgb", compression="jpeg", tile=(256, 256))
+    with tifffile.TiffFile(path) as tiff:
+        start, length = tiff.pages[0].dataoffsets[9], tiff.pages[0].databytecounts[9]
+    data = bytearray(path.read_bytes())
+    kept = int(left * length)
+    data[start + kept : start + length] = bytes(length - kept)
+    path.write_bytes(data)
+    assert_refused(capsys, tmp_path, "image1.tif", "fetch")
+
+
+# ------------------------------------------------------------------------------------------ donors
+@pytest.mark.parametrize("names, same", [
+    (["P1", "p1"], True), (["Pat 2", "Pat_2"], True), (["P-01", "P1"], True),
+    (["1_11", "11_1"], False), (["P1", "P10"], False), (["P1", "P1"], False),
+])  # fmt: skip
+def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names, same):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, donor=names)
+    slides.read_manifest(tmp_path)
+    printed = capsys.readouterr().out
+    assert (f"donors {names[0]!r} and {names[1]!r}" in printed) == same
+    assert ("warning" in printed) == same
+
+
+def test_a_blank_patient_is_missing():
+    assert samples.name_donor("NCBI1", {"patient": "   ", "dataset_title": "A"}) == "NCBI1"
+    assert samples.name_donor("NCBI1", {"patient": " P1 ", "dataset_title": "A"}) == "A P1"
