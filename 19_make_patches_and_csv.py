@@ -162,6 +162,12 @@ def find_panel(root):
     return PANEL
 
 
+def read_named(root):
+    """The genes that the file of find_panel names; none without one."""
+    path = find_panel(root)
+    return read_panel(Path(path)) if path else []
+
+
 def choose_panel(root, genes, published):
     """The table of genes, whose columns listed_<slide> and hvg_<slide> stay, of the panel, with the
     columns MG (a marker) and named (by a file, so that every split keeps it).
@@ -669,11 +675,11 @@ def describe_file(path):
 
 def check_slides(root, manifest):
     """Print what each slide holds and whether it fits together; InputError where one does not."""
-    tables, errors = [], []
+    tables, errors, named = [], [], read_named(root)
     for slide in manifest:
         print(f"\nslide {slide.tissue_index}: {slide.name}, donor {slide.donor}")
         try:
-            tables.append(check_slide(slide))
+            tables.append(check_slide(slide, named))
         except InputError as error:
             print("  error      ", *str(error).split())
             errors.append(error)
@@ -687,13 +693,13 @@ def check_slides(root, manifest):
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
-def check_slide(slide):
-    """Print what one slide holds; returns its spots as AnnData."""
+def check_slide(slide, named):
+    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots."""
     image = check_image(slide)
     positions, _ = slides.place_spots(slide)
     pitch = slides.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    table = slides.read_spots(slide, positions, GENOME)
+    table = slides.read_spots(slide, positions, GENOME, named)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
@@ -857,10 +863,10 @@ def main():
     if True not in have_counts:
         target = None
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
-        tables, thumbnails = [], {}
+        tables, thumbnails, named = [], {}, read_named(root)
         for slide in manifest:
             positions, thumbnails[slide.name] = slides.place_spots(slide)
-            table = slides.read_spots(slide, positions, GENOME)
+            table = slides.read_spots(slide, positions, GENOME, named)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
             check_task(root, manifest, tables)

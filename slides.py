@@ -37,6 +37,8 @@ PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 BLOCK_WIDTH = 5  # pitches
+ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
+FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SECTION_SPELLINGS = (
     "library_id",
@@ -50,6 +52,11 @@ SECTION_SPELLINGS = (
 ONE_SAMPLE = (
     'give each a matrix of its own, as table[table.obs["library_id"] == "A"].write_h5ad("A.h5ad"), '
     "and its positions"
+)
+# What Xenium, CosMx and MERSCOPE count beside genes.
+CONTROLS = (
+    r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
+    r"unassigned|deprecated|intergenic_?region|blank[_-]|antisense_)"
 )
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
@@ -436,15 +443,29 @@ def lay_blocks(positions, pitch, tissue_index):
 # -------------------------------------------------------------------------------- counts
 
 
-def read_matrix(path, genome=""):
+def read_matrix(path, genome="", named=()):
     """Counts of one slide from a 10x folder or .h5, or an .h5ad, as AnnData (spots x genes, CSR).
+
+    Controls of imaging panels are left out, but for those `named`, by symbol or id.
 
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
     """
     table = read_matrix_file(path)
     check_one_sample(path, table.obs_names)
-    return choose_genome(table, path, genome)
+    return leave_out_controls(choose_genome(table, path, genome), path, named)
+
+
+def leave_out_controls(table, path, named):
+    """The table without the features that are no genes by their symbol or id, counted in a line."""
+    symbols, ids = table.var["name"].astype(str), table.var_names.to_series().astype(str)
+    controls = symbols.str.match(CONTROLS).to_numpy() | ids.str.match(CONTROLS).to_numpy()
+    controls &= ~(symbols.isin(named).to_numpy() | ids.isin(named).to_numpy())
+    if not controls.any():
+        return table
+    example = symbols[controls].iloc[0]
+    print(f"{path}: {controls.sum()} controls are left out, as {example}: they are no genes")
+    return table[:, ~controls].copy()
 
 
 def read_matrix_file(path):
@@ -609,21 +630,40 @@ def read_anndata_matrix(path):
 
 
 def choose_counts(table, path):
-    """The AnnData whose X is the first of X, layers["counts"] and raw that holds counts.
+    """The AnnData whose X is the raw counts among layers["counts"], X and raw.
 
-    Where none does it is the table as it stands, for check_counts to refuse.
+    Counts of one depth, as SCTransform and counts per million have, give way to others, and those
+    of few genes to those of most. Where none holds counts, X is as it stands, for check_counts to
+    refuse.
     """
-    if table.X is not None and holds_counts(table.X):
-        return table
+    found = {}
     if "counts" in table.layers:
-        print(f'{path}: X is not of raw counts: layers["counts"] is taken')
-        table.X = table.layers["counts"]
-    elif table.raw is not None:
-        print(f"{path}: X is not of raw counts: raw is taken")
-        table = table.raw.to_adata()
-    if table.X is None:
-        raise InputError(f"{path}: holds no X; raw counts are needed")
+        found['layers["counts"]'] = table.layers["counts"]
+    found["X"] = table.X
+    if table.raw is not None:
+        found["raw"] = table.raw.X
+    found = {name: counts for name, counts in found.items() if counts is not None}
+    usable = {name: counts for name, counts in found.items() if holds_counts(counts)}
+    if not usable:
+        if table.X is None:
+            raise InputError(f"{path}: holds no X; raw counts are needed")
+        return table
+    # Of equals max() takes the first.
+    name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
+    if name == "X":
+        return table
+    if name == "raw":
+        print(f"{path}: raw is taken, whose counts are of {table.raw.n_vars} genes")
+        return table.raw.to_adata()
+    print(f"{path}: {name} is taken, whose counts are raw")
+    table.X = table.layers["counts"]
     return table
+
+
+def has_one_depth(counts):
+    """Whether all spots have about as many counts, which the tissue never gives."""
+    depth = np.asarray(counts.sum(1), np.float64).ravel()
+    return len(depth) >= FEW_DEPTHS and depth.std() < ONE_DEPTH * depth.mean()
 
 
 def find_gene_names(var, spellings):
@@ -860,17 +900,18 @@ def check_pitch(slide, positions):
     )
 
 
-def read_spots(slide, positions, genome=""):
+def read_spots(slide, positions, genome="", named=()):
     """The spots of a slide as AnnData, by array_row and array_col; without a matrix X is None.
 
     obs holds positions, tissue_index, donor, barcode, pitch (px), block and, with a matrix,
     n_counts. Left out are spots without a position, not in_tissue or without counts; one line a
-    reason says so, and uns["left_out"] counts them by reason. `genome` as for read_matrix.
+    reason says so, and uns["left_out"] counts them by reason. `genome` and `named` are those
+    of read_matrix.
     """
     if slide.matrix is None:
         table = anndata.AnnData(obs=positions)
     else:
-        table = read_counts(slide, positions, genome)
+        table = read_counts(slide, positions, genome, named)
     table = leave_out(slide, table, table.obs["in_tissue"] != 1, "not in_tissue")
     if not table.n_obs:
         raise InputError(f"{slide.positions}: no spot is in_tissue")
@@ -909,12 +950,12 @@ def leave_out(slide, table, spots, reason, say=True):
     return kept
 
 
-def read_counts(slide, positions, genome):
+def read_counts(slide, positions, genome, named):
     """The matrix of a slide, checked, with positions and n_counts in obs.
 
     Barcodes without a position are left out where most have one.
     """
-    table = read_matrix(slide.matrix, genome)
+    table = read_matrix(slide.matrix, genome, named)
     check_counts(table, slide.matrix)
     places = match_barcodes(slide, table.obs_names, positions.index)
     lost = places < 0
@@ -933,6 +974,11 @@ def read_counts(slide, positions, genome):
     table.obs = positions.iloc[places[~lost]].set_axis(table.obs_names)
     # Over all genes of the matrix, also those that other slides lack.
     table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()
+    if has_one_depth(table.X):
+        inputs.warn(
+            f"{slide.matrix}: all spots have about {table.obs['n_counts'].median():,.0f} counts, "
+            "so that these are no raw counts: give those"
+        )
     check_tissue(slide, table.obs, positions)
     return table
 

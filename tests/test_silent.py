@@ -2,12 +2,15 @@
 refused or warned of, by script 19 and by its --check alike.
 """
 
+import re
 import struct
 import zlib
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import tifffile
 from conftest import run_script, stdout_of
 from test_bad_input import check_one_line
@@ -318,3 +321,83 @@ def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names
 def test_a_blank_patient_is_missing():
     assert samples.name_donor("NCBI1", {"patient": "   ", "dataset_title": "A"}) == "NCBI1"
     assert samples.name_donor("NCBI1", {"patient": " P1 ", "dataset_title": "A"}) == "A P1"
+
+
+# ------------------------------------------------------------------------------------------ counts
+CONTROLS = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0001", "Blank-1",
+            "UnassignedCodeword_0001", "DeprecatedCodeword_0002", "antisense_ENSG1", "Negative3",
+            "NegPrb2", "SystemControl7"]  # fmt: skip
+
+
+def with_controls(table):
+    """Ten controls beside the genes, with more counts than any of them."""
+    controls = anndata.AnnData(
+        scipy.sparse.csr_matrix(np.full((36, 10), 500, np.float32)),
+        obs=table.obs,
+        var=pd.DataFrame(index=CONTROLS),
+    )
+    made = anndata.concat([table, controls], axis=1, merge="same")
+    made.obsm["spatial"] = table.obsm["spatial"]
+    return made
+
+
+def test_controls_are_no_genes(tmp_path):
+    make_h5ad(tmp_path, with_controls)
+    printed, table, _ = make_dataset(tmp_path)
+    assert "slide1.h5ad: 10 controls are left out, as NegControlProbe_00042" in printed
+    assert sorted(table.var_names) == sorted(GENES)
+    first = table[table.obs["tissue_index"] == 1]
+    assert first.obs["n_counts"].median() < 500  # of one control
+    checked = stdout_of("19", data_root=tmp_path, check=True)
+    assert "10 controls are left out" in checked
+
+
+def test_a_panel_that_names_a_control_gets_it(tmp_path):
+    make_h5ad(tmp_path, with_controls)
+    (tmp_path / "panel.csv").write_text("gene\nGENE1\nBlank-1\n")
+    printed, table, _ = make_dataset(tmp_path, panel=tmp_path / "panel.csv")
+    assert "9 controls are left out" in printed
+    assert sorted(table.var_names) == ["Blank-1", "GENE1"]
+
+
+def test_genes_are_no_controls():
+    names = ["NEGR1", "BLNK", "NELFA", "UNC5A", "DEPDC1", "INTS1", "SYS1", "ANTXR1"]
+    assert not any(re.match(slides.CONTROLS, name) for name in names)
+
+
+def correct_depth(table, depth):
+    """X of one depth, as SCTransform and rounded counts per million have; the raw in a layer."""
+    table.layers["counts"] = table.X.copy()
+    counts = table.X.toarray()
+    scaled = np.rint(counts * depth / counts.sum(1, keepdims=True))
+    table.X = scipy.sparse.csr_matrix(scaled.astype(np.float32))
+
+
+def keep_variable(table):
+    """X of a third of the genes, all of them in raw, as scanpy leaves a file."""
+    table.raw = table.copy()
+    return table[:, :16].copy()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken'),
+    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken'),
+    (keep_variable, "raw is taken, whose counts are of 48 genes"),
+])  # fmt: skip
+def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
+    expected = np.asarray(make_anndata().X.sum(1)).ravel()
+    make_h5ad(tmp_path, change)
+    printed, table, _ = make_dataset(tmp_path)
+    assert words in printed and "warning: " not in printed
+    first = table[table.obs["tissue_index"] == 1]
+    places = make_anndata().obs_names.get_indexer(first.obs["barcode"])
+    assert np.array_equal(first.obs["n_counts"], expected[places])
+
+
+def test_equal_depths_are_warned_of(tmp_path):
+    def change(table):
+        correct_depth(table, 1e4)
+        del table.layers["counts"]
+
+    make_h5ad(tmp_path, change)
+    warnings_of(tmp_path, "slide1.h5ad", "all spots have about 10,0", "no raw counts")
