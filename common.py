@@ -168,7 +168,6 @@ def load_dataset(data_root, target):
         meta_text = (folder / "meta.json").read_bytes()
         meta = json.loads(meta_text)
         check_meta(meta, folder, target, command)
-        check_sources(root, meta, command)
         annotations = read_annotations(folder / "counts.h5ad")
         lognorm = map_array(folder / "lognorm.npy")
         trained_on = lognorm if target == "lognorm" else map_array(folder / "target.npy")
@@ -216,15 +215,6 @@ def check_meta(meta, folder, target, command):
         raise InputError(
             f"{folder} was made with target {meta['target']}: run {command} --target harmony first"
         )
-
-
-def check_sources(root, meta, command):
-    """InputError where slides.csv or its files have changed since script 19 made the dataset."""
-    import slides  # Here, since it imports this module.
-
-    if meta["target"] == "lognorm":
-        command += " --target lognorm"
-    slides.check_sources(root, meta["slides"], command)
 
 
 def read_annotations(path):

@@ -41,6 +41,7 @@ import common
 import recipes
 import ridges
 import shell
+import slides
 import weight_files
 from common import GROUPS, SCORED
 from shell import RANK, RANKS, InputError
@@ -1266,6 +1267,7 @@ def open_run(script, split=common.split_spots):
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])
     data = common.load_dataset(root, recipe["TARGET"])
+    slides.check_sources(root, data.meta)
     splits = []
     for seed in recipe["SEEDS"]:
         for fold, roles in enumerate(split(data.spots, recipe, seed)):

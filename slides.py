@@ -218,16 +218,19 @@ def list_files(slide):
     return [path for path in paths if path.is_file()]
 
 
-def check_sources(root, described, command):
+def check_sources(root, meta):
     """InputError where slides.csv, or the size of a file that it names, is no more as script 19
-    described it: a list of dicts, one a slide.
+    described it in meta.json.
 
     A file that is gone is not compared: the patches are there, and images take much disk.
     """
     if not (root / "slides.csv").is_file():
         return
     manifest = read_manifest(root, need_files=False)
-    then = {row["tissue_index"]: row for row in described}
+    then = {row["tissue_index"]: row for row in meta["slides"]}
+    command = f"python 19_make_patches_and_csv.py --data-root {root}"
+    if meta["target"] == "lognorm":
+        command += " --target lognorm"
     if sorted(then) != [slide.tissue_index for slide in manifest]:
         raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
     for slide in manifest:
