@@ -117,7 +117,7 @@ def published_panel(root, tables, genes):
 
 
 def listed_by_all(genes):
-    """(G,) bool: the genes of slides.join_genes's table that every slide lists."""
+    """(G,) bool: the genes of readers.join_genes's table that every slide lists."""
     return genes.filter(like="listed_").all(axis=1)
 
 
@@ -169,6 +169,12 @@ def find_panel(root):
     if has_folds(root):
         return str(root / common.TASK_GENES)
     return PANEL
+
+
+def read_named(root):
+    """The genes that the file of find_panel names; none without one."""
+    path = find_panel(root)
+    return read_panel(Path(path)) if path else []
 
 
 def choose_panel(root, genes, published):
@@ -535,6 +541,8 @@ def write_patches(out, manifest, obs, thumbnails):
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
         if slide.positions is not None:
             imaging.warn_of_swap(slide, spots, own, image.shape)
+        if not imaging.holds_patches(slide.image):
+            imaging.report_blank(slide, spots, imaging.cut_centres(own), image.shape)
         if THUMBNAIL and not imaging.holds_patches(slide.image):
             pixels = (made or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
@@ -595,7 +603,7 @@ class StoredSpots:
         return StoredSpots(self.path, table[table.obs_names.isin(ids)].copy())
 
     def take(self, genes):
-        """The same with these genes alone, as slides.take_genes."""
+        """The same with these genes alone, as readers.take_genes."""
         return StoredSpots(self.path, readers.take_genes(self.read(), genes))
 
 
@@ -690,27 +698,17 @@ def write_meta(root, out, manifest, target, over_border):
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
-        "slides": [describe_slide(slide) for slide in manifest],
+        "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def describe_slide(slide):
+def describe_slide(root, slide):
     """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
-    files = {}
-    for path in (slide.image, slide.positions, slide.matrix):
-        if path is not None:
-            parts = sorted(path.iterdir()) if path.is_dir() else [path]
-            files |= {part.name: describe_file(part) for part in parts if part.is_file()}
-    return {
-        "tissue_index": slide.tissue_index,
-        "name": slide.name,
-        "donor": slide.donor,
-        "um_per_px": slide.um_per_px,
-        "files": files,
-    }
+    files = {path.name: describe_file(path) for path in readers.list_files(slide)}
+    return readers.describe_row(root, slide) | {"files": files}
 
 
 def describe_file(path):
@@ -723,11 +721,11 @@ def describe_file(path):
 
 def check_slides(root, manifest):
     """Print what each slide holds and whether it fits together; InputError where one does not."""
-    tables, errors = [], []
+    tables, errors, named = [], [], read_named(root)
     for slide in manifest:
         print(f"\nslide {slide.tissue_index}: {slide.name}, donor {slide.donor}")
         try:
-            tables.append(check_slide(slide))
+            tables.append(check_slide(slide, named))
         except InputError as error:
             print("  error      ", *str(error).split())
             errors.append(error)
@@ -741,19 +739,21 @@ def check_slides(root, manifest):
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
-def check_slide(slide):
-    """Print what one slide holds; returns its spots as AnnData."""
+def check_slide(slide, named):
+    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots."""
     image = check_image(slide)
     positions, _ = readers.place_spots(slide)
     pitch = readers.measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    if image is not None:
-        space_ranger.check_hires(slide, image.shape)
-    table = readers.read_spots(slide, positions, GENOME)
+    table = readers.read_spots(slide, positions, GENOME, named)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
         inside = imaging.find_inside(table.obs, image.shape)
+        step = imaging.thumbnail_step(slide) if THUMBNAIL else None
+        centres, thumbnail = imaging.read_centres(slide, table.obs, step)
+        space_ranger.check_hires(slide, image.shape, thumbnail)
+        imaging.report_blank(slide, table.obs, centres, image.shape)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())
@@ -910,10 +910,10 @@ def main():
     if True not in have_counts:
         target = None
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
-        tables, thumbnails = [], {}
+        tables, thumbnails, named = [], {}, read_named(root)
         for slide in manifest:
             positions, thumbnails[slide.name] = readers.place_spots(slide)
-            table = readers.read_spots(slide, positions, GENOME)
+            table = readers.read_spots(slide, positions, GENOME, named)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
             check_task(root, manifest, tables)

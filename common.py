@@ -42,74 +42,28 @@ from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, records and weights; raised when one of them changes
-
-
 RESULTS = 5  # raised when the same constants give another number: rows on disk are made anew then
-
-
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
-
-
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
-
-
 GROUPS = ("HEG", "HVG", "MG")
-
-
 MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
-
-
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
-
-
 SPOT_COLUMNS = ["donor", "pitch", "block"]  # what script 19 adds to them
-
-
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
-
-
 ROLES = ("train", "oof", "valid", "test")  # of a spot; oof = out of fold; "" takes no part
-
-
 SCORED = ("oof", "valid", "test")  # the roles whose spots are predicted and scored
-
-
 FOLDS = 5  # of PROTOCOL block
-
-
 TASK_FOLDS = "folds.csv"  # in a data root that 19 made of a task of HEST-Benchmark
-
-
 TASK_GENES = "hest_genes.csv"  # there as well: the task's genes, which are the panel
-
-
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
-
-
 BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
-
-
 CELLS = 6  # in a bandwidth
-
-
 SPREAD = 1e-6  # relative; a column that varies less is constant
-
-
 LAID = 199  # times that a prediction is laid on the slide otherwise, to see what chance gives
-
-
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
-
-
 READ_AHEAD = 2  # batches that are read while one is used
-
-
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
-
-
 GENES_AT_ONCE = 512
-
-
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and hold_folder keeps other runs out.
 h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
@@ -499,17 +453,9 @@ AUGMENTATIONS = {
     "stnet": Preset(symmetries=True, warp=False),
     "none": Preset(symmetries=False, warp=False),
 }
-
-
 SHIFT = 0.10  # of the side, at most
-
-
 SCALE = (0.9, 1.1)
-
-
 ROTATION = 30  # degrees, at most
-
-
 STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 
 
@@ -628,11 +574,7 @@ def lay_affine_grid(affine, size):
 # Optical densities of red, green and blue of hematoxylin, eosin and what is neither: of Ruifrok and
 # Johnston (2001), and of another laboratory, as Macenko et al. (2009) give them.
 DYES = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
-
-
 OTHER_DYES = ((0.5626, 0.7201, 0.4062), (0.2159, 0.8012, 0.5581), (0.268, 0.570, 0.776))
-
-
 OTHER_STRENGTHS = (1.3, 0.7, 1.0)  # of the other laboratory's staining, hematoxylin first
 
 

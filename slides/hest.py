@@ -125,7 +125,7 @@ def read_hest_sample(folder, number, sample, row, use_patches):
                 "other samples with --samples"
             )
     facts = row | read_hest_json(folder, sample, row)
-    if facts.get("patient", "") in readers.NO_FILE:
+    if facts.get("patient", "").strip() in readers.NO_FILE:
         inputs.warn(
             f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
             "mend donor in slides.csv where two samples are of one person"
@@ -142,7 +142,7 @@ def read_hest_sample(folder, number, sample, row, use_patches):
 
 def name_donor(sample, facts):
     """The patient that the metadata {name: text} of a sample name, or else the sample."""
-    patient = facts.get("patient", "")
+    patient = facts.get("patient", "").strip()
     if patient in readers.NO_FILE:
         return sample
     return f"{facts.get('dataset_title', '')} {patient}".strip()

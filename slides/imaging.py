@@ -34,15 +34,25 @@ from study import shell
 from study.shell import InputError
 
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
-
-
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
-
-
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
-
-
 PLACE = ["pxl_row", "pxl_col"]
+LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more
+LEAST_COLOUR = 40.0  # of 255, from the least to the most of red, green and blue: glass has less
+DARK_SLIDE = 50  # of 255: H&E is brighter, since light shines through it
+MANY_BLANK = 0.25  # of the spots; fat and lumina are blank as well
+FEW_BLANK = 0.05  # of the spots; from here on it is asked whether the image is turned
+TURNS = {  # (rows, columns) on an image of (height, width), were it turned or mirrored back
+    "turned by 180 degrees": lambda row, col, high, wide: (high - 1 - row, wide - 1 - col),
+    "turned by 90 degrees clockwise": lambda row, col, high, wide: (col, wide - 1 - row),
+    "turned by 90 degrees anticlockwise": lambda row, col, high, wide: (high - 1 - col, row),
+    "mirrored top to bottom": lambda row, col, high, wide: (high - 1 - row, col),
+    "mirrored left to right": lambda row, col, high, wide: (row, wide - 1 - col),
+    "mirrored with rows and columns swapped": lambda row, col, high, wide: (col, row),
+    "mirrored with rows and columns swapped and turned by 180 degrees": (
+        lambda row, col, high, wide: (high - 1 - col, wide - 1 - row)
+    ),
+}
 
 
 # -------------------------------------------------------------------------------- pixels
@@ -121,6 +131,11 @@ def open_picture(path):
                 raise InputError(
                     f"{path}: a {image.mode} image; expected 8-bit RGB, RGBA or grey: convert it"
                 )
+            if image.format == "PNG" and read_png_depth(path) == 16:
+                raise InputError(
+                    f"{path}: 16 bits a channel; expected 8 bits a channel: "
+                    "convert the image to 8-bit RGB"
+                )
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(
@@ -128,6 +143,12 @@ def open_picture(path):
         ) from None
     regions = partial(cut_bands, [pixels], partial(as_rgb, path=path))
     return SlideImage("decoded whole", pixels.shape[:2], regions)
+
+
+def read_png_depth(path):
+    """Bits a channel of a PNG, by its header; Pillow drops the lower half of 16."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
 
 
 def open_tiff(path):
@@ -197,6 +218,8 @@ def is_coloured(series):
 
 
 GREY = ("MINISBLACK", "MINISWHITE")
+# Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
+JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.ALT_JPEG)
 
 
 def check_tiff(path, tiff, page):
@@ -284,7 +307,13 @@ def map_planes(page):
 
 
 def choose_conversion(path, page):
-    """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it."""
+    """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it.
+
+    A fourth channel that the page's tag does not call alpha is left out: it may be padding, or
+    infrared.
+    """
+    if page.samplesperpixel == 4 and page.extrasamples == (tifffile.EXTRASAMPLE.UNSPECIFIED,):
+        return lambda pixels: as_rgb(pixels[:, :, :3], path)
     return partial(
         as_rgb, path=path, premultiplied=tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples
     )
@@ -383,6 +412,11 @@ def decode_segment(page, number):
     """(h, w, channels) pixels of a tile or strip, or of one plane of it, by its number."""
     handle = page.parent.filehandle.fileno()
     data = os.pread(handle, page.databytecounts[number], page.dataoffsets[number])
+    if data and page.compression in JPEG and b"\xff\xd9" not in data:
+        raise InputError(
+            f"{page.parent.filehandle.path}: the JPEG of tile {number} has no end: the file is "
+            "damaged; fetch it again"
+        )
     tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
     pixels, _, shape = page.decode(data or None, number, **tables)
     if pixels is None:  # a sparse file holds no background
@@ -417,8 +451,6 @@ UM_PER_UNIT = {
     "inch": 25_400.0,
     "in": 25_400.0,
 }
-
-
 RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # of TIFF's own tags; 1 is none
 
 
@@ -670,6 +702,117 @@ def lies_mirrored(spots):
 def mean_saturation(patches):
     """From 0 to 1: the largest less the smallest of red, green and blue."""
     return np.ptp(patches, axis=3).mean() / 255
+
+
+# -------------------------------------------------------------------------------- blank patches
+
+
+def cut_centres(patches):
+    """The inner halves (n, S / 2, S / 2, 3) of patches (n, S, S, 3): at 0.5 um/px a Visium spot."""
+    side = patches.shape[1]
+    inner = slice(side // 4, side // 4 + side // 2)
+    return patches[:, inner, inner]
+
+
+def read_centres(slide, spots, step=None):
+    """(what cut_centres would give of the patches of spots, Thumbnail or None), as read_patches, at
+    the image's own resolution.
+
+    The array lies in a file, since there may be thousands of spots.
+    """
+    centres = map_scratch(
+        inputs.scratch_folder(), (len(spots), PATCH_SIZE // 2, PATCH_SIZE // 2, 3)
+    )
+    _, thumbnail = read_patches(slide.image, spots, centres, step)
+    return centres, thumbnail
+
+
+def find_blank(centres):
+    """(n,) bool: patches (n, S, S, 3) that show nothing: no colour, and no detail in squares of
+    8 x 8 px, in which the noise of a camera averages out; or one colour in all their pixels.
+    """
+    squares = centres.shape[1] // 8
+    blank = np.empty(len(centres), bool)
+    for start in range(0, len(centres), 64):
+        part = centres[start : start + 64, : 8 * squares, : 8 * squares]
+        flat = np.ptp(part, axis=(1, 2)).max(1) == 0
+        means = part.reshape(len(part), squares, 8, squares, 8, 3).mean((2, 4))
+        detail = means.std((1, 2)).max(1)
+        colour = np.ptp(means.mean((1, 2)), axis=1)
+        blank[start : start + 64] = flat | ((detail < LEAST_DETAIL) & (colour < LEAST_COLOUR))
+    return blank
+
+
+def report_blank(slide, spots, centres, shape):
+    """Count in a line the spots that show nothing, as glass, or what was not scanned or is lost.
+
+    `centres` are those of cut_centres. It is a warning where the spots are many, where one has a
+    single colour, which no camera gives, or where they would lie on tissue were the image turned or
+    mirrored.
+    """
+    inside = find_inside(spots, shape)
+    spots, centres = spots[inside], centres[inside]
+    if len(centres) > 1 and not np.ptp(centres, axis=(0, 1, 2)).any():
+        raise InputError(
+            f"{slide.image}: all {len(spots)} spots are of one colour, {centres[0, 0, 0]}: nothing "
+            "is there, or its alpha is 0 everywhere: export it as RGB without alpha"
+        )
+    warn_of_other_stain(slide, centres)
+    blank = find_blank(centres)
+    if not blank.any():
+        return
+    barcode = spots["barcode"].iloc[np.flatnonzero(blank)[0]]
+    counted = (
+        f"{slide.image}: {blank.sum()} of {len(spots)} spots lie on glass, or on what was not "
+        f"scanned or is lost, as {barcode}"
+    )
+    turns = find_turns(slide, spots, blank.mean(), shape) if blank.mean() >= FEW_BLANK else []
+    flat = sum(np.ptp(centre, axis=(0, 1)).max() == 0 for centre in centres[blank])
+    if turns:
+        inputs.warn(
+            f"{counted}: they would lie on tissue were the image {' or '.join(turns)}: "
+            "have the positions fit its pixels"
+        )
+    elif flat or blank.mean() >= MANY_BLANK:
+        inputs.warn(
+            f"{counted} ({flat} are of one colour): is it whole, and are these its positions?"
+        )
+    else:
+        print(counted)
+
+
+def warn_of_other_stain(slide, centres):
+    """Warn where all spots are grey, or most are dark, as fluorescence and other channels are."""
+    some, cause = centres[:, ::8, ::8], ""
+    if not np.ptp(some, axis=3).any():
+        cause = "grey"
+    elif np.median(some) < DARK_SLIDE:
+        cause = "nearly black"
+    if len(centres) and cause:
+        inputs.warn(
+            f"{slide.image}: its spots are {cause}: no H&E? It may be fluorescence or one channel: "
+            "give the H&E image as 8-bit RGB"
+        )
+
+
+def find_turns(slide, spots, share, shape):
+    """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue."""
+    some = spots.iloc[np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)]
+    rows, columns = some[PLACE].to_numpy().T
+    turned = {
+        name: some.assign(**dict(zip(PLACE, turn(rows, columns, *shape), strict=True)))
+        for name, turn in TURNS.items()
+    }
+    turned = {name: moved for name, moved in turned.items() if find_inside(moved, shape).all()}
+    if not turned:
+        return []
+    every, _ = read_centres(slide, pd.concat(turned.values()))
+    blank = find_blank(every).reshape(len(turned), len(some)).mean(1)
+    most = min(share / 4, min(blank) + FEW_BLANK)
+    fitting = [name for name, left in zip(turned, blank, strict=True) if left < most]
+    if lies_mirrored(spots):  # as positions do that count rows from below
+        return [name for name in fitting if name.startswith("mirrored")] or fitting
+    return fitting
 
 
 # -------------------------------------------------------------------------------- patches of HEST

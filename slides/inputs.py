@@ -23,8 +23,6 @@ import polars
 from study.shell import InputError
 
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
-
-
 WARNINGS = []  # of this start of a script, in the order in which warn() printed them
 
 

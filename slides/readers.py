@@ -32,30 +32,36 @@ from study import shell
 from study.shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
-
-
 PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
-
-
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
-
-
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
-
-
 BLOCK_WIDTH = 5  # pitches
-
-
+ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
+FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
 DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
-
-
+SECTION_SPELLINGS = (
+    "library_id",
+    "library",
+    "sample",
+    "sample_id",
+    "section",
+    "section_id",
+    "slide",
+)
+ONE_SAMPLE = (
+    'give each a matrix of its own, as table[table.obs["library_id"] == "A"].write_h5ad("A.h5ad"), '
+    "and its positions"
+)
+# What Xenium, CosMx and MERSCOPE count beside genes.
+CONTROLS = (
+    r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
+    r"unassigned|deprecated|intergenic_?region|blank[_-]|antisense_)"
+)
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
     "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
     "kind": ("feature_type", "feature_types", "kind", "type"),
 }
-
-
 # How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
 POSITION_SPELLINGS = {
     "barcode": ("barcode", "barcodes", "barcode_id", "cell", "cell_id", "spot", "spot_id"),
@@ -84,16 +90,15 @@ class Slide:
 
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
-
-
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
+PATHS = ("image", "positions", "matrix")
 
 
-def read_manifest(root):
+def read_manifest(root, need_files=True):
     """The list of slides that root/slides.csv names, by tissue_index; their paths are absolute.
 
-    Raises InputError for a missing column, a value out of range, or a file that is missing or lies
-    outside `root`.
+    Raises InputError for a missing column, a value out of range, or a file that lies outside `root`
+    or, to `need_files`, is missing.
     """
     path = shell.find_manifest(root)
     table = inputs.read_table(path, {column: (column,) for column in MANIFEST})
@@ -110,7 +115,23 @@ def read_manifest(root):
     check_manifest_names(path, table)
     table["tissue_index"] = table["tissue_index"].astype(int)
     rows = table.sort_values("tissue_index").to_dict("records")
-    return [read_manifest_row(root, row) for row in rows]
+    warn_of_spellings(path, table["donor"].unique())
+    return [read_manifest_row(root, row, need_files) for row in rows]
+
+
+def warn_of_spellings(path, donors):
+    """Warn where donors differ in upper and lower case, signs or zeros before a number alone."""
+    seen = {}
+    for donor in donors:
+        text = unicodedata.normalize("NFKC", donor).casefold()
+        words = re.findall(r"[^\W\d_]+|\d+", text)
+        key = tuple(word.lstrip("0") for word in words) or donor
+        other = seen.setdefault(key, donor)
+        if other != donor:
+            inputs.warn(
+                f"{path}: donors {other!r} and {donor!r} are taken for two people: a leak where "
+                "they are one: spell them alike"
+            )
 
 
 def warn_of_magnifications(manifest):
@@ -152,9 +173,9 @@ def check_manifest_numbers(path, table):
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
 
 
-def read_manifest_row(root, row):
+def read_manifest_row(root, row, need_files):
     """A Slide from a row of slides.csv, a dict by column."""
-    paths = {column: find_named(root, row, column) for column in ("image", "positions", "matrix")}
+    paths = {column: find_named(root, row, column, need_files) for column in PATHS}
     if paths["image"] is None:
         raise InputError(f"{root / 'slides.csv'}: slide {row['tissue_index']} has no image")
     if paths["matrix"] is not None and paths["matrix"].suffix == ".zarr":
@@ -192,7 +213,57 @@ def spell_path(path):
         yield os.fsdecode(composed.encode("cp1252", "replace"))
 
 
-def find_named(root, row, column):
+def describe_row(root, slide):
+    """{column of slides.csv: value} of a Slide, whose paths are relative to `root`."""
+    values = {column: getattr(slide, column) for column in MANIFEST}
+    for column in PATHS:
+        if values[column] is not None:
+            values[column] = Path(os.path.relpath(values[column], root)).as_posix()
+    return values
+
+
+def list_files(slide):
+    """The paths of the files that a slide is read from; those in a folder each, if they exist."""
+    paths = []
+    for path in (slide.image, slide.positions, slide.matrix):
+        if path is not None:
+            paths += sorted(path.iterdir()) if path.is_dir() else [path]
+    return [path for path in paths if path.is_file()]
+
+
+def check_sources(root, meta):
+    """InputError where slides.csv, or the size of a file that it names, is no more as script 19
+    described it in meta.json.
+
+    A file that is gone is not compared: the patches are there, and images take much disk.
+    """
+    if not (root / "slides.csv").is_file():
+        return
+    manifest = read_manifest(root, need_files=False)
+    then = {row["tissue_index"]: row for row in meta["slides"]}
+    command = f"python 19_make_patches_and_csv.py --data-root {root}"
+    if meta["target"] == "lognorm":
+        command += " --target lognorm"
+    if sorted(then) != [slide.tissue_index for slide in manifest]:
+        raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
+    for slide in manifest:
+        row = then[slide.tissue_index]
+        for column, value in describe_row(root, slide).items():
+            if row.get(column, value) != value:
+                raise InputError(
+                    f"{root / 'slides.csv'}: {column} of slide {slide.tissue_index} is {value}, "
+                    f"and was {row[column]} when the dataset was made: run {command} again"
+                )
+        for path in list_files(slide):
+            size = row["files"].get(path.name, {}).get("bytes", path.stat().st_size)
+            if path.stat().st_size != size:
+                raise InputError(
+                    f"{path}: {path.stat().st_size:,} bytes, and {size:,} when the dataset was "
+                    f"made: run {command} again"
+                )
+
+
+def find_named(root, row, column, need_files=True):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
@@ -207,7 +278,7 @@ def find_named(root, row, column):
             "copy or link it into the data root"
         )
     found = path.exists() if column == "matrix" else path.is_file()
-    if not found:
+    if need_files and not found:
         raise InputError(
             f"{manifest}: {column} {value!r} of slide {row['tissue_index']} does not exist: "
             "fetch it with 17_download_data.py or mend the path"
@@ -257,6 +328,7 @@ def parse_positions(path, table, separator):
         barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
+    check_one_sample(path, table["barcode"])
     return table.set_index("barcode")
 
 
@@ -303,6 +375,7 @@ def read_anndata_positions(path):
         )
     table = pd.DataFrame({"barcode": spots.obs_names, "in_tissue": 1})
     table["pxl_col"], table["pxl_row"] = centres.T
+    check_frame(path, spots.uns, measure_distance(table))
     if {"array_row", "array_col"} <= set(spots.obs):
         table["array_row"] = spots.obs["array_row"].to_numpy()
         table["array_col"] = spots.obs["array_col"].to_numpy()
@@ -313,6 +386,43 @@ def read_anndata_positions(path):
     table = table.astype(str)
     table.attrs["separator"] = "\t"
     return table
+
+
+def check_frame(path, uns, pitch):
+    """InputError where an .h5ad says itself that its positions are those on a scaled image.
+
+    It does by the spots' diameter on the full-resolution image: no spot of Visium, 55 um wide and
+    100 um from the next, or of ST, 100 and 200, reaches the next. `pitch` is that of the positions.
+    """
+    for library, facts in list_libraries(uns).items():
+        scales = facts.get("scalefactors", {}) if hasattr(facts, "get") else {}
+        diameter = float(scales.get("spot_diameter_fullres", 0))
+        if not diameter > 1.1 * pitch > 0:  # Square bins are as wide as they are far apart.
+            continue
+        stated = (
+            f'{path}: obsm["spatial"] is {pitch:.4g} px from spot to spot, but uns["spatial"]'
+            f'["{library}"] has spots of {diameter:.4g} px: these are positions in another frame'
+        )
+        for name in ("tissue_hires_scalef", "tissue_lowres_scalef"):
+            scale = float(scales.get(name, 0))
+            if scale > 0 and 0.4 < diameter / (pitch / scale) < 0.9:
+                raise InputError(f"{stated}, scaled by {name} {scale:g}: divide them by it")
+        raise InputError(f"{stated} than px of the full-resolution image: give those")
+
+
+def list_libraries(uns):
+    """{library: facts} of uns["spatial"], as scanpy reads Space Ranger's folders."""
+    found = uns.get("spatial")
+    return found if isinstance(found, dict) else {}
+
+
+def measure_distance(positions):
+    """As measure_pitch, also below 1; 0 for a spot alone."""
+    if len(positions) < 2:
+        return 0.0
+    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+    distances, _ = cKDTree(centres).query(centres, k=2)  # the nearest of all is the spot itself
+    return float(np.median(distances[:, 1]))
 
 
 def number_rows_and_columns(table):
@@ -351,11 +461,7 @@ def is_number(text):
 
 def measure_pitch(positions):
     """px from a spot to its nearest, median over the slide, at least 1; 1 for a spot alone."""
-    if len(positions) < 2:
-        return 1.0
-    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    distances, _ = cKDTree(centres).query(centres, k=2)  # the nearest of all is the spot itself
-    return max(float(np.median(distances[:, 1])), 1.0)
+    return max(measure_distance(positions), 1.0)
 
 
 def lay_blocks(positions, pitch, tissue_index):
@@ -371,14 +477,30 @@ def lay_blocks(positions, pitch, tissue_index):
 # -------------------------------------------------------------------------------- counts
 
 
-def read_matrix(path, genome=""):
+def read_matrix(path, genome="", named=()):
     """Counts of one slide from a 10x folder or .h5, an .h5ad or a plain table, as AnnData (spots x
     genes, CSR).
+
+    Controls of imaging panels are left out, but for those `named`, by symbol or id.
 
     var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
     chooses one; without it, genes of all are taken, and that is warned of.
     """
-    return choose_genome(read_matrix_file(path), path, genome)
+    table = read_matrix_file(path)
+    check_one_sample(path, table.obs_names)
+    return leave_out_controls(choose_genome(table, path, genome), path, named)
+
+
+def leave_out_controls(table, path, named):
+    """The table without the features that are no genes by their symbol or id, counted in a line."""
+    symbols, ids = table.var["name"].astype(str), table.var_names.to_series().astype(str)
+    controls = symbols.str.match(CONTROLS).to_numpy() | ids.str.match(CONTROLS).to_numpy()
+    controls &= ~(symbols.isin(named).to_numpy() | ids.isin(named).to_numpy())
+    if not controls.any():
+        return table
+    example = symbols[controls].iloc[0]
+    print(f"{path}: {controls.sum()} controls are left out, as {example}: they are no genes")
+    return table[:, ~controls].copy()
 
 
 def read_matrix_file(path):
@@ -499,7 +621,56 @@ def read_anndata(path, backed=None):
     except Exception as error:  # h5py and anndata raise what they like
         raise InputError(f"{path}: not a whole .h5ad of AnnData ({error})") from None
     inputs.check_unique(table.obs_names, "barcode", path)
+    check_one_section(path, table)
     return table
+
+
+def check_one_sample(path, barcodes):
+    """InputError where barcodes are of several samples, which have a suffix or a prefix each.
+
+    spaceranger aggr and anndata.concat leave them so. The letters are the same on every slide.
+    """
+    found = pd.Series(barcodes).astype(str).str.extract(r"^(.*?)([ACGT]{14,})(.*)$").dropna()
+    samples = (found[0] + "..." + found[2]).value_counts()
+    if len(samples) > 1 and samples.min() > 1:
+        names = ", ".join(samples.index[:4])
+        raise InputError(
+            f"{path}: barcodes of {len(samples)} samples ({names}), and a slide is one: "
+            f"{ONE_SAMPLE}"
+        )
+    twice = found[1][found[1].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"{path}: {len(twice)} barcodes stand there twice but for what surrounds them, as "
+            f"{twice.iloc[0]}, so they are of several samples: {ONE_SAMPLE}"
+        )
+
+
+def check_one_section(path, spots):
+    """InputError where an AnnData is of several sections, by what it says of its spots."""
+    for column in spots.obs:
+        values = spots.obs[column].dropna().unique()
+        if inputs.normalise_name(str(column)) in SECTION_SPELLINGS and len(values) > 1:
+            names = ", ".join(map(str, values[:4]))
+            raise InputError(
+                f'{path}: obs["{column}"] names {len(values)} sections ({names}), and a slide is '
+                f"one: {ONE_SAMPLE}"
+            )
+    libraries = list(list_libraries(spots.uns))
+    if len(libraries) > 1:
+        raise InputError(
+            f'{path}: uns["spatial"] names {len(libraries)} sections ({", ".join(libraries[:4])}), '
+            f"and a slide is one: {ONE_SAMPLE}"
+        )
+    if {"array_row", "array_col"} <= set(spots.obs):
+        places = spots.obs[["array_row", "array_col"]]
+        twice = places[places.duplicated()]
+        if len(twice) and len(places.drop_duplicates()) > 1:
+            row, column = twice.iloc[0]
+            raise InputError(
+                f"{path}: {len(twice)} spots have the array_row and array_col of another, as {row} "
+                f"and {column}, so they are of several sections: {ONE_SAMPLE}"
+            )
 
 
 def read_anndata_matrix(path):
@@ -524,21 +695,40 @@ def read_anndata_matrix(path):
 
 
 def choose_counts(table, path):
-    """The AnnData whose X is the first of X, layers["counts"] and raw that holds counts.
+    """The AnnData whose X is the raw counts among layers["counts"], X and raw.
 
-    Where none does it is the table as it stands, for check_counts to refuse.
+    Counts of one depth, as SCTransform and counts per million have, give way to others, and those
+    of few genes to those of most. Where none holds counts, X is as it stands, for check_counts to
+    refuse.
     """
-    if table.X is not None and holds_counts(table.X):
-        return table
+    found = {}
     if "counts" in table.layers:
-        print(f'{path}: X is not of raw counts: layers["counts"] is taken')
-        table.X = table.layers["counts"]
-    elif table.raw is not None:
-        print(f"{path}: X is not of raw counts: raw is taken")
-        table = table.raw.to_adata()
-    if table.X is None:
-        raise InputError(f"{path}: holds no X; raw counts are needed")
+        found['layers["counts"]'] = table.layers["counts"]
+    found["X"] = table.X
+    if table.raw is not None:
+        found["raw"] = table.raw.X
+    found = {name: counts for name, counts in found.items() if counts is not None}
+    usable = {name: counts for name, counts in found.items() if holds_counts(counts)}
+    if not usable:
+        if table.X is None:
+            raise InputError(f"{path}: holds no X; raw counts are needed")
+        return table
+    # Of equals max() takes the first.
+    name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
+    if name == "X":
+        return table
+    if name == "raw":
+        print(f"{path}: raw is taken, whose counts are of {table.raw.n_vars} genes")
+        return table.raw.to_adata()
+    print(f"{path}: {name} is taken, whose counts are raw")
+    table.X = table.layers["counts"]
     return table
+
+
+def has_one_depth(counts):
+    """Whether all spots have about as many counts, which the tissue never gives."""
+    depth = np.asarray(counts.sum(1), np.float64).ravel()
+    return len(depth) >= FEW_DEPTHS and depth.std() < ONE_DEPTH * depth.mean()
 
 
 def find_gene_names(var, spellings):
@@ -766,24 +956,28 @@ def check_pitch(slide, positions):
         pitches, expected = (float(stated[1]),), f"{float(stated[1]):g}, as their barcodes say"
     if len(positions) < 2 or any(abs(um / known - 1) < 0.1 for known in pitches):
         return
+    other = "unless these are positions in another frame, as px of a scaled image or microns"
+    if any(abs(pitch / known - 1) < 0.02 for known in pitches):
+        other = "but it seems that these are positions in another frame, in microns: give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
-        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}"
+        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}, {other}"
     )
 
 
-def read_spots(slide, positions, genome=""):
+def read_spots(slide, positions, genome="", named=()):
     """The spots of a slide as AnnData, by array_row and array_col; without a matrix X is None.
 
     obs holds positions, tissue_index, donor, barcode, pitch (px), block and, with a matrix,
     n_counts. Left out are spots without a position, not in_tissue or without counts; one line a
-    reason says so, and uns["left_out"] counts them by reason. `genome` as for read_matrix.
+    reason says so, and uns["left_out"] counts them by reason. `genome` and `named` are those
+    of read_matrix.
     """
     if slide.matrix is None:
         table = anndata.AnnData(obs=positions)
     else:
-        table = read_counts(slide, positions, genome)
+        table = read_counts(slide, positions, genome, named)
     table = leave_out(slide, table, table.obs["in_tissue"] != 1, "not in_tissue")
     if not table.n_obs:
         raise InputError(f"{slide.positions}: no spot is in_tissue")
@@ -822,12 +1016,12 @@ def leave_out(slide, table, spots, reason, say=True):
     return kept
 
 
-def read_counts(slide, positions, genome):
+def read_counts(slide, positions, genome, named):
     """The matrix of a slide, checked, with positions and n_counts in obs.
 
     Barcodes without a position are left out where most have one.
     """
-    table = read_matrix(slide.matrix, genome)
+    table = read_matrix(slide.matrix, genome, named)
     check_counts(table, slide.matrix)
     places = match_barcodes(slide, table.obs_names, positions.index)
     lost = places < 0
@@ -846,6 +1040,11 @@ def read_counts(slide, positions, genome):
     table.obs = positions.iloc[places[~lost]].set_axis(table.obs_names)
     # Over all genes of the matrix, also those that other slides lack.
     table.obs["n_counts"] = np.asarray(table.X.sum(1)).ravel()
+    if has_one_depth(table.X):
+        inputs.warn(
+            f"{slide.matrix}: all spots have about {table.obs['n_counts'].median():,.0f} counts, "
+            "so that these are no raw counts: give those"
+        )
     check_tissue(slide, table.obs, positions)
     return table
 

@@ -18,14 +18,8 @@ from study import shell
 from study.shell import InputError
 
 ARRAY = ["array_row", "array_col"]
-
-
 BIN_UM = 56.0  # um, the spots to which the bins of Visium HD are summed
-
-
 SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
-
-
 VIEW = 64  # px, the side of the views by which two images are compared
 
 
@@ -106,7 +100,7 @@ def find_spatial(outs, *names):
 
 
 def find_output(folder, *names):
-    """The first of the names in one of Space Ranger's folders, as slides.find_part finds it."""
+    """The first of the names in one of Space Ranger's folders, as readers.find_part finds it."""
     try:
         return readers.find_part(folder, *names)
     except InputError as error:

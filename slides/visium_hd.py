@@ -16,8 +16,6 @@ from study import shell
 from study.shell import InputError
 
 BINS = ("square_008um", "square_016um")  # of Visium HD's folders, the finest of these is read
-
-
 BIN_POSITIONS = "tissue_positions.parquet"
 
 
@@ -116,7 +114,7 @@ def sum_bins(counts, spot_of_bin, kept):
 
 
 def write_h5_matrix(path, table):
-    """Write counts (spots x genes, CSR), as slides.read_h5_matrix gives them, as such a file."""
+    """Write counts (spots x genes, CSR), as readers.read_h5_matrix gives them, as such a file."""
     table.X.sort_indices()
     genomes = readers.find_genomes(table)
     if genomes.empty:

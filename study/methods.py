@@ -219,8 +219,6 @@ def ridge_on_features(recipe, split, folder):
 
 
 PROBE_COMPONENTS = 256
-
-
 PROBE_SEED = 1  # of the benchmark's runs
 
 

@@ -9,8 +9,6 @@ import pandas as pd
 from study import recipes, recording
 
 WIDTH = 120  # columns of what is printed, at most
-
-
 WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that paths can be copied
 
 

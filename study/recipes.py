@@ -31,8 +31,6 @@ PAPER = {
     "REFIT": False,  # then train again, on training + validation spots, up to that epoch
     "TTA": False,  # predictions are averaged over the 8 symmetries
 }
-
-
 # What the public scripts do and the paper does not describe: docs/trust.md, "published".
 PUBLISHED = PAPER | {
     "HEAD_START": "random",
@@ -42,8 +40,6 @@ PUBLISHED = PAPER | {
     "WARP_ASPECT": "free",
     "SCHEDULE": "constant",
 }
-
-
 # How it was chosen: docs/trust.md.
 BEST = PAPER | {
     "HEAD_START": "ridge",
@@ -59,11 +55,7 @@ BEST = PAPER | {
     "LEARNING_RATE": 6e-5,
     "TTA": True,
 }
-
-
 RECIPES = {"paper": PAPER, "published": PUBLISHED, "best": BEST}
-
-
 # ------------------------------------------------------------------------------------------- limits
 # What a constant may be: one of these words, or a number from the least to the greatest. They stand
 # here and not in their scripts, so that a mistake is told before a script loads its packages.
@@ -135,8 +127,6 @@ class Headline:
 
 
 HEG = Headline("HEG", truth="lognorm", group="HEG", ending="", unit="slide")
-
-
 # Of HEST-Benchmark: all its genes, all test spots of a fold at once, mean over the folds.
 OF_HEST = Headline("HEST r", truth="log1p", group="all", ending="_pooled", unit="fold")
 

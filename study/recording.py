@@ -171,8 +171,6 @@ def measure_errors(influence, places):
 
 # What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
 Q_THRESHOLD = 0.05
-
-
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
 
 

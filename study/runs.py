@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from slides import readers
 from study import methods, printing, recipes, recording, shell, splitting, weight_files
 from study.shell import RANK, RANKS, InputError
 
@@ -232,8 +233,6 @@ PROTOCOLS = {
     "hest": "folds and genes of HEST-Benchmark, which has no validation: random spots of the "
     "training slides are held out for it; the genes were chosen on all slides, so transductive",
 }
-
-
 TARGETS = {
     "harmony": "Harmony over the slides that take part, the test slide included; so is the panel",
     "lognorm": "log1p of counts per 10,000",
@@ -352,6 +351,7 @@ def open_run(script, split=splitting.split_spots):
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])
     data = common.load_dataset(root, recipe["TARGET"])
+    readers.check_sources(root, data.meta)
     splits = []
     for seed in recipe["SEEDS"]:
         for fold, roles in enumerate(split(data.spots, recipe, seed)):

@@ -42,18 +42,10 @@ def none_for_nan(value):
 
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
-
-
 R_THRESHOLD = 0.30  # the paper counts the genes above it
-
-
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-
-
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
-
-
 RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
 
 
@@ -137,8 +129,6 @@ def fingerprint_of(meta_text):
 
 # ---------------------------------------------------------------------------------------- constants
 TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
-
-
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
 
@@ -418,8 +408,6 @@ def run_script(script):
 
 
 INTERRUPTED = "interrupted: run the same command again"
-
-
 GRACE = 3  # seconds from a signal to the end, for what is left to be tidied up
 
 
@@ -483,8 +471,6 @@ LIMITS = {
     errno.EFBIG: "a file is larger than the system allows: raise the limit (ulimit -f) and",
     errno.ENOMEM: "not enough memory: give the process more, or the run a smaller batch, and",
 }
-
-
 # How torch says so, which raises plain RuntimeErrors; CUDA's and Python's allocators.
 NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't start new thread")
 

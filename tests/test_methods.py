@@ -513,7 +513,9 @@ def test_methods_without_published_numbers_beside_them(finished):
 
 
 def test_parameters_of_prior_methods(compared, simulated):
-    total = compared.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
+    total = (
+        compared.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
+    )
     panel = len(common.load_dataset(simulated, "lognorm").genes)
     assert total["ST-Net"] == 6953856 + 1025 * panel
     of_images = (2048 + 1) * 256 + (256 + 1) * 256 + 2 * 256

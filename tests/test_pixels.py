@@ -68,7 +68,6 @@ TRANSPARENT = {
     "contiguous.tif": write_alpha,
     "tiles.tif": lambda p, c, a: write_alpha(p, c, a, **TILES),
     "strips.tif": lambda p, c, a: write_alpha(p, c, a, rowsperstrip=37, compression="lzw"),
-    "unspecified.tif": lambda p, c, a: write_alpha(p, c, a, "unspecified", **TILES),
     "planes.tif": write_planes,
     "planes-tiles.tif": lambda p, c, a: write_planes(p, c, a, **TILES),
     "slide.png": lambda p, c, a: Image.fromarray(np.dstack([c, a])).save(p),

@@ -1,0 +1,402 @@
+"""Files that look right and are not: pixels or counts of another place, slide or person. Each is
+refused or warned of, by script 19 and by its --check alike.
+"""
+
+import re
+import struct
+import zlib
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import tifffile
+from conftest import run_script, stdout_of
+from test_bad_input import check_one_line
+from test_files import GENES, edit_manifest, make_dataset, make_slides, paint, spot_array
+from test_hest import make_anndata
+
+import common
+from slides import hest, readers
+
+HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
+
+
+def warnings_of(root, *words, least=1):
+    """What 19 and 19 --check warn of on a data root; each holds the words."""
+    for check in (False, True):
+        printed = stdout_of("19", data_root=root, target="lognorm", check=check)
+        lines = [line for line in printed.splitlines() if line.startswith("warning: ")]
+        found = [line for line in lines if all(word in line for word in words)]
+        assert len(found) >= least, printed
+    return lines
+
+
+def assert_no_warning(root):
+    for check in (False, True):
+        printed = stdout_of("19", data_root=root, target="lognorm", check=check)
+        assert "warning: " not in printed
+
+
+def assert_refused(capsys, root, *words):
+    """19 and 19 --check end with 2 and one line that holds the words."""
+    for check in (False, True):
+        assert run_script("19", data_root=root, target="lognorm", check=check) == 2
+        check_one_line(capsys, words)
+
+
+# ------------------------------------------------------------------------------------------- glass
+def paint_half(seed):
+    """A slide with tissue above and glass, as a camera sees it, below."""
+    noise = np.random.default_rng(seed).normal(0, 3, (HEIGHT, WIDTH, 3))
+    image = np.clip([244, 240, 246] + noise, 0, 255).astype(np.uint8)
+    image[:1300, :1600] = paint(seed, 1300, 1600)
+    return image
+
+
+# What became of the image, and of the spots that lie on its tissue.
+TURNS = {
+    "as it is": ((lambda image: image), []),
+    "turned by 180 degrees": ((lambda image: image[::-1, ::-1]), ["180"]),
+    "turned by 90 degrees": ((lambda image: np.rot90(image, -1)), ["90 degrees clockwise"]),
+    "mirrored": ((lambda image: image[::-1]), ["top to bottom"]),
+}
+
+
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_turned_image_is_warned_of(tmp_path, kind):
+    turn, words = TURNS[kind]
+    make_slides(tmp_path, 1)
+    tifffile.imwrite(tmp_path / "image1.tif", turn(paint_half(1)), photometric="rgb")
+    if words:
+        warnings_of(tmp_path, "image1.tif", "of 36 spots lie on glass", *words)
+    else:
+        assert_no_warning(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["positions", "anndata"])
+def test_rows_counted_from_below_are_warned_of(tmp_path, kind):
+    make_slides(tmp_path, 1)
+    tifffile.imwrite(tmp_path / "image1.tif", paint_half(1), photometric="rgb")
+    spots = spot_array()
+    spots["pxl_row"] = HEIGHT - 1 - spots["pxl_row"]
+    spots.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+    if kind == "anndata":
+        table = make_anndata()
+        table.obsm["spatial"] = spots[["pxl_col", "pxl_row"]].to_numpy()
+        table.obs = table.obs[[]]
+        table.write_h5ad(tmp_path / "slide1.h5ad")
+        edit_manifest(tmp_path, positions="", matrix="slide1.h5ad")
+    warnings_of(tmp_path, "36 of 36 spots lie on glass", "mirrored top to bottom")
+
+
+@pytest.mark.parametrize("colour", [0, 128, 255])
+def test_what_was_lost_or_not_scanned_is_warned_of(tmp_path, colour):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    image[1000:] = colour
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric="rgb")
+    warnings_of(tmp_path, "image1.tif", "6 of 36 spots lie on glass", "6 are of one colour")
+
+
+def test_a_few_spots_of_fat_are_counted_and_not_warned_of(tmp_path):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    noise = np.random.default_rng(0).normal(0, 2, (200, 200, 3))
+    image[280:480, 200:400] = np.clip(244 + noise, 0, 255)
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric="rgb")
+    for check in (False, True):
+        printed = stdout_of("19", data_root=tmp_path, target="lognorm", check=check)
+        assert "image1.tif: 1 of 36 spots lie on glass" in printed
+        assert "warning: " not in printed
+
+
+# ------------------------------------------------------------------------------- after script 19
+@pytest.mark.parametrize("column, value, words", [
+    ("donor", "D3", ["donor of slide 1 is D3", "was D1"]),
+    ("name", "other", ["name of slide 1 is other"]),
+    ("um_per_px", 0.25, ["um_per_px of slide 1 is 0.25"]),
+    ("image", "image2.tif", ["image of slide 1 is image2.tif"]),
+    ("matrix", "matrix2", ["matrix of slide 1 is matrix2"]),
+    ("tissue_index", 7, ["other slides"]),
+])  # fmt: skip
+def test_a_manifest_that_changed_after_19_is_refused(tmp_path, capsys, column, value, words):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    before = pd.read_csv(tmp_path / "slides.csv")[column]
+    edit_manifest(tmp_path, **{column: [value, before[0 if value == before[1] else 1]]})
+    refuse_training(capsys, tmp_path, "slides.csv", *words)
+    make_dataset(tmp_path)
+    common.load_dataset(tmp_path, "lognorm")
+
+
+@pytest.mark.parametrize("name", ["image2.tif", "positions1.csv", "matrix2/matrix.mtx"])
+def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content + b"\n")
+    refuse_training(capsys, tmp_path, name, f"{len(content) + 1:,} bytes, and {len(content):,}")
+    (tmp_path / name).unlink()  # to spare disk
+    common.load_dataset(tmp_path, "lognorm")
+
+
+def refuse_training(capsys, root, *words):
+    capsys.readouterr()
+    assert run_script("20", data_root=root, target="lognorm", out=root / "runs") == 2
+    command = f"19_make_patches_and_csv.py --data-root {root} --target lognorm"
+    check_one_line(capsys, [*words, command])
+    assert not (root / "runs").exists()
+
+
+# ------------------------------------------------------------------------------- frames of an .h5ad
+def make_h5ad(root, change):
+    """A data root of two slides, the first of which is an .h5ad that `change` has changed."""
+    make_slides(root)
+    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
+    (root / "matrix2" / "features.tsv").write_text(features)
+    table = make_anndata()
+    table = change(table) or table
+    table.write_h5ad(root / "slide1.h5ad")
+    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad", "matrix2"])
+
+
+def name_scales(table, by, **scales):
+    table.obsm["spatial"] = table.obsm["spatial"] * by
+    table.uns["spatial"] = {"S1": {"scalefactors": {"spot_diameter_fullres": 110.0, **scales}}}
+
+
+@pytest.mark.parametrize("by, scales, words", [
+    (0.4, {"tissue_hires_scalef": 0.4}, ["79.93 px", "110 px", "tissue_hires_scalef 0.4: divide"]),
+    (0.1, {"tissue_hires_scalef": 0.4, "tissue_lowres_scalef": 0.1}, ["tissue_lowres_scalef 0.1"]),
+    (0.5, {"tissue_hires_scalef": 0.1}, ["another frame than px of the full-resolution image"]),
+])  # fmt: skip
+def test_positions_that_the_file_says_are_scaled_are_refused(tmp_path, capsys, by, scales, words):
+    make_h5ad(tmp_path, lambda table: name_scales(table, by, **scales))
+    assert_refused(capsys, tmp_path, "slide1.h5ad", *words)
+
+
+def test_scale_factors_of_right_positions_are_no_news(tmp_path):
+    make_h5ad(tmp_path, lambda table: name_scales(table, 1, tissue_hires_scalef=0.2))
+    assert_no_warning(tmp_path)
+
+
+@pytest.mark.parametrize("by, words", [(0.5, ["in microns"]), (0.4, ["as px of a scaled image"])])
+def test_an_off_pitch_names_another_frame(tmp_path, by, words):
+    def scale(table):
+        table.obsm["spatial"] = table.obsm["spatial"] * by
+
+    make_h5ad(tmp_path, scale)
+    warnings_of(tmp_path, "slide1.h5ad", "positions in another frame", *words)
+
+
+# --------------------------------------------------------------------- several samples in one file
+def in_two_halves(table, prefix="", suffix=""):
+    """The second half of the barcodes gets a prefix, or another suffix."""
+    names = table.obs_names.tolist()
+    table.obs_names = names[:18] + [prefix + name[:-2] + (suffix or "-1") for name in names[18:]]
+
+
+def repeat_places(table):
+    table.obs.iloc[18:, 1:] = table.obs.iloc[:18, 1:].to_numpy()
+
+
+def name_column(column):
+    def change(table):
+        table.obs[column] = ["A"] * 18 + ["B"] * 18
+
+    return change
+
+
+def name_libraries(table):
+    table.uns["spatial"] = {"A": {}, "B": {}}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda table: in_two_halves(table, suffix="-2"), ["2 samples", "...-1", "...-2"]),
+    (lambda table: in_two_halves(table, prefix="B_"), ["2 samples", "B_...-1"]),
+    (repeat_places, ["18 spots have the array_row and array_col"]),
+    (name_column("library_id"), ['obs["library_id"] names 2 sections (A, B)']),
+    (name_column("Sample"), ['obs["Sample"] names 2 sections (A, B)']),
+    (name_libraries, ['uns["spatial"] names 2 sections (A, B)']),
+])  # fmt: skip
+def test_two_sections_in_one_h5ad_are_refused(tmp_path, capsys, change, words):
+    make_h5ad(tmp_path, change)
+    assert_refused(capsys, tmp_path, "slide1.h5ad", "matrix of its own", *words)
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_an_aggregated_matrix_is_refused(tmp_path, capsys, repeated):
+    make_slides(tmp_path)
+    path = tmp_path / "matrix1" / "barcodes.tsv"
+    barcodes = path.read_text().split()
+    second = barcodes[:18] if repeated else barcodes[18:]
+    both = barcodes[:18] + [barcode.replace("-1", "-2") for barcode in second]
+    path.write_text("\n".join(both) + "\n")
+    assert_refused(capsys, tmp_path, "matrix1", "2 samples (...-1, ...-2)")
+
+
+# ------------------------------------------------------------------------------ pixels of an image
+def write_fourth(path, image, fourth, tag):
+    pixels = np.dstack([image, fourth])
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[tag], tile=(256, 256))
+
+
+@pytest.mark.parametrize("fourth", [np.zeros((1400, 1600), np.uint8), paint(9)[..., 0]])
+def test_a_fourth_channel_that_is_no_alpha_is_left_out(tmp_path, fourth):
+    make_slides(tmp_path, 1)
+    _, _, before = make_dataset(tmp_path)
+    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unspecified")
+    _, _, patches = make_dataset(tmp_path)
+    assert np.array_equal(patches, before)
+
+
+def test_alpha_that_is_0_everywhere_is_refused(tmp_path, capsys):
+    make_slides(tmp_path, 1)
+    fourth = np.zeros((1400, 1600), np.uint8)
+    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unassalpha")
+    assert_refused(capsys, tmp_path, "image1.tif", "one colour", "alpha is 0")
+
+
+def write_png16(path, image, colour):
+    """A PNG of 16 bits a channel, which Pillow cannot write; colour 2 is RGB, 0 grey."""
+    height, width = image.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("colour", [2, 0])
+def test_a_png_of_16_bits_is_refused(tmp_path, capsys, colour):
+    make_slides(tmp_path, 1)
+    image = paint(1).astype(np.uint16) * 16
+    write_png16(tmp_path / "image1.tif", image if colour else image[..., 0], colour)
+    assert_refused(capsys, tmp_path, "image1.tif", "8-bit RGB")
+
+
+@pytest.mark.parametrize("kind", ["grey", "dark"])
+def test_what_is_no_h_and_e_is_warned_of(tmp_path, kind):
+    make_slides(tmp_path, 1)
+    image = paint(1)
+    image = image[..., 0] if kind == "grey" else image // 6
+    photometric = "minisblack" if kind == "grey" else "rgb"
+    tifffile.imwrite(tmp_path / "image1.tif", image, photometric=photometric)
+    warnings_of(tmp_path, "image1.tif", "no H&E")
+
+
+@pytest.mark.parametrize("left", [0.25, 0.0])
+def test_a_jpeg_tile_that_is_cut_is_refused(tmp_path, capsys, left):
+    make_slides(tmp_path, 1)
+    path = tmp_path / "image1.tif"
+    tifffile.imwrite(path, paint(1), photometric="rgb", compression="jpeg", tile=(256, 256))
+    with tifffile.TiffFile(path) as tiff:
+        start, length = tiff.pages[0].dataoffsets[9], tiff.pages[0].databytecounts[9]
+    data = bytearray(path.read_bytes())
+    kept = int(left * length)
+    data[start + kept : start + length] = bytes(length - kept)
+    path.write_bytes(data)
+    assert_refused(capsys, tmp_path, "image1.tif", "fetch")
+
+
+# ------------------------------------------------------------------------------------------ donors
+@pytest.mark.parametrize("names, same", [
+    (["P1", "p1"], True), (["Pat 2", "Pat_2"], True), (["P-01", "P1"], True),
+    (["1_11", "11_1"], False), (["P1", "P10"], False), (["P1", "P1"], False),
+])  # fmt: skip
+def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names, same):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, donor=names)
+    readers.read_manifest(tmp_path)
+    printed = capsys.readouterr().out
+    assert (f"donors {names[0]!r} and {names[1]!r}" in printed) == same
+    assert ("warning" in printed) == same
+
+
+def test_a_blank_patient_is_missing():
+    assert hest.name_donor("NCBI1", {"patient": "   ", "dataset_title": "A"}) == "NCBI1"
+    assert hest.name_donor("NCBI1", {"patient": " P1 ", "dataset_title": "A"}) == "A P1"
+
+
+# ------------------------------------------------------------------------------------------ counts
+CONTROLS = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0001", "Blank-1",
+            "UnassignedCodeword_0001", "DeprecatedCodeword_0002", "antisense_ENSG1", "Negative3",
+            "NegPrb2", "SystemControl7"]  # fmt: skip
+
+
+def with_controls(table):
+    """Ten controls beside the genes, with more counts than any of them."""
+    controls = anndata.AnnData(
+        scipy.sparse.csr_matrix(np.full((36, 10), 500, np.float32)),
+        obs=table.obs,
+        var=pd.DataFrame(index=CONTROLS),
+    )
+    made = anndata.concat([table, controls], axis=1, merge="same")
+    made.obsm["spatial"] = table.obsm["spatial"]
+    return made
+
+
+def test_controls_are_no_genes(tmp_path):
+    make_h5ad(tmp_path, with_controls)
+    printed, table, _ = make_dataset(tmp_path)
+    assert "slide1.h5ad: 10 controls are left out, as NegControlProbe_00042" in printed
+    assert sorted(table.var_names) == sorted(GENES)
+    first = table[table.obs["tissue_index"] == 1]
+    assert first.obs["n_counts"].median() < 500  # of one control
+    checked = stdout_of("19", data_root=tmp_path, check=True)
+    assert "10 controls are left out" in checked
+
+
+def test_a_panel_that_names_a_control_gets_it(tmp_path):
+    make_h5ad(tmp_path, with_controls)
+    (tmp_path / "panel.csv").write_text("gene\nGENE1\nBlank-1\n")
+    printed, table, _ = make_dataset(tmp_path, panel=tmp_path / "panel.csv")
+    assert "9 controls are left out" in printed
+    assert sorted(table.var_names) == ["Blank-1", "GENE1"]
+
+
+def test_genes_are_no_controls():
+    names = ["NEGR1", "BLNK", "NELFA", "UNC5A", "DEPDC1", "INTS1", "SYS1", "ANTXR1"]
+    assert not any(re.match(readers.CONTROLS, name) for name in names)
+
+
+def correct_depth(table, depth):
+    """X of one depth, as SCTransform and rounded counts per million have; the raw in a layer."""
+    table.layers["counts"] = table.X.copy()
+    counts = table.X.toarray()
+    scaled = np.rint(counts * depth / counts.sum(1, keepdims=True))
+    table.X = scipy.sparse.csr_matrix(scaled.astype(np.float32))
+
+
+def keep_variable(table):
+    """X of a third of the genes, all of them in raw, as scanpy leaves a file."""
+    table.raw = table.copy()
+    return table[:, :16].copy()
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken'),
+    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken'),
+    (keep_variable, "raw is taken, whose counts are of 48 genes"),
+])  # fmt: skip
+def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
+    expected = np.asarray(make_anndata().X.sum(1)).ravel()
+    make_h5ad(tmp_path, change)
+    printed, table, _ = make_dataset(tmp_path)
+    assert words in printed and "warning: " not in printed
+    first = table[table.obs["tissue_index"] == 1]
+    places = make_anndata().obs_names.get_indexer(first.obs["barcode"])
+    assert np.array_equal(first.obs["n_counts"], expected[places])
+
+
+def test_equal_depths_are_warned_of(tmp_path):
+    def change(table):
+        correct_depth(table, 1e4)
+        del table.layers["counts"]
+
+    make_h5ad(tmp_path, change)
+    warnings_of(tmp_path, "slide1.h5ad", "all spots have about 10,0", "no raw counts")
