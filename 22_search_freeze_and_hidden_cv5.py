@@ -195,7 +195,8 @@ def join_folds(out, records):
             parts = share_intercept(parts, split.data, [out / record["folder"] for record in of])
         parts = pd.concat(parts)
         ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
-        histories = [pd.read_csv(out / record["folder"] / "history.csv") for record in of]
+        paths = [out / record["folder"] / "history.csv" for record in of]
+        histories = [shell.read_csv(path, numbers=("epoch", "valid_mse")) for path in paths]
         mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
         more = {name: of[0][name] for name in ("weights", *methods.PARAMETERS)}
         more["best_epoch"] = common.choose_epoch(mean.to_dict("records"), recipe)
@@ -214,7 +215,7 @@ def share_intercept(parts, data, folders):
     """
     ids, means = data.spots["id"], []
     for folder in folders:
-        roles = pd.read_csv(folder / "split.csv", dtype={"id": str})
+        roles = shell.read_csv(folder / "split.csv", ("id", "role"), dtype={"id": str})
         learnt = ids.isin(roles["id"][roles["role"] == "train"])
         mean, _ = common.mean_and_variance(data.target, np.flatnonzero(learnt))
         means.append(mean.astype(np.float32))

@@ -29,7 +29,6 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -242,7 +241,8 @@ def main():
     minus = compare_with_mpa()
     run.print_scores(title, records, minus=minus)
     if minus:
-        differences = pd.read_csv(run.out / "paired_differences.csv")
+        numbers = "n", "difference", "low", "high"
+        differences = shell.read_csv(run.out / "paired_differences.csv", numbers=numbers)
         path = run.out / "paired_differences.png"
         draw_figure(path, run.title(f"{differences['n'][0]} pairs"), differences)
         print(f"figure: {path}")

@@ -44,6 +44,7 @@ RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 NEEDED = {"title", "label", "tables", "folders", "settings", "machine", "data_root"}  # of run.json
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 PALE = 0.6  # opacity of the H&E beneath the spots
+HISTORY = ("epoch", "train_loss", "valid_mse")  # the columns of history.csv that are drawn
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
 NO_THUMBNAIL = """no H&E:
 the data root
@@ -368,13 +369,14 @@ def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
-    groups = pd.read_csv(folder / "genes.csv")
+    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
     prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
-    genes = pd.read_csv(folder / "per_gene.csv", index_col="gene").filter(like=prefix)
-    genes = genes.rename(columns=lambda name: name.removeprefix(prefix))
+    numbers = f"{prefix}r", f"{prefix}ceiling"
+    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
+    genes = genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
     history = None
     if (folder / "history.csv").is_file():
-        history = pd.read_csv(folder / "history.csv")
+        history = shell.read_csv(folder / "history.csv", numbers=HISTORY)
     draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
     table = read_test_slide(folder / "predictions.h5ad")
     table.var["r"] = genes["r"]
@@ -463,16 +465,15 @@ def read_rows(run, folders):
     path = run / "rows.csv"
     if not path.is_file():
         return []
-    table = pd.read_csv(
+    table = shell.read_csv(
         path,
+        (*KEYS, "folder", "protocol"),
+        ("heg",),
         dtype={"slide": str},
         keep_default_na=False,
         na_values=[""],
         float_precision="round_trip",
     )
-    lacking = {*KEYS, "folder", "protocol", "heg"} - {*table}
-    if lacking:
-        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
     table = table[table["folder"].isin(folders)].convert_dtypes().astype(object)
     table = table.sort_values("folder", key=lambda names: names.map(folders.index), kind="stable")
     for name in table.filter(regex="_ci$"):
@@ -544,7 +545,7 @@ def show_further(run, rows):
     path = run / "paired_differences.csv"
     if path.is_file():
         group = recipes.headline_of(rows[0]["protocol"]).group
-        table = pd.read_csv(path)
+        table = shell.read_csv(path, ("setting", "minus", "group"), ("difference", "low", "high"))
         differences = table[table["group"] == group].to_dict("records")
         if differences:
             caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"

@@ -262,7 +262,8 @@ def join_influence(records, out):
     parts = []
     for _, folders in units:
         for folder in folders:
-            table = pd.read_csv(out / folder / "influence.csv")
+            path = out / folder / "influence.csv"
+            table = shell.read_csv(path, numbers=[*PLACE, *columns])
             moved = table[columns].set_axis(keys, axis=1) / len(folders) / len(units)
             parts.append(pd.concat([table[PLACE], moved], axis=1))
     joined = pd.concat(parts).groupby(PLACE)[keys].sum(min_count=1).reset_index()

@@ -80,6 +80,34 @@ def save_csv(path, table):
         table.to_csv(partial, index=False)
 
 
+def read_csv(path, texts=(), numbers=(), **options):
+    """A table that save_csv wrote, with these columns at least; `options` of pandas.read_csv.
+
+    InputError where another program has saved it since: a spreadsheet may separate cells by
+    semicolons, and write decimals with commas. Numbers that it cut cannot be had back.
+    """
+    import pandas as pd  # Here, because commands are checked without it.
+
+    fix = "run its script again"
+    if (path.parent / "rows.json").is_file():  # Else the row counts as computed.
+        fix = f"remove {path.parent} and {fix}"
+    fix += "; a spreadsheet may have saved it in a form of its own"
+    try:
+        table = pd.read_csv(path, **options)
+    except ValueError as error:  # in which pandas has its own errors, and those of encodings
+        cause = " ".join(str(error).split())
+        raise InputError(f"{path}: not as a script wrote it ({cause}): {fix}") from None
+    lacking = {*texts, *numbers} - {*table}
+    if lacking:
+        raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: {fix}")
+    for name in numbers:
+        cells = table[name].dropna()
+        wrong = cells[pd.to_numeric(cells, errors="coerce").isna()]
+        if len(wrong):
+            raise InputError(f"{path}: {name} is {wrong.iloc[0]!r}, no number: {fix}")
+    return table
+
+
 def save_json(path, content):
     """Write the content as indented JSON, whole or not at all."""
     with whole_file(path) as partial:

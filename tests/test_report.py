@@ -10,14 +10,15 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import load_script, run_script
+from conftest import TINY, load_script, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
-from study import shell
+import common
+from study import recording, shell
 
 
 class Page(HTMLParser):
@@ -188,6 +189,92 @@ def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
     pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
     with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
         load_script("27").read_rows(tmp_path, [])
+
+
+def as_german(table, path):
+    table.to_csv(path, sep=";", decimal=",", index=False, encoding="utf-8-sig")
+
+
+def as_quoted(table, path):
+    table.to_csv(path, decimal=",", index=False, encoding="utf-8-sig")
+
+
+def as_unicode_text(table, path):
+    table.to_csv(path, sep="\t", index=False, encoding="utf-16")
+
+
+def as_workbook(table, path):
+    path.write_bytes(b"PK\x03\x04\x14\x00\x06\x00" + bytes(200))
+
+
+def as_nothing(table, path):
+    path.write_bytes(b"")
+
+
+SAVED = (as_german, as_quoted, as_unicode_text, as_workbook, as_nothing)
+
+
+@pytest.fixture
+def copied(report, tmp_path):
+    """(copy of script 20's run whose figures are still to be drawn, a setting's folder in it)."""
+    run = tmp_path / "run"
+    shutil.copytree(report[0], run)
+    for path in run.glob("*/*.png"):
+        path.unlink()
+    facts = json.loads((run / "run.json").read_text())
+    return run, run / facts["folders"][0]
+
+
+@pytest.mark.parametrize("save", SAVED)
+@pytest.mark.parametrize("name", ["rows.csv", "genes.csv", "per_gene.csv", "history.csv"])
+def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, save):
+    run, folder = copied
+    path, fix = run / name, "run its script again"
+    if name != "rows.csv":
+        path, fix = folder / name, f"remove {folder} and run its script again"
+    if (name, save) == ("genes.csv", as_quoted):
+        pytest.skip("it holds no decimals")
+    save(pd.read_csv(path), path)
+    assert run_script("27", "--run", run) == 2
+    check_one_line(capsys, [f"error: {path}: ", fix, "spreadsheet"])
+
+
+@pytest.mark.parametrize("save", SAVED)
+def test_influence_that_a_spreadsheet_saved_are_named(copied, save):
+    run, folder = copied
+    path = folder / "influence.csv"
+    rows = pd.read_csv(run / "rows.csv").query("split == 'test' and truth == 'lognorm'")
+    rows = rows[rows["folder"] == folder.name]
+    assert recording.join_influence(rows, run)[0].shape[1] == 4
+    save(pd.read_csv(path).fillna(0.5), path)  # Of so few spots there are no intervals.
+    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
+        recording.join_influence(rows, run)
+
+
+# Roles hold no decimals.
+@pytest.mark.parametrize("save", [save for save in SAVED if save is not as_quoted])
+def test_roles_that_a_spreadsheet_saved_are_named(copied, simulated, save):
+    _, folder = copied
+    path = folder / "split.csv"
+    data = common.load_dataset(simulated, "lognorm")
+    share = load_script("22").share_intercept
+    assert not share([0.0], data, [folder])[0].any()
+    save(pd.read_csv(path), path)
+    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
+        share([0.0], data, [folder])
+
+
+def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    options = {"data_root": simulated, "out": out, **TINY}
+    folder = next(path.parent for path in out.glob("*/influence.csv"))
+    as_german(pd.read_csv(folder / "influence.csv"), folder / "influence.csv")
+    assert run_script("20", **options) == 2
+    check_one_line(capsys, [f"remove {folder} and run its script again"])
+    shutil.rmtree(folder)
+    assert run_script("20", **options) == 0
+    assert {(folder / name).is_file() for name in ("influence.csv", "rows.json")} == {True}
 
 
 def test_every_row_links_its_genes_and_their_columns_are_explained(report):
