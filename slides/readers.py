@@ -679,7 +679,9 @@ def read_anndata_matrix(path):
     They are X, or layers["counts"] or raw where X is not of counts. Gene ids are a column of var,
     as gene_ids, or else the var_names; so are the symbols.
     """
-    table = choose_counts(read_anndata(path), path)
+    stored = read_anndata(path)
+    table = choose_counts(stored, path)
+    check_layers(stored, table, path)
     var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
     genes = are_genes(var)
     if not genes.all():
@@ -729,6 +731,21 @@ def has_one_depth(counts):
     """Whether all spots have about as many counts, which the tissue never gives."""
     depth = np.asarray(counts.sum(1), np.float64).ravel()
     return len(depth) >= FEW_DEPTHS and depth.std() < ONE_DEPTH * depth.mean()
+
+
+def check_layers(stored, table, path):
+    """InputError that names the layers of an .h5ad, where it has some and `table`, what
+    choose_counts took of it, holds no counts.
+    """
+    if not len(stored.layers) or holds_counts(table.X):
+        return
+    counts = [name for name in stored.layers if holds_counts(stored.layers[name])]
+    fix = f'copy that of raw counts, as {counts[0]}, to layers["counts"]' if counts else "add them"
+    raise InputError(
+        f'{path}: raw counts are needed, and neither X nor layers["counts"] nor raw holds them; of '
+        f"the layers {', '.join(stored.layers)} these hold counts: "
+        f"{', '.join(counts) or '-'}: {fix}"
+    )
 
 
 def find_gene_names(var, spellings):

@@ -212,6 +212,38 @@ def test_an_h5ad_in_doubt_is_refused(tmp_path, capsys, change, words):
     refuse(capsys, make_root(tmp_path / "mine", change), *words)
 
 
+def in_other_layers(table):
+    table.layers["lognorm"] = table.X * 0.5
+    table.layers["raw_counts"] = table.X.copy()
+    table.layers["umi"] = table.X.toarray()
+    return normalised(table)
+
+
+def in_no_layer(table):
+    table.layers["scaled"] = table.X * 0.25
+    table.layers["counts"] = table.X * 0.5
+    return normalised(table)
+
+
+def beside_raw(table):
+    table.raw = normalised(table)
+    table.layers["umi"] = table.X * 2
+    return table
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (in_other_layers, ["lognorm, raw_counts, umi", "these hold counts: raw_counts, umi"]),
+        (in_other_layers, ['copy that of raw counts, as raw_counts, to layers["counts"]']),
+        (in_no_layer, ["the layers counts, scaled", "these hold counts: -", "add them"]),
+        (beside_raw, ["nor raw", "the layers umi", "counts: umi"]),
+    ],
+)
+def test_of_an_h5ad_without_counts_the_layers_are_named(tmp_path, capsys, change, words):
+    refuse(capsys, make_root(tmp_path / "mine", change), "slide1.h5ad", *words)
+
+
 def test_a_file_that_is_no_h5ad_is_refused(tmp_path, capsys):
     root = make_root(tmp_path / "mine")
     (root / "slide1.h5ad").write_bytes(b"not HDF5")
