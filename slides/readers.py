@@ -32,7 +32,9 @@ from study import shell
 from study.shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
-PITCHES = (SPOT_PITCH, 200.0)  # um, of Visium and of its forerunner ST
+# um: the share by which spots may be off, of Visium, its forerunner ST, and two that HEST-1k has by
+# design and states exactly: ST of 110 um and Visium HD, whose bins are summed to 128 um.
+PITCHES = {SPOT_PITCH: 0.1, 200.0: 0.1, 110.0: 0.02, 128.0: 0.02}
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 BLOCK_WIDTH = 5  # pitches
@@ -957,29 +959,30 @@ def place_spots(slide):
 
 
 def check_pitch(slide, positions):
-    """Warn where the spots are neither as far apart as Visium's nor as those of ST or bins.
+    """Warn where the spots are neither as far apart as Visium's nor as those of ST, HEST or bins.
 
-    A tenth is allowed: on sections of ST whose spots were measured one by one it is 6 %. Patches
-    that were made elsewhere do not follow from the positions.
+    Visium and ST may be a tenth off: on sections of ST whose spots were measured one by one it is
+    6 %. Patches that were made elsewhere do not follow from the positions.
     """
     if imaging.holds_patches(slide.image):
         return
     pitch = measure_pitch(positions)
     um = pitch * slide.um_per_px
-    pitches, expected = PITCHES, "100 (Visium) or 200 (ST)"
+    pitches, expected = PITCHES, "100 (Visium), 200 (ST), or HEST-1k's 110 (ST) or 128 (Visium HD)"
     # A spot of Visium HD's bins is called by its width.
     stated = re.match(r"s_(\d+)um_", str(positions.index[0]) if len(positions) else "")
     if stated:
-        pitches, expected = (float(stated[1]),), f"{float(stated[1]):g}, as their barcodes say"
-    if len(positions) < 2 or any(abs(um / known - 1) < 0.1 for known in pitches):
+        pitches, expected = {float(stated[1]): 0.1}, f"{float(stated[1]):g}, as their barcodes say"
+    if len(positions) < 2 or any(abs(um / known - 1) < share for known, share in pitches.items()):
         return
+    likely = next(iter(pitches))
     other = "unless these are positions in another frame, as px of a scaled image or microns"
     if any(abs(pitch / known - 1) < 0.02 for known in pitches):
         other = "but it seems that these are positions in another frame, in microns: give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
-        f"with um_per_px {pitches[0] / pitch:.4g} they would be {pitches[0]:g}, {other}"
+        f"with um_per_px {likely / pitch:.4g} they would be {likely:g}, {other}"
     )
 
 

@@ -622,6 +622,21 @@ def test_the_pitch_is_held_against_um_per_px(tmp_path, um, words):
         assert word in printed
 
 
+# 200 px apart, the spots are as many um apart as this; whether that is somebody's design.
+@pytest.mark.parametrize("um, known", [
+    (100, True), (108, True), (110, True), (128, True), (185, True),
+    (114, False), (120, False), (124, False), (150, False), (256, False),
+])  # fmt: skip
+def test_pitches_that_collections_have_by_design_are_known(tmp_path, capsys, um, known):
+    make_slides(tmp_path, 1)
+    edit_manifest(tmp_path, um_per_px=um / 199.8)
+    (slide,) = slides.read_manifest(tmp_path)
+    slides.check_pitch(slide, slides.read_positions(slide.positions))
+    printed = capsys.readouterr().out
+    assert ("warning" in printed) != known
+    assert known or f"are {um} um; expected 100 (Visium), 200 (ST)" in printed
+
+
 @pytest.mark.parametrize("resolutions", [(0.25, 0.5), (0.5, 0.25), (0.5, 1.0)])
 def test_two_magnifications_are_warned_of(tmp_path, resolutions):
     make_slides(tmp_path)
