@@ -839,6 +839,12 @@ def link_hest(root):
         shell.hold_folder(root)
         hest.write_task(root, folder)
         return
+    tasks = hest.list_tasks(folder)
+    if tasks and not (folder / "st").is_dir():
+        raise InputError(
+            f"--from-hest {FROM_HEST}: a folder of {len(tasks)} tasks of HEST-Benchmark, "
+            f"{', '.join(tasks)}: name one, as --from-hest {folder / tasks[0]}"
+        )
     if not named and not filters:
         raise InputError(
             "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "

@@ -172,6 +172,11 @@ def has_splits(folder):
     return (folder / "splits").is_dir()
 
 
+def list_tasks(folder):
+    """The names of the tasks in a folder above them, as the data set MahmoodLab/hest-bench is."""
+    return sorted(path.parent.name for path in folder.glob("[!.]*/splits") if path.is_dir())
+
+
 def write_task(root, folder):
     """slides.csv, folds.csv and hest_genes.csv for a task of HEST-Benchmark, and root/links/.
 
@@ -269,7 +274,8 @@ def read_task_sample(folder, number, row, metadata):
 def read_task_positions(slide):
     """The positions of a task's sample, in px of its whole image, whose size nobody states.
 
-    Those spots count as tissue that have a patch.
+    Those spots count as tissue that have a patch. The others are left out by read_spots, for the
+    reason that the .h5ad gives, or as those that have none.
     """
     positions = readers.read_positions(slide.matrix)
     with imaging.open_hest_patches(slide.image) as (barcodes, _):
@@ -279,4 +285,5 @@ def read_task_positions(slide):
                 f"{slide.image}: {slide.matrix} has no barcode {lost[0]}: the two files are not of "
                 "one sample"
             )
-        return positions.assign(in_tissue=positions.index.isin(barcodes).astype(int))
+        inside = positions["in_tissue"].where(~positions.index.isin(barcodes), 1)
+        return positions.assign(in_tissue=inside)

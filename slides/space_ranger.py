@@ -70,15 +70,31 @@ def scale_positions(positions, scale):
 def find_outs(folder):
     """The folder outs/ of Space Ranger, which may be `folder` itself; of Visium HD, its bins'."""
     outs = folder / "outs" if (folder / "outs").is_dir() else folder
+    if (outs / "aggr_tissue_positions.csv").exists():
+        raise InputError(
+            f"{outs}: what spaceranger aggr made of samples: name the outs/ of each sample, "
+            "as spaceranger count made"
+        )
     binned = outs / "binned_outputs"
     if not binned.is_dir():
         return outs
     for name in visium_hd.BINS:
         if (binned / name).is_dir():
             return binned / name
-    raise InputError(
-        f"{binned}: Visium HD without {' or '.join(visium_hd.BINS)}; copy one of them there"
-    )
+    fix = f"copy one of them there{name_bins(binned)}"
+    raise InputError(f"{binned}: Visium HD without {' or '.join(visium_hd.BINS)}: {fix}")
+
+
+def name_bins(binned):
+    """How to read bins of another size than BINS, as a message ends; "" where there are none."""
+    sizes = []
+    for path in sorted(binned.glob("square_*um")):
+        sizes += map(int, re.findall(r"^square_0*([1-9]\d*)um$", path.name))
+    if not sizes:
+        return ""
+    size = max(sizes)  # The finest take the most memory.
+    fit = max(round(BIN_UM / size), 1) * size
+    return f", or name the folder {binned / f'square_{size:03d}um'} and --bin-um {fit}"
 
 
 def is_binned(outs):

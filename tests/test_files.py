@@ -549,6 +549,17 @@ def make_outs(folder, seed, height=1400, scale=0.25):
     return outs, path
 
 
+@pytest.mark.parametrize("part", ["", "outs"])
+def test_outs_of_aggr_are_told_from_those_of_a_sample(tmp_path, capsys, part):
+    outs, image = make_outs(tmp_path / "AGG123", 1)
+    (outs / "spatial" / "A1").mkdir()
+    for path in [*(outs / "spatial").glob("*.*")]:
+        path.rename(outs / "spatial" / "A1" / path.name)
+    HEADED.to_csv(outs / "aggr_tissue_positions.csv", index=False)
+    options = {"from_spaceranger": tmp_path / "AGG123" / part, "images": image}
+    refuse(capsys, tmp_path / "mine", "spaceranger aggr", "the outs/ of each sample", **options)
+
+
 def list_of(paths):
     return ",".join(map(str, paths))
 

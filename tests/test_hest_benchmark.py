@@ -113,6 +113,23 @@ def test_spots_are_those_that_have_a_patch_and_genes_are_the_tasks(data):
     assert set(data.meta["um_per_px"].values()) == {0.5}
 
 
+@pytest.mark.parametrize("outside", [0, 1])
+def test_spots_without_a_patch_are_called_so(tmp_path, outside):
+    task = make_task(tmp_path / "IDC")
+    path = task / "adata" / "NCBI2.h5ad"
+    table = anndata.read_h5ad(path)
+    # One that has a patch, and some that have none.
+    table.obs["in_tissue"] = [0, *[1] * SPOTS, *[0] * outside, 1][: table.n_obs]
+    table.write_h5ad(path)
+    printed = stdout_of("19", data_root=tmp_path / "mine", from_hest=task, check=True)
+    lines = [line.strip() for line in printed.splitlines() if "kept; 2 left out" in line]
+    others = "spots       34 kept; 2 left out (2 without a patch)"
+    changed = others
+    if outside:
+        changed = "spots       34 kept; 2 left out (1 not in_tissue, 1 without a patch)"
+    assert sorted(lines) == sorted([others, others, changed])
+
+
 def test_folds_are_the_benchmarks_and_no_test_spot_trains(root, splits):
     names = pd.read_csv(root / "slides.csv").set_index("tissue_index")["name"]
     assert len(splits) == len(SPLITS)
@@ -318,6 +335,15 @@ def test_a_task_in_doubt_is_refused(tmp_path, capsys, change, options, words):
     assert run_script("19", data_root=root, from_hest=task, **options) == 2
     check_one_line(capsys, words)
     assert not (root / "dataset").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": "TENX1"}, {"organ": "Breast"}])
+def test_the_folder_above_tasks_names_them(tmp_path, capsys, options):
+    for name in ("PRAD", "IDC"):
+        write_split(tmp_path / "tasks" / name, "train", 0, SAMPLES[:2])
+    options = {"from_hest": tmp_path / "tasks", **options}
+    assert run_script("19", data_root=tmp_path / "mine", **options) == 2
+    check_one_line(capsys, ["2 tasks", "IDC, PRAD", f"--from-hest {tmp_path / 'tasks' / 'IDC'}"])
 
 
 def test_a_refused_task_leaves_no_links(tmp_path):

@@ -244,6 +244,20 @@ def test_bins_that_cannot_be_read_are_refused(tmp_path, capsys, change, words):
     assert not (tmp_path / "mine" / "slides.csv").exists()
 
 
+@pytest.mark.parametrize("size, fit", [(2, 56), (24, 48), (64, 64)])
+def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, capsys, size, fit):
+    outs, image = make_hd(tmp_path / "liver")
+    binned = outs / "binned_outputs" / "square_008um"
+    scales = SCALES | {"bin_size_um": size, "microns_per_pixel": size / BIN_PX}
+    (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    folder = binned.rename(binned.with_name(f"square_{size:03d}um"))
+    words = f"or name the folder {folder} and --bin-um {fit}"
+    refuse(capsys, tmp_path / "mine", words, from_spaceranger=outs, images=image)
+    slide, positions = samples.read_space_ranger(folder, image, bin_um=float(fit))
+    assert slide.um_per_px == size / BIN_PX
+    assert slides.measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
+
+
 @pytest.mark.parametrize("bin_um, fix", [(50.0, "give 48"), (4.0, "give 8")])
 def test_spots_that_are_no_multiple_of_the_bins_are_refused(tmp_path, capsys, bin_um, fix):
     outs, image = make_hd(tmp_path / "liver")
