@@ -707,7 +707,9 @@ def write_meta(root, out, manifest, target, over_border):
 
 def describe_slide(root, slide):
     """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
-    files = {path.name: describe_file(path) for path in readers.list_files(slide)}
+    files = {}
+    for path in readers.list_files(slide):
+        files[readers.name_file(root, path)] = describe_file(path)
     return readers.describe_row(root, slide) | {"files": files}
 
 

@@ -39,6 +39,7 @@ SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapp
 PLACE = ["pxl_row", "pxl_col"]
 LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more
 LEAST_COLOUR = 40.0  # of 255, from the least to the most of red, green and blue: glass has less
+GLASS = 180  # of 255: glass is brighter, in the brightest of its channels
 DARK_SLIDE = 50  # of 255: H&E is brighter, since light shines through it
 MANY_BLANK = 0.25  # of the spots; fat and lumina are blank as well
 FEW_BLANK = 0.05  # of the spots; from here on it is asked whether the image is turned
@@ -136,6 +137,8 @@ def open_picture(path):
                     f"{path}: 16 bits a channel; expected 8 bits a channel: "
                     "convert the image to 8-bit RGB"
                 )
+            if image.format == "JPEG":
+                check_jpeg_end(path)
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(
@@ -143,6 +146,16 @@ def open_picture(path):
         ) from None
     regions = partial(cut_bands, [pixels], partial(as_rgb, path=path))
     return SlideImage("decoded whole", pixels.shape[:2], regions)
+
+
+def check_jpeg_end(path):
+    """InputError for a JPEG that ends in zeros: its decoder fills what is lost with a colour."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - JPEG_TAIL))
+        if JPEG_END not in file.read():
+            raise InputError(
+                f"{path}: the JPEG has no end: the file is damaged; fetch or export it again"
+            )
 
 
 def read_png_depth(path):
@@ -220,6 +233,8 @@ def is_coloured(series):
 GREY = ("MINISBLACK", "MINISWHITE")
 # Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
 JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.ALT_JPEG)
+JPEG_END = b"\xff\xd9"
+JPEG_TAIL = 65_536  # bytes; programs may write notes behind the end
 
 
 def check_tiff(path, tiff, page):
@@ -412,7 +427,7 @@ def decode_segment(page, number):
     """(h, w, channels) pixels of a tile or strip, or of one plane of it, by its number."""
     handle = page.parent.filehandle.fileno()
     data = os.pread(handle, page.databytecounts[number], page.dataoffsets[number])
-    if data and page.compression in JPEG and b"\xff\xd9" not in data:
+    if data and page.compression in JPEG and JPEG_END not in data:
         raise InputError(
             f"{page.parent.filehandle.path}: the JPEG of tile {number} has no end: the file is "
             "damaged; fetch it again"
@@ -739,7 +754,10 @@ def find_blank(centres):
         means = part.reshape(len(part), squares, 8, squares, 8, 3).mean((2, 4))
         detail = means.std((1, 2)).max(1)
         colour = np.ptp(means.mean((1, 2)), axis=1)
-        blank[start : start + 64] = flat | ((detail < LEAST_DETAIL) & (colour < LEAST_COLOUR))
+        brightest = means.mean((1, 2)).max(1)
+        seen = (brightest > DARK_SLIDE) & (brightest < GLASS)  # neither unscanned nor glass
+        plain = (detail < LEAST_DETAIL) & (colour < LEAST_COLOUR) & ~seen
+        blank[start : start + 64] = flat | plain
     return blank
 
 

@@ -46,9 +46,14 @@ SECTION_SPELLINGS = (
     "library",
     "sample",
     "sample_id",
+    "sample_name",
+    "batch",
+    "orig_ident",
     "section",
     "section_id",
     "slide",
+    "slide_id",
+    "slice",
 )
 ONE_SAMPLE = (
     'give each a matrix of its own, as table[table.obs["library_id"] == "A"].write_h5ad("A.h5ad"), '
@@ -57,7 +62,7 @@ ONE_SAMPLE = (
 # What Xenium, CosMx and MERSCOPE count beside genes.
 CONTROLS = (
     r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
-    r"unassigned|deprecated|intergenic_?region|blank[_-]|antisense_)"
+    r"unassigned|deprecated|intergenic_?region|blank[_-]?\d|antisense_)"
 )
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
@@ -220,8 +225,13 @@ def describe_row(root, slide):
     values = {column: getattr(slide, column) for column in MANIFEST}
     for column in PATHS:
         if values[column] is not None:
-            values[column] = Path(os.path.relpath(values[column], root)).as_posix()
+            values[column] = name_file(root, values[column])
     return values
+
+
+def name_file(root, path):
+    """What meta.json calls a file: its path in the data root, since folders may share names."""
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def list_files(slide):
@@ -257,7 +267,7 @@ def check_sources(root, meta):
                     f"and was {row[column]} when the dataset was made: run {command} again"
                 )
         for path in list_files(slide):
-            size = row["files"].get(path.name, {}).get("bytes", path.stat().st_size)
+            size = row["files"].get(name_file(root, path), {}).get("bytes", path.stat().st_size)
             if path.stat().st_size != size:
                 raise InputError(
                     f"{path}: {path.stat().st_size:,} bytes, and {size:,} when the dataset was "
@@ -634,7 +644,7 @@ def check_one_sample(path, barcodes):
     """
     found = pd.Series(barcodes).astype(str).str.extract(r"^(.*?)([ACGT]{14,})(.*)$").dropna()
     samples = (found[0] + "..." + found[2]).value_counts()
-    if len(samples) > 1 and samples.min() > 1:
+    if len(samples) > 1 and samples.iloc[1] > 1:
         names = ", ".join(samples.index[:4])
         raise InputError(
             f"{path}: barcodes of {len(samples)} samples ({names}), and a slide is one: "

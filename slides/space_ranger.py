@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import zlib
 from dataclasses import asdict, dataclass, replace

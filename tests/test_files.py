@@ -641,8 +641,8 @@ def test_the_pitch_is_held_against_um_per_px(tmp_path, um, words):
 def test_pitches_that_collections_have_by_design_are_known(tmp_path, capsys, um, known):
     make_slides(tmp_path, 1)
     edit_manifest(tmp_path, um_per_px=um / 199.8)
-    (slide,) = slides.read_manifest(tmp_path)
-    slides.check_pitch(slide, slides.read_positions(slide.positions))
+    (slide,) = readers.read_manifest(tmp_path)
+    readers.check_pitch(slide, readers.read_positions(slide.positions))
     printed = capsys.readouterr().out
     assert ("warning" in printed) != known
     assert known or f"are {um} um; expected 100 (Visium), 200 (ST)" in printed

@@ -13,12 +13,13 @@ import pytest
 import scipy.sparse
 import tifffile
 from conftest import run_script, stdout_of
+from PIL import Image
 from test_bad_input import check_one_line
 from test_files import GENES, edit_manifest, make_dataset, make_slides, paint, spot_array
 from test_hest import make_anndata
 
 import common
-from slides import hest, readers
+from slides import hest, imaging, readers
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
 
@@ -142,6 +143,22 @@ def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
     common.load_dataset(tmp_path, "lognorm")
 
 
+def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):
+    """The sizes of one must not be held against those of the other."""
+    make_slides(tmp_path)
+    for folder, name in (("a", "image1.tif"), ("b", "positions1.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / name).rename(tmp_path / folder / "slide1")
+    edit_manifest(
+        tmp_path, image=["a/slide1", "image2.tif"], positions=["b/slide1", "positions2.csv"]
+    )
+    make_dataset(tmp_path)
+    common.load_dataset(tmp_path, "lognorm")
+    with (tmp_path / "b" / "slide1").open("ab") as file:
+        file.write(b"\n")
+    refuse_training(capsys, tmp_path, "b/slide1")
+
+
 def refuse_training(capsys, root, *words):
     capsys.readouterr()
     assert run_script("20", data_root=root, target="lognorm", out=root / "runs") == 2
@@ -209,6 +226,13 @@ def name_column(column):
     return change
 
 
+def add_stray(table):
+    """A third sample, of one spot: it must not hide the second."""
+    in_two_halves(table, suffix="-2")
+    names = table.obs_names.tolist()
+    table.obs_names = [*names[:35], names[35][:-2] + "-3"]
+
+
 def name_libraries(table):
     table.uns["spatial"] = {"A": {}, "B": {}}
 
@@ -219,6 +243,9 @@ def name_libraries(table):
     (repeat_places, ["18 spots have the array_row and array_col"]),
     (name_column("library_id"), ['obs["library_id"] names 2 sections (A, B)']),
     (name_column("Sample"), ['obs["Sample"] names 2 sections (A, B)']),
+    (name_column("batch"), ['obs["batch"] names 2 sections (A, B)']),
+    (name_column("orig.ident"), ['obs["orig.ident"] names 2 sections (A, B)']),
+    (add_stray, ["3 samples", "...-2"]),
     (name_libraries, ['uns["spatial"] names 2 sections (A, B)']),
 ])  # fmt: skip
 def test_two_sections_in_one_h5ad_are_refused(tmp_path, capsys, change, words):
@@ -328,6 +355,28 @@ CONTROLS = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0001", "B
             "NegPrb2", "SystemControl7"]  # fmt: skip
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_jpeg_that_ends_in_zeros_is_refused(tmp_path, capsys, kept):
+    make_slides(tmp_path, 1)
+    path = tmp_path / "image1.jpg"
+    Image.fromarray(paint(1)).save(path, quality=95)
+    data = path.read_bytes()
+    edit_manifest(tmp_path, image=["image1.jpg"])
+    path.write_bytes(data + b"a program's note")
+    assert_no_warning(tmp_path)
+    whole = int(kept * len(data))
+    path.write_bytes(data[:whole] + bytes(len(data) - whole))
+    assert_refused(capsys, tmp_path, "image1.jpg", "no end", "fetch")
+
+
+def test_smooth_tissue_of_a_stain_is_no_glass():
+    """Pale, dull and glass patches of 112 px, with the noise of a camera."""
+    noise = np.random.default_rng(0).normal(0, 3, (4, 112, 112, 3))
+    means = np.array([[90, 117, 90], [150, 120, 145], [244, 240, 246], [20, 20, 20]])
+    patches = np.clip(means[:, None, None] + noise, 0, 255).astype(np.uint8)
+    assert imaging.find_blank(patches).tolist() == [False, False, True, True]
+
+
 def with_controls(table):
     """Ten controls beside the genes, with more counts than any of them."""
     controls = anndata.AnnData(
@@ -360,7 +409,7 @@ def test_a_panel_that_names_a_control_gets_it(tmp_path):
 
 
 def test_genes_are_no_controls():
-    names = ["NEGR1", "BLNK", "NELFA", "UNC5A", "DEPDC1", "INTS1", "SYS1", "ANTXR1"]
+    names = ["NEGR1", "BLNK", "BLANKET", "NELFA", "UNC5A", "DEPDC1", "INTS1", "SYS1", "ANTXR1"]
     assert not any(re.match(readers.CONTROLS, name) for name in names)
 
 

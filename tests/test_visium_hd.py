@@ -253,9 +253,9 @@ def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, capsys, size
     folder = binned.rename(binned.with_name(f"square_{size:03d}um"))
     words = f"or name the folder {folder} and --bin-um {fit}"
     refuse(capsys, tmp_path / "mine", words, from_spaceranger=outs, images=image)
-    slide, positions = samples.read_space_ranger(folder, image, bin_um=float(fit))
+    slide, positions = space_ranger.read_space_ranger(folder, image, bin_um=float(fit))
     assert slide.um_per_px == size / BIN_PX
-    assert slides.measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
+    assert readers.measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
 
 
 @pytest.mark.parametrize("bin_um, fix", [(50.0, "give 48"), (4.0, "give 8")])
