@@ -1,14 +1,16 @@
 """Expression maps for a slide that has no expression, or whose own is to be compared.
 
 Question   What would the genes of a trained model look like on this slide?
-Reads      WEIGHTS (weights.safetensors of a row of scripts 20 to 23), which say all that is needed;
-           IMAGE; POSITIONS: a folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue
-           is found and covered with a grid; MATRIX, or the counts in outs/
+Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
+           validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
+           folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
+           covered with a grid; MATRIX, or the counts in outs/
 Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
            slide has counts
 Prints     how the slide is read; mean r of HEG, HVG, MG and all genes in validation, and on this
            slide if it has counts; the same of the genes drawn
-Command    python 26_predict_slide.py --weights weights.safetensors --image slide.tif
+Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
+           --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --positions sample/outs
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
@@ -20,7 +22,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, files=("WEIGHTS", "IMAGE"))
+    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE"))
 
 
 import hashlib
@@ -42,7 +44,8 @@ from study import printing, runs, shell
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
-WEIGHTS = ""  # weights.safetensors of a run, or its folder
+RUN = ""  # folder of a run of scripts 20 to 23: its best network in validation
+WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
@@ -81,6 +84,32 @@ class Trained:
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
+
+
+def choose_weights():
+    """The path of WEIGHTS, or of the network of RUN whose validation r of HEG is the highest.
+
+    The test slide chooses nothing.
+    """
+    if bool(RUN) == bool(WEIGHTS):
+        raise InputError(
+            "give --run FOLDER of scripts 20 to 23, or --weights, a weights.safetensors or its "
+            "folder"
+        )
+    if WEIGHTS:
+        return Path(WEIGHTS)
+    path = Path(RUN, "rows.csv")
+    if not path.is_file():
+        raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
+    table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
+    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in table["folder"]]
+    judged = table[trained & (table["split"] == "valid")].dropna(subset="heg")
+    judged = judged.sort_values("heg", kind="stable")
+    if judged.empty:
+        raise InputError(f"--run {RUN}: holds no network with a validation r: give --weights")
+    chosen = judged.iloc[-1]
+    print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
+    return Path(RUN, chosen["folder"])
 
 
 def read_weights(path):
@@ -206,7 +235,7 @@ def choose_folder(slide, name):
 
     Images of several samples may have one name, as pipelines write them.
     """
-    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, WEIGHTS) if path]
+    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS) if path]
     digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
@@ -391,12 +420,8 @@ def report(slide, table, genes, trained, out):
 
 
 def main():
-    if not WEIGHTS:
-        raise InputError(
-            "--weights: give the weights.safetensors, or its folder, of a run of scripts 20 to 23"
-        )
     inputs.WARNINGS.clear()
-    model, trained = read_weights(Path(WEIGHTS))
+    model, trained = read_weights(choose_weights())
     genes = choose_genes(trained)
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name

@@ -53,11 +53,15 @@ def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tm
     np.testing.assert_allclose(
         ours.var["r"], theirs.var["test_lognorm_r"], atol=0.01
     )  # of predictions that hardly vary
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = {row["group"]: row["r"] for row in result["rows"]}
+    facts = json.loads((tmp_path / "run.json").read_text())
+    groups = next(iter(facts["tables"].values()))
+    rows = {row["group"]: row["r"] for row in groups}
     scored = json.loads((weights.parent / "rows.json").read_text())
     expected = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
-    assert rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3) and result["simulated"] is True
+    assert (
+        rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3)
+        and facts["label"] == "SIMULATED slides: "
+    )
     table = pd.read_csv(tmp_path / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
 
@@ -262,6 +266,26 @@ def test_other_weights_are_refused_in_one_line(simulated, weights, tmp_path, cap
     assert run_script("26", "--weights", path, *slide_of(simulated), "--out", tmp_path / "out") == 2
     check_one_line(capsys, ["spoilt.safetensors", *words])
     assert not (tmp_path / "out").exists()
+
+
+def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    table = pd.read_csv(run / "rows.csv")
+    network = table["setting"] == "EfficientNet-B0"
+    better = table[network].assign(folder="better", setting="another seed")
+    valid, test = better["split"] == "valid", better["split"] == "test"
+    better.loc[valid, "heg"] += 0.1
+    better.loc[test, "heg"] -= 0.5
+    pd.concat([better, table]).to_csv(run / "rows.csv", index=False)
+    shutil.copytree(run / table["folder"][network].iloc[0], run / "better")
+    options = [*slide_of(simulated), "--out", tmp_path / "out", "--device", "cpu"]
+    assert run_script("26", "--run", run, *options) == 0
+    assert "another seed: better, HEG r" in capsys.readouterr().out
+    assert run_script("26", "--run", run, "--weights", run / "better", *options) == 2
+    check_one_line(capsys, ["--run", "or --weights"])
+    assert run_script("26", "--run", tmp_path / "out", *options) == 2
+    check_one_line(capsys, ["no rows.csv"])
 
 
 @pytest.mark.parametrize("arguments, words", [
