@@ -328,13 +328,13 @@ def counting_ceiling(counts, totals):
     return sixth.clip(0) ** (1 / 6)
 
 
-def ceiling_of_noise(gene_totals, totals, levels=12, draws=32):
+def ceiling_of_noise(gene_totals, totals, levels=16, draws=32):
     """(G,) what fit_ceilings gives to genes that have one rate in all spots and these counts (G,)
     in all: mean and half a standard deviation of drawn ones, at `levels` between which it is
     interpolated.
     """
-    lowest, highest = max(gene_totals.min(), 1), max(gene_totals.max(), 2)
-    level = np.geomspace(lowest, highest, levels)
+    # The levels are the slide's, so that a gene's ceiling does not depend on the other genes.
+    level = np.geomspace(1, max(totals.sum() / 2, 2), levels)
     share = np.repeat(level, draws) / totals.sum()
     random = np.random.default_rng(shell.seed_of("ceiling of noise"))
     drawn = random.poisson(totals[:, None] * share)

@@ -102,8 +102,9 @@ def choose_weights():
     if not path.is_file():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
-    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in table["folder"]]
-    judged = table[trained & (table["split"] == "valid")].dropna(subset="heg")
+    judged = table[table["split"] == "valid"].dropna(subset="heg")
+    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in judged["folder"]]
+    judged = judged[trained]
     judged = judged.sort_values("heg", kind="stable")
     if judged.empty:
         raise InputError(f"--run {RUN}: holds no network with a validation r: give --weights")

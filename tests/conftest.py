@@ -35,7 +35,7 @@ TINY = {
     "image_size": 32,
     "epochs": 4,
     "batch_size": 8,
-    "learning_rate": 0.003,
+    "learning_rate": 0.03,
     "hidden": 16,
     "pretrained": False,
     "device": "cpu",

@@ -187,7 +187,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
     code = f"""
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from study import shell, torch
+import torch
+from study import shell
 for epoch in (1, 2):
     if epoch == 2:
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)

@@ -123,9 +123,9 @@ WAITS = {
         "torch.distributed.HashStore().wait(['never'], datetime.timedelta(seconds=600))",
     ),
     "threads that decode": (
-        "imaging, time",
+        "slides.imaging, time",
         """
-with imaging.decoding_threads() as pool:
+with slides.imaging.decoding_threads() as pool:
     list(pool.map(lambda number: time.sleep(0.1), range(6000)))""",
     ),
     "a bar": (
@@ -145,7 +145,8 @@ def test_a_signal_ends_a_process_whatever_it_waits_for(tmp_path, wait, kind):
     (tmp_path / "script.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from study import shell, {modules}
+import {modules}
+from study import shell
 # {"-" * 40}
 # {"-" * 40}
 def main():

@@ -308,7 +308,7 @@ def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
     depth = np.log(data.annotations.obs["n_counts"].to_numpy(float))
     train, scored = paper_split.spots("train"), paper_split.scored()
     for g in (0, 100):
-        slope, intercept = np.polyfit(depth[train], data.target[train, g], 1)
+        slope, intercept = np.polyfit(depth[train], data.target[train][:, g], 1)
         expected = intercept + slope * depth[scored]
         np.testing.assert_allclose(predicted[:, g], expected, rtol=1e-3, atol=1e-3)
     predicted, _ = compute(CPU, changed_split, None)

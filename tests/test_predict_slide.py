@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import tifffile
-from conftest import run_script
+from conftest import rows_of, run_script
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
@@ -23,7 +23,7 @@ from study import shell
 
 @pytest.fixture(scope="module")
 def weights(trained):
-    row = json.loads(trained[1].splitlines()[-1])["rows"][0]
+    row = rows_of(trained[1])[0]
     return trained[0] / row["folder"] / "weights.safetensors"
 
 

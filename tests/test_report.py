@@ -49,7 +49,7 @@ def report(trained):
     return trained[0], (trained[0] / "report.html").read_text()
 
 
-FACTS = {"title": "run", "label": "", "tables": {}, "rows": [], "settings": {}, "machine": {}}
+FACTS = {"title": "run", "label": "", "tables": {}, "folders": [], "settings": {}, "machine": {}}
 
 
 def written(folder, **facts):

@@ -250,7 +250,7 @@ def test_expression_of_the_test_slide_changes_nothing_but_its_score(
     assert [len(table) for table in tables] == [n_records] * 2
     for quiet, loud in zip(*tables, strict=True):
         check_same_but_scores(outs[0] / quiet["folder"], outs[1] / loud["folder"])
-        assert quiet["heg"] != loud["heg"]
+        assert quiet["mse"] != loud["mse"]
         assert quiet["heg_ceiling"] != loud["heg_ceiling"]
 
 
