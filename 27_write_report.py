@@ -70,8 +70,9 @@ ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with
 Pearson's and Spearman's correlation over the spots of a slide, r_pooled is Pearson's over all
 spots, variance and variance_predicted are those of measured and predicted expression, mse is the
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
-prediction free of error, image_ceiling the r of what a simulated slide's image shows, and moran
-Moran's I of the measured expression."""
+prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
+I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
+the same after Benjamini and Hochberg."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
 heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
 several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean

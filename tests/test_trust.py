@@ -251,7 +251,8 @@ def test_expression_of_the_test_slide_changes_nothing_but_its_score(
     for quiet, loud in zip(*tables, strict=True):
         check_same_but_scores(outs[0] / quiet["folder"], outs[1] / loud["folder"])
         assert quiet["mse"] != loud["mse"]
-        assert quiet["heg_ceiling"] != loud["heg_ceiling"]
+        if name == "20":  # BLEEP retrieves the mean of so few spots, and has no r.
+            assert quiet["heg_ceiling"] != loud["heg_ceiling"]
 
 
 TRAINED = ("EfficientNet-B0", "BLEEP_resnet10t-")  # beginnings of the folders that hold weights
