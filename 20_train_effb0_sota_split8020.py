@@ -10,7 +10,7 @@ Command    python 20_train_effb0_sota_split8020.py --data-root GSE240429_data
 Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slides)
            python 20_train_effb0_sota_split8020.py --data-root HER2ST_data --test-slide 4
            python 20_train_effb0_sota_split8020.py --data-root IDC --protocol hest --target log1p
-Time       --quick: 90 s, slides included; HER2ST: 22 min (two cores of an AMD EPYC, 2026-11-24)
+Time       --quick: 4 min, slides included (two cores of an Intel Xeon with other work, 2026-11-26)
 Source     "From histology to spatial transcriptomics: establishing a lightweight single-patch
            baseline", BMC Bioinformatics, 2026
 """
