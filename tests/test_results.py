@@ -1,0 +1,43 @@
+"""The numbers of docs/results.md are those of the rows behind them, in results/."""
+
+import re
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "results.md").read_text()
+SHORT = {
+    "Lite0": "tf_efficientnet_lite0",
+    "MobileNetV2": "mobilenetv2_100",
+    "DenseNet-121": "densenet121",
+}
+
+
+def table_above(name):
+    """[cells] of every line of the table that stands above the link to a file of results/."""
+    lines = PAGE[: PAGE.index(f"(../results/{name})")].splitlines()
+    lines = [line for line in lines if line.startswith("| ")]
+    last_head = max(i for i, line in enumerate(lines) if line.startswith("| method"))
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[last_head + 2 :]]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "results").glob("*.csv")), ids=lambda p: p.name
+)
+def test_a_table_says_what_its_rows_say(path):
+    rows = pd.read_csv(path)
+    lines = table_above(path.name)
+    assert len(lines) > 10
+    for method, steps, heg, of_ceiling, hvg, *_ in lines:
+        for short, name in SHORT.items():
+            method = method.replace(short, name)
+        found = rows[rows["setting"] == method]
+        assert len(found) == 4, method
+        mean, sd = re.match(r"(\S+) ± (\S+) ", heg).groups()
+        assert float(mean) == pytest.approx(found["heg"].mean(), abs=5.1e-4), method
+        assert float(sd) == pytest.approx(found["heg"].std(), abs=5.1e-4), method
+        assert float(hvg) == pytest.approx(found["hvg"].mean(), abs=5.1e-4), method
+        share = found["heg"].mean() / found["heg_ceiling"].mean()
+        assert of_ceiling == f"{share:.0%}".replace("%", " %")
+        assert steps == ("-" if found["steps"].isna().all() else f"{found['steps'].mean():.0f}")
