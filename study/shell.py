@@ -220,9 +220,11 @@ def build_parser(script):
                 kind = type(default).__name__
                 raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
 
-        options = {"nargs": "?", "const": True} if isinstance(value, bool) else {}
+        options = {"metavar": ""}
+        if isinstance(value, bool):
+            options = {"nargs": "?", "const": True, "metavar": "false"}
         text = f"{comment} [{show_constant(value)}]".replace("%", "%%")
-        parser.add_argument(flag_of(name), dest=name, type=parse, metavar="", help=text, **options)
+        parser.add_argument(flag_of(name), dest=name, type=parse, help=text, **options)
     return parser
 
 
