@@ -95,7 +95,7 @@ QUICK_BUDGET = {
 
 # ------------------------------------------------------------------------------------------- splits
 def hold_out(spots, recipe, seed):
-    """`split` of runner.open_run: "test", and "train" for every spot that the folds may use."""
+    """`split` of runs.open_run: "test", and "train" for every spot that the folds may use."""
     outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
     recipe = recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}
     trainings = splitting.split_spots(spots, recipe, seed)
