@@ -1,6 +1,6 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
-gene groups -> splits -> patches -> augmentation -> stain -> model -> training -> prediction ->
-correlation -> intervals
+gene groups -> patches -> augmentation -> stain -> model -> training -> prediction ->
+correlation -> intervals -> chance
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in study/,
 how slides become patches and counts in slides/ and script 19.
@@ -64,6 +64,7 @@ PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the
 READ_AHEAD = 2  # batches that are read while one is used
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
 GENES_AT_ONCE = 512
+
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and hold_folder keeps other runs out.
 h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
@@ -1484,7 +1485,7 @@ def compare_with_chance(predicted, truth, slides, places):
     value of the nearest spot. Such a field is as smooth as the prediction and has nothing to do
     with the slide. q is by Benjamini and Hochberg (1995).
     """
-    found = pearson_of_slides(predicted, truth, slides)
+    found = average_slides(pearson_per_gene, predicted, truth, slides)
     reached = np.ones(len(found))
     numbers = {slide: np.flatnonzero(slides == slide) for slide in np.unique(slides)}
     laid = {slide: lay_otherwise(places[inside], slide) for slide, inside in numbers.items()}
@@ -1499,11 +1500,6 @@ def compare_with_chance(predicted, truth, slides, places):
     defined = np.isfinite(p)
     q[defined] = false_discovery_control(p[defined])
     return p, q
-
-
-def pearson_of_slides(predicted, truth, slides):
-    """(G,) mean over slides of r."""
-    return average_slides(pearson_per_gene, predicted, truth, slides)
 
 
 def lay_otherwise(places, slide):

@@ -40,7 +40,6 @@ SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up t
 BLOCK_WIDTH = 5  # pitches
 ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
 FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
-DARK = 50  # of 255, in the brightest channel: below it nothing was scanned
 SECTION_SPELLINGS = (
     "library_id",
     "library",
@@ -1163,7 +1162,7 @@ def find_tissue(image, um_per_px):
     """
     high, low = image.max(2).astype(np.float64), image.min(2)
     # Of nearly black, saturation is the noise of the camera: tissue is never so dark.
-    saturation = np.where(high < DARK, 0, (high - low) / np.maximum(high, 1))
+    saturation = np.where(high < imaging.DARK_SLIDE, 0, (high - low) / np.maximum(high, 1))
     saturation = scipy.ndimage.median_filter(saturation, 5)
     if np.ptp(saturation) == 0:
         return np.zeros(saturation.shape, bool)

@@ -80,30 +80,36 @@ def group_sizes(split):
 def describe_setting(records, sizes, out):
     """{column: text} of one setting's records: its line of the table of scores."""
     over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
-    interval = None
-    if (records["split"] == "test").all():
-        interval, _ = recording.find_mean_interval(records, out, "heg")
     line = {"setting": cut(records["setting"].iloc[0], 30)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
-    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    line["[95 %]"] = describe_interval(records, "heg", out)
     line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
         line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
     line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
-    line["q<.05"] = format_count(records["n_genes_q05"])
-    line["steps"] = describe_mean_steps(records)
-    return line
+    return line | describe_counts(records)
 
 
-def format_count(counts):
+def describe_interval(records, group, out):
+    """The interval of one setting's mean r of a group; "-" of spots that are not tested on."""
+    interval = None
+    if (records["split"] == "test").all():
+        interval, _ = recording.find_mean_interval(records, out, group)
+    return format_interval(*interval or (np.nan, np.nan))
+
+
+def describe_counts(records):
+    """{column: text} of one setting's mean numbers of genes that are told from chance, which test
+    spots have, and of the optimiser's steps, which what learns by epochs has.
+    """
+    steps = records.get("steps", pd.Series(dtype=float))
+    return {"q<.05": format_count(records["n_genes_q05"]), "steps": format_count(steps, "{:,.0f}")}
+
+
+def format_count(counts, form="{:.0f}"):
     """The mean of counts; "-" without any."""
-    return "-" if counts.isna().all() else f"{counts.astype(float).mean():.0f}"
-
-
-def describe_mean_steps(records):
-    """Mean number of the optimiser's steps; "-" of what takes none."""
-    steps = records.get("steps", pd.Series(dtype=float)).astype(float).mean()
-    return "-" if np.isnan(steps) else f"{steps:,.0f}"
+    mean = counts.astype(float).mean()
+    return "-" if np.isnan(mean) else form.format(mean)
 
 
 def describe_hest(records, n_genes, out):
@@ -111,20 +117,15 @@ def describe_hest(records, n_genes, out):
     that its published tables hold, over all test spots of a fold at once; `in slides` is the same
     slide by slide.
     """
-    interval = None
-    if (records["split"] == "test").all():
-        interval, _ = recording.find_mean_interval(records, out, "all")
     mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
     line = {"setting": cut(records["setting"].iloc[0], 30)}
     line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
-    line["[95 %]"] = format_interval(*interval or (np.nan, np.nan))
+    line["[95 %]"] = describe_interval(records, "all", out)
     mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
     line["of ceiling"] = format_share(mean, ceiling)
     line["in slides"] = f"{records.groupby(recipes.OF_HEST.unit)['all'].mean().mean():.3f}"
-    line["q<.05"] = format_count(records["n_genes_q05"])
-    line["steps"] = describe_mean_steps(records)
-    return line
+    return line | describe_counts(records)
 
 
 def describe_differences(table, settings, headline=recipes.HEG):
@@ -175,11 +176,9 @@ def describe_freedom(records):
     if not len(freedoms):
         return ""
     low, high = round(min(freedoms)), round(max(freedoms))
-    return (
-        f", intervals of {low} degrees of freedom"
-        if low == high
-        else (f", intervals of {low} to {high} degrees of freedom a slide")
-    )
+    if low == high:
+        return f", intervals of {low} degrees of freedom"
+    return f", intervals of {low} to {high} degrees of freedom a slide"
 
 
 def print_published(root):

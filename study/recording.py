@@ -116,8 +116,7 @@ def score_split(setting, recipe, split, predicted, more):
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
-            slides, places = spots["tissue_index"], common.places_in_pitches(spots)
-            p, q = common.compare_with_chance(x, y, slides.to_numpy(), places.to_numpy())
+            p, q = common.compare_with_chance(x, y, *part_places(influence))
             genes = genes.assign(p=p, q=q)
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
@@ -150,6 +149,11 @@ def place_spots(spots):
     return places.reset_index(drop=True)
 
 
+def part_places(places):
+    """(tissue_index (n,), places (n, 2) in pitches) of a table with the columns PLACE."""
+    return places[PLACE[0]].to_numpy(), places[PLACE[1:]].to_numpy(np.float64)
+
+
 def describe_intervals(record, influence, places):
     """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a record, by the influence
     (n, k) of its test spots at `places`.
@@ -164,13 +168,11 @@ def describe_intervals(record, influence, places):
 
 def measure_errors(influence, places):
     """common.measure_error of a table of influence at a table with the columns PLACE."""
-    slides = places[PLACE[0]].to_numpy()
-    where = places[PLACE[1:]].to_numpy(np.float64)
-    return common.measure_error(influence.to_numpy(), slides, where)
+    return common.measure_error(influence.to_numpy(), *part_places(places))
 
 
+Q_THRESHOLD = 0.05  # genes below it are told from chance
 # What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
-Q_THRESHOLD = 0.05
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
 
 

@@ -175,7 +175,7 @@ class Run:
     def print_scores(
         self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth=None
     ):
-        """Print a line a setting: mean r (±sd over seeds, folds or slides), intervals over blocks.
+        """Print a line a setting: mean r (±sd over seeds, folds or slides), with its interval.
 
         pair_differences with `minus` {setting: another} is saved, and its headline shown.
         add(records of a setting) may give further columns {name: text}, for which others are to
@@ -277,9 +277,8 @@ def describe_run(recipe, splits):
 
 def describe_steps(recipe, split):
     """How many steps the optimiser takes, by the constants of the script."""
-    spots = len(split.spots("train"))
-    batches = len(common.split_batches(spots, recipe))
-    steps = common.count_steps(spots, recipe)
+    steps = common.count_steps(len(split.spots("train")), recipe)
+    batches = steps // recipe["EPOCHS"]
     return f"{recipe['EPOCHS']} epochs x {batches} batches of {recipe['BATCH_SIZE']} = {steps:,}"
 
 

@@ -28,19 +28,6 @@ from pathlib import Path
 
 from study.recipes import ALLOWED, PAPER, RECIPES
 
-
-def without_nan(values):
-    """A list of floats with None for NaN, which JSON does not have."""
-    return [none_for_nan(float(value)) for value in values]
-
-
-def none_for_nan(value):
-    """The value, or None for NaN, which JSON does not have."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value
-
-
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
 R_THRESHOLD = 0.30  # the paper counts the genes above it
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
@@ -112,6 +99,18 @@ def save_json(path, content):
     """Write the content as indented JSON, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def without_nan(values):
+    """A list of floats with None for NaN, which JSON does not have."""
+    return [none_for_nan(float(value)) for value in values]
+
+
+def none_for_nan(value):
+    """The value, or None for NaN, which JSON does not have."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
 
 
 def save_figure(path, figure, description):

@@ -121,7 +121,7 @@ def keep_validation_of(first, second, split):
     return merged
 
 
-# ------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- roles
 def split_spots(spots, recipe, seed):
     """The trainings of PROTOCOL: for each an array (N,) of ROLES, "" for a spot that takes no part.
 
