@@ -33,7 +33,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
@@ -382,19 +381,9 @@ def retrieve_from_all(out, trained):
     """
 
     def compute(recipe, split, folder):
-        device, dtype, _ = common.choose_device(recipe)
-        every = split.with_all_in_training()
-        model = common.build_model(recipe | {"PRETRAINED": False}, 1, split.seed)
-        network = build_bleep(model, recipe, every)
-        weights = safetensors.torch.load_file(out / trained["folder"] / "weights.safetensors")
-        model.load_state_dict(weights)
-        network = network.to(device, memory_format=torch.channels_last)
-        patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
-        spots = every.scored()
-        predicted = common.predict(network, patches, spots, dtype=dtype, tta=recipe["TTA"])
+        again = methods.predict_again(out, trained, wrap=build_bleep)
+        predicted, more = again(recipe, split.with_all_in_training(), folder)
         first = recording.read_prediction(out / trained["folder"]).to_numpy()
-        kept = ("weights", "steps", "best_epoch", *methods.PARAMETERS)
-        more = {name: trained[name] for name in kept}
         return splitting.keep_validation_of(first, predicted, split), more
 
     return compute

@@ -349,22 +349,25 @@ def validate_genes(split, predicted, truth):
     return common.average_slides(common.pearson_per_gene, predicted, truth[valid], slides)
 
 
-def predict_again(out, trained, restained=False):
+def predict_again(out, trained, restained=False, wrap=None):
     """`compute` of compute_records: the weights of a trained record of `out` predict once more, by
     another recipe or on slides that another laboratory would have stained.
+
+    wrap(model, recipe, split) gives the network that predicts, where it is not the model itself.
     """
 
     def compute(recipe, split, folder):
         device, dtype, _ = common.choose_device(recipe)
         plain = recipe | {"PRETRAINED": False}
         model = common.build_model(plain, len(split.data.genes), split.seed)
+        network = wrap(model, recipe, split) if wrap else model
         weights = out / trained["folder"] / "weights.safetensors"
         model.load_state_dict(safetensors.torch.load_file(weights))
-        model = model.to(device, memory_format=torch.channels_last)
+        network = network.to(device, memory_format=torch.channels_last)
         patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], device)
         if restained:
             patches = common.RestainedPatches(patches, common.OTHER_STAINING)
-        predicted = common.predict(model, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
+        predicted = common.predict(network, patches, split.scored(), dtype=dtype, tta=recipe["TTA"])
         kept = ("weights", "steps", "best_epoch", *PARAMETERS)
         return predicted, {name: trained[name] for name in kept}
 
