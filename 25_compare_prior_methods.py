@@ -405,7 +405,9 @@ def predict_otherwise(run, settings, records):
             if recipe["METHOD"] == "network" and TTA:
                 one_view = again | {"TTA": False}
                 compute = methods.predict_again(run.out, trained)
-                found += run.compute(f"{name}, 1 view", one_view, split, compute)
+                # Refitted weights have learnt from validation spots, which then are no test of it.
+                learnt = splitting.final_split(recipe, split)
+                found += run.compute(f"{name}, 1 view", one_view, learnt, compute)
     return found
 
 

@@ -4,11 +4,13 @@ validation spots has not.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors
 import torch
+from conftest import load_script
 from test_ridge_start import RECIPE
 
 import common
@@ -130,3 +132,20 @@ def test_spots_of_a_margin_train_in_the_end(paper_split):
     split = dataclasses.replace(paper_split, roles=roles)
     of_training_slides = np.sort(paper_split.spots("train", "valid"))
     np.testing.assert_array_equal(split.with_all_in_training().spots("train"), of_training_slides)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_one_view_is_not_judged_on_spots_that_the_weights_have_learnt_from(
+    paper_split, monkeypatch, refit
+):
+    script, seen = load_script("25"), []
+    monkeypatch.setattr(script.recording, "record_of", lambda *_: {"folder": "x"})
+
+    def compute(setting, recipe, split, compute):
+        seen.append({*split.roles})
+        return []
+
+    run = SimpleNamespace(recipe=RECIPE | {"REFIT": refit}, splits=[paper_split], out=None)
+    run.compute = compute
+    script.predict_otherwise(run, {"network": {"METHOD": "network"}}, [])
+    assert seen == [{"train", "test"} if refit else {"train", "valid", "test"}]
