@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-from study import methods, recipes, ridges, rows, runs, shell, splitting
+from study import methods, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
