@@ -566,9 +566,9 @@ def lay_affine_grid(affine, size):
     By one broadcast sum, where torch multiplies matrices: that takes 68 times as long on a
     processor, and was a quarter of the whole augmentation.
     """
-    at = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
-    rows = affine[:, :, 1, None] * at + affine[:, :, 2, None]
-    return (affine[:, :, 0, None, None] * at + rows[:, :, :, None]).permute(0, 2, 3, 1)
+    centres = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
+    rows = affine[:, :, 1, None] * centres + affine[:, :, 2, None]
+    return (affine[:, :, 0, None, None] * centres + rows[:, :, :, None]).permute(0, 2, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------- stain
@@ -1215,8 +1215,8 @@ def predict(model, patches, spots, *, dtype, tta=False):
     device = next(model.parameters()).device
     ranks, rank = joined_ranks()
     symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
-    own = torch.from_numpy(np.asarray(spots)).tensor_split(ranks)[rank]
-    batches = own.split(PREDICT_BATCH[device.type])
+    numbers = torch.from_numpy(np.asarray(spots)).tensor_split(ranks)[rank]
+    batches = numbers.split(PREDICT_BATCH[device.type])
     model.eval()
     parts = []
     for images in read_ahead(patches, batches, device):

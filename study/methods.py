@@ -134,13 +134,13 @@ def hest_probe(row):
     target = split.data.target
     plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
     features, _ = common.encode_patches(split.data.patches, plain, split.seed)
-    known = order_by_fold_file(split)
-    n_components = min(PROBE_COMPONENTS, len(known), features.shape[1])
+    train = order_by_fold_file(split)
+    n_components = min(PROBE_COMPONENTS, len(train), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
-    reduced = round_to_single(reduce.fit_transform(features[known]))
+    reduced = round_to_single(reduce.fit_transform(features[train]))
     alpha = 100 / (n_components * target.shape[1])
     ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
-    ridge.fit(reduced, target[known])
+    ridge.fit(reduced, target[train])
     seen = round_to_single(reduce.transform(features[split.scored()]))
     row.note(weights=name_weights(row.recipe), alpha=alpha)
     return ridge.predict(seen).astype(np.float32)
@@ -155,12 +155,12 @@ def order_by_fold_file(split):
     """Numbers of all spots of the training slides of a fold of HEST-Benchmark, slide by slide as
     its file names them.
     """
-    known = split.spots("train", "valid")
+    train = split.spots("train", "valid")
     folds = splitting.read_task_folds(split.data.root)
     named = folds[(folds["fold"] == split.fold) & (folds["role"] == "train")]["tissue_index"]
     place = pd.Series(range(len(named)), named.to_numpy())
-    slides = split.data.spots["tissue_index"].to_numpy()[known]
-    return known[np.lexsort([known, place[slides]])]
+    slides = split.data.spots["tissue_index"].to_numpy()[train]
+    return train[np.lexsort([train, place[slides]])]
 
 
 def name_network(backbone):
@@ -245,7 +245,7 @@ def ridge_on_other_colours(row):
 
 def apply_ridge_to(row, colour):
     """The prediction from these statistics (N, 40) of the ridge on colour."""
-    known = row.split.data.annotations.obsm["colour"]
-    scaler = StandardScaler().fit(known[row.split.spots("train")])
+    statistics = row.split.data.annotations.obsm["colour"]
+    scaler = StandardScaler().fit(statistics[row.split.spots("train")])
     seen = scaler.transform(colour[row.split.scored()])
-    return predict_by_ridge(row, scaler.transform(known), seen)
+    return predict_by_ridge(row, scaler.transform(statistics), seen)

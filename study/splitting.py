@@ -51,8 +51,8 @@ class Split:
         margin between them as well; its genes were chosen without these.
         """
         slides = self.data.spots["tissue_index"].to_numpy()
-        known = np.isin(slides, self.slides("train", "valid")) & (self.roles != "test")
-        return replace(self, roles=np.where(known, "train", self.roles))
+        trains = np.isin(slides, self.slides("train", "valid")) & (self.roles != "test")
+        return replace(self, roles=np.where(trains, "train", self.roles))
 
     def slides(self, *roles):
         """tissue_index values of the slides of these spots, in order."""
