@@ -244,6 +244,16 @@ def find_mean_interval(records, out, group):
     return common.find_interval(value, error, freedom), freedom
 
 
+def find_headline_interval(lines, out):
+    """[low, high] of the headline's r of a setting on its test slides; NaN of other spots, and
+    where it is undefined.
+    """
+    interval = None
+    if (lines["split"] == "test").all():
+        interval, _ = find_mean_interval(lines, out, headline_of(lines).group.lower())
+    return interval or [np.nan, np.nan]
+
+
 def pair_differences(records, out, minus):
     """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
     against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).

@@ -251,19 +251,6 @@ def test_influence_that_a_spreadsheet_saved_are_named(copied, save):
         recording.join_influence(rows, run)
 
 
-# Roles hold no decimals.
-@pytest.mark.parametrize("save", [save for save in SAVED if save is not as_quoted])
-def test_roles_that_a_spreadsheet_saved_are_named(copied, simulated, save):
-    _, folder = copied
-    path = folder / "split.csv"
-    data = common.load_dataset(simulated, "lognorm")
-    share = load_script("22").share_intercept
-    assert not share([0.0], data, [folder])[0].any()
-    save(pd.read_csv(path), path)
-    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
-        share([0.0], data, [folder])
-
-
 def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
