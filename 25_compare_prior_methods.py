@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from study import methods, printing, recording, ridges, runs, shell, splitting
+from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -287,7 +288,7 @@ def ridge_with_surroundings(recipe, split, folder):
     """The ridge on frozen features of the spot's own patch and, beside them, of the patches around
     it: what a method that looks at single spots leaves on the slide.
     """
-    own, _ = methods.freeze_features(recipe, split)
+    own, _ = freeze_features(recipe, split)
     around = average_surroundings(own, split.data.spots, recipe["SURROUNDINGS"])
     features = np.hstack([own, around])
     weights = methods.name_weights(recipe)
@@ -357,7 +358,7 @@ def same_slide(recipe, split, folder):
     with their mean for its intercept even permuted counts would have an r, below 0.
     """
     data = split.data
-    features, _ = methods.freeze_features(recipe, split)
+    features, _ = freeze_features(recipe, split)
     slides = data.spots["tissue_index"].to_numpy()
     scored = split.scored()
     line_of = pd.Series(range(len(scored)), scored)

@@ -1248,33 +1248,6 @@ def predict(model, patches, spots, *, dtype, tta=False):
     return np.concatenate(parts)
 
 
-def encode_patches(patches, recipe, seed, *, tta=False):
-    """((N, F) float32 features of the patches by BACKBONE as it comes, [numbers of features of
-    every part, as pool_each_stage gives them]).
-
-    With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
-    """
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "CHANNELS")
-    names += ("DEVICE", "PRECISION")
-    constants = tuple((name, recipe[name]) for name in names if name in recipe)
-    if recipe["PRETRAINED"] is not False:
-        seed = None  # The weights do not depend on it.
-    return _encode_patches(patches, constants, seed, tta)
-
-
-@functools.lru_cache(maxsize=2)
-def _encode_patches(patches, constants, seed, tta):
-    """encode_patches, by what can be remembered."""
-    recipe = dict(constants)
-    device, dtype, _ = choose_device(recipe)
-    model = build_model(recipe | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
-    model.head = nn.Identity()
-    model = model.to(device, memory_format=torch.channels_last)
-    placed = place_patches(patches, recipe["IMAGE_SIZE"], device)
-    features = predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
-    return features, model.widths
-
-
 # -------------------------------------------------------------------------------------- correlation
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import common
 from study import ridges, shell, splitting, weight_files
+from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
 
@@ -184,18 +185,6 @@ def start_training(recipe, split, patches, device):
     return replace(training, gene_weights=explained / explained.mean())
 
 
-def freeze_features(recipe, split):
-    """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
-
-    They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
-    made equally strong on the training spots.
-    """
-    data = split.data
-    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = ridges.balance_parts(features[split.spots("train")], widths)
-    return features * scale, scale
-
-
 def fit_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
@@ -241,7 +230,7 @@ def hest_probe(recipe, split, folder):
     """
     target = split.data.target
     plain = recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
-    features, _ = common.encode_patches(split.data.patches, plain, split.seed)
+    features, _ = encode_spots(split.data, plain, split.seed)
     known = order_by_fold_file(split)
     n_components = min(PROBE_COMPONENTS, len(known), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
