@@ -163,8 +163,8 @@ def choose_shrinkage(centred, spots, table, full_rank=False):
 def measure_folds(centred, spots, table):
     """Yield (spots to fit, their Moments, Moments of those held out) of every fold of choose_folds.
 
-    Every spot is held out once, so the folds' sums are those of all spots. A fold's spots to fit
-    are all but few of them, and taking off the few costs less than adding up the many anew.
+    Every spot is held out once, so what is held out adds up to all spots. Those to fit are what a
+    fold neither holds out nor leaves in its margin, so that products are taken of few spots twice.
     """
     folds = choose_folds(table.iloc[spots])
     judged = [centred.moments(spots[held_out]) for _, held_out in folds]
