@@ -18,6 +18,7 @@ from torch import nn
 
 import common
 from study import ridges, shell, splitting, weight_files
+from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
 
@@ -74,18 +75,6 @@ def start_as_ridge(model, row):
 
 
 # ------------------------------------------------------------------------------------------- ridges
-def freeze_features(recipe, split):
-    """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
-
-    They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
-    made equally strong on the training spots.
-    """
-    data = split.data
-    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = ridges.balance_parts(features[split.spots("train")], widths)
-    return features * scale, scale
-
-
 def fit_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
@@ -133,7 +122,7 @@ def hest_probe(row):
     split = row.split
     target = split.data.target
     plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
-    features, _ = common.encode_patches(split.data.patches, plain, split.seed)
+    features, _ = encode_spots(split.data, plain, split.seed)
     train = order_by_fold_file(split)
     n_components = min(PROBE_COMPONENTS, len(train), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))

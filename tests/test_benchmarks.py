@@ -48,6 +48,18 @@ def test_both_sides_score_the_same():
     assert np.allclose(conventionally, common.pearson_per_gene(predicted, truth))
 
 
+def test_both_sides_choose_the_same_ridge(tmp_path, monkeypatch):
+    """It is asserted before anything is timed; here with another answer of one side."""
+    stages = load_benchmark("compare_stages")
+    monkeypatch.setattr(stages, "RIDGE_SIZE", (100, 40, 5))
+    monkeypatch.setattr(stages, "REPEATS", 1)
+    (row,) = stages.compare_ridges(tmp_path)
+    assert row["ratio"] > 0
+    monkeypatch.setattr(stages.conventional, "choose_shrinkage", lambda *problem: (0, 1))
+    with pytest.raises(AssertionError):
+        stages.compare_ridges(tmp_path)
+
+
 def test_both_sides_train(tmp_path, monkeypatch):
     """One step of 32 small patches and five genes each."""
     stages = load_benchmark("compare_stages")

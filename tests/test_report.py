@@ -17,7 +17,6 @@ from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
-import common
 from study import recording, shell
 
 
