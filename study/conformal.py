@@ -42,10 +42,10 @@ def compare_spread(split, truth):
     """
     reported = common.GenesOf(truth, split.reported)
     slide_of = split.data.spots["tissue_index"].to_numpy()
-    known = split.spots("train", "valid")
+    spots = split.spots("train", "valid")
     variances = {}
     for slide in split.slides("train", "valid"):
-        inside = known[slide_of[known] == slide]
+        inside = spots[slide_of[spots] == slide]
         variances[slide] = common.mean_and_variance(reported, inside)[1]
     of_all = np.mean(list(variances.values()), axis=0)
     of_valid = [variances[slide] for slide in split.slides("valid")]
@@ -59,11 +59,11 @@ def measure_coverage(predicted, truth, half_widths):
     around its prediction (n, G); NaN where one of the three is not known.
     """
     errors = np.abs(predicted - truth)
-    known = np.isfinite(errors).all(0)
+    measured = np.isfinite(errors).all(0)
     coverage = {}
     for name, half in half_widths.items():
         inside = (errors <= half).mean(0)
-        coverage[f"coverage_{name}"] = np.where(known & np.isfinite(half), inside, np.nan)
+        coverage[f"coverage_{name}"] = np.where(measured & np.isfinite(half), inside, np.nan)
     return coverage
 
 
