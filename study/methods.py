@@ -5,6 +5,7 @@ A method, method(row), returns the prediction (n, G) of row.split.scored(): see 
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import ridges, shell, splitting, weight_files
+from study import conformal, recipes, ridges, shell, similarity, splitting, weight_files
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
@@ -167,8 +168,8 @@ def name_weights(recipe):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, and of each gene r over the validation spots (against log-normalised counts) and the
-    ceiling on the training slides.
+    patches, of each gene r over the validation spots (against log-normalised counts) and the
+    ceiling on the training slides, and how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -186,11 +187,30 @@ def save_weights(path, model, split, made_with, predicted):
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
+        **describe_trust(split, made_with, predicted),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def describe_trust(split, recipe, predicted):
+    """{name: value} for the weights' metadata: similarity.TrainingSlides of the spots that they
+    have learnt from, and half the widths of each gene's intervals.
+    """
+    data = split.data
+    learnt = splitting.final_split(recipe, split).spots("train")
+    training = similarity.describe_training(
+        data.annotations.obsm["colour"][learnt], data.spots.iloc[learnt]
+    )
+    headline = recipes.headline_of(recipe["PROTOCOL"])
+    truth = data.lognorm if headline.truth == "lognorm" else data.target
+    half_widths = conformal.find_half_widths(split, predicted, truth)
+    return {
+        "training_slides": asdict(training),
+        **{f"half_width_{name}": shell.without_nan(half) for name, half in half_widths.items()},
+    }
 
 
 def predict_again(trained, row, restained=False, wrap=None):
