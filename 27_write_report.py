@@ -58,6 +58,18 @@ KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # is of the measured expression alone.
 SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
 SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
+# What the table of scales shows: (a column of a row, its heading).
+SCALES = (
+    ("heg", "HEG, spots"),
+    ("heg_k7", "HEG, 7 spots"),
+    ("heg_k19", "HEG, 19 spots"),
+    ("hvg", "HVG, spots"),
+    ("hvg_k7", "HVG, 7 spots"),
+    ("hvg_k19", "HVG, 19 spots"),
+    ("component_1_r", "component 1"),
+    ("component_2_r", "component 2"),
+)
+SHOWN_ELSEWHERE |= {column for column, _ in SCALES}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
 divided by the best r that counting noise allows."""
@@ -73,6 +85,11 @@ mean squared error, mean the mean measured expression, ceiling the r that counti
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
 the same after Benjamini and Hochberg."""
+ABOUT_SCALES = """r of single spots; of the means of prediction and measurement over neighbourhoods
+of 7 and 19 spots (9 and 21 where the grid is square, fewer at borders, and of random validation
+spots those near); and of the scores of all genes on the first two principal components of the
+prediction. A map whose single spots are noise may hold over more of them. The columns of rows.csv
+are heg_k7, heg_k19, component_1_r and so on."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
 heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
 several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean
@@ -498,6 +515,11 @@ def list_scores(row):
     return line | {"each gene": Path(row["folder"], "per_gene.csv")}
 
 
+def list_scales(row):
+    """{heading: value} of a row's line in the table of scales."""
+    return {name: row[name] for name in KEYS} | {name: row.get(key) for key, name in SCALES}
+
+
 def list_metrics(row):
     """{heading: value} of a row's line in the table of further metrics."""
     further = {name: value for name, value in row.items() if is_further(name)}
@@ -538,6 +560,14 @@ def show_scores(rows):
     tables = [(caption, first), ("The same of validation spots, and against other truths", others)]
     parts = [as_table(caption, map(list_scores, part)) for caption, part in tables if part]
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
+
+
+def show_scales(rows):
+    """r of every row by scale, as the parts of a page; none of rows of an older version."""
+    if all(row.get("heg_k7") is None for row in rows):
+        return []
+    caption = "At which scale: mean Pearson r over single spots, neighbourhoods and components"
+    return [as_table(caption, map(list_scales, rows)), as_paragraph(ABOUT_SCALES)]
 
 
 def show_further(run, rows):
@@ -588,6 +618,7 @@ def write_report(run, facts):
     parts += show_warnings(facts.get("warnings", []))
     if rows:
         parts += show_scores(rows)
+        parts += show_scales(rows)
     parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import common
 from common import GROUPS, SCORED
-from study import recipes, shell, splitting
+from study import recipes, scales, shell, splitting
 from study.shell import RANK
 
 
@@ -128,6 +128,7 @@ def score_split(setting, recipe, split, predicted, more):
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, usual[truth])
+        record |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
             moved = common.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
