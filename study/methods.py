@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from study import ridges, shell, splitting, weight_files
+from study import evidence, ridges, shell, splitting, weight_files
 from study.shell import InputError
 
 
@@ -312,8 +312,8 @@ def peak_memory(device):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, and of each gene r over the validation spots (against log-normalised counts) and the
-    ceiling on the training slides.
+    patches, and of each gene r over the validation spots (against log-normalised counts), what else
+    these say, and the ceiling on the training slides.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -331,6 +331,7 @@ def save_weights(path, model, split, made_with, predicted):
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(validate_genes(split, predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
+        "evidence": evidence.describe_validation(split, predicted[valid]),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
