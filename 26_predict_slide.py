@@ -27,7 +27,7 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import anndata
@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import printing, runs, shell
+from study import conformal, printing, runs, shell, similarity
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -84,6 +84,16 @@ class Trained:
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
+    # Weights of an older version lack what follows.
+    training_slides: dict | None = None  # similarity.TrainingSlides
+    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
+    half_width_95: list | None = None
+
+    @property
+    def half_widths(self):
+        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
+        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
+        return {name: np.array(half, np.float64) for name, half in found.items() if half}
 
 
 def choose_weights():
@@ -149,10 +159,10 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
-    names = [field.name for field in fields(Trained)]
-    for name in names:
-        if name not in metadata:
-            raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")
+    for field in fields(Trained):
+        if field.name not in metadata and field.default is MISSING:
+            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
+    names = [field.name for field in fields(Trained) if field.name in metadata]
     trained = Trained(**{name: metadata[name] for name in names})
     if trained.patch_size != PATCH_SIZE:
         raise InputError(
@@ -274,6 +284,44 @@ def predict_patches(model, trained, patches):
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
 
 
+# -------------------------------------------------------------------------------- trust
+
+
+def compare_slides(trained, patches):
+    """(n,) how far the patches (n, 224, 224, 3) are from the training slides, in the distance of
+    these from each other, of which one line is told; None where the weights cannot tell.
+    """
+    if trained.training_slides is None:
+        print(f"distance    not known, nor intervals: the weights are older: {TRAIN_AGAIN}")
+        return None
+    training = similarity.TrainingSlides(**trained.training_slides)
+    distances = similarity.measure_distances(training, common.colour_statistics(patches))
+    told = similarity.describe_distances(training, distances)
+    if similarity.is_far(distances):
+        inputs.warn(f"{told}; its intervals do not hold either")
+    else:
+        print(f"distance    {told}")
+    return distances
+
+
+def add_trust(table, trained, distances):
+    """Put the distances of the spots and the intervals of the genes into the AnnData of a slide;
+    with counts var["coverage_80"] and ["coverage_95"], the shares of spots that are in them.
+    """
+    if distances is not None:
+        table.obs["distance"] = distances
+    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+    for name, half in trained.half_widths.items():
+        ending = "" if name == "80" else f"_{name}"
+        table.var[f"half_width_{name}"] = half
+        low, high = conformal.find_limits(table.X, half, floor)
+        table.layers[f"low{ending}"], table.layers[f"high{ending}"] = low, high
+    if "measured" in table.layers:
+        measured = table.layers["measured"]
+        coverage = conformal.measure_coverage(table.X, measured, trained.half_widths)
+        table.var = table.var.assign(**coverage)
+
+
 # -------------------------------------------------------------------------------- results
 
 
@@ -321,24 +369,37 @@ def draw_maps(path, table, genes, title):
     """Rows of H&E and three genes' predicted expression; where it was measured, that below."""
     ((name, slide),) = table.uns["spatial"].items()
     image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
-    kinds = ["predicted", *table.layers]  # "measured" is the only layer
+    kinds = ["predicted", "measured"] if "measured" in table.layers else ["predicted"]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds]
+    if len(lines) == 1 and "distance" in table.obs:
+        lines.append(((), "predicted"))  # room for the distance
     height = 2.9 * image.shape[0] / image.shape[1] + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     diameter = slide["scalefactors"]["spot_diameter_fullres"] * scale  # px of the thumbnail
     points = 0.9 * diameter * 2.6 * 72 / image.shape[1]  # on axes of about 2.6 inches
     rows = figure.subplots(len(lines), 4, squeeze=False)
-    for axes, (three, kind) in zip(rows, lines, strict=True):
+    for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
         for ax in axes:
             ax.set_axis_off()
         axes[0].imshow(image)
         axes[0].set_title(name, size=9)
+        if number == 1 and "distance" in table.obs:
+            draw_distance(axes[0], table, scale, max(points**2, 0.5))
         for ax, gene in zip(axes[1:], three, strict=False):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
     figure.suptitle(title)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
+
+
+def draw_distance(ax, table, scale, size):
+    """How far each spot's patch is from the training slides, on the H&E; see draw_map."""
+    x, y = (table.obsm["spatial"] * scale).T
+    limits = {"vmin": 0, "vmax": 2 * similarity.ALARM}
+    points = ax.scatter(x, y, c=table.obs["distance"], s=size, linewidths=0, cmap="magma", **limits)
+    ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
+    ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
 
 
 def draw_map(ax, table, gene, kind, scale, size):
@@ -376,6 +437,8 @@ def describe_groups(table):
         line = {"group": group, "genes": len(part)}
         if measured:
             line["r"] = part["r"].mean()
+            if "coverage_80" in part:
+                line["in 80 % interval"] = part["coverage_80"].mean()
         line["r in validation"] = part["valid_r"].mean()
         line["ceiling in training"] = part["ceiling"].mean()
         lines.append(line)
@@ -431,8 +494,10 @@ def main():
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
     predicted = predict_patches(model, trained, patches)
+    distances = compare_slides(trained, patches)
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
+    add_trust(table, trained, distances)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
     with shell.whole_file(out / "predictions.h5ad") as path:

@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from study import evidence, ridges, shell, splitting, weight_files
+from study import conformal, evidence, recipes, ridges, shell, similarity, splitting, weight_files
 from study.shell import InputError
 
 
@@ -312,8 +312,8 @@ def peak_memory(device):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, and of each gene r over the validation spots (against log-normalised counts), what else
-    these say, and the ceiling on the training slides.
+    patches, of each gene r over the validation spots (against log-normalised counts), what else
+    these say, and the ceiling on the training slides, and how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -332,11 +332,30 @@ def save_weights(path, model, split, made_with, predicted):
         "valid_r": shell.without_nan(validate_genes(split, predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
         "evidence": evidence.describe_validation(split, predicted[valid]),
+        **describe_trust(split, made_with, predicted),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def describe_trust(split, recipe, predicted):
+    """{name: value} for the weights' metadata: similarity.TrainingSlides of the spots that they
+    have learnt from, and half the widths of each gene's intervals.
+    """
+    data = split.data
+    learnt = splitting.final_split(recipe, split).spots("train")
+    training = similarity.describe_training(
+        data.annotations.obsm["colour"][learnt], data.spots.iloc[learnt]
+    )
+    headline = recipes.headline_of(recipe["PROTOCOL"])
+    truth = data.lognorm if headline.truth == "lognorm" else data.target
+    half_widths = conformal.find_half_widths(split, predicted, truth)
+    return {
+        "training_slides": asdict(training),
+        **{f"half_width_{name}": shell.without_nan(half) for name, half in half_widths.items()},
+    }
 
 
 def validate_genes(split, predicted, truth):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import common
 from common import GROUPS, SCORED
-from study import recipes, scales, shell, splitting
+from study import conformal, recipes, scales, shell, splitting
 from study.shell import RANK
 
 
@@ -118,6 +118,9 @@ def score_split(setting, recipe, split, predicted, more):
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
             p, q = common.compare_with_chance(x, y, *part_places(influence))
             genes = genes.assign(p=p, q=q)
+        if role == "test":
+            half_widths = conformal.find_half_widths(split, predicted, values)
+            genes = genes.assign(**conformal.measure_coverage(x, y, half_widths))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
@@ -211,6 +214,7 @@ def summarise_genes(genes, members):
     }
     defined = genes.dropna(subset="r")
     averaged = [name for name in (*common.METRICS, *GENE_COLUMNS) if name != "r"]
+    averaged += genes.columns[genes.columns.str.startswith("coverage_")].tolist()
     for key, group in members.items():
         inside = defined.index.isin(group)
         mean = defined[inside].mean()

@@ -20,7 +20,10 @@ def load_benchmark(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["compare_stages", "measure_growth", "check_intervals"])
+NAMES = ["compare_stages", "measure_growth", "check_intervals", "check_trust"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_its_constants_are_listed(name):
     command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
