@@ -127,3 +127,48 @@ def describe_validation(split, predicted):
     }
     r = scales.score_components(predicted, truth, spots["tissue_index"].to_numpy())
     return {"genes": columns, "components": shell.without_nan(r), "claim": claim}
+
+
+# ------------------------------------------------------------------------------------ another slide
+MEANS = {"r": "single spots", "r_k7": "means over 7 spots", "r_k19": "means over 19 spots"}
+
+
+def read_genes(described, genes):
+    """The table of judge_genes, its lines named by `genes`, of what describe_validation gave; None
+    of weights that hold none.
+    """
+    if not described or "genes" not in described:
+        return None
+    table = pd.DataFrame(described["genes"], genes)
+    believe = table.pop("believe")
+    return table.astype(np.float64).assign(believe=believe)
+
+
+def choose_scale(judged, candidates):
+    """The key of scales.RADII at which the r of these genes is highest, on average over those that
+    are believed; None where it is that of single spots, or nothing is known.
+    """
+    if judged is None:
+        return None
+    chosen = judged[judged.index.isin(candidates) & judged["believe"]]
+    means = chosen[[*MEANS]].mean().dropna()
+    best = means.idxmax() if len(means) else "r"
+    return None if best == "r" else best.removeprefix("r_")
+
+
+def describe_genes(described, judged, candidates):
+    """[(word, text)] for the lines that tell how many genes are believed, what validation can
+    claim, and at which scale the candidates among them hold.
+    """
+    lines = []
+    if judged is not None:
+        passed = f"{judged['believe'].sum():,} of {len(judged):,}"
+        q = recording.Q_THRESHOLD
+        lines.append(("genes", f"{passed} pass in validation: q < {q:g} and interval above 0"))
+    lines.append(("validation", described["claim"]))
+    scale = choose_scale(judged, candidates)
+    if scale:
+        chosen = judged[judged.index.isin(candidates) & judged["believe"]].mean()
+        r = f"r {chosen[f'r_{scale}']:.2f} against {chosen['r']:.2f} in validation"
+        lines.append(("scale", f"{MEANS[f'r_{scale}']} hold better than single ones: {r}"))
+    return lines
