@@ -3,8 +3,8 @@
 Question   What came out, on what, and which genes can be believed?
 Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
            20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
-Writes     <RUN>/report.html, one file without network or script; in a test slide's folders maps.png
-           and scores.png, unless they are there
+Writes     <RUN>/report.html, one file that needs no network; in a test slide's folders maps.png and
+           scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
 Time       6 s of processor time for the two rows of script 20 (Intel Xeon, 2026-11-26)
@@ -35,6 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from study import viewer
 from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
@@ -383,24 +384,36 @@ def read_test_slide(path):
     return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
 
 
+def read_test_genes(folder, row):
+    """Table of per_gene.csv in a row's folder: its columns of the test slide, against the
+    headline's truth, by gene.
+    """
+    prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
+    numbers = f"{prefix}r", f"{prefix}ceiling"
+    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
+    return genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
+
+
+def read_row_thumbnail(folder, table, data_root):
+    """read_saved_thumbnail of the test slide, whose spots are `table`, of a row's folder."""
+    slide = int(table.obs["tissue_index"].iloc[0])
+    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
+    return read_saved_thumbnail(data_root, slide, fingerprint)
+
+
 def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
-    prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
-    numbers = f"{prefix}r", f"{prefix}ceiling"
-    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
-    genes = genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
+    genes = read_test_genes(folder, row)
     history = None
     if (folder / "history.csv").is_file():
         history = shell.read_csv(folder / "history.csv", numbers=HISTORY)
     draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
     table = read_test_slide(folder / "predictions.h5ad")
     table.var["r"] = genes["r"]
-    slide = int(table.obs["tissue_index"].iloc[0])
-    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    thumbnail = read_saved_thumbnail(data_root, slide, fingerprint)
+    thumbnail = read_row_thumbnail(folder, table, data_root)
     draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
 
@@ -586,6 +599,41 @@ def show_further(run, rows):
     return parts
 
 
+def choose_viewed(run, rows):
+    """The row of the test slide of the network that is best in validation, as script 26 takes it;
+    None without a network that has tested.
+    """
+    trained = {row["folder"]: row for row in rows if row["split"] == "valid" and row["heg"]}
+    trained = {name: row for name, row in trained.items() if is_network(run / name)}
+    tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
+    return max(tested, key=lambda row: trained[row["folder"]]["heg"], default=None)
+
+
+def is_network(folder):
+    """Whether a row's folder is a network's."""
+    return (folder / "weights.safetensors").is_file()
+
+
+def show_viewer(run, facts, rows):
+    """The gene viewer of a run's best network, or of script 26's slide, as the parts of a page."""
+    if (run / "predictions.h5ad").is_file():
+        parts = viewer.show_slide(run / "predictions.h5ad")
+        return ["<h2>Gene by gene</h2>", *parts] if parts else []
+    row = choose_viewed(run, rows)
+    if row is None:
+        return []
+    folder = run / row["folder"]
+    table = read_test_slide(folder / "predictions.h5ad")
+    genes = read_test_genes(folder, row)
+    for name in ("r", "q", "ceiling"):
+        table.var[name] = genes.get(name, np.nan)
+    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
+    thumbnail = read_row_thumbnail(folder, table, facts["data_root"])
+    name = f"{facts['label']}{row['setting']}, slide {table.obs['tissue_index'].iloc[0]}"
+    heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}</h2>"
+    return [heading, *viewer.show_row(table, groups, thumbnail)]
+
+
 def show_tested(run, facts, rows):
     """Maps and scores of each setting on its test slide, as the parts of a page."""
     tested = {row["folder"]: row for row in rows if row["split"] == "test"}
@@ -622,6 +670,7 @@ def write_report(run, facts):
     parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)
+    parts += show_viewer(run, facts, rows)
     parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):
         lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
