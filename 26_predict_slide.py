@@ -5,11 +5,13 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
            covered with a grid; MATRIX, or the counts in outs/
-Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
-           slide has counts
-Prints     how the slide is read; how many genes pass in validation, and what it can claim; mean r
-           of HEG, HVG, MG and all genes in validation, and on this slide if it has counts; the same
-           of the genes drawn
+Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
+           distance: how far a spot is from the training slides; var believe, valid_low, ...: what
+           validation says of a gene), predictions.csv, maps.png, report.html; correlations.csv if
+           the slide has counts
+Prints     how many genes pass in validation, and what it can claim; how the slide is read, and how
+           far it is from the training slides; mean r of HEG, HVG, MG and all genes in validation,
+           and on this slide if it has counts; the same of the genes drawn
 Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
            --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif
@@ -333,7 +335,7 @@ def compare_slides(trained, patches):
     distances = similarity.measure_distances(training, common.colour_statistics(patches))
     told = similarity.describe_distances(training, distances)
     if similarity.is_far(distances):
-        inputs.warn(f"{told}; its intervals do not hold either")
+        inputs.warn(told)
     else:
         print(f"distance    {told}")
     return distances
@@ -433,9 +435,10 @@ def draw_maps(path, table, genes, title):
     for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
         for ax in axes:
             ax.set_axis_off()
-        axes[0].imshow(image)
+        shows_distance = number == 1 and "distance" in table.obs
+        axes[0].imshow(image, alpha=0.25 if shows_distance else 1)
         axes[0].set_title(name, size=9)
-        if number == 1 and "distance" in table.obs:
+        if shows_distance:
             draw_distance(axes[0], table, scale, max(points**2, 0.5))
         for ax, gene in zip(axes[1:], three, strict=False):
             ax.imshow(image, alpha=0.25)
@@ -445,7 +448,7 @@ def draw_maps(path, table, genes, title):
 
 
 def draw_distance(ax, table, scale, size):
-    """How far each spot's patch is from the training slides, on the H&E; see draw_map."""
+    """How far each spot's patch is from the training slides; as draw_map."""
     x, y = (table.obsm["spatial"] * scale).T
     limits = {"vmin": 0, "vmax": 2 * similarity.ALARM}
     points = ax.scatter(x, y, c=table.obs["distance"], s=size, linewidths=0, cmap="magma", **limits)

@@ -634,7 +634,7 @@ def colour_statistics(patches):
     unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
     # Filled in place: small results kept between large ones would keep the memory of all of them.
     statistics = np.empty((len(patches), 40))
-    for part in parts_of(len(patches), 64):
+    for part in parts_of(len(patches), 16):  # So few stay in the processor's caches.
         rgb = torch.from_numpy(patches[part]).permute(0, 3, 1, 2).float().div(255)
         rgb = F.avg_pool2d(rgb, 2)
         density = -torch.log(rgb.clamp_min(1 / 255))

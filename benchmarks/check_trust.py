@@ -5,8 +5,9 @@ Question   Which slides raise script 26's alarm, and how often do intervals hold
 Reads      <DATA_ROOT>/dataset/ and <OTHER_ROOT>/dataset/ (script 19); RUN, if it is given: the
            folder of a run under loso on DATA_ROOT, whose networks of SETTING are taken
 Writes     <OUT>/distances.csv, coverage.csv and machine.json
-Prints     a line a kind of slide and change: distances, shares of far spots, alarms; a line a network, slide and change: the distance, r of HEG and the share of
-           spots that intervals of 80 and 95 % hold, mean over HEG
+Prints     a line a kind of slide and change: distances, shares of far spots, alarms; a line a
+           network, slide and change: the distance, r of HEG and the share of spots that intervals
+           of 80 and 95 % hold, mean over HEG
 Command    python benchmarks/check_trust.py --data-root HER2ST_data --other-root SIMULATED_data
 Override   python benchmarks/check_trust.py --run runs/25_compare_prior_methods/HER2ST_data
 """

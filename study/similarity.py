@@ -94,6 +94,8 @@ def describe_distances(training, distances):
     if training.n_slides == 1:
         from_whom, each_other = "the training slide", "its parts are from each other"
     times = f"{np.median(distances):.1f} times as far from {from_whom} as {each_other}"
-    expect = ": expect less than the validation r" if is_far(distances) else ""
+    expect = ""
+    if is_far(distances):
+        expect = ": expect less than the validation r, and do not rely on the intervals"
     spots = f"{n_far:,} of {len(distances):,} spots are farther than {FAR:.0%} of theirs"
     return f"this slide is {times}{expect}; {spots}"
