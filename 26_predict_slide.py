@@ -6,11 +6,12 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
            covered with a grid; MATRIX, or the counts in outs/
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
-           distance: how far a spot is from the training slides), predictions.csv, maps.png,
-           report.html; correlations.csv if the slide has counts
-Prints     how the slide is read; how far it is from the training slides; mean r of HEG, HVG, MG
-           and all genes in validation, and on this slide if it has counts; the same of the genes
-           drawn
+           distance: how far a spot is from the training slides; var believe, valid_low, ...: what
+           validation says of a gene), predictions.csv, maps.png, report.html; correlations.csv if
+           the slide has counts
+Prints     how many genes pass in validation, and what it can claim; how the slide is read, and how
+           far it is from the training slides; mean r of HEG, HVG, MG and all genes in validation,
+           and on this slide if it has counts; the same of the genes drawn
 Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
            --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
     shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE"))
 
 
+import functools
 import hashlib
 import json
 from dataclasses import MISSING, dataclass, fields
@@ -42,7 +44,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import conformal, printing, runs, shell, similarity
+from study import conformal, evidence, printing, runs, scales, shell, similarity
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -54,7 +56,7 @@ MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none.
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>-<hash of paths>
-GENES = ""  # to be drawn, comma-separated; empty = the six of HEG and HVG best in validation
+GENES = ""  # to be drawn, comma-separated; empty = six of HEG and HVG that pass, best in validation
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
@@ -69,6 +71,9 @@ UNITS = {
 }
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
+# What is not known with weights of an older version, by the field of Trained that they lack.
+LACKING = {"training_slides": "distance and intervals", "evidence": "which genes pass"}
+REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge_genes, in tables
 
 
 # -------------------------------------------------------------------------------- model
@@ -90,6 +95,20 @@ class Trained:
     training_slides: dict | None = None  # similarity.TrainingSlides
     half_width_80: list | None = None  # of the intervals; None where the validation spots are few
     half_width_95: list | None = None
+    evidence: dict | None = None  # of evidence.describe_validation
+
+    @property
+    def candidates(self):
+        """Names of HEG and HVG in the panel; of all genes where there are none.
+
+        The best of all genes in validation would be those that chance favoured.
+        """
+        return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
+
+    @functools.cached_property
+    def judged(self):
+        """Table of what validation says of each gene, see evidence.judge_genes, or None."""
+        return evidence.read_genes(self.evidence, self.genes)
 
     @property
     def half_widths(self):
@@ -179,21 +198,38 @@ def check_metadata(path, metadata):
 
 
 def choose_genes(trained):
-    """Names of the genes to be drawn."""
+    """Names of the genes to be drawn: those of GENES, or the best that pass in validation."""
     asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
     for gene in asked:
         if gene not in trained.genes:
             raise InputError(
                 f"--genes {gene}: not among the {len(trained.genes)} genes of the model"
             )
+    judged = trained.judged
     if asked:
+        failed = [] if judged is None else [gene for gene in asked if not judged["believe"][gene]]
+        if failed:
+            print(f"genes       drawn as asked, but failing in validation: {', '.join(failed)}")
         return asked
     r = pd.Series(trained.valid_r, trained.genes, np.float64)
-    # Of all genes of the panel, the best by validation would be those that chance favoured.
-    candidates = [*trained.groups.get("heg", []), *trained.groups.get("hvg", [])]
-    if r.index.isin(candidates).any():
-        r = r[r.index.isin(candidates)]
+    r = r[r.index.isin(trained.candidates)]
+    if judged is not None:
+        r = r[judged["believe"][r.index]]
+        if r.empty:
+            inputs.warn("no gene of HEG and HVG passes in validation: --genes draws those it names")
     return r.sort_values(ascending=False, na_position="last").index[:6].tolist()
+
+
+def tell_evidence(trained):
+    """Print what validation says of the genes, and what weights of an older version lack."""
+    lacking = [text for name, text in LACKING.items() if getattr(trained, name) is None]
+    if lacking:
+        print(f"weights     of an older version, without {', '.join(lacking)}: {TRAIN_AGAIN}")
+    if trained.evidence is None:
+        return
+    lines = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
+    for word, text in lines:
+        print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
@@ -294,7 +330,6 @@ def compare_slides(trained, patches):
     these from each other, of which one line is told; None where the weights cannot tell.
     """
     if trained.training_slides is None:
-        print(f"distance    not known, nor intervals: the weights are older: {TRAIN_AGAIN}")
         return None
     training = similarity.TrainingSlides(**trained.training_slides)
     distances = similarity.measure_distances(training, common.colour_statistics(patches))
@@ -324,6 +359,19 @@ def add_trust(table, trained, distances):
         table.var = table.var.assign(**coverage)
 
 
+def add_evidence(table, trained, genes):
+    """Put what validation says of the genes into the AnnData of a slide, as var["valid_low"], ...
+    and ["believe"]; which are drawn as var["drawn"], and the scale at which they hold better than
+    at single spots as uns["scale"], empty if there is none.
+    """
+    table.var["drawn"] = table.var_names.isin(genes)
+    table.uns["scale"] = evidence.choose_scale(trained.judged, trained.candidates) or ""
+    if trained.judged is not None:
+        judged = trained.judged.drop(columns="r")  # var["valid_r"]
+        names = {name: name if name == "believe" else f"valid_{name}" for name in judged}
+        table.var = table.var.join(judged.rename(columns=names))
+
+
 # -------------------------------------------------------------------------------- results
 
 
@@ -333,19 +381,19 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     var says how well each gene was predicted in validation. Of a slide with counts,
     layers["measured"] are log-normalised counts, NaN for genes it lacks, and var["r"] compares.
     """
-    obs = spots.obs.rename_axis("id")[common.ID_COLUMNS[1:]]
+    obs = spots.obs.rename_axis("id")[[*common.ID_COLUMNS[1:], "pitch"]]
     table = anndata.AnnData(predicted, obs, pd.DataFrame(index=trained.genes))
     table.var["valid_r"] = np.array(trained.valid_r, np.float64)
     table.var["ceiling"] = np.array(trained.ceiling, np.float64)
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    scales = {
+    factors = {
         "tissue_hires_scalef": 1 / thumbnail.step,
         "spot_diameter_fullres": SPOT / slide.um_per_px,
     }
     images = {"hires": thumbnail.pixels()}
-    shown = {"images": images, "scalefactors": scales, "metadata": {}}
+    shown = {"images": images, "scalefactors": factors, "metadata": {}}
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -368,12 +416,15 @@ def measure(slide, spots, genes):
 
 
 def draw_maps(path, table, genes, title):
-    """Rows of H&E and three genes' predicted expression; where it was measured, that below."""
+    """Rows of H&E and three genes' predicted expression; its means over neighbourhoods, where they
+    hold better, and what was measured, below.
+    """
     ((name, slide),) = table.uns["spatial"].items()
     image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
-    kinds = ["predicted", "measured"] if "measured" in table.layers else ["predicted"]
+    kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
-    lines = [(three, kind) for three in threes for kind in kinds]
+    lines = [(three, kind) for three in threes for kind in kinds if kind]
+    lines = lines or [((), "predicted")]
     if len(lines) == 1 and "distance" in table.obs:
         lines.append(((), "predicted"))  # room for the distance
     height = 2.9 * image.shape[0] / image.shape[1] + 0.4  # inches a row
@@ -393,7 +444,7 @@ def draw_maps(path, table, genes, title):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
     figure.suptitle(title)
-    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
+    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
 def draw_distance(ax, table, scale, size):
@@ -406,10 +457,15 @@ def draw_distance(ax, table, scale, size):
 
 
 def draw_map(ax, table, gene, kind, scale, size):
-    """One gene's predicted or measured expression, in spots of `size` pt^2 on a thumbnail."""
-    values = table.X if kind == "predicted" else table.layers[kind]
+    """One gene's predicted or measured expression, or means of a scale of scales.RADII, in spots of
+    `size` pt^2 on a thumbnail.
+    """
+    values = table.layers["measured"] if kind == "measured" else table.X
     x, y = (table.obsm["spatial"] * scale).T
     shown = values[:, table.var_names.get_loc(gene)]
+    if kind in scales.RADII:
+        places = common.places_in_pitches(table.obs).to_numpy(np.float64)
+        shown = scales.average_neighbours(shown, places, kind)
     points = ax.scatter(x, y, c=shown, s=size, linewidths=0)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
     facts = table.var.loc[gene]
@@ -417,11 +473,13 @@ def draw_map(ax, table, gene, kind, scale, size):
         known = f"r {facts['r']:.2f} on this slide"
     elif np.isnan(facts["valid_r"]):
         known = "not validated"
+    elif kind in scales.RADII:
+        known = f"r {facts[f'valid_r_{kind}']:.2f} in validation"
     else:
         known = f"r {facts['valid_r']:.2f} in validation"
     if kind == "predicted" and facts["ceiling"] > 0:
         known += f", ceiling {facts['ceiling']:.2f}"
-    ax.set_title(f"{gene}, {kind}\n{known}", size=9)
+    ax.set_title(f"{gene}, {evidence.MEANS.get(f'r_{kind}', kind)}\n{known}", size=9)
 
 
 def describe_groups(table):
@@ -442,6 +500,8 @@ def describe_groups(table):
             line["r"] = part["r"].mean()
             if "coverage_80" in part:
                 line["in 80 % interval"] = part["coverage_80"].mean()
+        if "believe" in part:
+            line["pass"] = int(part["believe"].sum())
         line["r in validation"] = part["valid_r"].mean()
         line["ceiling in training"] = part["ceiling"].mean()
         lines.append(line)
@@ -458,9 +518,14 @@ def report(slide, table, genes, trained, out):
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
-    drawn = table.var.loc[genes, columns].rename_axis("gene").reset_index()
+    judged = trained.judged
+    of_genes = table.var[columns].rename_axis("gene")
+    if judged is not None:
+        of_genes = of_genes.join(judged[REPORTED])
     groups = describe_groups(table)
-    tables = {caption: groups, "Genes drawn": drawn}
+    tables = {caption: groups}
+    if genes:
+        tables["Genes drawn"] = of_genes.loc[genes].reset_index()
     for name, content in tables.items():
         title = f"{trained.title}{name} ({slide.image})"
         printing.print_table(title, content.round(3).fillna("-"))
@@ -470,6 +535,10 @@ def report(slide, table, genes, trained, out):
     files = "predictions.h5ad and .csv, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
+    if judged is not None:
+        reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
+        reported = reported.sort_values("valid_r", ascending=False).reset_index()
+        tables[f"HEG, HVG and MG in validation: {trained.evidence['claim']}"] = reported
     tables["Trained with"] = made_with
     records = {
         name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()
@@ -489,6 +558,7 @@ def report(slide, table, genes, trained, out):
 def main():
     inputs.WARNINGS.clear()
     model, trained = read_weights(choose_weights())
+    tell_evidence(trained)
     genes = choose_genes(trained)
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
@@ -501,6 +571,7 @@ def main():
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
     add_trust(table, trained, distances)
+    add_evidence(table, trained, genes)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
     with shell.whole_file(out / "predictions.h5ad") as path:

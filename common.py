@@ -1387,7 +1387,7 @@ def measure_error(influence, slides, places):
         cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes())
         summed = np.zeros((len(weight), influence.shape[1]))
         np.add.at(summed, cells, influence[inside])
-        variances.append(scale * np.einsum("ik,ij,jk->k", summed, weight, summed))
+        variances.append(scale * (summed * (weight @ summed)).sum(0))
         freedoms.append(freedom)
     variances, freedoms = np.array(variances), np.array(freedoms)[:, None]
     total = variances.sum(0)
@@ -1437,37 +1437,44 @@ def find_interval(value, error, freedom):
 
 
 # ------------------------------------------------------------------------------------------- chance
-def compare_with_chance(predicted, truth, slides, places):
+def compare_with_chance(predicted, truth, slides, places, rounds=1):
     """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
     in pitches; NaN where r is undefined.
 
     p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
     angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
     value of the nearest spot. Such a field is as smooth as the prediction and has nothing to do
-    with the slide. q is by Benjamini and Hochberg (1995).
+    with the slide. It is laid LAID times in each of the `rounds`.
     """
     found = average_slides(pearson_per_gene, predicted, truth, slides)
     reached = np.ones(len(found))
     numbers = {slide: np.flatnonzero(slides == slide) for slide in np.unique(slides)}
-    laid = {slide: lay_otherwise(places[inside], slide) for slide, inside in numbers.items()}
-    for genes in parts_of(len(found), GENES_AT_ONCE):
-        by_slide = []
-        for slide, inside in numbers.items():
-            x, y = predicted[inside][:, genes], truth[inside][:, genes]
-            by_slide.append(correlate_laid(x, y, laid[slide]))
-        reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
-    p = np.where(np.isfinite(found), reached / (1 + LAID), np.nan)
+    for number in range(rounds):
+        laid = {slide: lay_otherwise(places[at], slide, number) for slide, at in numbers.items()}
+        for genes in parts_of(len(found), GENES_AT_ONCE):
+            by_slide = []
+            for slide, inside in numbers.items():
+                x, y = predicted[inside][:, genes], truth[inside][:, genes]
+                by_slide.append(correlate_laid(x, y, laid[slide]))
+            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
+    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
+    return p, control_discoveries(p)
+
+
+def control_discoveries(p):
+    """(G,) q of p, both NaN where undefined, after Benjamini and Hochberg (1995)."""
     q = np.full(len(p), np.nan)
     defined = np.isfinite(p)
     q[defined] = false_discovery_control(p[defined])
-    return p, q
+    return q
 
 
-def lay_otherwise(places, slide):
+def lay_otherwise(places, slide, number=0):
     """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take; they follow from
-    the slide's number.
+    the slide's number and that of the round.
     """
-    random = np.random.default_rng(shell.seed_of("laid otherwise", int(slide)))
+    words = (int(slide), number) if number else (int(slide),)
+    random = np.random.default_rng(shell.seed_of("laid otherwise", *words))
     middle = (places.max(0) + places.min(0)) / 2
     tree = cKDTree(places)
     laid = []

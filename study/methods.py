@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import conformal, recipes, ridges, shell, similarity, splitting, weight_files
+from study import conformal, evidence, recipes, ridges, shell, similarity, splitting, weight_files
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
@@ -168,8 +168,8 @@ def name_weights(recipe):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, of each gene r over the validation spots (against log-normalised counts) and the
-    ceiling on the training slides, and how far to trust a prediction.
+    patches, of each gene r over the validation spots (against log-normalised counts), what else
+    these say, and the ceiling on the training slides, and how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -187,6 +187,7 @@ def save_weights(path, model, split, made_with, predicted):
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
+        "evidence": evidence.describe_validation(split, predicted[valid]),
         **describe_trust(split, made_with, predicted),
     }
     state = {name: value.contiguous() for name, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ import pandas as pd
 
 import common
 from common import GROUPS, SCORED
-from study import conformal, recipes, shell, splitting
+from study import conformal, recipes, scales, shell, splitting
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -101,6 +101,7 @@ def score_split(setting, recipe, split, predicted, more):
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, usual[truth])
+        record |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
             moved = common.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":

@@ -137,7 +137,7 @@ def test_intervals_are_those_of_the_validation_spots(simulated, weights, tmp_pat
 
 def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
     def forget(metadata, state):
-        for name in ("training_slides", "half_width_80", "half_width_95"):
+        for name in ("training_slides", "half_width_80", "half_width_95", "evidence"):
             del metadata[name]
 
     older = spoil_weights(weights, tmp_path / "older.safetensors", forget)
@@ -148,6 +148,94 @@ def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
     assert list(table.layers) == ["measured"]
     assert "distance" not in table.obs
+    assert "believe" not in table.var
+
+
+def judge(metadata, believed):
+    """Have the metadata of weights say that these of HEG pass in validation, and no others."""
+    told = json.loads(metadata["evidence"])
+    genes = json.loads(metadata["genes"])
+    told["genes"]["believe"] = [gene in believed for gene in genes]
+    told["genes"] |= {
+        "r": [0.3] * len(genes),
+        "r_k7": [0.4] * len(genes),
+        "r_k19": [0.2] * len(genes),
+    }
+    metadata["evidence"] = json.dumps(told)
+
+
+def heg_of(weights):
+    with safetensors.safe_open(weights, "pt") as file:
+        return json.loads(file.metadata()["groups"])["heg"]
+
+
+def drawn_titles(monkeypatch):
+    """A list that gets the titles of the axes of each figure that is saved."""
+    titles = []
+
+    def note(path, figure, description):
+        titles.extend(ax.get_title() for ax in figure.axes if ax.get_title())
+
+    monkeypatch.setattr(shell, "save_figure", note)
+    return titles
+
+
+def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
+    simulated, weights, tmp_path, monkeypatch, capsys
+):
+    passing = heg_of(weights)[2:4]
+    change = lambda metadata, _: judge(metadata, passing)  # noqa: E731
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+    titles = drawn_titles(monkeypatch)
+    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"2 of {len(pd.read_csv(weights.parent / 'per_gene.csv')):,} pass" in printed
+    assert "lie among training spots" in printed
+    assert "means over 7 spots hold better than single ones: r 0.40 against 0.30" in printed
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    assert (
+        {*table.var_names[table.var["believe"]]}
+        == {*table.var_names[table.var["drawn"]]}
+        == {*passing}
+    )
+    assert table.uns["scale"] == "k7"
+    for kind in ("predicted", "means over 7 spots", "measured"):
+        assert {title.split(",")[0] for title in titles if f", {kind}\n" in title} == {*passing}
+    tables = json.loads((tmp_path / "run.json").read_text())["tables"]
+    assert {line["gene"] for line in tables["Genes drawn"]} == {*passing}
+    (caption,) = [name for name in tables if "in validation: validation spots lie" in name]
+    lines = {line["gene"]: line for line in tables[caption]}
+    assert {*heg_of(weights)} <= {*lines}
+    assert lines[passing[0]]["believe"] and lines[passing[0]]["r_k7"] == 0.4
+    capsys.readouterr()
+    other = heg_of(weights)[5]
+    assert run_script("26", *options, "--genes", f"{passing[0]},{other}") == 0
+    assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
+
+
+def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkeypatch, capsys):
+    change = lambda metadata, _: judge(metadata, ())  # noqa: E731
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+    titles = drawn_titles(monkeypatch)
+    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    assert "no gene of HEG and HVG passes in validation" in capsys.readouterr().out
+    assert not any("predicted" in title for title in titles) and titles
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    assert not table.var["drawn"].any() and table.uns["scale"] == ""
+    assert "Genes drawn" not in json.loads((tmp_path / "run.json").read_text())["tables"]
+
+
+def test_what_validation_says_is_in_the_h5ad(simulated, weights, tmp_path):
+    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    with safetensors.safe_open(weights, "pt") as file:
+        told = json.loads(file.metadata()["evidence"])["genes"]
+    for name in ("low", "high", "p", "q", "r_k7", "r_k19"):
+        np.testing.assert_array_equal(table.var[f"valid_{name}"], np.array(told[name], float))
+    assert table.var["believe"].tolist() == told["believe"]
 
 
 def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
@@ -297,7 +385,7 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     page = Page((tmp_path / "report.html").read_text())
     assert (
         page.tags.count("img") == 1
-        and page.tags.count("table") == 5
+        and page.tags.count("table") == 6
         and not page.mute
         and not page.outside
     )

@@ -66,7 +66,7 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     assert page.tags.count("img") == 5  # the settings, and maps and scores of two of them
     assert not page.mute
     assert not page.outside
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2  # the viewer's data and the viewer
     assert "SIMULATED" in text
     assert "LEARNING_RATE" in text
     assert "prefers" not in text
@@ -156,6 +156,20 @@ def test_no_number_of_a_row_stands_in_two_tables(report):
     assert {*others} <= {*scores}
     assert {*further} & {*scores, "heg", "n_spots", "n_genes_r30"} == shared
     assert "heg_ceiling" in further
+
+
+def test_the_scales_of_every_row_stand_in_one_table(report):
+    run, text = report
+    headings, n_lines = headings_of(text, "At which scale")
+    rows = pd.read_csv(run / "rows.csv")
+    assert n_lines == len(rows)
+    assert headings[-2:] == ["component 1", "component 2"]
+    for column in ("heg_k7", "hvg_k19", "component_1_r"):
+        for value in rows[column].dropna():
+            assert f"<td>{value:.3f}</td>" in text
+        assert f">{column}</th>" not in text
+    older = [{"heg": 0.3}]
+    assert load_script("27").show_scales(older) == []
 
 
 def test_rows_of_an_earlier_start_are_left_out(report):
