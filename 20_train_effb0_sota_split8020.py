@@ -10,6 +10,7 @@ Command    python 20_train_effb0_sota_split8020.py --data-root GSE240429_data
 Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slides)
            python 20_train_effb0_sota_split8020.py --data-root HER2ST_data --test-slide 4
            python 20_train_effb0_sota_split8020.py --data-root IDC --protocol hest --target log1p
+           python 20_train_effb0_sota_split8020.py --features embeddings      (a folder a model)
 Time       --quick: 4 min, slides included (two cores of an Intel Xeon with other work, 2026-11-26)
 Source     "From histology to spatial transcriptomics: establishing a lightweight single-patch
            baseline", BMC Bioinformatics, 2026
@@ -18,7 +19,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("FEATURES",))
 
 
 import functools
@@ -28,7 +29,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-from study import methods, printing, runs, shell
+from study import embeddings, methods, printing, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -52,6 +53,7 @@ POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the 
 FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
 STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
+FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 WARP_BORDER = "reflect"  # what a warp shows beyond the patch: reflect or black
@@ -113,13 +115,17 @@ def join_ranks(recipe):
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def compute_methods(run, recipe, split, suffix=""):
-    """The records of the network and of the ridges that it may not lose to."""
+def compute_methods(run, recipe, split, models, suffix=""):
+    """The records of the network and of the ridges that it may not lose to; `models` are of others'
+    embeddings.
+    """
     train = functools.partial(methods.train_network, report=print_epoch)
     network = methods.name_network(recipe["BACKBONE"])
-    records = run.compute(network + suffix, recipe, split, train)
+    own = {name: value for name, value in recipe.items() if name != "FEATURES"}
+    records = run.compute(network + suffix, own, split, train)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
     records += run.compute("ridge (colour)" + suffix, baseline, split, methods.ridge_on_colour)
+    embedded = embeddings.settings_of(models, baseline)
     if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
         own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
         baseline |= {name: recipe[name] for name in own}
@@ -130,6 +136,8 @@ def compute_methods(run, recipe, split, suffix=""):
             probe = f"hest probe ({recipe['BACKBONE']})"
             plain = baseline | {"POOL_STAGES": False, "REFIT": False}
             records += run.compute(probe, plain, split, methods.hest_probe)
+    for setting, (constants, compute) in embedded.items():
+        records += run.compute(setting + suffix, constants, split, compute)
     return records
 
 
@@ -137,17 +145,20 @@ def main():
     if COMPARE_TARGETS and TARGET != "harmony":
         raise shell.InputError("--compare-targets sets lognorm beside --target harmony")
     run = runs.open_run(globals())
+    models = []
+    if FEATURES:
+        models = embeddings.open_models(FEATURES, run.data, run.splits, (BACKBONE,))
     join_ranks(run.recipe)
     run.print_header()
     network = methods.name_network(BACKBONE)
     minus = {network: "ridge (colour)"}
     records = []
     for split in run.splits:
-        records += compute_methods(run, run.recipe, split)
+        records += compute_methods(run, run.recipe, split, models)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
         recipe = run.recipe | {"TARGET": "lognorm"}
-        records += compute_methods(run, recipe, other, ", lognorm target")
+        records += compute_methods(run, recipe, other, models, ", lognorm target")
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", records, minus=minus)
     tables = printing.print_published(run.data.root)

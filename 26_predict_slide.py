@@ -4,7 +4,8 @@ Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
            validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
-           covered with a grid; MATRIX, or the counts in outs/
+           covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
+           embeddings, whose patches are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
            slide has counts
 Prints     how the slide is read; mean r of HEG, HVG, MG and all genes in validation, and on this
@@ -15,6 +16,8 @@ Override   python 26_predict_slide.py --weights weights.safetensors --image slid
            --positions sample/outs
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --um-per-px 0.25 --genes ALB,GLUL
+           python 26_predict_slide.py --weights weights.safetensors --image slide.tif
+           --features embeddings/slide.h5
 Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores
            of an AMD EPYC, 2026-11-24)
 """
@@ -22,7 +25,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE"))
+    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES"))
 
 
 import hashlib
@@ -40,12 +43,13 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import printing, runs, shell
+from study import embeddings, printing, runs, shell
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 RUN = ""  # folder of a run of scripts 20 to 23: its best network in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
+FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
@@ -58,7 +62,9 @@ DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}  # of recipe
+# What a recipe must say of a network, and of a ridge on embeddings.
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
+RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
 SPOT = 55.0  # um, the diameter that is drawn
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
@@ -78,16 +84,20 @@ class Trained:
 
     recipe: dict  # constants of the script that trained the network
     genes: list
-    um_per_px: float  # of the patches
-    patch_size: int  # px
     groups: dict  # names of genes by "heg", "hvg", "mg"
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
+    um_per_px: float = 0.0  # of the patches that a network sees
+    patch_size: int = 0  # px of them
+
+
+OF_PATCHES = ("um_per_px", "patch_size")  # of Trained, what a ridge on embeddings does without
 
 
 def choose_weights():
-    """The path of WEIGHTS, or of the network of RUN whose validation r of HEG is the highest.
+    """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
+    networks or, where FEATURES is given, of its ridges on embeddings.
 
     The test slide chooses nothing.
     """
@@ -103,20 +113,31 @@ def choose_weights():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
-    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in judged["folder"]]
-    judged = judged[trained]
+    judged = judged[[fits_features(Path(RUN, folder)) for folder in judged["folder"]]]
     judged = judged.sort_values("heg", kind="stable")
     if judged.empty:
-        raise InputError(f"--run {RUN}: holds no network with a validation r: give --weights")
+        kind = "network with a validation r (a ridge on embeddings needs --features)"
+        if FEATURES:
+            kind = "ridge on embeddings with a validation r, which --features are for"
+        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
     chosen = judged.iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
 
 
-def read_weights(path):
-    """(model, Trained) of weights.safetensors, or of the folder that holds it.
+def fits_features(folder):
+    """Whether a row's folder holds a model that takes what FEATURES says: embeddings or pixels."""
+    if not (folder / "weights.safetensors").is_file():
+        return False
+    recipe = json.loads((folder / "recipe.json").read_text())
+    return embeddings.is_ridge(recipe) == bool(FEATURES)
 
-    InputError for a file of another kind or version, and for a network that takes other input.
+
+def read_weights(path):
+    """(model, Trained) of weights.safetensors, or of the folder that holds it; the model is a
+    network, or the Ridge of a recipe on embeddings.
+
+    InputError for a file of another kind or version, and for a model that takes other input.
     """
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -130,10 +151,12 @@ def read_weights(path):
         raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
     trained = check_metadata(path, metadata)
     try:
+        if embeddings.is_ridge(trained.recipe):
+            return embeddings.build_ridge(state, trained.recipe, len(trained.genes)), trained
         recipe = trained.recipe | {"PRETRAINED": False}
         model = common.build_model(recipe, len(trained.genes), 0)
         model.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError):
+    except (RuntimeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: not the network of its metadata: one of an older version must be "
             f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
@@ -149,21 +172,39 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
+    is_ridge = embeddings.is_ridge(metadata.get("recipe"))
     names = [field.name for field in fields(Trained)]
+    if is_ridge:
+        names = [name for name in names if name not in OF_PATCHES]
     for name in names:
         if name not in metadata:
             raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")
     trained = Trained(**{name: metadata[name] for name in names})
-    if trained.patch_size != PATCH_SIZE:
+    if not is_ridge and trained.patch_size != PATCH_SIZE:
         raise InputError(
             f"{path}: patches of {trained.patch_size} px; expected {PATCH_SIZE}: {TRAIN_AGAIN}"
         )
-    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= NETWORK:
+    needed = RIDGE if is_ridge else NETWORK
+    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
-            f"{path}: its recipe lacks one of {', '.join(sorted(NETWORK))}: {TRAIN_AGAIN}"
+            f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
+    check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
     return trained
+
+
+def check_features(path, recipe):
+    """InputError where weights of this recipe need FEATURES that is not given, or the reverse."""
+    if not embeddings.is_ridge(recipe):
+        if FEATURES:
+            raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
+        return
+    if not FEATURES:
+        raise InputError(
+            f"{path}: a ridge on embeddings by {recipe['BACKBONE']}, {recipe['WIDTH']} numbers a "
+            f"spot: give --features, an .h5 of this slide's; {embeddings.HOW_TO}"
+        )
 
 
 def choose_genes(trained):
@@ -232,13 +273,62 @@ def check_image():
 
 
 def choose_folder(slide, name):
-    """OUT, or a folder of this image, its positions and these weights alone.
+    """OUT, or a folder of this image, its positions, embeddings and these weights alone.
 
     Images of several samples may have one name, as pipelines write them.
     """
-    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS) if path]
+    paths = [
+        Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS, FEATURES) if path
+    ]
     digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
+
+
+def predict_slide(model, trained, slide, positions, out):
+    """(spots as AnnData, prediction (n, G) float32, Thumbnail) of a slide."""
+    if FEATURES:
+        spots, embedded, thumbnail = read_embedded(slide, positions, trained.recipe)
+        return spots, model.predict(embedded), thumbnail
+    spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
+    return spots, predict_patches(model, trained, patches), thumbnail
+
+
+def read_embedded(slide, positions, recipe):
+    """(spots as AnnData, their embeddings (n, D) of FEATURES, Thumbnail) of a slide.
+
+    Spots without an embedding are left out. Without positions the patches of FEATURES are the
+    spots. InputError where embeddings have another width than the model of the recipe.
+    """
+    if positions is None and slide.positions is None:
+        positions = embeddings.place_patches(Path(FEATURES))
+    if positions is None:
+        positions, _ = readers.place_spots(slide)
+    spots = readers.read_spots(slide, positions, GENOME)
+    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
+    if embedded.shape[1] != recipe["WIDTH"]:
+        raise InputError(
+            f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "
+            f"{recipe['WIDTH']}, of {recipe['BACKBONE']}"
+        )
+    image = imaging.open_image(inputs.unpack(slide.image))
+    imaging.check_centres(slide.image, spots.obs, image.shape)
+    thumbnail = imaging.make_thumbnail(image, imaging.thumbnail_step(slide))
+    space_ranger.check_hires(slide, image.shape, thumbnail)
+    missing = np.isnan(embedded[:, 0])
+    tell_missing(slide, spots.obs["barcode"][missing], len(missing))
+    kept = imaging.find_inside(spots.obs, image.shape) & ~missing
+    print(f"slide       {slide.name}: {kept.sum()} spots with embeddings of {recipe['BACKBONE']}")
+    return spots[kept].copy(), embedded[kept], thumbnail
+
+
+def tell_missing(slide, barcodes, n_spots):
+    """Warn of the spots, of `n_spots`, that have no embedding; InputError where none has one."""
+    if not len(barcodes):
+        return
+    text = f"{FEATURES}: {len(barcodes)} of {n_spots} spots of slide {slide.name} have no embedding"
+    if len(barcodes) == n_spots:
+        raise InputError(f"{text}, as {barcodes.iloc[0]}: is it of this slide and image?")
+    inputs.warn(f"{text} and are left out, as {barcodes.iloc[0]}: embed them if they are wanted")
 
 
 def read_slide(slide, positions, um_per_px, scratch):
@@ -429,9 +519,8 @@ def main():
     out = choose_folder(slide, name)
     shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
-    spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
-    predicted = predict_patches(model, trained, patches)
-    del model, patches  # before as much again is taken to draw and write
+    spots, predicted, thumbnail = predict_slide(model, trained, slide, positions, out)
+    del model  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")

@@ -239,9 +239,16 @@ def hest_probe(recipe, split, folder):
     ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
     (inference_models.py), so that of resnet50 here is another one.
     """
-    target = split.data.target
     plain = recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
     features, _ = common.encode_patches(split.data.patches, plain, split.seed)
+    return probe_features(features, split, name_weights(recipe))
+
+
+def probe_features(features, split, weights):
+    """(prediction (n, G) of split.scored(), {name: value} for the records) of hest_probe on
+    features (N, F).
+    """
+    target = split.data.target
     known = order_by_fold_file(split)
     n_components = min(PROBE_COMPONENTS, len(known), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
@@ -250,8 +257,7 @@ def hest_probe(recipe, split, folder):
     ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
     ridge.fit(reduced, target[known])
     seen = round_to_single(reduce.transform(features[split.scored()]))
-    more = {"weights": name_weights(recipe), "alpha": alpha}
-    return ridge.predict(seen).astype(np.float32), more
+    return ridge.predict(seen).astype(np.float32), {"weights": weights, "alpha": alpha}
 
 
 def round_to_single(values):
@@ -312,27 +318,44 @@ def peak_memory(device):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, and of each gene r over the validation spots (against log-normalised counts) and the
-    ceiling on the training slides.
+    patches, and what describe_fit says.
+    """
+    metadata = describe_fit(split, made_with, predicted) | {
+        # Of two magnifications the coarser: no slide has what lies between them.
+        "um_per_px": float(
+            np.quantile([*split.data.meta["um_per_px"].values()], 0.5, method="higher")
+        ),
+        "patch_size": common.PATCH_SIZE,
+        "mean": model.mean.tolist(),
+        "std": model.std.tolist(),
+    }
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def describe_fit(split, made_with, predicted):
+    """{name: value} of what was learnt, by the prediction of split.scored(): the recipe, and of
+    each gene r over the validation spots (against log-normalised counts) and the ceiling on the
+    training slides.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
     ceilings = [f"ceiling_{slide}" for slide in split.slides("train")]
-    metadata = {
+    return {
         "format": common.FORMAT,
         "recipe": made_with,
         "genes": data.genes,
-        # Of two magnifications the coarser: no slide has what lies between them.
-        "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
         "title": data.label,
-        "patch_size": common.PATCH_SIZE,
-        "mean": model.mean.tolist(),
-        "std": model.std.tolist(),
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(validate_genes(split, predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
     }
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def save_tensors(path, state, metadata):
+    """Write tensors {name: tensor} and metadata {name: value} as .safetensors, whole or not at
+    all.
+    """
+    state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
