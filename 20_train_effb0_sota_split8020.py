@@ -2,7 +2,7 @@
 
 Question   How well does one H&E patch predict the expression of its spot on a slide that was not
            trained on?
-Reads      <DATA_ROOT>/dataset/ (script 19)
+Reads      <DATA_ROOT>/dataset/ (script 19); FEATURES, where it is given
 Writes     <OUT>/rows.csv, paired_differences.csv and a folder a row: per-gene r, predictions,
            figures, weights, split, gene groups
 Prints     header, one row an epoch, the table of mean Pearson r
@@ -115,7 +115,7 @@ def join_ranks(recipe):
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def compute_methods(run, recipe, split, models, suffix=""):
+def compute_methods(run, recipe, split, suffix="", models=()):
     """The records of the network and of the ridges that it may not lose to; `models` are of others'
     embeddings.
     """
@@ -154,11 +154,11 @@ def main():
     minus = {network: "ridge (colour)"}
     records = []
     for split in run.splits:
-        records += compute_methods(run, run.recipe, split, models)
+        records += compute_methods(run, run.recipe, split, models=models)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
         recipe = run.recipe | {"TARGET": "lognorm"}
-        records += compute_methods(run, recipe, other, models, ", lognorm target")
+        records += compute_methods(run, recipe, other, ", lognorm target", models)
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", records, minus=minus)
     tables = printing.print_published(run.data.root)

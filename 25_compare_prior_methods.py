@@ -2,7 +2,7 @@
 
 Question   Is EfficientNet-B0 with MPA better than BLEEP, ST-Net and what needs no image network at
            all?
-Reads      <DATA_ROOT>/dataset/ (script 19)
+Reads      <DATA_ROOT>/dataset/ (script 19); FEATURES, where it is a folder
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
@@ -465,6 +465,8 @@ def computed_methods(run):
 def embedded_methods(run):
     """As computed_methods, of the models whose embeddings lie in FEATURES; {} of a timm name."""
     if not Path(FEATURES).is_dir():
+        if "/" in FEATURES and ":" not in FEATURES:  # No name of timm's is so.
+            raise shell.InputError(f"--features {FEATURES}: no such folder")
         return {}
     backbones = BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE
     models = embeddings.open_models(FEATURES, run.data, run.splits, backbones)

@@ -113,24 +113,46 @@ def choose_weights():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
-    judged = judged[[fits_features(Path(RUN, folder)) for folder in judged["folder"]]]
-    judged = judged.sort_values("heg", kind="stable")
-    if judged.empty:
-        kind = "network with a validation r (a ridge on embeddings needs --features)"
-        if FEATURES:
-            kind = "ridge on embeddings with a validation r, which --features are for"
-        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
+    judged = keep_fitting(judged).sort_values("heg", kind="stable")
     chosen = judged.iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
 
 
-def fits_features(folder):
-    """Whether a row's folder holds a model that takes what FEATURES says: embeddings or pixels."""
-    if not (folder / "weights.safetensors").is_file():
-        return False
-    recipe = json.loads((folder / "recipe.json").read_text())
-    return embeddings.is_ridge(recipe) == bool(FEATURES)
+def keep_fitting(judged):
+    """The rows of a table of RUN whose model takes what FEATURES says: embeddings, or pixels.
+
+    InputError where there is none, or where they have learnt from several models' embeddings.
+    """
+    recipes = [read_recipe(Path(RUN, folder, "weights.safetensors")) for folder in judged["folder"]]
+    fits = [
+        recipe is not None and embeddings.is_ridge(recipe) == bool(FEATURES) for recipe in recipes
+    ]
+    if not any(fits):
+        kind = "network with a validation r (a ridge on embeddings needs --features)"
+        if FEATURES:
+            kind = "ridge on embeddings with a validation r, which --features are for"
+        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
+    names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
+    if FEATURES and len(names) > 1:
+        raise InputError(
+            f"--run {RUN}: has learnt from embeddings of {', '.join(sorted(names))}: give "
+            "--weights, a row's folder of the model that made --features"
+        )
+    return judged[fits]
+
+
+def read_recipe(path):
+    """The recipe in weights.safetensors; None without a file. {} of one that read_weights refuses,
+    and says why.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(json.loads(file.metadata()["recipe"]))
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, OSError):
+        return {}
 
 
 def read_weights(path):

@@ -22,7 +22,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from test_bad_input import check_one_line
 from test_hest_benchmark import make_task
-from test_predict_slide import slide_of
+from test_predict_slide import slide_of, spoil_weights
 
 import common
 from study import embeddings, methods, shell, splitting
@@ -441,6 +441,9 @@ def test_methods_of_25_keep_a_backbone_beside_embeddings(brought, paper_split):
     assert {"ridge (uni)", "ridge (conch)", "ridge (tiny, full rank)"} <= set(found)
     assert found["same-slide ridge (control)"][0]["BACKBONE"] == "tiny"
     assert not any(str(brought) in setting for setting in found)
+    script.FEATURES = str(brought / "mistyped")
+    with pytest.raises(shell.InputError, match="mistyped: no such folder"):
+        script.computed_methods(run)
 
 
 # ------------------------------------------------------------------------------------ another slide
@@ -527,8 +530,26 @@ def test_26_says_in_one_line_what_does_not_fit(ridge_row, trained, simulated, tm
         options = [*slide_of(simulated), *arguments, "--out", tmp_path / "out"]
         assert run_script("26", *options) == 2
         check_one_line(capsys, words)
-    assert run_script("26", *slide_of(simulated), "--run", run, "--features", path, "--out", tmp_path / "out") == 0  # fmt: skip
+    options = [*slide_of(simulated), "--features", path, "--out", tmp_path / "out"]
+    assert run_script("26", *options, "--run", run) == 0
     assert "ridge (uni): " in capsys.readouterr().out
+
+
+def test_of_two_models_26_does_not_choose_whose_embeddings_it_gets(
+    ridge_row, simulated, tmp_path, capsys
+):
+    folder, run = ridge_row
+    path, _ = features_of_slide(tmp_path, simulated)
+    shutil.copytree(run, tmp_path / "run")
+
+    def rename(metadata, state):
+        metadata["recipe"] = metadata["recipe"].replace('"uni"', '"conch"')
+
+    weights = tmp_path / "run" / folder.name / "weights.safetensors"
+    spoil_weights(folder / "weights.safetensors", weights, rename)
+    options = [*slide_of(simulated), "--features", path, "--out", tmp_path / "out"]
+    assert run_script("26", *options, "--run", tmp_path / "run") == 2
+    check_one_line(capsys, ["conch, uni", "--weights"])
 
 
 # --------------------------------------------------------------------------------------------- docs
