@@ -22,7 +22,6 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
     shell.check_command(__file__, dataset=True, files=("FEATURES",))
 
 
-import functools
 from dataclasses import replace
 from datetime import timedelta
 
@@ -86,21 +85,12 @@ QUICK_BUDGET = {
 }
 
 
-def print_epoch(line, best_epoch):
-    """One line an epoch, with the mean r of HEG over the validation spots."""
-    if line["epoch"] == 0 or (line["epoch"] == 1 and HEAD_START != "ridge"):
-        print(
-            "epoch   learning rate  train loss   valid MSE   valid HEG r   images/s   seconds"
-            "   (* best so far)"
-        )
-    mark = "*" if line["epoch"] == best_epoch else " "
-    train_loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.5f}"
-    rate = "-" if line["images_per_s"] is None else f"{line['images_per_s']:.1f}"
-    print(
-        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_loss:>11} "
-        f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {rate:>10} {line['seconds']:9.1f}",
-        flush=True,
-    )
+def efficientnet(row):
+    """A method: the network is built, trained on the patches, and predicts the scored spots."""
+    model, loss = methods.start_network(row)
+    patches = row.place_patches()
+    row.fit(model, patches, loss=loss)
+    return row.predict(model, patches)
 
 
 def join_ranks(recipe):
@@ -115,30 +105,28 @@ def join_ranks(recipe):
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def compute_methods(run, recipe, split, suffix="", models=()):
-    """The records of the network and of the ridges that it may not lose to; `models` are of others'
-    embeddings.
+def fill_rows(run, split, recipe, suffix="", models=()):
+    """Fill the rows of the network and of the ridges that it may not lose to; `models` are of
+    others' embeddings.
     """
-    train = functools.partial(methods.train_network, report=print_epoch)
-    network = methods.name_network(recipe["BACKBONE"])
-    own = {name: value for name, value in recipe.items() if name != "FEATURES"}
-    records = run.compute(network + suffix, own, split, train)
+    network = methods.name_network(BACKBONE)
+    # Whose embeddings stand beside it changes nothing of the network.
+    without = {name: value for name, value in recipe.items() if name != "FEATURES"}
+    run.fill(run.row(network + suffix, split, without), efficientnet)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
-    records += run.compute("ridge (colour)" + suffix, baseline, split, methods.ridge_on_colour)
-    embedded = embeddings.settings_of(models, baseline)
-    if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
-        own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
-        baseline |= {name: recipe[name] for name in own}
-        stages = ", all stages" if recipe["POOL_STAGES"] else ""
-        ridge = f"ridge ({recipe['BACKBONE']}{stages}){suffix}"
-        records += run.compute(ridge, baseline, split, methods.ridge_on_features)
-        if PROTOCOL == "hest":
-            probe = f"hest probe ({recipe['BACKBONE']})"
-            plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-            records += run.compute(probe, plain, split, methods.hest_probe)
-    for setting, (constants, compute) in embedded.items():
-        records += run.compute(setting + suffix, constants, split, compute)
-    return records
+    run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)
+    for setting, (constants, method) in embeddings.settings_of(models, baseline).items():
+        run.fill(run.row(setting + suffix, split, constants), method)
+    if PRETRAINED is False:  # Features of a random network are no baseline.
+        return
+    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):
+        baseline[name] = recipe[name]
+    stages = ", all stages" if POOL_STAGES else ""
+    ridge = f"ridge ({BACKBONE}{stages}){suffix}"
+    run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
+    if PROTOCOL == "hest":
+        plain = baseline | {"POOL_STAGES": False, "REFIT": False}
+        run.fill(run.row(f"hest probe ({BACKBONE})", split, plain), methods.hest_probe)
 
 
 def main():
@@ -152,17 +140,14 @@ def main():
     run.print_header()
     network = methods.name_network(BACKBONE)
     minus = {network: "ridge (colour)"}
-    records = []
     for split in run.splits:
-        records += compute_methods(run, run.recipe, split, models=models)
+        fill_rows(run, split, run.recipe, models=models)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
-        recipe = run.recipe | {"TARGET": "lognorm"}
-        records += compute_methods(run, recipe, other, ", lognorm target", models)
+        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, ", lognorm target", models)
         minus[f"{network}, lognorm target"] = network
-    run.print_scores("mean Pearson r", records, minus=minus)
-    tables = printing.print_published(run.data.root)
-    run.finish(records, tables)
+    run.print_scores("mean Pearson r", minus=minus)
+    run.finish(printing.print_published(run.data.root))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ of mahmoodlab/TRIDENT).
 Shapes: n spots, m embeddings in a file, D numbers an embedding.
 """
 
+import functools
 import numbers
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 from scipy.spatial import cKDTree
 
 import common
 from slides import inputs
-from study import methods, ridges, splitting, weight_files
+from study import methods, ridges, weight_files
 from study.shell import InputError
 
 VALUES = ("embeddings", "features")  # what the dataset of the embeddings is called
@@ -279,68 +279,34 @@ def open_model(folder, names, spots):
 
 # --------------------------------------------------------------------------------------------- rows
 def settings_of(models, baseline):
-    """{setting: (its constants, its `compute` of compute_records)} of the models; `baseline` are
-    the constants of a method without network.
+    """{setting: (its constants, its method)} of the models; `baseline` are the constants of a
+    method without network.
     """
     found = {}
     for model in models:
         recipe = baseline | model.constants
-        found[f"ridge ({model.name})"] = recipe, ridge_on(model)
+        found[f"ridge ({model.name})"] = recipe, functools.partial(ridge_on, model)
         if baseline["PROTOCOL"] == "hest":
-            found[f"hest probe ({model.name})"] = recipe | {"REFIT": False}, probe_of(model)
+            probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
+            found[f"hest probe ({model.name})"] = probe, functools.partial(probe_on, model)
     return found
 
 
-def ridge_on(model):
-    """`compute` of compute_records: the ridge on a Model's embeddings; writes
-    weights.safetensors.
-    """
-
-    def compute(recipe, split, folder):
-        embedded = model.read(split.data.spots)
-        ridge, shrinkage, predicted = fit_ridge(embedded, split, recipe)
-        if common.joined_ranks()[1] == 0:
-            path = folder / "weights.safetensors"
-            save_ridge(path, ridge, split, split.made_with(recipe), predicted)
-        return predicted, {"weights": f"{model.name}, {model.width}", **shrinkage._asdict()}
-
-    return compute
+def ridge_on(model, row):
+    """A method, given a Model: the ridge on its embeddings, whose coefficients are kept."""
+    embedded = model.read(row.split.data.spots)
+    row.model, shrinkage = methods.fit_ridge(row.split, embedded, row.split.spots("train"))
+    row.note(weights=f"{model.name}, {model.width}", **shrinkage._asdict())
+    return row.model.predict(embedded[row.split.scored()])
 
 
-def fit_ridge(embedded, split, recipe):
-    """(Ridge, Shrinkage, prediction (n, G) of split.scored()) on embeddings (N, D).
-
-    With REFIT the ridge is that of all spots of training and validation slides, which predicts all
-    but the validation spots.
-    """
-    ridge, shrinkage = methods.fit_ridge(split, embedded, split.spots("train"))
-    predicted = ridge.predict(embedded[split.scored()])
-    if splitting.is_refitted(recipe, split):
-        whole = split.with_all_in_training()
-        ridge, shrinkage = methods.fit_ridge(whole, embedded, whole.spots("train"))
-        refitted = ridge.predict(embedded[whole.scored()])
-        predicted = splitting.keep_validation_of(predicted, refitted, split)
-    return ridge, shrinkage, predicted
-
-
-def probe_of(model):
-    """`compute` of compute_records: the probe of HEST-Benchmark on a Model's embeddings."""
-
-    def compute(recipe, split, folder):
-        embedded = model.read(split.data.spots)
-        return methods.probe_features(embedded, split, f"{model.name}, {model.width}")
-
-    return compute
+def probe_on(model, row):
+    """A method, given a Model: the probe of HEST-Benchmark on its embeddings."""
+    row.note(weights=f"{model.name}, {model.width}")
+    return methods.predict_by_probe(row, model.read(row.split.data.spots))
 
 
 # ------------------------------------------------------------------------------------------ weights
-def save_ridge(path, ridge, split, made_with, predicted):
-    """Coefficients in double precision, and the metadata that script 26 needs."""
-    state = {"weight": torch.from_numpy(ridge.weight), "bias": torch.from_numpy(ridge.bias)}
-    metadata = methods.describe_fit(split, made_with, predicted)
-    methods.save_tensors(path, state, metadata)
-
-
 def is_ridge(recipe):
     """Whether the recipe in weights.safetensors is of a ridge on embeddings."""
     return isinstance(recipe, dict) and "EMBEDDINGS" in recipe

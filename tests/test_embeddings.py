@@ -16,7 +16,16 @@ import pytest
 import safetensors
 import timm
 import torch
-from conftest import LOGNORM, REPOSITORY, SMALL_RUNS, load_script, run_script, stdout_of, table_of
+from conftest import (
+    LOGNORM,
+    REPOSITORY,
+    SMALL_RUNS,
+    ask,
+    load_script,
+    run_script,
+    stdout_of,
+    table_of,
+)
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
@@ -25,7 +34,8 @@ from test_hest_benchmark import make_task
 from test_predict_slide import slide_of, spoil_weights
 
 import common
-from study import embeddings, methods, shell, splitting
+from study import embeddings, methods, recording, shell, splitting
+from study.rows import Row
 
 SIDE = 256  # px of a patch of TRIDENT's
 WIDTH = 12
@@ -308,23 +318,22 @@ def test_a_ridge_on_the_features_of_a_backbone_is_that_backbones_ridge(
     paper_split, tmp_path, refit
 ):
     recipe = BASELINE | {"BACKBONE": "resnet18", "IMAGE_SIZE": 32, "REFIT": refit}
-    expected, told = methods.ridge_on_features(recipe, paper_split, None)
+    expected, told = ask(methods.ridge_on_features, recipe, paper_split)
     features, _ = methods.freeze_features(recipe, paper_split)
     folder = write_model(tmp_path / "brought", paper_split.data, features)
     (model,) = open_models(folder, paper_split, backbones=())
-    ((constants, compute),) = embeddings.settings_of([model], BASELINE).values()
-    constants |= {"REFIT": refit}
-    found, more = compute(constants, paper_split, tmp_path)
+    ((constants, method),) = embeddings.settings_of([model], BASELINE | {"REFIT": refit}).values()
+    row = Row("ridge (brought)", constants, paper_split, tmp_path / "row").fill(method)
+    found = recording.read_prediction(row.folder).to_numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    assert {name: more[name] for name in ("alpha", "rank")} == {
-        name: told[name] for name in ("alpha", "rank")
-    }
-    weight, bias, metadata = read_weights(tmp_path / "weights.safetensors")
+    for name in ("alpha", "rank"):
+        assert row.lines[0][name] == told[name]
+    weight, bias, metadata = read_weights(row.folder / "weights.safetensors")
     test = paper_split.spots("test")
     by_hand = features[test] @ weight + bias
     at = paper_split.roles[paper_split.scored()] == "test"
     np.testing.assert_allclose(by_hand, found[at], rtol=0, atol=1e-5)
-    r = methods.validate_genes(paper_split, found[~at], paper_split.data.lognorm)
+    r = paper_split.validate_genes(found[~at], paper_split.data.lognorm)
     np.testing.assert_array_equal(np.array(metadata["valid_r"], float), r)
     assert metadata["recipe"]["BACKBONE"] == "brought"
     assert metadata["recipe"]["WIDTH"] == features.shape[1]
