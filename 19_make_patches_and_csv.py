@@ -48,6 +48,7 @@ import common
 from common import PATCH_SIZE
 from slides import hest, imaging, inputs, readers, space_ranger
 from study import splitting
+from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -681,8 +682,10 @@ def write_counts(path, annotations, tables):
 
 
 def write_meta(root, out, manifest, target, over_border):
-    """meta.json: what the other files were made of and with; no reader takes them without it."""
-    spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
+    """meta.json: what the other files were made of and with; no reader takes them without it.
+    Returns it.
+    """
+    patches = torch.from_numpy(common.map_array(out / "patches.npy"))
     whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
@@ -690,7 +693,7 @@ def write_meta(root, out, manifest, target, over_border):
         "format": common.FORMAT,
         "target": target,
         "simulated": is_simulated(root),
-        "spots": len(spots),
+        "spots": len(patches),
         "patch_size": PATCH_SIZE,
         "um_per_px": {slide.name: UM_PER_PX or slide.um_per_px for slide in manifest},
         "padded_at_border": over_border,
@@ -698,11 +701,13 @@ def write_meta(root, out, manifest, target, over_border):
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
+        "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return meta
 
 
 def describe_slide(root, slide):
@@ -738,6 +743,7 @@ def check_slides(root, manifest):
         check_genes(root, readers.join_genes(zip(numbers, features, strict=True)))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
+    print(describe_size(sum(table.n_obs for table in tables)))
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
@@ -935,7 +941,8 @@ def main():
         else:
             spots = obs.reset_index(names="id")
             shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
-        write_meta(root, out, manifest, target, over_border)
+        meta = write_meta(root, out, manifest, target, over_border)
+    remove_others(root / "dataset", meta["patches_sha256"])
     print(f"wrote {root / 'dataset'}: {len(obs):,} spots, target {target or 'none'}")
 
 

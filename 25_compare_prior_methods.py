@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from study import embeddings, methods, printing, recording, ridges, runs, shell, splitting
+from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -312,7 +313,7 @@ def ridge_with_surroundings(row):
     """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
     patches around it: what a method that looks at single spots leaves on the slide.
     """
-    features, _ = methods.freeze_features(row.recipe, row.split)
+    features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
     around = average_surroundings(features, spots, row.recipe["SURROUNDINGS"])
     features = np.hstack([features, around])
@@ -382,7 +383,7 @@ def same_slide(row):
     with their mean for its intercept even permuted counts would have an r, below 0.
     """
     split, data = row.split, row.split.data
-    features, _ = methods.freeze_features(row.recipe, split)
+    features, _ = freeze_features(row.recipe, split)
     row.note(weights=methods.name_weights(row.recipe))
     slides = data.spots["tissue_index"].to_numpy()
     scored = split.scored()

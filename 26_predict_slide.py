@@ -6,10 +6,12 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
            covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
            embeddings, whose patches are the spots where no positions are given
-Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
-           slide has counts
-Prints     how the slide is read; mean r of HEG, HVG, MG and all genes in validation, and on this
-           slide if it has counts; the same of the genes drawn
+Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
+           distance: how far a spot is from the training slides), predictions.csv, maps.png,
+           report.html; correlations.csv if the slide has counts
+Prints     how the slide is read; how far it is from the training slides; mean r of HEG, HVG, MG
+           and all genes in validation, and on this slide if it has counts; the same of the genes
+           drawn
 Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
            --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif
@@ -30,7 +32,7 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import anndata
@@ -43,7 +45,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import embeddings, printing, runs, shell
+from study import conformal, embeddings, printing, runs, shell, similarity
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -84,15 +86,22 @@ class Trained:
 
     recipe: dict  # constants of the script that trained the network
     genes: list
+    um_per_px: float  # of the patches
+    patch_size: int  # px
     groups: dict  # names of genes by "heg", "hvg", "mg"
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
-    um_per_px: float = 0.0  # of the patches that a network sees
-    patch_size: int = 0  # px of them
+    # Weights of an older version lack what follows.
+    training_slides: dict | None = None  # similarity.TrainingSlides
+    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
+    half_width_95: list | None = None
 
-
-OF_PATCHES = ("um_per_px", "patch_size")  # of Trained, what a ridge on embeddings does without
+    @property
+    def half_widths(self):
+        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
+        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
+        return {name: np.array(half, np.float64) for name, half in found.items() if half}
 
 
 def choose_weights():
@@ -194,19 +203,16 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
-    is_ridge = embeddings.is_ridge(metadata.get("recipe"))
-    names = [field.name for field in fields(Trained)]
-    if is_ridge:
-        names = [name for name in names if name not in OF_PATCHES]
-    for name in names:
-        if name not in metadata:
-            raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")
+    for field in fields(Trained):
+        if field.name not in metadata and field.default is MISSING:
+            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
+    names = [field.name for field in fields(Trained) if field.name in metadata]
     trained = Trained(**{name: metadata[name] for name in names})
-    if not is_ridge and trained.patch_size != PATCH_SIZE:
+    if trained.patch_size != PATCH_SIZE:
         raise InputError(
             f"{path}: patches of {trained.patch_size} px; expected {PATCH_SIZE}: {TRAIN_AGAIN}"
         )
-    needed = RIDGE if is_ridge else NETWORK
+    needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
     if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
             f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
@@ -306,60 +312,16 @@ def choose_folder(slide, name):
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
 
-def predict_slide(model, trained, slide, positions, out):
-    """(spots as AnnData, prediction (n, G) float32, Thumbnail) of a slide."""
-    if FEATURES:
-        spots, embedded, thumbnail = read_embedded(slide, positions, trained.recipe)
-        return spots, model.predict(embedded), thumbnail
-    spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
-    return spots, predict_patches(model, trained, patches), thumbnail
-
-
-def read_embedded(slide, positions, recipe):
-    """(spots as AnnData, their embeddings (n, D) of FEATURES, Thumbnail) of a slide.
-
-    Spots without an embedding are left out. Without positions the patches of FEATURES are the
-    spots. InputError where embeddings have another width than the model of the recipe.
-    """
-    if positions is None and slide.positions is None:
-        positions = embeddings.place_patches(Path(FEATURES))
-    if positions is None:
-        positions, _ = readers.place_spots(slide)
-    spots = readers.read_spots(slide, positions, GENOME)
-    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
-    if embedded.shape[1] != recipe["WIDTH"]:
-        raise InputError(
-            f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "
-            f"{recipe['WIDTH']}, of {recipe['BACKBONE']}"
-        )
-    image = imaging.open_image(inputs.unpack(slide.image))
-    imaging.check_centres(slide.image, spots.obs, image.shape)
-    thumbnail = imaging.make_thumbnail(image, imaging.thumbnail_step(slide))
-    space_ranger.check_hires(slide, image.shape, thumbnail)
-    missing = np.isnan(embedded[:, 0])
-    tell_missing(slide, spots.obs["barcode"][missing], len(missing))
-    kept = imaging.find_inside(spots.obs, image.shape) & ~missing
-    print(f"slide       {slide.name}: {kept.sum()} spots with embeddings of {recipe['BACKBONE']}")
-    return spots[kept].copy(), embedded[kept], thumbnail
-
-
-def tell_missing(slide, barcodes, n_spots):
-    """Warn of the spots, of `n_spots`, that have no embedding; InputError where none has one."""
-    if not len(barcodes):
-        return
-    text = f"{FEATURES}: {len(barcodes)} of {n_spots} spots of slide {slide.name} have no embedding"
-    if len(barcodes) == n_spots:
-        raise InputError(f"{text}, as {barcodes.iloc[0]}: is it of this slide and image?")
-    inputs.warn(f"{text} and are left out, as {barcodes.iloc[0]}: embed them if they are wanted")
-
-
 def read_slide(slide, positions, um_per_px, scratch):
     """(spots as AnnData, patches (n, 224, 224, 3) uint8 of um_per_px, Thumbnail) of a slide.
 
-    The patches lie in a file in the folder `scratch`, which goes with them.
+    The patches lie in a file in the folder `scratch`, which goes with them. Without positions the
+    patches of FEATURES are the spots, or those of a grid.
     """
     thumbnail = None
-    if positions is None:
+    if FEATURES and positions is None and slide.positions is None:
+        positions = embeddings.place_patches(Path(FEATURES))
+    elif positions is None:
         positions, thumbnail = readers.place_spots(slide)
     spots = readers.read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
@@ -384,6 +346,68 @@ def predict_patches(model, trained, patches):
     model = model.to(device, memory_format=torch.channels_last)
     rows = np.arange(len(patches))
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
+
+
+def embed_slide(slide, spots, patches, recipe):
+    """(spots, patches, their embeddings (n, D) by FEATURES) of those of a slide's spots and patches
+    that have one.
+
+    InputError where none has one, or where the model of the recipe takes another width.
+    """
+    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
+    if embedded.shape[1] != recipe["WIDTH"]:
+        raise InputError(
+            f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "
+            f"{recipe['WIDTH']}, of {recipe['BACKBONE']}"
+        )
+    print(f"embeddings  {recipe['WIDTH']} numbers a spot, to be of {recipe['BACKBONE']}")
+    missing = np.isnan(embedded[:, 0])
+    if not missing.any():
+        return spots, patches, embedded
+    text = f"{FEATURES}: {missing.sum()} of {len(missing)} spots of slide {slide.name} have no"
+    barcode = spots.obs["barcode"][missing].iloc[0]
+    if missing.all():
+        raise InputError(f"{text} embedding, as {barcode}: is it of this slide and image?")
+    inputs.warn(f"{text} embedding and are left out, as {barcode}: embed them if they are wanted")
+    return spots[~missing].copy(), patches[~missing], embedded[~missing]
+
+
+# -------------------------------------------------------------------------------- trust
+
+
+def compare_slides(trained, patches):
+    """(n,) how far the patches (n, 224, 224, 3) are from the training slides, in the distance of
+    these from each other, of which one line is told; None where the weights cannot tell.
+    """
+    if trained.training_slides is None:
+        print(f"distance    not known, nor intervals: the weights are older: {TRAIN_AGAIN}")
+        return None
+    training = similarity.TrainingSlides(**trained.training_slides)
+    distances = similarity.measure_distances(training, common.colour_statistics(patches))
+    told = similarity.describe_distances(training, distances)
+    if similarity.is_far(distances):
+        inputs.warn(told)
+    else:
+        print(f"distance    {told}")
+    return distances
+
+
+def add_trust(table, trained, distances):
+    """Put the distances of the spots and the intervals of the genes into the AnnData of a slide;
+    with counts var["coverage_80"] and ["coverage_95"], the shares of spots that are in them.
+    """
+    if distances is not None:
+        table.obs["distance"] = distances
+    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+    for name, half in trained.half_widths.items():
+        ending = "" if name == "80" else f"_{name}"
+        table.var[f"half_width_{name}"] = half
+        low, high = conformal.find_limits(table.X, half, floor)
+        table.layers[f"low{ending}"], table.layers[f"high{ending}"] = low, high
+    if "measured" in table.layers:
+        measured = table.layers["measured"]
+        coverage = conformal.measure_coverage(table.X, measured, trained.half_widths)
+        table.var = table.var.assign(**coverage)
 
 
 # -------------------------------------------------------------------------------- results
@@ -433,24 +457,38 @@ def draw_maps(path, table, genes, title):
     """Rows of H&E and three genes' predicted expression; where it was measured, that below."""
     ((name, slide),) = table.uns["spatial"].items()
     image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
-    kinds = ["predicted", *table.layers]  # "measured" is the only layer
+    kinds = ["predicted", "measured"] if "measured" in table.layers else ["predicted"]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds]
+    if len(lines) == 1 and "distance" in table.obs:
+        lines.append(((), "predicted"))  # room for the distance
     height = 2.9 * image.shape[0] / image.shape[1] + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     diameter = slide["scalefactors"]["spot_diameter_fullres"] * scale  # px of the thumbnail
     points = 0.9 * diameter * 2.6 * 72 / image.shape[1]  # on axes of about 2.6 inches
     rows = figure.subplots(len(lines), 4, squeeze=False)
-    for axes, (three, kind) in zip(rows, lines, strict=True):
+    for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
         for ax in axes:
             ax.set_axis_off()
-        axes[0].imshow(image)
+        shows_distance = number == 1 and "distance" in table.obs
+        axes[0].imshow(image, alpha=0.25 if shows_distance else 1)
         axes[0].set_title(name, size=9)
+        if shows_distance:
+            draw_distance(axes[0], table, scale, max(points**2, 0.5))
         for ax, gene in zip(axes[1:], three, strict=False):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
     figure.suptitle(title)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
+
+
+def draw_distance(ax, table, scale, size):
+    """How far each spot's patch is from the training slides; as draw_map."""
+    x, y = (table.obsm["spatial"] * scale).T
+    limits = {"vmin": 0, "vmax": 2 * similarity.ALARM}
+    points = ax.scatter(x, y, c=table.obs["distance"], s=size, linewidths=0, cmap="magma", **limits)
+    ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
+    ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
 
 
 def draw_map(ax, table, gene, kind, scale, size):
@@ -488,6 +526,8 @@ def describe_groups(table):
         line = {"group": group, "genes": len(part)}
         if measured:
             line["r"] = part["r"].mean()
+            if "coverage_80" in part:
+                line["in 80 % interval"] = part["coverage_80"].mean()
         line["r in validation"] = part["valid_r"].mean()
         line["ceiling in training"] = part["ceiling"].mean()
         lines.append(line)
@@ -541,9 +581,16 @@ def main():
     out = choose_folder(slide, name)
     shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
-    spots, predicted, thumbnail = predict_slide(model, trained, slide, positions, out)
-    del model  # before as much again is taken to draw and write
+    spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
+    if FEATURES:
+        spots, patches, embedded = embed_slide(slide, spots, patches, trained.recipe)
+        predicted = model.predict(embedded)
+    else:
+        predicted = predict_patches(model, trained, patches)
+    distances = compare_slides(trained, patches)
+    del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
+    add_trust(table, trained, distances)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
     with shell.whole_file(out / "predictions.h5ad") as path:

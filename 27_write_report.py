@@ -35,6 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from study import printing
 from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
@@ -56,7 +57,18 @@ or was made anew"""
 KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
 # is of the measured expression alone.
-SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
+SHOWN_ELSEWHERE = {
+    *KEYS,
+    "n_spots",
+    "n_genes_r30",
+    "n_genes_q05",
+    "steps",
+    "heg",
+    "target",
+    "protocol",
+    "recipe",
+    "refit",
+}
 SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
@@ -483,19 +495,13 @@ def read_rows(run, folders):
 
 
 def list_scores(row):
-    """{heading: value} of a row's line in the tables of scores."""
-    headline = recipes.headline_of(row["protocol"])
-    value, ceiling = row[headline.column], row[headline.ceiling]
-    interval = row.get(f"{headline.column}_ci")
-    line = {name: row[name] for name in KEYS} | {"spots": row["n_spots"], headline.name: value}
-    line["[95 %]"] = interval and "[{:.2f}, {:.2f}]".format(*interval)
-    line["of ceiling"] = f"{value / ceiling:.0%}" if value is not None and ceiling else None
-    if headline is recipes.OF_HEST:
-        line["in slides"] = row["all"]
-    else:
-        line |= {"HVG": row["hvg"], "MG": row["mg"], "all": row["all"]}
-    line[f"genes r >= {shell.R_THRESHOLD:.2f}"] = row["n_genes_r30"]
-    return line | {"each gene": Path(row["folder"], "per_gene.csv")}
+    """{heading: value} of a row's line in the tables of scores: the columns of the screen."""
+    line = pd.DataFrame([row]).astype({name: float for name in row if row[name] is None})
+    interval = row.get(f"{recipes.headline_of(row['protocol']).column}_ci")
+    scores = printing.describe_scores(line, interval or [np.nan, np.nan], {}, 0)
+    scores = {name: None if text == "-" else text for name, text in scores.items()}
+    place = {name: row[name] for name in KEYS} | {"spots": row["n_spots"]}
+    return place | scores | {"each gene": Path(row["folder"], "per_gene.csv")}
 
 
 def list_metrics(row):

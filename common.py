@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from study import recipes, shell, weight_files
+from study import shell, weight_files
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
@@ -634,7 +634,7 @@ def colour_statistics(patches):
     unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
     # Filled in place: small results kept between large ones would keep the memory of all of them.
     statistics = np.empty((len(patches), 40))
-    for part in parts_of(len(patches), 64):
+    for part in parts_of(len(patches), 16):  # So few stay in the processor's caches.
         rgb = torch.from_numpy(patches[part]).permute(0, 3, 1, 2).float().div(255)
         rgb = F.avg_pool2d(rgb, 2)
         density = -torch.log(rgb.clamp_min(1 / 255))
@@ -1234,33 +1234,6 @@ def predict(model, patches, spots, *, dtype, tta=False):
         dist.all_gather_object(gathered, parts)  # In the order of the ranks, which is the spots'.
         parts = list(itertools.chain(*gathered))
     return np.concatenate(parts)
-
-
-def encode_patches(patches, recipe, seed, *, tta=False):
-    """((N, F) float32 features of the patches by BACKBONE as it comes, [numbers of features of
-    every part, as pool_each_stage gives them]).
-
-    With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
-    """
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "CHANNELS")
-    names += ("DEVICE", "PRECISION")
-    constants = tuple((name, recipe[name]) for name in names if name in recipe)
-    if recipe["PRETRAINED"] is not False:
-        seed = None  # The weights do not depend on it.
-    return _encode_patches(patches, constants, seed, tta)
-
-
-@functools.lru_cache(maxsize=2)
-def _encode_patches(patches, constants, seed, tta):
-    """encode_patches, by what can be remembered."""
-    recipe = recipes.PAPER | dict(constants) | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}
-    device, dtype, _ = choose_device(recipe)
-    model = build_model(recipe, 1, seed)
-    model.head = nn.Identity()
-    model = model.to(device, memory_format=torch.channels_last)
-    placed = place_patches(patches, recipe["IMAGE_SIZE"], device)
-    features = predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
-    return features, model.widths
 
 
 # -------------------------------------------------------------------------------------- correlation

@@ -5,6 +5,7 @@ A method, method(row), returns the prediction (n, G) of row.split.scored(): see 
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import ridges, shell, splitting, weight_files
+from study import conformal, recipes, ridges, shell, similarity, splitting, weight_files
+from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
 
@@ -74,18 +76,6 @@ def start_as_ridge(model, row):
 
 
 # ------------------------------------------------------------------------------------------- ridges
-def freeze_features(recipe, split):
-    """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
-
-    They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
-    made equally strong on the training spots.
-    """
-    data = split.data
-    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = ridges.balance_parts(features[split.spots("train")], widths)
-    return features * scale, scale
-
-
 def fit_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
@@ -131,7 +121,7 @@ def hest_probe(row):
     (inference_models.py), so that of resnet50 here is another one.
     """
     plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
-    features, _ = common.encode_patches(row.split.data.patches, plain, row.split.seed)
+    features, _ = encode_spots(row.split.data, plain, row.split.seed)
     row.note(weights=name_weights(row.recipe))
     return predict_by_probe(row, features)
 
@@ -184,8 +174,9 @@ def name_weights(recipe):
 
 def save_weights(path, model, split, made_with, predicted):
     """Weights of a network, or the coefficients of a Ridge on embeddings, whose metadata say all
-    that script 26 needs: the recipe, and of each gene r over the validation spots (against
-    log-normalised counts) and the ceiling on the training slides.
+    that script 26 needs: how to build the network and make patches, of each gene r over the
+    validation spots (against log-normalised counts) and the ceiling on the training slides, and
+    how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -194,30 +185,41 @@ def save_weights(path, model, split, made_with, predicted):
         "format": common.FORMAT,
         "recipe": made_with,
         "genes": data.genes,
+        # Of two magnifications the coarser: no slide has what lies between them.
+        "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
         "title": data.label,
+        "patch_size": common.PATCH_SIZE,
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
+        **describe_trust(split, made_with, predicted),
     }
     if isinstance(model, ridges.Ridge):
         state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
     else:
         state = model.state_dict()
-        metadata |= describe_patches(model, data)
+        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
     state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
 
 
-def describe_patches(model, data):
-    """{name: value} of how the patches of a network are made."""
+def describe_trust(split, recipe, predicted):
+    """{name: value} for the weights' metadata: similarity.TrainingSlides of the spots that they
+    have learnt from, and half the widths of each gene's intervals.
+    """
+    data = split.data
+    learnt = splitting.final_split(recipe, split).spots("train")
+    training = similarity.describe_training(
+        data.annotations.obsm["colour"][learnt], data.spots.iloc[learnt]
+    )
+    headline = recipes.headline_of(recipe["PROTOCOL"])
+    truth = data.lognorm if headline.truth == "lognorm" else data.target
+    half_widths = conformal.find_half_widths(split, predicted, truth)
     return {
-        # Of two magnifications the coarser: no slide has what lies between them.
-        "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
-        "patch_size": common.PATCH_SIZE,
-        "mean": model.mean.tolist(),
-        "std": model.std.tolist(),
+        "training_slides": asdict(training),
+        **{f"half_width_{name}": shell.without_nan(half) for name, half in half_widths.items()},
     }
 
 

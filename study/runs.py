@@ -213,11 +213,10 @@ class Run:
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
-        for setting, of in chosen.groupby("setting", sort=False):
-            if headline is recipes.OF_HEST:
-                line = printing.describe_hest(of, len(self.data.genes), self.out)
-            else:
-                line = printing.describe_setting(of, sizes, self.out)
+        for setting, group in chosen.groupby("setting", sort=False):
+            line = {"setting": printing.cut(setting, 30)}
+            interval = recording.find_headline_interval(group, self.out)
+            line |= printing.describe_scores(group, interval, sizes, len(self.data.genes))
             for name in leave_out:
                 line.pop(name, None)
             lines.append(line | (columns[setting] if columns else {}))

@@ -35,6 +35,7 @@ from test_predict_slide import slide_of, spoil_weights
 
 import common
 from study import embeddings, methods, recording, shell, splitting
+from study.features import freeze_features
 from study.rows import Row
 
 SIDE = 256  # px of a patch of TRIDENT's
@@ -319,7 +320,7 @@ def test_a_ridge_on_the_features_of_a_backbone_is_that_backbones_ridge(
 ):
     recipe = BASELINE | {"BACKBONE": "resnet18", "IMAGE_SIZE": 32, "REFIT": refit}
     expected, told = ask(methods.ridge_on_features, recipe, paper_split)
-    features, _ = methods.freeze_features(recipe, paper_split)
+    features, _ = freeze_features(recipe, paper_split)
     folder = write_model(tmp_path / "brought", paper_split.data, features)
     (model,) = open_models(folder, paper_split, backbones=())
     ((constants, method),) = embeddings.settings_of([model], BASELINE | {"REFIT": refit}).values()
@@ -473,7 +474,9 @@ def test_the_ridge_predicts_a_slide_of_which_it_gets_embeddings(
     path, values = features_of_slide(tmp_path, simulated, layout)
     options = ("--weights", folder, "--features", path, "--out", tmp_path / "out")
     assert run_script("26", *slide_of(simulated), *options) == 0
-    assert "10 spots with embeddings of uni" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"embeddings  {WIDTH} numbers a spot, to be of uni" in told
+    assert "distance    this slide is" in told
     weight, bias, metadata = read_weights(folder / "weights.safetensors")
     found = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
     expected = values.loc[found.obs["barcode"]].to_numpy() @ weight + bias

@@ -22,6 +22,7 @@ from test_weights import SMALL, pretend
 
 import common
 from study import methods, splitting
+from study.features import encode_spots
 
 SAMPLES = ("TENX1", "NCBI2", "MEND3")
 TASK_GENES = GENES[10:16]
@@ -229,7 +230,7 @@ def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path
     """Scikit-learn gets a tensor, as of the benchmark; features are fp32 though bf16 is asked."""
     recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights_of(tmp_path / "weights"))}
     recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
-    features, _ = common.encode_patches(data.patches, recipe, 42)
+    features, _ = encode_spots(data, recipe, 42)
     for split in splits:
         known = methods.order_by_fold_file(split)
         scaler = StandardScaler().fit(features[known])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import anndata
 import h5py
@@ -11,10 +12,12 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import tifffile
+import torch
 from conftest import rows_of, run_script
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
+from test_similarity import blur, fold, glass, ink
 
 import common
 from slides import imaging, readers
@@ -64,6 +67,98 @@ def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tm
     )
     table = pd.read_csv(tmp_path / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
+
+
+def painted(simulated, folder):
+    """Options of simulated slide 3 with four spoilt spots, by their number: glass on 0, ink on 1, a
+    fold on 2, and 3 out of focus.
+    """
+    image_option, positions_option, *others = slide_of(simulated)
+    image = tifffile.imread(image_option.removeprefix("--image="))
+    positions = readers.read_positions(Path(positions_option.removeprefix("--positions=")))
+    spots = positions[positions["in_tissue"] == 1].sort_values(["array_row", "array_col"])
+    for number, (row, col) in enumerate(spots[["pxl_row", "pxl_col"]].to_numpy(int)[:4]):
+        part = image[row - 112 : row + 112, col - 112 : col + 112]
+        spoilt = (glass, ink, fold, blur)[number](part)
+        image[row - 112 : row + 112, col - 112 : col + 112] = spoilt
+    tifffile.imwrite(folder / "painted.tif", image, photometric="rgb")
+    return [f"--image={folder / 'painted.tif'}", positions_option, *others]
+
+
+def test_glass_ink_folds_and_blur_stand_out(simulated, weights, tmp_path, capsys):
+    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out")
+    assert run_script("26", *options, *painted(simulated, tmp_path)) == 0
+    assert "times as far from the training slides as they are" in capsys.readouterr().out
+    distances = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["distance"].to_numpy()
+    assert (distances[:3] > distances[4:].max()).all()
+    assert distances[3] > 1.2 * np.median(distances[4:])
+
+
+def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys):
+    image_option, *others = slide_of(simulated)
+    image = tifffile.imread(image_option.removeprefix("--image="))
+    for rows in common.parts_of(len(image), 512):
+        pixels = torch.from_numpy(image[rows]).permute(2, 0, 1)[None]
+        changed = common.restain(pixels, common.OTHER_STAINING[None])[0].round().clamp(0, 255)
+        image[rows] = changed.permute(1, 2, 0).to(torch.uint8).numpy()
+    tifffile.imwrite(tmp_path / "restained.tif", image, photometric="rgb")
+    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out", *others)
+    assert run_script("26", *options, "--image", tmp_path / "restained.tif") == 0
+    warned = next(line for line in capsys.readouterr().out.splitlines() if "warning" in line)
+    assert "expect less than the validation r" in warned
+    assert "do not rely on the intervals" in warned
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["warnings"]
+
+
+def test_intervals_are_those_of_the_validation_spots(simulated, weights, tmp_path):
+    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path) == 0
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    run = anndata.read_h5ad(weights.parent / "predictions.h5ad")
+    valid = run[run.obs["role"] == "valid"]
+    errors = np.sort(np.abs(valid.X - valid.layers["lognorm"]), axis=0)
+    half = errors[int(np.ceil(0.8 * (len(errors) + 1))) - 1]
+    np.testing.assert_allclose(table.var["half_width_80"], half, rtol=1e-5)
+    np.testing.assert_allclose(table.layers["high"], table.X + half, atol=1e-5)
+    np.testing.assert_allclose(table.layers["low"], table.X - half, atol=1e-5)
+    assert np.isnan(table.layers["low_95"]).all(), "six validation spots cannot tell 95 %"
+    inside = np.abs(table.layers["measured"] - table.X) <= half
+    np.testing.assert_allclose(table.var["coverage_80"], inside.mean(0), atol=0.11)
+    per_gene = pd.read_csv(weights.parent / "per_gene.csv").set_index("gene")
+    np.testing.assert_allclose(
+        table.var["coverage_80"], per_gene["test_lognorm_coverage_80"], atol=0.11
+    )  # of ten spots, one may lie on the limit
+    scored = json.loads((weights.parent / "rows.json").read_text())
+    row = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
+    heg = per_gene.dropna(subset="test_lognorm_r").index.isin(table.var_names[table.var["heg"]])
+    expected = per_gene.dropna(subset="test_lognorm_r")["test_lognorm_coverage_80"][heg].mean()
+    assert row["heg_coverage_80"] == pytest.approx(expected)
+
+
+def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
+    def forget(metadata, state):
+        for name in ("training_slides", "half_width_80", "half_width_95"):
+            del metadata[name]
+
+    older = spoil_weights(weights, tmp_path / "older.safetensors", forget)
+    options = ("--weights", older, *slide_of(simulated), "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path / "out") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "train it again" in line]
+    assert len(told) == 1
+    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    assert list(table.layers) == ["measured"]
+    assert "distance" not in table.obs
+
+
+def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
+    positions = tmp_path / "positions.csv"
+    table = spot_table().iloc[:1].assign(pxl_row=2000, pxl_col=2000)
+    table.to_csv(positions, header=False, index=False)
+    image_option, *_ = slide_of(simulated)
+    options = ("--weights", weights, image_option, "--positions", positions, "--um-per-px", 0.304)
+    assert run_script("26", *options, "--device", "cpu", "--out", tmp_path / "out") == 0
+    assert "of 1 spots are farther" in capsys.readouterr().out
+    assert len(anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")) == 1
 
 
 def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypatch):

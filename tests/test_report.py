@@ -17,7 +17,6 @@ from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
-import common
 from study import recording, shell
 
 
@@ -249,19 +248,6 @@ def test_influence_that_a_spreadsheet_saved_are_named(copied, save):
     save(pd.read_csv(path).fillna(0.5), path)  # Of so few spots there are no intervals.
     with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
         recording.join_influence(rows, run)
-
-
-# Roles hold no decimals.
-@pytest.mark.parametrize("save", [save for save in SAVED if save is not as_quoted])
-def test_roles_that_a_spreadsheet_saved_are_named(copied, simulated, save):
-    _, folder = copied
-    path = folder / "split.csv"
-    data = common.load_dataset(simulated, "lognorm")
-    share = load_script("22").share_intercept
-    assert not share([0.0], data, [folder])[0].any()
-    save(pd.read_csv(path), path)
-    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
-        share([0.0], data, [folder])
 
 
 def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path, capsys):
