@@ -4,7 +4,8 @@ Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
            validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
-           covered with a grid; MATRIX, or the counts in outs/
+           covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
+           embeddings, whose patches are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
            validation says of a gene), predictions.csv, maps.png, report.html; correlations.csv if
@@ -18,6 +19,8 @@ Override   python 26_predict_slide.py --weights weights.safetensors --image slid
            --positions sample/outs
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --um-per-px 0.25 --genes ALB,GLUL
+           python 26_predict_slide.py --weights weights.safetensors --image slide.tif
+           --features embeddings/slide.h5
 Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores
            of an AMD EPYC, 2026-11-24)
 """
@@ -25,7 +28,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE"))
+    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES"))
 
 
 import functools
@@ -44,12 +47,13 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import conformal, evidence, printing, runs, scales, shell, similarity
+from study import conformal, embeddings, evidence, printing, runs, scales, shell, similarity
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 RUN = ""  # folder of a run of scripts 20 to 23: its best network in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
+FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
 MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
@@ -62,7 +66,9 @@ DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}  # of recipe
+# What a recipe must say of a network, and of a ridge on embeddings.
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
+RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
 SPOT = 55.0  # um, the diameter that is drawn
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
@@ -118,7 +124,8 @@ class Trained:
 
 
 def choose_weights():
-    """The path of WEIGHTS, or of the network of RUN whose validation r of HEG is the highest.
+    """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
+    networks or, where FEATURES is given, of its ridges on embeddings.
 
     The test slide chooses nothing.
     """
@@ -134,20 +141,53 @@ def choose_weights():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
-    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in judged["folder"]]
-    judged = judged[trained]
-    judged = judged.sort_values("heg", kind="stable")
-    if judged.empty:
-        raise InputError(f"--run {RUN}: holds no network with a validation r: give --weights")
+    judged = keep_fitting(judged).sort_values("heg", kind="stable")
     chosen = judged.iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
 
 
-def read_weights(path):
-    """(model, Trained) of weights.safetensors, or of the folder that holds it.
+def keep_fitting(judged):
+    """The rows of a table of RUN whose model takes what FEATURES says: embeddings, or pixels.
 
-    InputError for a file of another kind or version, and for a network that takes other input.
+    InputError where there is none, or where they have learnt from several models' embeddings.
+    """
+    recipes = [read_recipe(Path(RUN, folder, "weights.safetensors")) for folder in judged["folder"]]
+    fits = [
+        recipe is not None and embeddings.is_ridge(recipe) == bool(FEATURES) for recipe in recipes
+    ]
+    if not any(fits):
+        kind = "network with a validation r (a ridge on embeddings needs --features)"
+        if FEATURES:
+            kind = "ridge on embeddings with a validation r, which --features are for"
+        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
+    names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
+    if FEATURES and len(names) > 1:
+        raise InputError(
+            f"--run {RUN}: has learnt from embeddings of {', '.join(sorted(names))}: give "
+            "--weights, a row's folder of the model that made --features"
+        )
+    return judged[fits]
+
+
+def read_recipe(path):
+    """The recipe in weights.safetensors; None without a file. {} of one that read_weights refuses,
+    and says why.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(json.loads(file.metadata()["recipe"]))
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, OSError):
+        return {}
+
+
+def read_weights(path):
+    """(model, Trained) of weights.safetensors, or of the folder that holds it; the model is a
+    network, or the Ridge of a recipe on embeddings.
+
+    InputError for a file of another kind or version, and for a model that takes other input.
     """
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -161,10 +201,12 @@ def read_weights(path):
         raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
     trained = check_metadata(path, metadata)
     try:
+        if embeddings.is_ridge(trained.recipe):
+            return embeddings.build_ridge(state, trained.recipe, len(trained.genes)), trained
         recipe = trained.recipe | {"PRETRAINED": False}
         model = common.build_model(recipe, len(trained.genes), 0)
         model.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError):
+    except (RuntimeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: not the network of its metadata: one of an older version must be "
             f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
@@ -189,12 +231,27 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: patches of {trained.patch_size} px; expected {PATCH_SIZE}: {TRAIN_AGAIN}"
         )
-    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= NETWORK:
+    needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
+    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
-            f"{path}: its recipe lacks one of {', '.join(sorted(NETWORK))}: {TRAIN_AGAIN}"
+            f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
+    check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
     return trained
+
+
+def check_features(path, recipe):
+    """InputError where weights of this recipe need FEATURES that is not given, or the reverse."""
+    if not embeddings.is_ridge(recipe):
+        if FEATURES:
+            raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
+        return
+    if not FEATURES:
+        raise InputError(
+            f"{path}: a ridge on embeddings by {recipe['BACKBONE']}, {recipe['WIDTH']} numbers a "
+            f"spot: give --features, an .h5 of this slide's; {embeddings.HOW_TO}"
+        )
 
 
 def choose_genes(trained):
@@ -280,11 +337,13 @@ def check_image():
 
 
 def choose_folder(slide, name):
-    """OUT, or a folder of this image, its positions and these weights alone.
+    """OUT, or a folder of this image, its positions, embeddings and these weights alone.
 
     Images of several samples may have one name, as pipelines write them.
     """
-    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS) if path]
+    paths = [
+        Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS, FEATURES) if path
+    ]
     digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
@@ -292,10 +351,13 @@ def choose_folder(slide, name):
 def read_slide(slide, positions, um_per_px, scratch):
     """(spots as AnnData, patches (n, 224, 224, 3) uint8 of um_per_px, Thumbnail) of a slide.
 
-    The patches lie in a file in the folder `scratch`, which goes with them.
+    The patches lie in a file in the folder `scratch`, which goes with them. Without positions the
+    patches of FEATURES are the spots, or those of a grid.
     """
     thumbnail = None
-    if positions is None:
+    if FEATURES and positions is None and slide.positions is None:
+        positions = embeddings.place_patches(Path(FEATURES))
+    elif positions is None:
         positions, thumbnail = readers.place_spots(slide)
     spots = readers.read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
@@ -320,6 +382,30 @@ def predict_patches(model, trained, patches):
     model = model.to(device, memory_format=torch.channels_last)
     rows = np.arange(len(patches))
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
+
+
+def embed_slide(slide, spots, patches, recipe):
+    """(spots, patches, their embeddings (n, D) by FEATURES) of those of a slide's spots and patches
+    that have one.
+
+    InputError where none has one, or where the model of the recipe takes another width.
+    """
+    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
+    if embedded.shape[1] != recipe["WIDTH"]:
+        raise InputError(
+            f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "
+            f"{recipe['WIDTH']}, of {recipe['BACKBONE']}"
+        )
+    print(f"embeddings  {recipe['WIDTH']} numbers a spot, to be of {recipe['BACKBONE']}")
+    missing = np.isnan(embedded[:, 0])
+    if not missing.any():
+        return spots, patches, embedded
+    text = f"{FEATURES}: {missing.sum()} of {len(missing)} spots of slide {slide.name} have no"
+    barcode = spots.obs["barcode"][missing].iloc[0]
+    if missing.all():
+        raise InputError(f"{text} embedding, as {barcode}: is it of this slide and image?")
+    inputs.warn(f"{text} embedding and are left out, as {barcode}: embed them if they are wanted")
+    return spots[~missing].copy(), patches[~missing], embedded[~missing]
 
 
 # -------------------------------------------------------------------------------- trust
@@ -566,7 +652,11 @@ def main():
     shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
-    predicted = predict_patches(model, trained, patches)
+    if FEATURES:
+        spots, patches, embedded = embed_slide(slide, spots, patches, trained.recipe)
+        predicted = model.predict(embedded)
+    else:
+        predicted = predict_patches(model, trained, patches)
     distances = compare_slides(trained, patches)
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)

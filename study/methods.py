@@ -120,10 +120,16 @@ def hest_probe(row):
     ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
     (inference_models.py), so that of resnet50 here is another one.
     """
+    plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
+    features, _ = encode_spots(row.split.data, plain, row.split.seed)
+    row.note(weights=name_weights(row.recipe))
+    return predict_by_probe(row, features)
+
+
+def predict_by_probe(row, features):
+    """The prediction (n, G) by hest_probe on features (N, F)."""
     split = row.split
     target = split.data.target
-    plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
-    features, _ = encode_spots(split.data, plain, split.seed)
     train = order_by_fold_file(split)
     n_components = min(PROBE_COMPONENTS, len(train), features.shape[1])
     reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
@@ -132,7 +138,7 @@ def hest_probe(row):
     ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
     ridge.fit(reduced, target[train])
     seen = round_to_single(reduce.transform(features[split.scored()]))
-    row.note(weights=name_weights(row.recipe), alpha=alpha)
+    row.note(alpha=alpha)
     return ridge.predict(seen).astype(np.float32)
 
 
@@ -167,9 +173,10 @@ def name_weights(recipe):
 
 
 def save_weights(path, model, split, made_with, predicted):
-    """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, of each gene r over the validation spots (against log-normalised counts), what else
-    these say, and the ceiling on the training slides, and how far to trust a prediction.
+    """Weights of a network, or the coefficients of a Ridge on embeddings, whose metadata say all
+    that script 26 needs: how to build the network and make patches, of each gene r over the
+    validation spots (against log-normalised counts), what else these say and the ceiling on the
+    training slides, and how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -182,15 +189,18 @@ def save_weights(path, model, split, made_with, predicted):
         "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
         "title": data.label,
         "patch_size": common.PATCH_SIZE,
-        "mean": model.mean.tolist(),
-        "std": model.std.tolist(),
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
         "evidence": evidence.describe_validation(split, predicted[valid]),
         **describe_trust(split, made_with, predicted),
     }
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if isinstance(model, ridges.Ridge):
+        state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
+    else:
+        state = model.state_dict()
+        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
+    state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
