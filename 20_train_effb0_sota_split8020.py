@@ -127,9 +127,9 @@ def compute_methods(run, recipe, split, suffix=""):
         ridge = f"ridge ({recipe['BACKBONE']}{stages}){suffix}"
         records += run.compute(ridge, baseline, split, methods.ridge_on_features)
         if PROTOCOL == "hest":
-            probe = f"hest probe ({recipe['BACKBONE']})"
             plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-            records += run.compute(probe, plain, split, methods.hest_probe)
+            for probe, changed in methods.name_probes(recipe["BACKBONE"]).items():
+                records += run.compute(probe, plain | changed, split, methods.hest_probe)
     return records
 
 

@@ -27,6 +27,14 @@ def cut(text, width):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def cut_middle(text, width):
+    """The text, some of its middle left out where it is longer: settings differ in their ends."""
+    if len(text) <= width:
+        return text
+    end = width // 2
+    return f"{text[: width - end - 1]}…{text[-end:]}"
+
+
 def justify_left(column):
     """A column of texts with its name, padded so that they begin at the same place."""
     width = max(map(len, [column.name, *column]))
@@ -80,7 +88,7 @@ def group_sizes(split):
 def describe_setting(records, sizes, out):
     """{column: text} of one setting's records: its line of the table of scores."""
     over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
-    line = {"setting": cut(records["setting"].iloc[0], 30)}
+    line = {"setting": cut_middle(records["setting"].iloc[0], 30)}
     line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
     line["[95 %]"] = describe_interval(records, "heg", out)
     line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
@@ -119,7 +127,7 @@ def describe_hest(records, n_genes, out):
     """
     mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
     defined = int(records["all_n"].min())
-    line = {"setting": cut(records["setting"].iloc[0], 30)}
+    line = {"setting": cut_middle(records["setting"].iloc[0], 30)}
     line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
     line["[95 %]"] = describe_interval(records, "all", out)
     mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
