@@ -21,7 +21,6 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
     shell.check_command(__file__, dataset=True)
 
 
-import functools
 from dataclasses import replace
 from datetime import timedelta
 
@@ -84,21 +83,12 @@ QUICK_BUDGET = {
 }
 
 
-def print_epoch(line, best_epoch):
-    """One line an epoch, with the mean r of HEG over the validation spots."""
-    if line["epoch"] == 0 or (line["epoch"] == 1 and HEAD_START != "ridge"):
-        print(
-            "epoch   learning rate  train loss   valid MSE   valid HEG r   images/s   seconds"
-            "   (* best so far)"
-        )
-    mark = "*" if line["epoch"] == best_epoch else " "
-    train_loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.5f}"
-    rate = "-" if line["images_per_s"] is None else f"{line['images_per_s']:.1f}"
-    print(
-        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_loss:>11} "
-        f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {rate:>10} {line['seconds']:9.1f}",
-        flush=True,
-    )
+def efficientnet(row):
+    """A method: the network is built, trained on the patches, and predicts the scored spots."""
+    model, loss = methods.start_network(row)
+    patches = row.place_patches()
+    row.fit(model, patches, loss=loss)
+    return row.predict(model, patches)
 
 
 def join_ranks(recipe):
@@ -113,24 +103,23 @@ def join_ranks(recipe):
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def compute_methods(run, recipe, split, suffix=""):
-    """The records of the network and of the ridges that it may not lose to."""
-    train = functools.partial(methods.train_network, report=print_epoch)
-    network = methods.name_network(recipe["BACKBONE"])
-    records = run.compute(network + suffix, recipe, split, train)
+def fill_rows(run, split, recipe, suffix=""):
+    """Fill the rows of the network and of the ridges that it may not lose to."""
+    network = methods.name_network(BACKBONE)
+    run.fill(run.row(network + suffix, split, recipe), efficientnet)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
-    records += run.compute("ridge (colour)" + suffix, baseline, split, methods.ridge_on_colour)
-    if recipe["PRETRAINED"] is not False:  # Features of a random network are no baseline.
-        own = ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES")
-        baseline |= {name: recipe[name] for name in own}
-        stages = ", all stages" if recipe["POOL_STAGES"] else ""
-        ridge = f"ridge ({recipe['BACKBONE']}{stages}){suffix}"
-        records += run.compute(ridge, baseline, split, methods.ridge_on_features)
-        if PROTOCOL == "hest":
-            plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-            for probe, changed in methods.name_probes(recipe["BACKBONE"]).items():
-                records += run.compute(probe, plain | changed, split, methods.hest_probe)
-    return records
+    run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)
+    if PRETRAINED is False:  # Features of a random network are no baseline.
+        return
+    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):
+        baseline[name] = recipe[name]
+    stages = ", all stages" if POOL_STAGES else ""
+    ridge = f"ridge ({BACKBONE}{stages}){suffix}"
+    run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
+    if PROTOCOL == "hest":
+        plain = baseline | {"POOL_STAGES": False, "REFIT": False}
+        for probe, changed in methods.name_probes(BACKBONE).items():
+            run.fill(run.row(probe, split, plain | changed), methods.hest_probe)
 
 
 def main():
@@ -141,17 +130,14 @@ def main():
     run.print_header()
     network = methods.name_network(BACKBONE)
     minus = {network: "ridge (colour)"}
-    records = []
     for split in run.splits:
-        records += compute_methods(run, run.recipe, split)
+        fill_rows(run, split, run.recipe)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
-        recipe = run.recipe | {"TARGET": "lognorm"}
-        records += compute_methods(run, recipe, other, ", lognorm target")
+        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, ", lognorm target")
         minus[f"{network}, lognorm target"] = network
-    run.print_scores("mean Pearson r", records, minus=minus)
-    tables = printing.print_published(run.data.root)
-    run.finish(records, tables)
+    run.print_scores("mean Pearson r", minus=minus)
+    run.finish(printing.print_published(run.data.root))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
     shell.check_command(__file__, dataset=True)
 
 
-import functools
-
 import torch
 from matplotlib.figure import Figure
 
 import common
-from study import recording, runs, shell, weight_files
+from study import methods, recording, runs, shell, weight_files
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -106,11 +104,19 @@ def build_on_meta(recipe, n_genes):
         return common.build_model(recipe | {"PRETRAINED": False}, n_genes, 0)
 
 
-def add_costs(resnet, records):
-    """`add` of Run.print_scores: the backbone's parameters in millions and over ResNet-50's, speed
-    and memory. The whole network's parameters are in rows.csv.
+def network(row):
+    """A method: the network is built, trained on the patches, and predicts the scored spots."""
+    model, loss = methods.start_network(row)
+    patches = row.place_patches()
+    row.fit(model, patches, loss=loss)
+    return row.predict(model, patches)
+
+
+def describe_costs(lines, resnet):
+    """{column: text} of a setting: the backbone's parameters in millions and over ResNet-50's,
+    speed and memory. The whole network's parameters are in rows.csv.
     """
-    mean = records[[name for name in COSTS if name in records]].mean()
+    mean = lines[[name for name in COSTS if name in lines]].mean()
     return {
         "backbone M": f"{mean['parameters_backbone'] / 1e6:.1f}",
         "of ResNet-50": f"{mean['parameters_backbone'] / resnet['backbone']:.2f}",
@@ -119,15 +125,15 @@ def add_costs(resnet, records):
     }
 
 
-def draw_figure(path, title, records):
+def draw_figure(path, title, lines):
     """The headline's r on the test slides against the backbone's parameters."""
-    headline = recording.headline_of(records)
+    headline = recording.headline_of(lines)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
-    for setting, of in recording.select_records(records).groupby("setting", sort=False):
-        x = of["parameters_backbone"].iloc[0] / 1e6
-        y = of[headline.column].astype(float)
-        sd = y.std() if len(of) > 1 else None
+    for setting, group in lines.groupby("setting", sort=False):
+        x = group["parameters_backbone"].iloc[0] / 1e6
+        y = group[headline.column].astype(float)
+        sd = y.std() if len(group) > 1 else None
         frozen = setting.endswith(" frozen")
         face = "none" if frozen else "C0"  # hollow = frozen
         ax.errorbar(x, y.mean(), sd, fmt="o", color="C0", markerfacecolor=face)
@@ -150,20 +156,20 @@ def main():
     settings = run.chosen(settings)
     for setting in settings.values():
         check_backbone(run.recipe | setting)
-    records = run.train(settings)
+    run.train(settings, network)
     resnet = run.recipe | {"BACKBONE": "resnet50", "TRAINABLE_STAGES": -1}
     resnet = common.count_parameters(build_on_meta(resnet, len(run.data.genes)))
+    lines = run.tested()
+    costs = {name: describe_costs(group, resnet) for name, group in lines.groupby("setting")}
     minus = {name: BACKBONES[0] for name in settings if name != BACKBONES[0] and not ONLY}
     title = "backbones, all stages trainable unless named frozen"
-    add = functools.partial(add_costs, resnet)
-    run.print_scores(
-        title, records, minus=minus, add=add, leave_out=("MG", "all", "r>=.30", "q<.05")
-    )
+    leave_out = ("MG", "all", "r>=.30", "q<.05")
+    run.print_scores(title, minus=minus, columns=costs, leave_out=leave_out)
     if not ONLY:
         path = run.out / "r_against_parameters.png"
-        draw_figure(path, run.title(f"test slide {TEST_SLIDE}"), records)
+        draw_figure(path, run.title(f"test slide {TEST_SLIDE}"), lines)
         print(f"figure: {path}")
-    run.finish(records)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from study import methods, printing, recording, runs, shell, splitting
+from study import methods, printing, recipes, recording, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -94,14 +94,6 @@ QUICK_BUDGET = {
 
 
 # ------------------------------------------------------------------------------------------- splits
-def hold_out(spots, recipe, seed):
-    """`split` of runs.open_run: "test", and "train" for every spot that the folds may use."""
-    outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
-    recipe = recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}
-    trainings = splitting.split_spots(spots, recipe, seed)
-    return [np.where(roles == "valid", "train", roles) for roles in trainings]
-
-
 def fold_whole(whole, first):
     """The Splits of `whole`'s training spots, numbered from `first`: FOLDS of them or, under loso,
     one a slide.
@@ -136,9 +128,9 @@ class FrozenFeatures(nn.Module):
 @functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
 def compute_features(patches, seed, views, constants):
     """(1 + views, N, F) features of the recipe's untrained backbone; view 0 is the plain patch."""
-    recipe = dict(constants)
+    recipe = recipes.PAPER | dict(constants) | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}
     device, dtype, _ = common.choose_device(recipe)
-    model = common.build_model(recipe | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}, 1, seed)
+    model = common.build_model(recipe, 1, seed)
     model = model.to(device, memory_format=torch.channels_last).eval()
     patches = common.place_patches(patches, recipe["IMAGE_SIZE"], device)
     tqdm.write(
@@ -166,69 +158,78 @@ def compute_features(patches, seed, views, constants):
     return torch.cat(parts).view(1 + views, len(patches), -1)
 
 
-def use_features(training, recipe, split):
-    """`adapt` of a training: with no stage to train, the head alone is trained, on features."""
-    if recipe["TRAINABLE_STAGES"] != 0:
-        return training
+def network(row):
+    """A method: the network is built, trained, and predicts the scored spots. With no stage to
+    train, the head alone is trained, on features.
+    """
+    model, loss = methods.start_network(row)
+    if row.recipe["TRAINABLE_STAGES"] == 0:
+        head, spots = use_features(model, row)
+        row.fit(head, spots, model=model, loss=loss, aug="none")
+        return row.predict(head, spots)
+    patches = row.place_patches()
+    row.fit(model, patches, loss=loss)
+    return row.predict(model, patches)
+
+
+def use_features(model, row):
+    """(the head on the features of the frozen backbone, (N, 1, 1, 1) its input: spot numbers)."""
+    recipe = row.recipe
     views = 0 if recipe["AUG"] == "none" else min(VIEWS, recipe["EPOCHS"])
     names = ("BACKBONE", "PRETRAINED", "POOL_STAGES", "CHANNELS", "IMAGE_SIZE", "AUG")
     names += ("WARP_BORDER", "WARP_ASPECT", "DEVICE", "PRECISION")
     constants = tuple((name, recipe[name]) for name in names)
-    features = compute_features(split.data.patches, split.seed, views, constants)
-    if training.model.pool_stages:
-        features = features * training.model.feature_scale
-    network = nn.Sequential(FrozenFeatures(features), training.model.head)
+    features = compute_features(row.split.data.patches, row.split.seed, views, constants)
+    if model.pool_stages:
+        features = features * model.feature_scale
     spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
-    return replace(training, network=network, patches=spots, aug="none")
+    return nn.Sequential(FrozenFeatures(features), model.head), spots
 
 
 # -------------------------------------------------------------------------------------- out of fold
-def join_folds(out, records):
-    """`compute` of Run.compute: the folds' predictions, each spot's by the network that did not
+def join_folds(folds, row):
+    """A method, given the rows of the folds: each spot is predicted by the network that did not
     see it.
     """
-
-    def compute(recipe, split, folder):
-        of = [record for record in records if record["truth"] == recipe["TARGET"]]
-        parts = [recording.read_prediction(out / record["folder"]) for record in of]
-        if PROTOCOL != "loso":  # There each slide is of one fold.
-            parts = share_intercept(parts, split.data, [out / record["folder"] for record in of])
-        parts = pd.concat(parts)
-        ids = split.data.spots["id"].to_numpy()[split.spots("oof")]
-        paths = [out / record["folder"] / "history.csv" for record in of]
-        histories = [shell.read_csv(path, numbers=("epoch", "valid_mse")) for path in paths]
-        mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
-        more = {name: of[0][name] for name in ("weights", *methods.PARAMETERS)}
-        more["best_epoch"] = common.choose_epoch(mean.to_dict("records"), recipe)
-        more["seconds"] = sum(record["seconds"] for record in of)
-        return parts.loc[ids].to_numpy(), more
-
-    return compute
+    parts = [recording.read_prediction(fold.folder) for fold in folds]
+    if PROTOCOL != "loso":  # There each slide is of one fold.
+        parts = share_intercept(parts, folds)
+    histories = [
+        shell.read_csv(fold.folder / "history.csv", numbers=("epoch", "valid_mse"))
+        for fold in folds
+    ]
+    mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
+    row.note(**{name: folds[0].lines[0][name] for name in ("weights", *methods.PARAMETERS)})
+    row.note(
+        best_epoch=common.choose_epoch(mean.to_dict("records"), row.recipe),
+        seconds=sum(fold.lines[0]["seconds"] for fold in folds),
+    )
+    ids = row.split.data.spots["id"].to_numpy()[row.split.spots("oof")]
+    return pd.concat(parts).loc[ids].to_numpy()
 
 
-def share_intercept(parts, data, folders):
+def share_intercept(parts, folds):
     """The folds' predictions, tables (n, G), with one intercept for the mean expression of the
     spots that each network has learnt from, which the least squared error puts into it.
 
     Where a fold is high, the others are low, so over joined folds these means alone have an r below
     0, that of permuted counts.
     """
-    ids, means = data.spots["id"], []
-    for folder in folders:
-        roles = shell.read_csv(folder / "split.csv", ("id", "role"), dtype={"id": str})
-        learnt = ids.isin(roles["id"][roles["role"] == "train"])
-        mean, _ = common.mean_and_variance(data.target, np.flatnonzero(learnt))
+    means = []
+    for fold in folds:
+        mean, _ = common.mean_and_variance(fold.split.data.target, fold.split.spots("train"))
         means.append(mean.astype(np.float32))
     shared = np.mean(means, axis=0)
     return [part + (shared - mean) for part, mean in zip(parts, means, strict=True)]
 
 
-def rank_settings(records):
+def rank_settings(rows):
     """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean
     over the seeds. A setting whose r of HEG is undefined, or defined for fewer genes than
     another's, is left out.
     """
-    table = recording.select_records(records, "oof", TARGET).astype({"heg": float, "hvg": float})
+    table = recording.select_records(runs.lines_of(rows), "oof", TARGET)
+    table = table.astype({"heg": float, "hvg": float})
     table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean()
     table = table.dropna(subset="heg")
     table = table[table["heg_n"] == table["heg_n"].max()]
@@ -240,22 +241,27 @@ def rank_settings(records):
     return order.index.tolist()
 
 
-def add_folds(trained, records):
-    """`add` of Run.print_scores: mean±sd over the folds of HEG's and HVG's r."""
-    setting, truth = records["setting"].iloc[0], records["truth"].iloc[0]
-    folds = recording.select_records(trained, "valid", truth)
-    folds = folds[folds["setting"] == setting]
-    return {
-        "HEG by fold": printing.format_mean(folds["heg"].astype(float)),
-        "HVG by fold": printing.format_mean(folds["hvg"].astype(float)),
-        "best epoch": f"{records['best_epoch'].mean():.0f}",
-        "minutes": f"{records['seconds'].sum() / 60:.1f}",
-    }
+def describe_folds(trained, joined):
+    """{setting: {column: text}}: mean±sd over the folds of HEG's and HVG's r, against the
+    target.
+    """
+    folds = recording.select_records(runs.lines_of(trained), "valid", TARGET)
+    lines = recording.select_records(runs.lines_of(joined), "oof", TARGET)
+    columns = {}
+    for setting, group in lines.groupby("setting"):
+        of_setting = folds[folds["setting"] == setting]
+        columns[setting] = {
+            "HEG by fold": printing.format_mean(of_setting["heg"].astype(float)),
+            "HVG by fold": printing.format_mean(of_setting["hvg"].astype(float)),
+            "best epoch": f"{group['best_epoch'].mean():.0f}",
+            "minutes": f"{group['seconds'].sum() / 60:.1f}",
+        }
+    return columns
 
 
-def draw_figure(path, title, records):
+def draw_figure(path, title, rows):
     """Out-of-fold HEG r of the grid, against the target."""
-    table = recording.select_records(records, "oof", TARGET).astype({"heg": float})
+    table = recording.select_records(runs.lines_of(rows), "oof", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
     hiddens = choose_hiddens()
     values = np.array([[grid[name_setting(k, h)] for h in hiddens] for k in STAGES])
@@ -284,24 +290,33 @@ def choose_hiddens():
     return (0,) if HEAD_START == "ridge" else HIDDENS
 
 
-def train_chosen(run, oof, settings):
-    """Train the chosen setting of each test slide on all its training spots: the records.
+def train_chosen(run, joined, settings):
+    """Train the chosen setting of each test slide on all its training spots: the rows.
 
     It is chosen on the training spots alone, over the seeds, and trained up to the epoch that was
     best over the folds.
     """
-    final = []
+    chosen = []
     for whole in run.splits:
-        of = [record for record in oof if record["fold"] == whole.fold]
-        best = rank_settings(of)[0]
-        keep = recording.record_of(of, best, whole)["best_epoch"]
-        train = functools.partial(methods.train_network, keep=keep, adapt=use_features)
-        final += run.compute(best, run.recipe | settings[best] | {"KEEP": keep}, whole, train)
-    return final
+        best = rank_settings([row for row in joined if row.split.fold == whole.fold])[0]
+        (out_of_fold,) = [
+            row for row in joined if row.setting == best and is_same_training(row.split, whole)
+        ]
+        stop = out_of_fold.lines[0]["best_epoch"]
+        recipe = run.recipe | settings[best] | {"KEEP": stop}
+        row = run.row(best, whole, recipe, stop=stop)
+        row.report = None
+        chosen.append(run.fill(row, network))
+    return chosen
+
+
+def is_same_training(split, other):
+    """Whether two splits have the same test slide and seed."""
+    return (split.seed, split.fold) == (other.seed, other.fold)
 
 
 def main():
-    run = runs.open_run(globals(), hold_out)
+    run = runs.open_run(globals(), validate=False)
     settings = {
         name_setting(stages, hidden): {"TRAINABLE_STAGES": stages, "HIDDEN": hidden, "TTA": False}
         for stages, hidden in itertools.product(STAGES, choose_hiddens())
@@ -315,28 +330,28 @@ def main():
     for whole in run.splits:
         folds.append(fold_whole(whole, n_folds[whole.seed]))
         n_folds[whole.seed] += len(folds[-1])
-    every_fold = list(itertools.chain(*folds))
-    trained = replace(run, splits=every_fold).train(settings, adapt=use_features)
-    oof = []
+    trained = run.train(settings, network, list(itertools.chain(*folds)))
+    joined = []
     for setting, (whole, parts) in itertools.product(settings, zip(run.splits, folds, strict=True)):
-        own = [(part.seed, part.fold) for part in parts]
-        of = [r for r in trained if r["setting"] == setting and (r["seed"], r["fold"]) in own]
+        rows = [row for row in trained if row.setting == setting and row.split in parts]
         left_out = replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
-        recipe = run.recipe | settings[setting] | {"JOINED": sorted({r["folder"] for r in of})}
-        oof += run.compute(setting, recipe, left_out, join_folds(run.out, of))
-    order = rank_settings(oof)
-    oof.sort(key=lambda r: order.index(r["setting"]) if r["setting"] in order else len(order))
+        names = sorted({row.folder.name for row in rows})
+        row = run.row(setting, left_out, run.recipe | settings[setting] | {"JOINED": names})
+        joined.append(run.fill(row, functools.partial(join_folds, rows)))
+    order = rank_settings(joined)
+    joined.sort(key=lambda r: order.index(r.setting) if r.setting in order else len(order))
     title = f"{len(folds[0])} folds, best setting first"
-    add = functools.partial(add_folds, trained)
+    columns = describe_folds(trained, joined)
     leave_out = ("[95 %]", "MG", "r>=.30", "q<.05")
-    run.print_scores(title, oof, add=add, leave_out=leave_out, role="oof", truth=TARGET)
-    final = []
+    run.print_scores(title, joined, columns=columns, leave_out=leave_out, role="oof", truth=TARGET)
+    chosen = []
     if not ONLY:
-        draw_figure(run.out / "search.png", run.title(""), oof)
-        final = train_chosen(run, oof, settings)
-        run.print_scores("the chosen setting, trained on all training spots", final)
+        draw_figure(run.out / "search.png", run.title(""), joined)
+        chosen = train_chosen(run, joined, settings)
+        run.print_scores("the chosen setting, trained on all training spots", chosen)
         print(f"figure: {run.out / 'search.png'}")
-    run.finish(oof + final + trained)
+    run.rows = joined + chosen + trained
+    run.finish()
 
 
 if __name__ == "__main__":

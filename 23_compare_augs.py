@@ -25,8 +25,8 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
     shell.check_command(__file__, dataset=True)
 
 
+import functools
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import common
-from study import methods, recording, runs, shell, splitting
+from study import methods, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -163,11 +163,15 @@ def change_where(hit, change, images, values):
     return images.index_copy(0, chosen, change(images[chosen], values))
 
 
-def add_colour(training, recipe, split):
-    """`adapt` of a training: with COLOUR, ColourAndBlur stands before the network."""
-    if not recipe["COLOUR"]:
-        return training
-    return replace(training, network=nn.Sequential(ColourAndBlur(), training.model))
+def network(row):
+    """A method: the network is built, trained on the patches, and predicts the scored spots. With
+    COLOUR, ColourAndBlur stands before it.
+    """
+    model, loss = methods.start_network(row)
+    patches = row.place_patches()
+    trained = nn.Sequential(ColourAndBlur(), model) if row.recipe["COLOUR"] else model
+    row.fit(trained, patches, model=model, loss=loss)
+    return row.predict(trained, patches)
 
 
 def setting_of(aug):
@@ -183,10 +187,11 @@ def draw_figure(path, title, differences):
     ax = figure.subplots()
     place_of = {setting: place for place, setting in enumerate(names["setting"])}
     for shift, group in zip((-0.2, 0, 0.2), ("HEG", "HVG", "all"), strict=True):
-        of = differences[differences["group"] == group].dropna()
-        places = of["setting"].map(place_of) + shift
-        ends = np.stack([of["difference"] - of["low"], of["high"] - of["difference"]])
-        ax.errorbar(of["difference"], places, xerr=ends, fmt="o", label=group)
+        lines = differences[differences["group"] == group].dropna()
+        places = lines["setting"].map(place_of) + shift
+        middle = lines["difference"]
+        ends = np.stack([middle - lines["low"], lines["high"] - middle])
+        ax.errorbar(middle, places, xerr=ends, fmt="o", label=group)
     ax.axvline(0, color="grey", linewidth=0.8)
     ax.set_yticks(range(len(names)), names["setting"] + " - " + names["minus"])
     ax.invert_yaxis()
@@ -211,17 +216,17 @@ def compare_with_mpa():
     return minus
 
 
-def predict_anew(run, records, aug, split):
-    """The records of a trained network's predictions over the 8 symmetries, and of the same slide
+def predict_anew(run, aug, split):
+    """Fill the rows of a trained network's predictions over the 8 symmetries, and of the same slide
     as another laboratory would have stained it.
     """
-    trained = recording.record_of(records, aug, split)
+    trained = run.find(aug, split)
     recipe = run.recipe | setting_of(aug)
     split = splitting.final_split(recipe, split)
-    again = methods.predict_again(run.out, trained)
-    anew = run.compute(f"{aug}, 8 views", recipe | {"TTA": True}, split, again)
-    again = methods.predict_again(run.out, trained, restained=True)
-    return anew + run.compute(f"{aug}, restained", recipe | {"RESTAINED": True}, split, again)
+    row = run.row(f"{aug}, 8 views", split, recipe | {"TTA": True})
+    run.fill(row, functools.partial(methods.predict_again, trained))
+    row = run.row(f"{aug}, restained", split, recipe | {"RESTAINED": True})
+    run.fill(row, functools.partial(methods.predict_again, trained, restained=True))
 
 
 def main():
@@ -231,22 +236,19 @@ def main():
     run = runs.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})
-    records = run.train(settings, adapt=add_colour)
+    run.train(settings, network)
     for aug, split in itertools.product(settings, run.splits):
-        records += predict_anew(run, records, aug, split)
+        predict_anew(run, aug, split)
     for split in [] if ONLY else run.splits:
-        for name, compute in RIDGES.items():
-            records += run.compute(name, run.baseline, split, compute)
+        for name, method in RIDGES.items():
+            run.fill(run.row(name, split, run.baseline), method)
     title = "augmentations; 8 views = averaged over the symmetries at test time"
-    minus = compare_with_mpa()
-    run.print_scores(title, records, minus=minus)
-    if minus:
-        numbers = "n", "difference", "low", "high"
-        differences = shell.read_csv(run.out / "paired_differences.csv", numbers=numbers)
+    differences = run.print_scores(title, minus=compare_with_mpa())
+    if differences is not None:
         path = run.out / "paired_differences.png"
         draw_figure(path, run.title(f"{differences['n'][0]} pairs"), differences)
         print(f"figure: {path}")
-    run.finish(records)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
 
 import functools
 import hashlib
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -242,19 +241,25 @@ class WithId(nn.Module):
         return self.model.head(torch.cat([features, self.model.embedding(ids)], dim=1))
 
 
-def add_id(ids, training, recipe, split):
-    """`adapt` of a training: `ids` holds the cluster of every spot, by seed and fold."""
-    if recipe["ID"] == "no id":
-        return training
-    own = ids[split.seed, split.fold]
-    if recipe["ID"] == "shuffled id":
-        own = shuffle_ids(own, split.data.spots["tissue_index"].to_numpy(), split.seed)
-    model = training.model
+def network(ids_of, row):
+    """A method, given the cluster of every spot by seed and fold: the network is built, with the
+    row's ID at its head, trained on the patches, and predicts the scored spots.
+    """
+    model, loss = methods.start_network(row)
+    patches = row.place_patches()
+    if row.recipe["ID"] == "no id":
+        row.fit(model, patches, loss=loss)
+        return row.predict(model, patches)
+    split = row.split
+    ids = ids_of[split.seed, split.fold]
+    if row.recipe["ID"] == "shuffled id":
+        ids = shuffle_ids(ids, split.data.spots["tissue_index"].to_numpy(), split.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shell.seed_of(split.seed, "embedding"))
-        network = WithId(model, own.max() + 1, recipe["EMBEDDING"])
-    network = network.to(model.mean.device)
-    return replace(training, network=network, patches=PatchesWithId(training.patches, own))
+        with_id = WithId(model, ids.max() + 1, row.recipe["EMBEDDING"]).to(row.device)
+    patches = PatchesWithId(patches, ids)
+    row.fit(with_id, patches, model=model, loss=loss)
+    return row.predict(with_id, patches)
 
 
 # ------------------------------------------------------------------------------------------- figure
@@ -281,8 +286,8 @@ def draw_clusters(path, title, split, ids, points):
     above[2].set(ylabel="cluster", xlabel="share of slides (training spots)")
     show_patches(above[3], data.patches, train, ids)
     for ax, slide in zip(below, shown, strict=False):
-        of = data.spots[slides == slide]
-        ax.scatter(of["pxl_col"], -of["pxl_row"], c=ids[slides == slide], s=8, **colours)
+        spots = data.spots[slides == slide]
+        ax.scatter(spots["pxl_col"], -spots["pxl_row"], c=ids[slides == slide], s=8, **colours)
         test = " (test)" if slide in split.slides("test") else ""
         ax.set_title(f"slide {slide}{test}", size=9)
     for ax in (*below, *above[4:]):
@@ -322,7 +327,7 @@ def cluster_every_split(run):
         run.out / "clusters.png", run.title("the first training"), run.splits[0], ids, points
     )
     ids_of = {training: found[0] for training, found in every.items()}
-    table = pd.DataFrame({f"cluster_{seed}_{fold}": of for (seed, fold), of in ids_of.items()})
+    table = pd.DataFrame({f"cluster_{seed}_{fold}": ids for (seed, fold), ids in ids_of.items()})
     shell.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
     return ids_of, table
 
@@ -331,18 +336,17 @@ def main():
     run = runs.open_run(globals())
     run.print_header()
     ids_of, table = cluster_every_split(run)
-    # A record follows from the ids, not from how they were found; without an id, from neither.
+    # A row follows from the ids, not from how they were found; without an id, from neither.
     shared = {"TTA": False, "AUG": "mpa", "TRAINABLE_STAGES": -1}
     shared |= dict.fromkeys(("FEATURES", "MIN_CLUSTER", "NEIGHBOURS"))
     found = hashlib.sha256(table.to_numpy().tobytes()).hexdigest()
     settings = {name: shared | {"ID": name, "IDS": found} for name in SETTINGS}
     settings["no id"] |= {"IDS": None, "EMBEDDING": None}
-    records = run.train(run.chosen(settings), adapt=functools.partial(add_id, ids_of))
+    run.train(run.chosen(settings), functools.partial(network, ids_of))
     minus = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
-    title = f"{methods.name_network(BACKBONE)} with and without a cluster id"
-    run.print_scores(title, records, minus=minus)
+    run.print_scores(f"{methods.name_network(BACKBONE)} with and without a cluster id", minus=minus)
     print(f"figure: {run.out / 'clusters.png'}")
-    run.finish(records)
+    run.finish()
 
 
 if __name__ == "__main__":

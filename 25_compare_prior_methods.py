@@ -105,7 +105,9 @@ def name_bleep():
 
 
 def trained_methods():
-    """{setting: {CONSTANT: value}} of what is trained; other methods' constants stay out of it."""
+    """{setting: {CONSTANT: value}} of what is trained; METHOD is one of METHODS, and other methods'
+    constants stay out of it.
+    """
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
     others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "SURROUNDINGS", "PUBLISHED")
     shared = dict.fromkeys(others)
@@ -143,6 +145,33 @@ def trained_methods():
     if PRETRAINED is False:  # Features of a random network are nothing to start from.
         del found[f"{network}, best recipe"]
     return {name: shared | own | {"METHOD": method} for name, (method, own) in found.items()}
+
+
+# ----------------------------------------------------------------------------------------- networks
+def network(row, loss=None, **how):
+    """A method: a network with a head is built, trained on the patches, and predicts the scored
+    spots; `loss` and `how`, of common.fit, are the recipe's unless given.
+    """
+    model, loss_of_recipe = methods.start_network(row)
+    patches = row.place_patches()
+    row.fit(model, patches, loss=loss or loss_of_recipe, **how)
+    return row.predict(model, patches)
+
+
+def stnet(row):
+    """A method: ST-Net as published."""
+    return network(row, sum_of_squares, optimise=sgd_with_momentum)
+
+
+def bleep(row):
+    """A method: BLEEP's two encoders are trained on the patches and expression of the same spots;
+    a scored spot is predicted by the training spots whose expression lies nearest to its image.
+    """
+    model, _ = methods.start_network(row)
+    patches = row.place_patches()
+    pair = build_bleep(model, row)
+    row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw_at_constant_rate)
+    return row.predict(pair, patches)
 
 
 # ------------------------------------------------------------------------------------------- ST-Net
@@ -248,50 +277,45 @@ def adamw_at_constant_rate(network, recipe):
     )
 
 
-def build_bleep(model, recipe, split):
+def build_bleep(model, row):
     """The network of BLEEP around the image encoder of `model`."""
+    split = row.split
     expression = torch.from_numpy(split.data.target[split.spots("train")])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shell.seed_of(split.seed, "projections"))
         model.head = Projection(model.head[-1].in_features)
         model.spots = Projection(expression.shape[1])
-    return Bleep(model, expression, recipe["MICRO_BATCH"]).to(model.mean.device)
+    return Bleep(model, expression, row.recipe["MICRO_BATCH"]).to(model.mean.device)
 
 
-def adapt(training, recipe, split):
-    """`adapt` of a training, for the METHOD of the recipe."""
-    method = recipe["METHOD"]
-    if method == "BLEEP":
-        network = build_bleep(training.model, recipe, split)
-        return replace(
-            training, network=network, loss=network.loss, optimise=adamw_at_constant_rate
-        )
-    if method == "ST-Net":
-        return replace(training, loss=sum_of_squares, optimise=sgd_with_momentum)
-    return training
+METHODS = {"network": network, "ST-Net": stnet, "ST-Net, Adam": network, "BLEEP": bleep}
+
+
+def train_method(row):
+    """A method: that of METHODS which the row's recipe names."""
+    return METHODS[row.recipe["METHOD"]](row)
 
 
 # ------------------------------------------------------------------------------ baselines, controls
-@methods.refitted
-def training_mean(recipe, split, folder):
-    """Each gene's mean over the training spots: constant, so r is undefined and MSE what is left to
-    explain.
+def training_mean(row):
+    """A method: each gene's mean over the training spots: constant, so r is undefined and MSE what
+    is left to explain.
     """
-    mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
+    mean, _ = common.mean_and_variance(row.split.data.target, row.split.spots("train"))
     mean = mean.astype(np.float32)
-    return np.tile(mean, (len(split.scored()), 1)), {"weights": "none"}
+    return np.tile(mean, (len(row.split.scored()), 1))
 
 
-@methods.refitted
-def ridge_with_surroundings(recipe, split, folder):
-    """The ridge on frozen features of the spot's own patch and, beside them, of the patches around
-    it: what a method that looks at single spots leaves on the slide.
+def ridge_with_surroundings(row):
+    """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
+    patches around it: what a method that looks at single spots leaves on the slide.
     """
-    own, _ = methods.freeze_features(recipe, split)
-    around = average_surroundings(own, split.data.spots, recipe["SURROUNDINGS"])
-    features = np.hstack([own, around])
-    weights = methods.name_weights(recipe)
-    return methods.predict_by_ridge(split, features, features[split.scored()], weights)
+    features, _ = methods.freeze_features(row.recipe, row.split)
+    spots = row.split.data.spots
+    around = average_surroundings(features, spots, row.recipe["SURROUNDINGS"])
+    features = np.hstack([features, around])
+    row.note(weights=methods.name_weights(row.recipe))
+    return methods.predict_by_ridge(row, features, features[row.split.scored()])
 
 
 def average_surroundings(features, spots, width):
@@ -311,25 +335,24 @@ def average_surroundings(features, spots, width):
     return around
 
 
-@methods.refitted
-def depth_only(recipe, split, folder):
-    """Control: a straight line a gene through the log of the spot's own total counts, which an
-    image does not show.
+def depth_only(row):
+    """A method, control: a straight line a gene through the log of the spot's own total counts,
+    which an image does not show.
     """
+    split = row.split
     train = split.spots("train")
     depth = np.log(split.data.annotations.obs["n_counts"].to_numpy(np.float64))[:, None]
     centred = ridges.Centred(depth, split.data.target, train, np.zeros(len(depth)))
     line = ridges.solve_ridge(centred, train, penalty=0)
-    return line.predict(depth[split.scored()]), {"weights": "none"}
+    return line.predict(depth[split.scored()])
 
 
-@methods.refitted
-def nearest_spot(recipe, split, folder):
-    """Control: expression measured at the nearest position of the neighbouring training slide,
-    slides laid upon each other by the middle of their spots. NaN for a spot whose slide has no such
-    neighbour.
+def nearest_spot(row):
+    """A method, control: expression measured at the nearest position of the neighbouring training
+    slide, slides laid upon each other by the middle of their spots. NaN for a spot whose slide has
+    no such neighbour.
     """
-    data = split.data
+    split, data = row.split, row.split.data
     train, scored = split.spots("train"), split.scored()
     slides = data.spots["tissue_index"].to_numpy()
     places = common.places_in_pitches(data.spots)
@@ -344,20 +367,21 @@ def nearest_spot(recipe, split, folder):
         here = np.flatnonzero(slides[scored] == slide)
         _, nearest = cKDTree(places[source]).query(places[scored[here]])
         predicted[here] = data.target[source[nearest]]
-    return predicted, {"weights": "none"}
+    return predicted
 
 
-def same_slide(recipe, split, folder):
-    """Control: the ridge on frozen features, learnt on the test slide itself, on the blocks around
-    those that it predicts. What it has over the other ridges is the step to another slide, and what
-    it lacks to them the number of spots; what it lacks to the ceiling, the image does not show, or
-    not to these features. NaN for other slides.
+def same_slide(row):
+    """A method, control: the ridge on frozen features, learnt on the test slide itself, on the
+    blocks around those that it predicts. What it has over the other ridges is the step to another
+    slide, and what it lacks to them the number of spots; what it lacks to the ceiling, the image
+    does not show, or not to these features. NaN for other slides.
 
     All folds have one intercept, the slide's means: where a fold is high, the others are low, so
     with their mean for its intercept even permuted counts would have an r, below 0.
     """
-    data = split.data
-    features, _ = methods.freeze_features(recipe, split)
+    split, data = row.split, row.split.data
+    features, _ = methods.freeze_features(row.recipe, split)
+    row.note(weights=methods.name_weights(row.recipe))
     slides = data.spots["tissue_index"].to_numpy()
     scored = split.scored()
     line_of = pd.Series(range(len(scored)), scored)
@@ -372,67 +396,54 @@ def same_slide(recipe, split, folder):
             ridge, _ = methods.fit_ridge(split, features, learn)
             ridge = ridge.through(mean_x, mean_y)
             predicted[line_of[judge]] = ridge.predict(features[judge])
-    return predicted, {"weights": methods.name_weights(recipe)}
+    return predicted
 
 
-def retrieve_from_all(out, trained):
-    """`compute` of Run.compute: BLEEP as it was trained, but a test spot's expression is retrieved
+def retrieve_from_all(trained, row):
+    """A method, given BLEEP's row: as it was trained, but a test spot's expression is retrieved
     from all spots of the training slides, those of validation as well.
     """
-
-    def compute(recipe, split, folder):
-        again = methods.predict_again(out, trained, wrap=build_bleep)
-        predicted, more = again(recipe, split.with_all_in_training(), folder)
-        first = recording.read_prediction(out / trained["folder"]).to_numpy()
-        return splitting.keep_validation_of(first, predicted, split), more
-
-    return compute
+    all_train = replace(row, split=row.split.with_all_in_training())
+    predicted = methods.predict_again(trained, all_train, wrap=build_bleep)
+    first = recording.read_prediction(trained.folder).to_numpy()
+    return splitting.keep_validation_of(first, predicted, row.split)
 
 
-def predict_otherwise(run, settings, records):
-    """The records of what was trained and predicts once more: networks by one view of a patch, and
-    BLEEP from all spots of the training slides.
+def predict_otherwise(run, settings):
+    """Fill the rows of what was trained and predicts once more: networks by one view of a patch,
+    and BLEEP from all spots of the training slides.
     """
-    found = []
     for name, changed in settings.items():
         recipe = run.recipe | changed
         for split in run.splits:
-            trained = recording.record_of(records, name, split)
-            again = recipe | {"AGAIN": trained["folder"]}
+            trained = run.find(name, split)
+            again = recipe | {"AGAIN": trained.folder.name}
             if name == name_bleep() and not REFIT:  # which has taken them all
-                compute = retrieve_from_all(run.out, trained)
-                found += run.compute(f"{name}, all references", again, split, compute)
+                row = run.row(f"{name}, all references", split, again)
+                run.fill(row, functools.partial(retrieve_from_all, trained))
             if recipe["METHOD"] == "network" and TTA:
-                one_view = again | {"TTA": False}
-                compute = methods.predict_again(run.out, trained)
                 # Refitted weights have learnt from validation spots, which then are no test of it.
                 learnt = splitting.final_split(recipe, split)
-                found += run.compute(f"{name}, 1 view", one_view, learnt, compute)
-    return found
+                row = run.row(f"{name}, 1 view", learnt, again | {"TTA": False})
+                run.fill(row, functools.partial(methods.predict_again, trained))
 
 
-def average_predictions(out, records):
-    """`compute` of Run.compute: the mean of the predictions of these records."""
-
-    def compute(recipe, split, folder):
-        names = dict.fromkeys(record["folder"] for record in records)
-        total = sum(recording.read_prediction(out / name).to_numpy() for name in names)
-        return total / len(names), {"weights": "several"}
-
-    return compute
+def average_predictions(members, row):
+    """A method, given rows: the mean of their predictions."""
+    row.note(weights="several")
+    total = sum(recording.read_prediction(member.folder).to_numpy() for member in members)
+    return total / len(members)
 
 
 def computed_methods(run):
-    """{setting: (its constants, its `compute` of Run.compute)} of what needs no training by
-    epochs.
-    """
+    """{setting: (its constants, its method)} of what needs no training by epochs."""
     plain = run.baseline
     found = {
         "training mean": (plain, training_mean),
         "ridge (colour)": (plain, methods.ridge_on_colour),
     }
-    own = {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
-    frozen = plain | own | {"POOL_STAGES": False}
+    frozen = plain | {"POOL_STAGES": False}
+    frozen |= {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
     backbones = [FEATURES, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
     for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
         recipe = frozen | {"BACKBONE": backbone}
@@ -458,55 +469,47 @@ def computed_methods(run):
     return found
 
 
-def compute_ensembles(run, records):
-    """The records of two means of predictions: of the networks and ridges that see single spots at
-    their best, and of the ridges that see the surroundings; none from random weights.
+def fill_ensembles(run):
+    """Fill the rows of two means of predictions: of the networks and ridges that see single spots
+    at their best, and of the ridges that see the surroundings; none from random weights.
     """
     if PRETRAINED is False:
-        return []
-    at_best = (", best recipe", ", Adam", ", all stages)")
-    return [
-        *average_settings(run, records, at_best, "models"),
-        *average_settings(run, records, (", surroundings)",), "ridges, surroundings"),
-    ]
+        return
+    average_settings(run, (", best recipe", ", Adam", ", all stages)"), "models")
+    average_settings(run, (", surroundings)",), "ridges, surroundings")
 
 
-def average_settings(run, records, endings, kind):
-    """The records of the mean of the settings whose names end so; none of fewer than two."""
-    settings = dict.fromkeys(record["setting"] for record in records)
-    members = [name for name in settings if name.endswith(endings)]
-    if len(members) < 2:
-        return []
-    found = []
+def average_settings(run, endings, kind):
+    """Fill the rows of the mean of the settings whose names end so; none of fewer than two."""
+    settings = dict.fromkeys(row.setting for row in run.rows)
+    names = [name for name in settings if name.endswith(endings)]
+    if len(names) < 2:
+        return
     for split in run.splits:
-        of = [recording.record_of(records, name, split) for name in members]
-        recipe = run.baseline | {"MEMBERS": sorted(record["folder"] for record in of)}
-        compute = average_predictions(run.out, of)
-        found += run.compute(f"mean of {len(members)} {kind}", recipe, split, compute)
-    return found
+        members = [run.find(name, split) for name in names]
+        recipe = run.baseline | {"MEMBERS": sorted(member.folder.name for member in members)}
+        row = run.row(f"mean of {len(names)} {kind}", split, recipe)
+        run.fill(row, functools.partial(average_predictions, members), refit=False)
 
 
 # -------------------------------------------------------------------------------------------- table
-def add_costs_and_gain(bleep, records):
-    """`add` of Run.print_scores: parameters (millions), minutes, variance of what is predicted over
-    that of what is measured, and r over `bleep`'s.
+def describe_costs_and_gain(lines):
+    """{setting: {column: text}}: parameters (millions), minutes, variance of what is predicted over
+    that of what is measured, and r over BLEEP's.
     """
-    parameters = records.get("parameters_total", pd.Series(dtype=float)).mean()
-    r = records[recording.headline_of(records).column].mean()
-    gain = r / bleep - 1 if bleep > 0 else np.nan
-    return {
-        "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
-        "min": f"{records['seconds'].mean() / 60:.1f}",
-        "var": f"{records['variance_ratio'].mean():.2f}",
-        "over BLEEP": "-" if np.isnan(gain) else f"{gain:+.0%}",
-    }
-
-
-def r_of(records, setting):
-    """Mean of the headline's r of a setting on the test slides; NaN without records."""
-    table = recording.select_records(records)
-    column = recording.headline_of(records).column
-    return table[column][table["setting"] == setting].astype(float).mean()
+    column = recording.headline_of(lines).column
+    bleep_r = lines[column][lines["setting"] == name_bleep()].astype(float).mean()
+    columns = {}
+    for setting, group in lines.groupby("setting"):
+        parameters = group.get("parameters_total", pd.Series(dtype=float)).mean()
+        gain = group[column].mean() / bleep_r - 1 if bleep_r > 0 else np.nan
+        columns[setting] = {
+            "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
+            "min": f"{group['seconds'].mean() / 60:.1f}",
+            "var": f"{group['variance_ratio'].mean():.2f}",
+            "over BLEEP": "-" if np.isnan(gain) else f"{gain:+.0%}",
+        }
+    return columns
 
 
 def main():
@@ -514,24 +517,25 @@ def main():
     trained, computed = trained_methods(), computed_methods(run)
     chosen = run.chosen(trained | computed)
     run.print_header()
-    records = []
     for name in [name for name in computed if name in chosen]:
-        recipe, compute = computed[name]
+        recipe, method = computed[name]
         for split in run.splits:  # before the trainings: what fails, fails now
-            records += run.compute(name, recipe, split, compute)
+            run.fill(run.row(name, split, recipe), method)
+    without_training = run.rows
+    run.rows = []
     settings = {name: setting for name, setting in trained.items() if name in chosen}
-    trained_records = run.train(settings, adapt)
-    records = trained_records + predict_otherwise(run, settings, trained_records) + records
-    records += compute_ensembles(run, records)
-    bleep = name_bleep()
-    others = dict.fromkeys(record["setting"] for record in records if record["setting"] != bleep)
-    minus = {} if ONLY else dict.fromkeys(others, bleep)
-    add = functools.partial(add_costs_and_gain, r_of(records, bleep))
-    title = "methods; a control uses what no image model may"
-    leave_out = ("HVG", "MG", "all", "in slides", "r>=.30", "q<.05")
-    run.print_scores(title, records, minus=minus, add=add, leave_out=leave_out)
-    tables = printing.print_published(run.data.root) if PUBLISHED else {}
-    run.finish(records, tables)
+    run.train(settings, train_method)
+    predict_otherwise(run, settings)
+    run.rows += without_training
+    fill_ensembles(run)
+    names = dict.fromkeys(row.setting for row in run.rows if row.setting != name_bleep())
+    run.print_scores(
+        "methods; a control uses what no image model may",
+        minus={} if ONLY else dict.fromkeys(names, name_bleep()),
+        columns=describe_costs_and_gain(run.tested()),
+        leave_out=("HVG", "MG", "all", "in slides", "r>=.30", "q<.05"),
+    )
+    run.finish(printing.print_published(run.data.root) if PUBLISHED else {})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from study import shell, weight_files
+from study import recipes, shell, weight_files
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
@@ -566,9 +566,9 @@ def lay_affine_grid(affine, size):
     By one broadcast sum, where torch multiplies matrices: that takes 68 times as long on a
     processor, and was a quarter of the whole augmentation.
     """
-    at = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
-    rows = affine[:, :, 1, None] * at + affine[:, :, 2, None]
-    return (affine[:, :, 0, None, None] * at + rows[:, :, :, None]).permute(0, 2, 3, 1)
+    centres = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
+    rows = affine[:, :, 1, None] * centres + affine[:, :, 2, None]
+    return (affine[:, :, 0, None, None] * centres + rows[:, :, :, None]).permute(0, 2, 3, 1)
 
 
 # ------------------------------------------------------------------------------------------- stain
@@ -746,9 +746,9 @@ class SpotRegressor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.freeze_batchnorm = recipe.get("FREEZE_BATCHNORM", False)
-        self.pool_stages = recipe.get("POOL_STAGES", False)
-        self.swap_channels = recipe.get("CHANNELS", "rgb") == "bgr"
+        self.freeze_batchnorm = recipe["FREEZE_BATCHNORM"]
+        self.pool_stages = recipe["POOL_STAGES"]
+        self.swap_channels = recipe["CHANNELS"] == "bgr"
         for name in ("mean", "std"):  # Of the images that the backbone was pretrained on.
             values = 255 * torch.tensor(backbone.pretrained_cfg[name])
             self.register_buffer(name, values, persistent=False)
@@ -836,10 +836,7 @@ def measure_features(backbone, recipe):
 
     They are those of one image of IMAGE_SIZE; InputError where the backbone cannot take it.
     """
-    pool_stages = recipe.get("POOL_STAGES", False)
-    if not pool_stages and "IMAGE_SIZE" not in recipe:
-        # VGG and MobileNetV3 put out more features than num_features says.
-        return [getattr(backbone, "head_hidden_size", None) or backbone.num_features]
+    pool_stages = recipe["POOL_STAGES"]
     name, size = recipe["BACKBONE"], recipe["IMAGE_SIZE"]
     image = torch.zeros(1, 3, size, size)
     backbone.eval()
@@ -867,9 +864,9 @@ def build_backbone(recipe):
     from_hub = pretrained is True
     if from_hub:
         check_hub()
-    depth = recipe.get("STOCHASTIC_DEPTH", 0)
+    depth = recipe["STOCHASTIC_DEPTH"]
     try:
-        options = choose_input_size(name, recipe.get("IMAGE_SIZE"))
+        options = choose_input_size(name, recipe["IMAGE_SIZE"])
         if depth:
             options["drop_path_rate"] = depth
         backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
@@ -946,8 +943,10 @@ def count_parameters(model):
 LOSSES = {"mse": F.mse_loss}
 
 
-def adam(network, recipe):
-    """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
+def choose_optimiser(network, recipe):
+    """(optimiser, schedule stepped by the epoch): Adam or, with a HEAD_LEARNING_RATE, AdamW."""
+    if recipe["HEAD_LEARNING_RATE"]:
+        return adamw_with_two_rates(network, recipe)
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
     return optimiser, schedule_rate(optimiser, recipe)
@@ -970,7 +969,7 @@ def adamw_with_two_rates(network, recipe):
 
 def schedule_rate(optimiser, recipe):
     """SCHEDULE of the rates over the epochs: cosine to zero, or constant."""
-    if recipe.get("SCHEDULE", "cosine") == "constant":
+    if recipe["SCHEDULE"] == "constant":
         return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
@@ -989,76 +988,68 @@ def split_batches(n_spots, recipe, ranks=1):
 
 
 def fit(
-    model,
+    network,
     patches,
-    target,
-    train_spots,
-    valid_spots,
-    *,
+    split,
     recipe,
-    seed,
-    dtype,
+    *,
     loss=None,
-    gene_weights=None,
-    optimise=adam,
-    valid_heg=None,
-    keep=None,
+    optimise=choose_optimiser,
+    stop=None,
     checkpoint=None,
-    made_with=None,
     report=None,
 ):
-    """Train; leave the weights of the best epoch in `model`; return the history, a dict an epoch.
+    """Train; leave the weights of the best epoch in `network`; return the history, a dict an epoch.
 
-    patches (N, 3, S, S) uint8, target (N, G) float32 as in SpotData, train_spots and valid_spots
-    int64 arrays of spot numbers. `loss` and `optimise` are LOSS and adam_with_cosine unless given;
-    gene_weights (G,) say how much each gene counts in the loss. The best epoch has the lowest
-    validation MSE or, by BEST_EPOCH, the highest r that valid_heg(predicted) gives; a network that
-    starts as a ridge is judged before its first epoch, too. With `keep` there is no validation, and
-    training ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds
-    what it was `made_with`. report(line, best_epoch) sees each epoch's line of the history.
+    patches (N, 3, S, S) uint8. `split` is a study.splitting.Split, whose training spots are learnt
+    from. `loss` and `optimise` are LOSS and choose_optimiser unless given. The best epoch has the
+    lowest validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a
+    ridge is judged before its first epoch, too. With `stop` there is no validation, and training
+    ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it
+    was made with. report(history, best_epoch) is called after each epoch.
     """
-    device = next(model.parameters()).device
-    loss = weigh_genes(loss or LOSSES[recipe["LOSS"]], gene_weights, device)
-    optimiser, schedule = optimise(model, recipe)
+    device = next(network.parameters()).device
+    _, dtype, _ = choose_device(recipe)
+    made_with = split.made_with(recipe)
+    loss = loss or LOSSES[recipe["LOSS"]]
+    optimiser, schedule = optimise(network, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    stateful = {"model": model, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
-    judge = functools.partial(validate, model, patches, target, valid_spots, valid_heg, dtype)
+    stateful = {"model": network, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+    last = recipe["EPOCHS"] if stop is None else stop
     history, best = resume(checkpoint, stateful, made_with, device)
     if history:
         done = history[-1]["epoch"]
-        last = recipe["EPOCHS"] if keep is None else keep
         tqdm.write(f"going on after epoch {done} of {last} ({checkpoint})")
     else:
         done = 0
-        best = {"epoch": 0, "weights": copy_state(model)}
-        if keep == 0:
+        best = {"epoch": 0, "weights": copy_state(network)}
+        if stop == 0:
             history.append(begin_line(0, schedule))
-        if keep is None and recipe.get("HEAD_START") == "ridge":
-            history.append(begin_line(0, schedule) | judge())
+        if stop is None and recipe["HEAD_START"] == "ridge":
+            history.append(begin_line(0, schedule) | validate(network, patches, split, dtype))
             if report is not None:
-                report(history[0], 0)
-    network = DistributedDataParallel(model) if dist.is_initialized() else model
-    step = functools.partial(make_step, network, optimiser, scaler, loss, dtype)
-    for epoch in range(done, recipe["EPOCHS"] if keep is None else keep):
+                report(history, 0)
+    joined = DistributedDataParallel(network) if dist.is_initialized() else network
+    step = functools.partial(make_step, joined, optimiser, scaler, loss, dtype)
+    for epoch in range(done, last):
         began = time.perf_counter()
         line = begin_line(epoch + 1, schedule)
-        line["train_loss"] = train_epoch(
-            network, step, patches, target, train_spots, recipe, seed, epoch
-        )
+        line["train_loss"] = train_epoch(joined, step, patches, split, recipe, epoch)
         schedule.step()
-        line["images_per_s"] = len(train_spots) / (time.perf_counter() - began)
-        if keep is None:
-            line |= judge()
+        n_images = len(split.spots("train"))
+        line["images_per_s"] = n_images / (time.perf_counter() - began)
+        if stop is None:
+            line |= validate(network, patches, split, dtype)
         line["seconds"] = time.perf_counter() - began
         check_finite(line)
         history.append(line)
-        if keep is not None or choose_epoch(history, recipe) == epoch + 1:
-            best = {"epoch": epoch + 1, "weights": copy_state(model)}
+        if stop is not None or choose_epoch(history, recipe) == epoch + 1:
+            best = {"epoch": epoch + 1, "weights": copy_state(network)}
         if report is not None:
-            report(line, best["epoch"])
+            report(history, best["epoch"])
         if checkpoint is not None and joined_ranks()[1] == 0:
             save_checkpoint(checkpoint, stateful, history, best, made_with)
-    model.load_state_dict(best["weights"])
+    network.load_state_dict(best["weights"])
     return history
 
 
@@ -1075,22 +1066,19 @@ def begin_line(epoch, schedule):
     }
 
 
-def weigh_genes(loss, gene_weights, device):
-    """The squared error in which each gene counts as gene_weights (G,) say; the loss itself
-    without them.
-    """
-    if gene_weights is None:
-        return loss
+def weigh_genes(loss, weights, device):
+    """The loss, a mean of squared errors, in which each gene counts as `weights` (G,) say."""
     # Squaring gives back the weight.
-    factors = torch.from_numpy(np.sqrt(gene_weights)).float().to(device)
+    factors = torch.from_numpy(np.sqrt(weights)).float().to(device)
     return lambda predicted, wanted: loss(predicted * factors, wanted * factors)
 
 
-def validate(model, patches, target, valid_spots, valid_heg, dtype):
+def validate(network, patches, split, dtype):
     """{"valid_mse", "valid_heg"} of the validation spots."""
-    predicted = predict(model, patches, valid_spots, dtype=dtype)
-    mse = float(mean_square(predicted, target[valid_spots]).mean())
-    return {"valid_mse": mse, "valid_heg": valid_heg(predicted) if valid_heg else None}
+    spots = split.spots("valid")
+    predicted = predict(network, patches, spots, dtype=dtype)
+    mse = float(mean_square(predicted, split.data.target[spots]).mean())
+    return {"valid_mse": mse, "valid_heg": split.mean_heg(predicted)}
 
 
 def choose_epoch(history, recipe):
@@ -1099,7 +1087,7 @@ def choose_epoch(history, recipe):
     """
     judged_by = [line["valid_mse"] for line in history]
     r = np.array([line["valid_heg"] for line in history], np.float64)
-    if recipe.get("BEST_EPOCH", "mse") == "heg" and np.isfinite(r).any():
+    if recipe["BEST_EPOCH"] == "heg" and np.isfinite(r).any():
         judged_by = -r
     return history[int(np.nanargmin(judged_by))]["epoch"]
 
@@ -1114,20 +1102,20 @@ def check_finite(line):
         )
 
 
-def train_epoch(network, step, patches, target, train_spots, recipe, seed, epoch):
-    """One pass over `train_spots`; returns the mean training loss.
+def train_epoch(network, step, patches, split, recipe, epoch):
+    """One pass over the training spots; returns the mean training loss.
 
-    Everything random follows from (seed, epoch). Of several joined ranks each takes its share of
-    every batch.
+    Everything random follows from the split's seed and the epoch. Of several joined ranks each
+    takes its share of every batch.
     """
     ranks, rank = joined_ranks()
-    generator = torch.Generator().manual_seed(shell.seed_of(seed, "epoch", epoch))
-    order = torch.from_numpy(train_spots)
+    generator = torch.Generator().manual_seed(shell.seed_of(split.seed, "epoch", epoch))
+    order = torch.from_numpy(split.spots("train"))
     order = order[torch.randperm(len(order), generator=generator)]
-    aspect = recipe.get("WARP_ASPECT", "fixed")
+    aspect = recipe["WARP_ASPECT"]
     draws = draw_augmentation(len(order), recipe["AUG"], generator, aspect)
-    border = recipe.get("WARP_BORDER", "reflect")
-    torch.manual_seed(shell.seed_of(seed, "dropout", epoch, *([rank] if rank else [])))
+    border = recipe["WARP_BORDER"]
+    torch.manual_seed(shell.seed_of(split.seed, "dropout", epoch, *([rank] if rank else [])))
     batches = split_batches(len(order), recipe, ranks)
     if not batches:
         raise InputError(
@@ -1140,7 +1128,7 @@ def train_epoch(network, step, patches, target, train_spots, recipe, seed, epoch
     shares = [batch[rank::ranks] for batch in batches]
     numbers = [order[share] for share in shares]
     images_of = read_ahead(patches, numbers, device)
-    wanted_of = read_ahead(MappedExpression(target), numbers, device)
+    wanted_of = read_ahead(MappedExpression(split.data.target), numbers, device)
     progress = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=rank > 0 or None)
     for batch, share in zip(progress, shares, strict=True):
         images = augment(next(images_of), *(draw[share] for draw in draws), border=border)
@@ -1227,8 +1215,8 @@ def predict(model, patches, spots, *, dtype, tta=False):
     device = next(model.parameters()).device
     ranks, rank = joined_ranks()
     symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
-    own = torch.from_numpy(np.asarray(spots)).tensor_split(ranks)[rank]
-    batches = own.split(PREDICT_BATCH[device.type])
+    numbers = torch.from_numpy(np.asarray(spots)).tensor_split(ranks)[rank]
+    batches = numbers.split(PREDICT_BATCH[device.type])
     model.eval()
     parts = []
     for images in read_ahead(patches, batches, device):
@@ -1265,9 +1253,9 @@ def encode_patches(patches, recipe, seed, *, tta=False):
 @functools.lru_cache(maxsize=2)
 def _encode_patches(patches, constants, seed, tta):
     """encode_patches, by what can be remembered."""
-    recipe = dict(constants)
+    recipe = recipes.PAPER | dict(constants) | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}
     device, dtype, _ = choose_device(recipe)
-    model = build_model(recipe | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}, 1, seed)
+    model = build_model(recipe, 1, seed)
     model.head = nn.Identity()
     model = model.to(device, memory_format=torch.channels_last)
     placed = place_patches(patches, recipe["IMAGE_SIZE"], device)

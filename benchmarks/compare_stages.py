@@ -33,6 +33,7 @@ import re
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import conventional
 import numpy as np
@@ -44,7 +45,7 @@ from torch import nn
 
 import common
 from slides import imaging, readers
-from study import runs, shell
+from study import recipes, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -62,16 +63,12 @@ COMPRESSED = {  # kinds of slides beside the contiguous one
     "JPEG tiles": {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}},
     "LZW strips": {"rowsperstrip": 16, "compression": "lzw"},
 }
-TRAINED_BY = {
+TRAINED_BY = recipes.PAPER | {
     "BACKBONE": "efficientnet_b0",
     "PRETRAINED": False,
-    "HIDDEN": 3000,
-    "TRAINABLE_STAGES": -1,
-    "AUG": "mpa",
+    "IMAGE_SIZE": 224,
     "BATCH_SIZE": 32,
-    "LEARNING_RATE": 3e-4,
     "LOSS": "mse",
-    "EPOCHS": 30,
 }
 
 
@@ -286,17 +283,21 @@ def compare_training(folder):
     fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=True, workers=os.cpu_count())
     plain = torch.optim.Adam(slow.parameters(), TRAINED_BY["LEARNING_RATE"])
-    optimiser, _ = common.adam(fast, TRAINED_BY)
+    optimiser, _ = common.choose_optimiser(fast, TRAINED_BY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss = common.LOSSES[TRAINED_BY["LOSS"]]
     step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)
     truth = torch.from_numpy(target).to(device)
 
+    split = SimpleNamespace(
+        seed=42, spots=lambda role: np.arange(count), data=SimpleNamespace(target=target)
+    )
+
     def conventionally():
         conventional.train_epoch(slow, loader, plain, device)
 
     def here():
-        common.train_epoch(fast, step, images, target, np.arange(count), TRAINED_BY, 42, 0)
+        common.train_epoch(fast, step, images, split, TRAINED_BY, 0)
 
     pairs = alternate(REPEATS, conventionally, here)
     name = f"training, EfficientNet-B0, {str(dtype).removeprefix('torch.')}"

@@ -22,6 +22,24 @@ def print_table(title, table):
     print(*lines[1:], "=" * width, sep="\n")
 
 
+def print_epoch(history, best_epoch):
+    """One line an epoch, with the mean r of HEG over the validation spots."""
+    line = history[-1]
+    if len(history) == 1:
+        print(
+            "epoch   learning rate  train loss   valid MSE   valid HEG r   images/s   seconds"
+            "   (* best so far)"
+        )
+    mark = "*" if line["epoch"] == best_epoch else " "
+    train_loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.5f}"
+    rate = "-" if line["images_per_s"] is None else f"{line['images_per_s']:.1f}"
+    print(
+        f"{line['epoch']:4}{mark} {line['learning_rate']:15.2e} {train_loss:>11} "
+        f"{line['valid_mse']:11.5f} {line['valid_heg']:13.3f} {rate:>10} {line['seconds']:9.1f}",
+        flush=True,
+    )
+
+
 def cut(text, width):
     """The text, its end left out where it is longer."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,53 +1,21 @@
-"""Records on disk: what a setting scored on a split, and differences of two settings."""
+"""Scores on disk: what a setting scored on a split, and differences of two settings."""
 
 import hashlib
 import itertools
 import json
 import re
-import time
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import torch.distributed as dist
-from tqdm import tqdm
 
 import common
 from common import GROUPS, SCORED
 from study import recipes, shell, splitting
-from study.shell import RANK
 
 
 # ------------------------------------------------------------------------------------------ records
-def compute_records(out, setting, recipe, split, compute, rank=0):
-    """The records of one setting on one split: from disk where they are, else computed, scored and
-    written to a folder of their own; rows.json comes last and marks it as whole.
-
-    compute(recipe, split, folder) returns the prediction (n, G) of split.scored() and {name: value}
-    for the records. Of torchrun's processes, `rank` computes them, or all do that have joined, and
-    the others wait.
-    """
-    made_with = split.made_with(recipe)
-    folder = out / name_folder(setting, made_with)
-    done = folder / "rows.json"
-    if done.is_file():
-        tqdm.write(f"{setting}: on disk already ({folder})")
-    elif rank == RANK or dist.is_initialized():
-        began = time.perf_counter()
-        predicted, more = compute(recipe, split, folder)
-        more = {"seconds": time.perf_counter() - began, "folder": folder.name, **more}
-        if rank == RANK:
-            save_setting(folder, setting, recipe, split, predicted, more, made_with)
-    while not done.is_file():
-        time.sleep(0.2)
-    if rank == RANK:
-        for checkpoint in folder.glob("checkpoint*.pt"):
-            checkpoint.unlink()
-    collect_records(out)
-    return json.loads(done.read_text())
-
-
 def name_folder(setting, made_with):
     """<setting>-<hash of what it was made with>, in letters that every file system takes."""
     content = json.dumps([setting, made_with], sort_keys=True)
@@ -56,14 +24,16 @@ def name_folder(setting, made_with):
     return f"{name}-{key}"
 
 
-def collect_records(out):
-    """Write rows.csv: every record in the folders of `out` that this version's numbers are in."""
-    records = []
+def read_rows(out):
+    """{folder's name: its lines of rows.csv} of the rows in `out` that this version's numbers are
+    in.
+    """
+    lines = {}
     for path in sorted(out.glob("[!.]*/rows.json")):
         made_with = json.loads(path.with_name("recipe.json").read_text())
         if made_with.get("results") == common.RESULTS:
-            records += json.loads(path.read_text())
-    shell.save_csv(out / "rows.csv", pd.DataFrame(records))
+            lines[path.parent.name] = json.loads(path.read_text())
+    return lines
 
 
 def save_setting(folder, setting, recipe, split, predicted, more, made_with):
@@ -223,15 +193,6 @@ def summarise_genes(genes, members):
 
 
 # -------------------------------------------------------------------------------------- differences
-def record_of(records, setting, split):
-    """The first record of a setting that was trained on this split."""
-    wanted = (setting, split.seed, split.fold)
-    for record in records:
-        if (record["setting"], record["seed"], record["fold"]) == wanted:
-            return record
-    raise LookupError(f"no record of {setting}")
-
-
 def headline_of(records):
     """The recipes.Headline of these records, dicts or a table, all of one protocol."""
     protocols = pd.DataFrame(records)["protocol"]

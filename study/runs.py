@@ -10,7 +10,7 @@ import re
 import textwrap
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import common
 from slides import readers
-from study import methods, printing, recipes, recording, shell, splitting, weight_files
+from study import printing, recipes, recording, shell, splitting, weight_files
+from study.rows import Row
 from study.shell import RANK, RANKS, InputError
 
 # What a constant that names something in common.py may be, beside recipes.ALLOWED.
@@ -85,7 +86,7 @@ def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnin
 
 
 # ---------------------------------------------------------------------------------------------- run
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Run:
     """One start of a script on one data root: its constants, its splits and the folder of its
     results.
@@ -95,6 +96,7 @@ class Run:
     recipe: dict  # its constants as they stand
     splits: list  # one Split a training
     out: Path
+    rows: list = field(default_factory=list)  # that are filled, in the order of table and report
 
     @property
     def data(self):
@@ -139,79 +141,105 @@ class Run:
         names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT")
         return {name: self.recipe[name] for name in names} | {"PRETRAINED": False}
 
-    def compute(self, setting, recipe, split, compute):
-        """The records of one setting on one split: see compute_records."""
-        return recording.compute_records(self.out, setting, recipe, split, compute)
+    def row(self, setting, split, recipe=None, *, stop=None):
+        """The Row of a setting on a split, by the constants of the script or of `recipe`."""
+        recipe = self.recipe if recipe is None else recipe
+        name = recording.name_folder(setting, split.made_with(recipe))
+        return Row(setting, recipe, split, self.out / name, stop)
 
-    def train(self, settings, adapt=None):
-        """The records of each setting {name: {CONSTANT: value}} and split, by train_network with
-        `adapt`.
+    def fill(self, row, method, **how):
+        """Fill a row (see Row.fill), and add it to the run's and to rows.csv; returns it."""
+        row.fill(method, **how)
+        self.rows.append(row)
+        self.lines_on_disk[row.folder.name] = row.lines
+        if not RANK:
+            lines = [self.lines_on_disk[name] for name in sorted(self.lines_on_disk)]
+            table = pd.DataFrame(list(itertools.chain(*lines)))
+            shell.save_csv(self.out / "rows.csv", table)
+        return row
 
-        Of torchrun's processes each computes every so many-th training, and then collects the
-        others'.
+    @functools.cached_property
+    def lines_on_disk(self):
+        """{folder's name: its lines of rows.csv}: read once, and kept by `fill`."""
+        return recording.read_rows(self.out)
+
+    def tested(self):
+        """Table of the lines of all rows on test slides, against the headline's truth."""
+        return recording.select_records(lines_of(self.rows))
+
+    def find(self, setting, split):
+        """The row of a setting that learnt from this split."""
+        for row in self.rows:
+            same_split = (row.split.seed, row.split.fold) == (split.seed, split.fold)
+            if row.setting == setting and same_split:
+                return row
+        raise LookupError(f"no row of {setting}")
+
+    def train(self, settings, method, splits=None):
+        """The rows of each setting {name: {CONSTANT: value}} and split, which `method` fills.
+
+        Of torchrun's processes each fills every so many-th row, and then waits for the others'.
         """
-        tasks = []
-        for name, changed in settings.items():
-            tasks += [(name, self.recipe | changed, split) for split in self.splits]
-        own_first = sorted(range(len(tasks)), key=lambda number: number % RANKS != RANK)
-        epochs = sum(recipe["EPOCHS"] for _, recipe, _ in tasks)
-        records = {}
+        rows = []
+        for setting, changed in settings.items():
+            for split in self.splits if splits is None else splits:
+                rows.append(self.row(setting, split, self.recipe | changed))
+        mine_first = sorted(range(len(rows)), key=lambda number: number % RANKS != RANK)
+        epochs = sum(row.recipe["EPOCHS"] for row in rows)
         with tqdm(total=epochs, unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0) as bar:
-            train = functools.partial(
-                methods.train_network, adapt=adapt, report=lambda *_: bar.update()
-            )
-            for number in own_first:
-                name, recipe, split = tasks[number]
-                bar.set_description(f"{number + 1}/{len(tasks)} {name}")
+            for number in mine_first:
+                row = rows[number]
+                row.report = lambda *_: bar.update()
+                bar.set_description(f"{number + 1}/{len(rows)} {row.setting}")
                 before = bar.n
-                rank = number % RANKS
-                records[number] = recording.compute_records(
-                    self.out, name, recipe, split, train, rank
-                )
+                self.fill(row, method, rank=number % RANKS)
                 # Epochs that were on disk, or are another process's, are no work to wait for.
-                bar.total -= recipe["EPOCHS"] - (bar.n - before)
-        return list(itertools.chain(*(records[number] for number in sorted(records))))
+                bar.total -= row.recipe["EPOCHS"] - (bar.n - before)
+        return rows
 
     def print_scores(
-        self, title, records, *, minus=None, add=None, leave_out=(), role="test", truth=None
+        self, title, rows=None, *, minus=None, columns=None, leave_out=(), role="test", truth=None
     ):
-        """Print a line a setting: mean r (±sd over seeds, folds or slides), with its interval.
+        """Print a line a setting of these rows, or of all: mean r (±sd over seeds, folds or
+        slides), with its interval. Returns the table of paired differences, if any.
 
         pair_differences with `minus` {setting: another} is saved, and its headline shown.
-        add(records of a setting) may give further columns {name: text}, for which others are to
-        `leave_out`.
+        `columns` {setting: {name: text}} are shown as well, and others are to `leave_out`.
         """
+        records = lines_of(self.rows if rows is None else rows)
         chosen = recording.select_records(records, role, truth)
         sizes = printing.group_sizes(self.splits[0])
         headline = recording.headline_of(chosen)
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
-        for _, of in chosen.groupby("setting", sort=False):
+        for setting, of in chosen.groupby("setting", sort=False):
             if headline is recipes.OF_HEST:
                 line = printing.describe_hest(of, len(self.data.genes), self.out)
             else:
                 line = printing.describe_setting(of, sizes, self.out)
             for name in leave_out:
                 line.pop(name, None)
-            if add:
-                line |= add(of)
-            lines.append(line)
+            lines.append(line | (columns[setting] if columns else {}))
         table = pd.DataFrame(lines)
-        columns = [printing.justify_left(table.pop("setting")), table]
+        shown = [printing.justify_left(table.pop("setting")), table]
+        differences = None
         if minus:
             differences = recording.pair_differences(records, self.out, minus)
             shell.save_csv(self.out / "paired_differences.csv", differences)
             settings = chosen["setting"].unique()
-            columns.append(printing.describe_differences(differences, settings, headline))
-        table = pd.concat(columns, axis=1)
+            shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
         title = f"{title}: {scored} ({self.data.root})"
-        printing.print_table(self.title(title), table)
+        printing.print_table(self.title(title), pd.concat(shown, axis=1))
+        return differences
 
-    def finish(self, records, tables=None):
-        """Save run.json, have the report made of it, and print where the rows are."""
-        folders = dict.fromkeys(record["folder"] for record in records)
+    def finish(self, tables=None):
+        """Save run.json, have the report made of it, and print where the rows are.
+
+        `tables` {caption: lines} are shown in the report.
+        """
+        folders = dict.fromkeys(row.folder.name for row in self.rows)
         finish_run(
             self.script,
             out=self.out,
@@ -223,6 +251,11 @@ class Run:
             warnings=self.data.meta.get("warnings", []),
         )
         print(f"rows: {self.out / 'rows.csv'}")
+
+
+def lines_of(rows):
+    """The lines of rows.csv of these rows."""
+    return list(itertools.chain(*(row.lines for row in rows)))
 
 
 PROTOCOLS = {
@@ -336,10 +369,10 @@ def check_target(protocol, target):
         )
 
 
-def open_run(script, split=splitting.split_spots):
+def open_run(script, *, validate=True):
     """The Run of a script's constants; `--quick` has its slides made where they are missing.
 
-    split(spots, recipe, seed) gives the roles of every training.
+    Without `validate` all spots of the training slides train: the script draws folds of its own.
     """
     shell.check_constants(script, NAMED_IN_COMMON)
     recipe = shell.recipe_of(script)
@@ -353,6 +386,7 @@ def open_run(script, split=splitting.split_spots):
     readers.check_sources(root, data.meta)
     splits = []
     for seed in recipe["SEEDS"]:
+        split = splitting.split_spots if validate else splitting.split_off_test
         for fold, roles in enumerate(split(data.spots, recipe, seed)):
             splits.append(splitting.make_split(data, roles, recipe, seed, fold))
     out = Path(recipe["OUT"] or choose_out(script, root))

@@ -51,12 +51,29 @@ class Split:
         margin between them as well; its genes were chosen without these.
         """
         slides = self.data.spots["tissue_index"].to_numpy()
-        known = np.isin(slides, self.slides("train", "valid")) & (self.roles != "test")
-        return replace(self, roles=np.where(known, "train", self.roles))
+        trains = np.isin(slides, self.slides("train", "valid")) & (self.roles != "test")
+        return replace(self, roles=np.where(trains, "train", self.roles))
 
     def slides(self, *roles):
         """tissue_index values of the slides of these spots, in order."""
         return np.unique(self.data.spots["tissue_index"].to_numpy()[self.spots(*roles)])
+
+    def validate_genes(self, predicted, truth):
+        """(G,) r of the prediction (n, G) of the validation spots, against their truth (N, G); NaN
+        without validation.
+        """
+        valid = self.spots("valid")
+        if not len(valid):
+            return np.full(len(self.data.genes), np.nan)
+        slides = self.data.spots["tissue_index"].to_numpy()[valid]
+        return common.average_slides(common.pearson_per_gene, predicted, truth[valid], slides)
+
+    def mean_heg(self, predicted):
+        """Mean over HEG of r of the prediction (n, G) of the validation spots, against the
+        target.
+        """
+        r = self.validate_genes(predicted, self.data.target)
+        return float(pd.Series(r, self.data.genes)[self.members["heg"]].mean())
 
     def made_with(self, recipe):
         """{name: value} of all that a record of this split follows from."""
@@ -144,6 +161,13 @@ def split_spots(spots, recipe, seed):
     for roles in trainings:
         roles[slides == test] = "test"
     return trainings
+
+
+def split_off_test(spots, recipe, seed):
+    """As split_spots, but the training slides' spots all train; under block as under paper."""
+    outer = "loso" if recipe["PROTOCOL"] == "loso" else "paper"
+    trainings = split_spots(spots, recipe | {"PROTOCOL": outer, "VALID_FRACTION": 0.5}, seed)
+    return [np.where(roles == "valid", "train", roles) for roles in trainings]
 
 
 def choose_train_slides(slides, recipe, test):

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Small steps on two threads mostly wait for each other, and longer still beside a second worker.
 # Read when numpy and torch are loaded, here and in the processes that tests start.
@@ -27,7 +28,7 @@ SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
 from slides import readers  # noqa: E402
-from study import shell, splitting  # noqa: E402
+from study import recipes, rows, shell, splitting  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
 # Of the command line, for flags_of and run_script: a network that trains in a second.
@@ -76,7 +77,8 @@ SMALL_RUNS = {
 }
 
 # ------------------------------------------------------------------------------------------ recipes
-NETWORK = {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 8, "TRAINABLE_STAGES": -1}
+NETWORK = recipes.PAPER | {"BACKBONE": "efficientnet_b0", "PRETRAINED": False, "HIDDEN": 8}
+NETWORK |= {"IMAGE_SIZE": 32, "LOSS": "mse", "DEVICE": "cpu", "PRECISION": "fp32"}
 PAPER = {"PROTOCOL": "paper", "TRAIN_SLIDES": (), "TEST_SLIDE": 3, "VALID_FRACTION": 0.2}
 LOGNORM = {"PROTOCOL": "paper", "TARGET": "lognorm"}  # of make_split
 TIMING = ("seconds", "images_per_s", "peak_memory_mb")  # differ between two runs of the same thing
@@ -155,6 +157,24 @@ def without_timing(records):
     return [
         {name: value for name, value in record.items() if name not in TIMING} for record in records
     ]
+
+
+# ------------------------------------------------------------------------------------------ a method
+def ask(method, recipe, split, folder=None, **more):
+    """(prediction (n, G) of the scored spots, notes) of a method, of a row that is not saved."""
+    row = rows.Row("asked", recipe, split, folder, report=None, **more)
+    return row.ask(method, refit=True), row.notes
+
+
+def split_of(target, train, valid, seed=42):
+    """What common.fit asks of a Split, for a target (N, G) and numbers of spots."""
+    return SimpleNamespace(
+        data=SimpleNamespace(target=target),
+        seed=seed,
+        spots={"train": train, "valid": valid}.__getitem__,
+        mean_heg=lambda predicted: None,
+        made_with=lambda recipe: {},
+    )
 
 
 def write_slide(root, image, positions, counts, genes, slide=1):

@@ -20,10 +20,12 @@ from conftest import (
     SMALL_RUNS,
     TINY,
     TINY_SEARCH,
+    ask,
     load_script,
     printed_table,
     rows_of,
     run_script,
+    split_of,
     stdout_of,
     table_of,
     without_timing,
@@ -32,7 +34,7 @@ from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
-from study import methods, recipes, ridges, shell, splitting
+from study import recipes, ridges, rows, shell, splitting
 
 # ------------------------------------------------------------------------------- what is trainable
 
@@ -145,9 +147,9 @@ def test_frozen_stages_are_bit_equal_after_training(stages):
     target = rng.normal(size=(10, 5)).astype(np.float32)
     model = common.build_model(NETWORK | {"TRAINABLE_STAGES": stages}, 5, 0)
     before = common.copy_state(model)
-    recipe = {"LEARNING_RATE": 1e-2, "EPOCHS": 1, "BATCH_SIZE": 5, "AUG": "none", "LOSS": "mse"}
-    spots = np.arange(7), np.arange(7, 10)
-    common.fit(model, patches, target, *spots, recipe=recipe, seed=1, dtype=torch.float32)
+    recipe = NETWORK | {"LEARNING_RATE": 1e-2, "EPOCHS": 1, "BATCH_SIZE": 5, "AUG": "none"}
+    split = split_of(target, np.arange(7), np.arange(7, 10))
+    common.fit(model, patches, split, recipe)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(after[name], before[name])}
     for number, prefixes in enumerate(PREFIXES):
@@ -563,9 +565,10 @@ def test_ranking_is_by_out_of_fold_r_and_never_by_nan():
         oof_record("best of a few genes", 0.8, 0.8, heg_n=3),
     ]
     ranked = ["first", "second", "no hvg", "test is not looked at"]
-    assert script.rank_settings(records) == ranked
+    assert script.rank_settings([SimpleNamespace(lines=records)]) == ranked
+    undefined = [oof_record("undefined", None, 0.9, heg_n=0)]
     with pytest.raises(shell.InputError, match="no setting"):
-        script.rank_settings([oof_record("undefined", None, 0.9, heg_n=0)])
+        script.rank_settings([SimpleNamespace(lines=undefined)])
 
 
 def test_a_killed_search_loses_no_row_and_computes_none_twice(
@@ -577,10 +580,10 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(
     def stop_in_the_sixth(*arguments, report=None, **more):
         began.append(more["checkpoint"].parent.name)
 
-        def report_or_stop(line, *others):
-            if len(began) == 6 and line["epoch"] == 2:
+        def report_or_stop(history, best_epoch):
+            if len(began) == 6 and history[-1]["epoch"] == 2:
                 raise KeyboardInterrupt
-            report(line, *others)
+            report(history, best_epoch)
 
         return fit(*arguments, report=report_or_stop if report else None, **more)
 
@@ -623,9 +626,8 @@ FROZEN = {
 
 def test_frozen_features_are_exact_without_augmentation(paper_split, tmp_path, capsys):
     """Training the head on stored features equals training it behind the frozen backbone."""
-    adapt = load_script("22").use_features
-    slow, _ = methods.train_network(FROZEN, paper_split, tmp_path / "slow")
-    fast, _ = methods.train_network(FROZEN, paper_split, tmp_path / "fast", adapt=adapt)
+    slow, _ = ask(load_script("21").network, FROZEN, paper_split, tmp_path / "slow")
+    fast, _ = ask(load_script("22").network, FROZEN, paper_split, tmp_path / "fast")
     np.testing.assert_allclose(slow, fast, rtol=1e-4, atol=1e-4)
     assert "0 augmented views" in capsys.readouterr().out
 
@@ -643,10 +645,9 @@ def test_features_of_one_backbone_are_computed_once(paper_split, monkeypatch):
     for hidden in (4, 0):
         recipe = FROZEN | {"AUG": "mpa", "HIDDEN": hidden}
         model = common.build_model(recipe, 5, 42)
-        training = methods.Training(model, model, paper_split.data.patches)
-        adapted = script.use_features(training, recipe, paper_split)
-        assert len(adapted.patches) == n_spots
-        assert adapted.model is model
+        network, spots = script.use_features(model, rows.Row("", recipe, paper_split, None))
+        assert len(spots) == n_spots
+        assert network[1] is model.head
         assert sum(seen) == (1 + 3) * n_spots, "the plain patches and three views, for both heads"
 
 
@@ -723,26 +724,21 @@ def test_colour_follows_torchs_seed_and_mixed_precision_leaves_it_alone(images):
         assert torch.equal(changed, change_with_seed(step, images))
 
 
-@pytest.mark.parametrize("aug", ["mpa", "stnet", "none"])
-def test_the_other_augmentations_leave_the_network_alone(images, aug):
-    script = load_script("23")
-    model = common.build_model(NETWORK, 5, 0)
-    training = methods.Training(model, model, images)
+@pytest.mark.parametrize("aug", ["mpa", "stnet", "none", "stnet_color"])
+def test_colour_stands_before_the_network_of_stnet_color_alone(paper_split, monkeypatch, aug):
+    script, seen = load_script("23"), {}
     setting = script.setting_of(aug)
-    assert setting["AUG"] == aug
-    assert script.add_colour(training, setting, None) is training
-
-
-def test_stnet_color_is_stnet_and_colour(images):
-    script = load_script("23")
-    model = common.build_model(NETWORK, 5, 0)
-    training = methods.Training(model, model, images)
-    setting = script.setting_of("stnet_color")
-    assert setting["AUG"] == "stnet"
-    adapted = script.add_colour(training, setting, None)
-    assert isinstance(adapted.network[0], script.ColourAndBlur)
-    assert adapted.network[1] is model
-    assert adapted.model is model
+    row = rows.Row(aug, NETWORK | setting, paper_split, None)
+    monkeypatch.setattr(row, "fit", lambda network, patches, **how: seen.update(how, it=network))
+    monkeypatch.setattr(row, "predict", lambda network, patches: network)
+    assert script.network(row) is seen["it"]
+    if aug == "stnet_color":
+        assert setting["AUG"] == "stnet"
+        assert isinstance(seen["it"][0], script.ColourAndBlur)
+        assert seen["it"][1] is seen["model"]
+    else:
+        assert setting["AUG"] == aug
+        assert seen["it"] is seen["model"]
 
 
 @pytest.fixture(scope="module")

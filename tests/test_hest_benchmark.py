@@ -22,6 +22,7 @@ from test_weights import SMALL, pretend
 
 import common
 from study import methods, splitting
+from study.rows import Row
 
 SAMPLES = ("TENX1", "NCBI2", "MEND3")
 TASK_GENES = GENES[10:16]
@@ -271,14 +272,15 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
         expected, alpha = benchmarks_trainer(
             features[train], data.target[train], features[test], full_width
         )
-        predicted, more = methods.hest_probe(asked, split, tmp_path)
+        row = Row("probe", asked, split, tmp_path)
+        predicted = methods.hest_probe(row)
         found = predicted[split.roles[split.scored()] == "test"]
         np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
         r = common.pearson_per_gene(found, data.target[test])
         np.testing.assert_allclose(
             r, common.pearson_per_gene(expected, data.target[test]), atol=1e-7
         )
-        assert more["alpha"] == alpha
+        assert row.notes["alpha"] == alpha
 
 
 def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):

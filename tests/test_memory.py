@@ -8,7 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PAPER, run_script
+from conftest import PAPER, ask, run_script
 from test_patches import make_root
 
 import common
@@ -59,7 +59,7 @@ def results_of(split):
         "x",
         PAPER | {"TARGET": "lognorm"},
         split,
-        methods.ridge_on_colour({"REFIT": False}, split, None)[0],
+        ask(methods.ridge_on_colour, {"REFIT": False}, split)[0],
         {},
     )
     features = split.data.annotations.obsm["colour"]

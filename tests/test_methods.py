@@ -3,6 +3,7 @@ may see, intervals.
 """
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
@@ -14,6 +15,7 @@ from conftest import (
     NETWORK,
     PAPER,
     SMALL_RUNS,
+    ask,
     load_script,
     printed_table,
     run_script,
@@ -24,7 +26,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-from study import methods, recipes, recording, ridges, shell, splitting
+from study import methods, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
@@ -42,11 +44,22 @@ def changed_split(paper_split):
     return dataclasses.replace(paper_split, data=data)
 
 
-def adapt(split, recipe):
-    """Script 25's Training of a method of the recipe."""
-    model = common.build_model(recipe, len(split.data.genes), 42)
-    patches = common.place_patches(split.data.patches, 32, torch.device("cpu"))
-    return load_script("25").adapt(methods.Training(model, model, patches), recipe, split)
+def bleep_on(split, recipe):
+    """(BLEEP's network before training, patches)."""
+    row = rows.Row("BLEEP", recipe, split, None)
+    model, _ = methods.start_network(row)
+    return load_script("25").build_bleep(model, row), row.place_patches()
+
+
+def how_trained(script, row, monkeypatch):
+    """{name: value} of what script 25 gives to Row.fit for a row, which is not trained."""
+    seen = {}
+    monkeypatch.setattr(
+        row, "fit", lambda network, patches, **how: seen.update(how, network=network)
+    )
+    monkeypatch.setattr(row, "predict", lambda network, patches: None)
+    script.train_method(row)
+    return seen
 
 
 # ------------------------------------------------------------------------------------------- BLEEP
@@ -139,12 +152,11 @@ def test_accumulation_repeats_its_dropout():
 
 def test_bleep_retrieves_training_spots_with_the_weights_of_now(paper_split):
     recipe = SMALL_NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8}
-    training = adapt(paper_split, recipe)
-    network = training.network
+    network, patches = bleep_on(paper_split, recipe)
     expression = paper_split.data.target[paper_split.spots("train")]
     assert np.array_equal(network.expression, expression)
-    every = np.arange(len(training.patches))
-    predicted = common.predict(network, training.patches, every, dtype=torch.float32)
+    every = np.arange(len(patches))
+    predicted = common.predict(network, patches, every, dtype=torch.float32)
     # 24 training spots are fewer than the 50 that are averaged.
     mean = np.tile(expression.mean(0), (len(every), 1))
     np.testing.assert_allclose(predicted, mean, atol=1e-4)
@@ -154,11 +166,12 @@ def test_bleep_retrieves_training_spots_with_the_weights_of_now(paper_split):
     assert not torch.equal(before, network.eval().embedded)
 
 
-def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split):
+def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
     recipe = SMALL_NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8, "LEARNING_RATE": 1e-3}
-    training = adapt(paper_split, recipe)
-    assert training.loss == training.network.loss
-    optimiser, schedule = training.optimise(training.network, recipe)
+    how = how_trained(load_script("25"), rows.Row("BLEEP", recipe, paper_split, None), monkeypatch)
+    network = how["network"]
+    assert how["loss"] == network.loss
+    optimiser, schedule = how["optimise"](network, recipe)
     assert isinstance(optimiser, torch.optim.AdamW)
     assert optimiser.defaults["weight_decay"] == 1e-3
     optimiser.step()
@@ -168,32 +181,18 @@ def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split):
 
 @pytest.mark.parametrize("method", ["BLEEP", "ST-Net"])
 def test_an_interrupted_training_ends_with_the_same_bits(paper_split, tmp_path, method):
-    recipe = recipes.PAPER | load_script("25").trained_methods()[method] | CPU
+    recipe = NETWORK | load_script("25").trained_methods()[method] | CPU
     recipe |= {"BACKBONE": "resnet18", "BATCH_SIZE": 12, "EPOCHS": 3, "MICRO_BATCH": 6}
     recipe |= {"LEARNING_RATE": 1e-3}
-    spots = paper_split.spots("train"), paper_split.spots("valid")
+    script = load_script("25")
 
     def train(stop_after, name):
-        def stop(line, *others):
-            if line["epoch"] > stop_after:
+        def stop(history, best_epoch):
+            if history[-1]["epoch"] > stop_after:
                 raise KeyboardInterrupt
 
-        training = adapt(paper_split, recipe)
-        common.fit(
-            training.network,
-            training.patches,
-            paper_split.data.target,
-            *spots,
-            recipe=recipe,
-            seed=42,
-            dtype=torch.float32,
-            loss=training.loss,
-            optimise=training.optimise,
-            checkpoint=tmp_path / name / "checkpoint.pt",
-            report=stop,
-        )
-        test = paper_split.spots("test")
-        return common.predict(training.network, training.patches, test, dtype=torch.float32)
+        row = rows.Row(method, recipe, paper_split, tmp_path / name, report=stop)
+        return script.train_method(row)
 
     whole = train(9, "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -215,14 +214,16 @@ def test_published_stnet_constants():
     assert {name: recipe[name] for name in published} == published
 
 
-def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split):
+def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
+    script = load_script("25")
     recipe = SMALL_NETWORK | CPU | {"METHOD": "ST-Net"}
-    training = adapt(paper_split, recipe)
-    assert training.loss.__name__ == "sum_of_squares"
-    assert training.optimise.__name__ == "sgd_with_momentum"
-    training = adapt(paper_split, recipe | {"METHOD": "ST-Net, Adam"})
-    assert training.loss is None
-    assert training.optimise is common.adam
+    how = how_trained(script, rows.Row("", recipe, paper_split, None), monkeypatch)
+    assert how["loss"] is script.sum_of_squares
+    assert how["optimise"] is script.sgd_with_momentum
+    recipe |= {"METHOD": "ST-Net, Adam"}
+    how = how_trained(script, rows.Row("", recipe, paper_split, None), monkeypatch)
+    assert how["loss"] is common.LOSSES["mse"]
+    assert "optimise" not in how
 
 
 def test_published_stnet_loss_and_optimiser():
@@ -267,22 +268,21 @@ RIDGES = {
 
 @pytest.mark.parametrize("kind", RIDGES)
 def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
-    compute = RIDGES[kind]
     recipe = CPU | {"BACKBONE": "resnet18", "SURROUNDINGS": 1.5}
-    one, told = compute(recipe, paper_split, None)
-    other, told_then = compute(recipe, changed_split, None)
+    one, told = ask(RIDGES[kind], recipe, paper_split)
+    other, told_then = ask(RIDGES[kind], recipe, changed_split)
     np.testing.assert_array_equal(one, other)
     assert told == told_then
     assert np.ptp(one[-10:], axis=0).max() > 0
 
 
 def test_the_ridge_on_features_learns_from_training_spots(paper_split):
-    compute, recipe = methods.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
+    method, recipe = methods.ridge_on_features, CPU | {"BACKBONE": "resnet18"}
     target = paper_split.data.target[:].copy()
     target[paper_split.spots("train")] *= -3
     data = dataclasses.replace(paper_split.data, target=target)
-    one, _ = compute(recipe, paper_split, None)
-    other, _ = compute(recipe, dataclasses.replace(paper_split, data=data), None)
+    one, _ = ask(method, recipe, paper_split)
+    other, _ = ask(method, recipe, dataclasses.replace(paper_split, data=data))
     assert not np.allclose(one, other)
 
 
@@ -303,22 +303,22 @@ def test_surroundings_are_the_other_spots_of_the_slide_by_their_distance():
 
 
 def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):
-    compute, data = load_script("25").depth_only, paper_split.data
-    predicted, _ = compute(CPU, paper_split, None)
+    method, data = load_script("25").depth_only, paper_split.data
+    predicted, _ = ask(method, CPU, paper_split)
     depth = np.log(data.annotations.obs["n_counts"].to_numpy(float))
     train, scored = paper_split.spots("train"), paper_split.scored()
     for g in (0, 100):
         slope, intercept = np.polyfit(depth[train], data.target[train][:, g], 1)
         expected = intercept + slope * depth[scored]
         np.testing.assert_allclose(predicted[:, g], expected, rtol=1e-3, atol=1e-3)
-    predicted, _ = compute(CPU, changed_split, None)
+    predicted, _ = ask(method, CPU, changed_split)
     test = predicted[paper_split.roles[scored] == "test"]
     assert (np.ptp(test, axis=0) == 0).all(), "all have the same depth now"
 
 
 def test_nearest_spot_control_copies_the_neighbouring_training_slide(paper_split, changed_split):
-    compute, spots = load_script("25").nearest_spot, paper_split.data.spots
-    predicted, _ = compute(CPU, paper_split, None)
+    method, spots = load_script("25").nearest_spot, paper_split.data.spots
+    predicted, _ = ask(method, CPU, paper_split)
     centres = spots[["pxl_col", "pxl_row"]]
     centres = (centres - centres.groupby(spots["tissue_index"]).transform("mean")).to_numpy()
     # Of slide 3, slides 2 and 4 are as near; the first is taken.
@@ -330,14 +330,14 @@ def test_nearest_spot_control_copies_the_neighbouring_training_slide(paper_split
         nearest = source[distance.argmin()]
         (own,) = predicted[scored == spot]
         np.testing.assert_array_equal(own, paper_split.data.target[nearest])
-    np.testing.assert_array_equal(predicted, compute(CPU, changed_split, None)[0])
+    np.testing.assert_array_equal(predicted, ask(method, CPU, changed_split)[0])
 
 
 def test_without_another_training_slide_there_is_no_nearest_spot(paper_split):
     roles = paper_split.roles.copy()
     roles[paper_split.data.spots["tissue_index"].isin([2, 4])] = ""
     alone = dataclasses.replace(paper_split, roles=roles)
-    predicted, _ = load_script("25").nearest_spot(CPU, alone, None)
+    predicted, _ = ask(load_script("25").nearest_spot, CPU, alone)
     test = roles[alone.scored()] == "test"
     assert np.isnan(predicted[~test]).all()
     assert np.isfinite(predicted[test]).all()
@@ -372,8 +372,8 @@ def test_the_same_slide_ridge_finds_what_is_there_and_nothing_in_permuted_counts
         random = np.random.default_rng(1)
         split.data.target = random.permuted(split.data.target, axis=0)  # each gene by itself
     monkeypatch.setattr(methods, "freeze_features", lambda recipe, split: (features, None))
-    recipe = {"PRETRAINED": True, "BACKBONE": "tiny"}
-    predicted, _ = load_script("25").same_slide(recipe, split, None)
+    recipe = {"PRETRAINED": True, "BACKBONE": "tiny", "REFIT": False}
+    predicted, _ = ask(load_script("25").same_slide, recipe, split)
     r = common.pearson_per_gene(predicted, split.data.target)
     assert low < r.mean() < high
 
@@ -389,36 +389,37 @@ def test_a_ridge_through_a_point_has_the_same_weight():
 
 def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_path, monkeypatch):
     recipe = CPU | PAPER | {"TARGET": "lognorm"}
-    arguments = tmp_path, "ridge (colour)", recipe, paper_split, methods.ridge_on_colour
-    monkeypatch.setattr(common, "RESULTS", common.RESULTS - 1)
-    recording.compute_records(*arguments)
-    monkeypatch.setattr(common, "RESULTS", common.RESULTS + 1)
-    records = recording.compute_records(*arguments)
+    for version in (common.RESULTS - 1, common.RESULTS):
+        monkeypatch.setattr(common, "RESULTS", version)
+        run = runs.Run({}, recipe, [paper_split], tmp_path)
+        row = run.fill(run.row("ridge (colour)", paper_split), methods.ridge_on_colour)
     assert len(list(tmp_path.glob("*/rows.json"))) == 2
-    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(records)
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(row.lines)
 
 
 def test_the_full_rank_is_kept_through_a_refit(paper_split):
     recipe = CPU | {"BACKBONE": "resnet18", "REFIT": True}
-    _, told = methods.ridge_on_features(recipe | {"FULL_RANK": True}, paper_split, None)
+    _, told = ask(methods.ridge_on_features, recipe | {"FULL_RANK": True}, paper_split)
     assert told["rank"] is None
-    _, told = methods.ridge_on_features(recipe, paper_split, None)
+    _, told = ask(methods.ridge_on_features, recipe, paper_split)
     assert told["rank"] >= 1
 
 
 @pytest.fixture
-def with_weights(tmp_path):
+def with_weights():
     """Script 25 as it is started with a folder of weights, and its methods that need no training."""
     script = load_script("25")
     script.PRETRAINED, script.BACKBONE, script.FEATURES = "weights", "tiny", "densenet121"
     baseline = {"PRETRAINED": False}
     run = SimpleNamespace(
-        out=tmp_path,
         splits=["the only one"],
         baseline=baseline,
         recipe=baseline | {"PRETRAINED": "weights", "IMAGE_SIZE": 32},
-        compute=lambda setting, recipe, split, compute: [(setting, recipe["MEMBERS"])],
+        find=lambda setting, split: SimpleNamespace(folder=Path(setting)),
+        row=lambda setting, split, recipe: (setting, recipe["MEMBERS"]),
+        filled=[],
     )
+    run.fill = lambda row, method, refit: run.filled.append(row)
     return script, run, script.computed_methods(run)
 
 
@@ -430,16 +431,12 @@ def test_with_weights_every_backbone_has_its_ridges(with_weights):
     assert [name for name in methods if "full rank" in name] == ["ridge (densenet121, full rank)"]
 
 
-def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
-    with_weights, monkeypatch
-):
+def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(with_weights):
     script, run, methods = with_weights
     names = [*script.trained_methods(), *methods]
-    records = [{"setting": name, "folder": name} for name in names]
-    monkeypatch.setattr(
-        script.recording, "record_of", lambda records, setting, split: {"folder": setting}
-    )
-    single, wide = script.compute_ensembles(run, records)
+    run.rows = [SimpleNamespace(setting=name) for name in names]
+    script.fill_ensembles(run)
+    single, wide = run.filled
     assert single == (
         "mean of 5 models",
         sorted(
@@ -452,7 +449,9 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(
     )
     assert wide[0] == "mean of 3 ridges, surroundings"
     assert all(name.endswith(", surroundings)") for name in wide[1])
-    assert script.compute_ensembles(run, records[:1]) == []
+    run.rows = run.rows[:1]
+    script.fill_ensembles(run)
+    assert len(run.filled) == 2, "none of one"
 
 
 # -------------------------------------------------------------------------- script 25, end to end

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import SHARED, run_script, write_slide
+from conftest import NETWORK, SHARED, run_script, write_slide
 from PIL import Image
 
 import common
@@ -319,11 +319,7 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     data = common.load_dataset(tmp_path, "lognorm")
     assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
     seen = []
-    model = common.build_model(
-        {"BACKBONE": "efficientnet_b0", "HIDDEN": 0, "PRETRAINED": False, "TRAINABLE_STAGES": -1},
-        2,
-        0,
-    )
+    model = common.build_model(NETWORK | {"HIDDEN": 0}, 2, 0)
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     import torch
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import NETWORK, TINY, flags_of
+from conftest import NETWORK, TINY, flags_of, split_of
 from test_interruptions import SCRIPTS, finish, results, start
 
 import common
@@ -106,7 +106,8 @@ def save_gradient(rank, folder):
     loss = common.LOSSES["mse"]
     step = functools.partial(common.make_step, network, optimiser, scaler, loss, torch.float32)
     spots = np.arange(7)
-    loss = common.train_epoch(network, step, patches, target, spots, RECIPE, 42, 0)
+    split = split_of(target, spots, None)
+    loss = common.train_epoch(network, step, patches, split, RECIPE, 0)
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.save((loss, gradient), f"{folder}/gradient{rank}.pt")
 

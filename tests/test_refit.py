@@ -4,20 +4,28 @@ validation spots has not.
 
 import dataclasses
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import load_script
+from conftest import ask, load_script
 from test_ridge_start import RECIPE
 
 import common
-from study import methods, splitting
+from study import methods, recording, rows, runs, splitting
 
 RECIPE = RECIPE | {"REFIT": True}
 ONCE = RECIPE | {"REFIT": False}
+
+
+network = load_script("20").efficientnet
+
+
+def fill(recipe, split, folder, **more):
+    """A filled Row of the network."""
+    return rows.Row("network", recipe, split, folder, report=None, **more).fill(network)
 
 
 def rows_of(split, role):
@@ -49,9 +57,9 @@ def test_a_ridge_predicts_the_test_slide_from_all_training_slides_spots(paper_sp
     whole = dataclasses.replace(
         paper_split, roles=np.where(paper_split.roles == "valid", "train", paper_split.roles)
     )
-    once, _ = methods.ridge_on_colour(ONCE, paper_split, None)
-    refitted, _ = methods.ridge_on_colour(RECIPE, paper_split, None)
-    of_all, _ = methods.ridge_on_colour(ONCE, whole, None)
+    once, _ = ask(methods.ridge_on_colour, ONCE, paper_split)
+    refitted, _ = ask(methods.ridge_on_colour, RECIPE, paper_split)
+    of_all, _ = ask(methods.ridge_on_colour, ONCE, whole)
     np.testing.assert_array_equal(
         refitted[rows_of(paper_split, "valid")], once[rows_of(paper_split, "valid")]
     )
@@ -68,9 +76,9 @@ def test_validation_spots_do_not_move_their_own_prediction(paper_split):
     other = dataclasses.replace(
         paper_split, data=dataclasses.replace(paper_split.data, target=target)
     )
-    for compute in (methods.ridge_on_colour, methods.ridge_on_features):
-        before, _ = compute(RECIPE, paper_split, None)
-        after, _ = compute(RECIPE, other, None)
+    for method in (methods.ridge_on_colour, methods.ridge_on_features):
+        before, _ = ask(method, RECIPE, paper_split)
+        after, _ = ask(method, RECIPE, other)
         valid = rows_of(paper_split, "valid")
         np.testing.assert_array_equal(after[valid], before[valid])
         assert (after[~valid] != before[~valid]).any()
@@ -78,11 +86,14 @@ def test_validation_spots_do_not_move_their_own_prediction(paper_split):
 
 # ------------------------------------------------------------------------------------------ networks
 def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_split, tmp_path):
-    once, first = methods.train_network(ONCE, paper_split, tmp_path / "once")
-    predicted, more = methods.train_network(RECIPE, paper_split, tmp_path / "refit")
     whole = paper_split.with_all_in_training()
-    of_all, _ = methods.train_network(ONCE, whole, tmp_path / "all", keep=first["best_epoch"])
-    assert more["best_epoch"] == first["best_epoch"]
+    first = fill(ONCE, paper_split, tmp_path / "once")
+    refit = fill(RECIPE, paper_split, tmp_path / "refit")
+    alone = fill(ONCE, whole, tmp_path / "all", stop=first.notes["best_epoch"])
+    once, predicted, of_all = (
+        recording.read_prediction(row.folder).to_numpy() for row in (first, refit, alone)
+    )
+    assert refit.notes["best_epoch"] == first.notes["best_epoch"]
     valid = rows_of(paper_split, "valid")
     np.testing.assert_array_equal(predicted[valid], once[valid])
     np.testing.assert_array_equal(predicted[~valid], of_all)
@@ -101,13 +112,13 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_
 def test_a_killed_training_goes_on_where_it_was(paper_split, tmp_path, monkeypatch, after, kept):
     recipe = RECIPE | {"HEAD_START": "mean", "GENE_WEIGHTS": "equal", "BEST_EPOCH": "mse"}
     recipe |= {"EPOCHS": 2}
-    expected, _ = methods.train_network(recipe, paper_split, tmp_path / "whole")
+    expected, _ = ask(network, recipe, paper_split, tmp_path / "whole")
     with monkeypatch.context() as patched:
         saved = kill_after(patched, after)
         with pytest.raises(KeyboardInterrupt):
-            methods.train_network(recipe, paper_split, tmp_path / "killed")
+            ask(network, recipe, paper_split, tmp_path / "killed")
         assert saved[-1].name == kept
-    predicted, _ = methods.train_network(recipe, paper_split, tmp_path / "killed")
+    predicted, _ = ask(network, recipe, paper_split, tmp_path / "killed")
     np.testing.assert_array_equal(predicted, expected)
 
 
@@ -138,14 +149,9 @@ def test_spots_of_a_margin_train_in_the_end(paper_split):
 def test_one_view_is_not_judged_on_spots_that_the_weights_have_learnt_from(
     paper_split, monkeypatch, refit
 ):
-    script, seen = load_script("25"), []
-    monkeypatch.setattr(script.recording, "record_of", lambda *_: {"folder": "x"})
-
-    def compute(setting, recipe, split, compute):
-        seen.append({*split.roles})
-        return []
-
-    run = SimpleNamespace(recipe=RECIPE | {"REFIT": refit}, splits=[paper_split], out=None)
-    run.compute = compute
-    script.predict_otherwise(run, {"network": {"METHOD": "network"}}, [])
+    run = runs.Run({}, RECIPE | {"REFIT": refit}, [paper_split], Path("nowhere"))
+    run.rows = [run.row("network", paper_split)]
+    seen = []
+    monkeypatch.setattr(run, "fill", lambda row, method: seen.append({*row.split.roles}))
+    load_script("25").predict_otherwise(run, {"network": {"METHOD": "network"}})
     assert seen == [{"train", "test"} if refit else {"train", "valid", "test"}]

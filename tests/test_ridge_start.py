@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NETWORK, PAPER
+from conftest import NETWORK, PAPER, ask
 from sklearn.linear_model import Ridge
 
 import common
-from study import methods, recipes, ridges, shell, splitting
+from study import methods, recipes, ridges, rows, shell, splitting
 
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
@@ -28,9 +28,9 @@ def split(simulated):
 
 
 def start(split, **changed):
-    recipe = RECIPE | changed
-    patches = common.place_patches(split.data.patches, recipe["IMAGE_SIZE"], DEVICE)
-    return methods.start_training(recipe, split, patches, DEVICE)
+    """(network before training, its loss, patches, the row that it is of)."""
+    row = rows.Row("started", RECIPE | changed, split, None)
+    return *methods.start_network(row), row.place_patches(), row
 
 
 # -------------------------------------------------------------------------------------------- ridge
@@ -177,8 +177,8 @@ def test_alpha_and_weights_follow_from_training_spots_alone(split):
     target[others] = np.random.default_rng(0).normal(size=target[others].shape)
     data = dataclasses.replace(split.data, target=target, lognorm=target)
     changed = dataclasses.replace(split, data=data)
-    one, told = methods.ridge_on_features(RECIPE, split, None)
-    other, told_then = methods.ridge_on_features(RECIPE, changed, None)
+    one, told = ask(methods.ridge_on_features, RECIPE, split)
+    other, told_then = ask(methods.ridge_on_features, RECIPE, changed)
     np.testing.assert_array_equal(one, other)
     assert told == told_then
 
@@ -186,20 +186,16 @@ def test_alpha_and_weights_follow_from_training_spots_alone(split):
 # ------------------------------------------------------------------------------------- ridge start
 @pytest.mark.parametrize("pool_stages", [True, False])
 def test_the_first_prediction_is_the_ridges(split, pool_stages):
-    training = start(split, POOL_STAGES=pool_stages)
-    recipe = RECIPE | {"POOL_STAGES": pool_stages}
-    ridge, told = methods.ridge_on_features(recipe, split, None)
-    predicted = common.predict(
-        training.network, training.patches, split.scored(), dtype=torch.float32, tta=True
-    )
-    np.testing.assert_allclose(predicted, ridge, atol=1e-4)
-    assert training.more == {name: told[name] for name in ("alpha", "rank")}
+    model, _, patches, row = start(split, POOL_STAGES=pool_stages)
+    ridge, told = ask(methods.ridge_on_features, row.recipe, split)
+    np.testing.assert_allclose(row.predict(model, patches), ridge, atol=1e-4)
+    assert row.notes == {name: told[name] for name in ("alpha", "rank")}
 
 
 def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
-    training = start(split)
-    backbone = training.model.backbone.eval()
-    images = training.model.normalise(training.patches[torch.arange(2)])
+    model, _, patches, _ = start(split)
+    backbone = model.backbone.eval()
+    images = model.normalise(patches[torch.arange(2)])
     by_hand, x = [], images
     with torch.no_grad():
         for stage in common.stages_of(backbone):
@@ -208,12 +204,12 @@ def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
             by_hand += [x.std((2, 3), correction=0), x.mean((2, 3))] if x.ndim == 4 else [x]
         pooled = common.pool_each_stage(backbone, images)
     torch.testing.assert_close(torch.cat(pooled, 1), torch.cat(by_hand, 1), rtol=1e-4, atol=1e-3)
-    assert training.model.widths == [part.shape[1] for part in by_hand]
+    assert model.widths == [part.shape[1] for part in by_hand]
 
 
 def test_a_stage_that_is_constant_over_the_image_has_a_slope(split):
-    training = start(split)
-    backbone = training.model.backbone.eval()
+    model, *_ = start(split)
+    backbone = model.backbone.eval()
     image = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
     torch.cat(common.pool_each_stage(backbone, image), 1).sum().backward()
     assert torch.isfinite(image.grad).all()
@@ -247,27 +243,12 @@ def test_a_hidden_layer_cannot_start_as_a_ridge(split):
         start(split, HIDDEN=16)
 
 
-def fit(split, training, **changed):
-    return common.fit(
-        training.network,
-        training.patches,
-        split.data.target,
-        split.spots("train"),
-        split.spots("valid"),
-        recipe=RECIPE | changed,
-        seed=42,
-        dtype=torch.float32,
-        gene_weights=training.gene_weights,
-        optimise=common.adamw_with_two_rates,
-        valid_heg=lambda predicted: methods.mean_heg(split, predicted),
-    )
-
-
 def test_frozen_batchnorm_keeps_its_buffers_and_learns_its_weights(split):
-    training = start(split)
-    before = common.copy_state(training.model)
-    fit(split, training, LEARNING_RATE=1e-3, BEST_EPOCH="mse", HEAD_START="random")
-    after = training.model.state_dict()
+    model, loss, patches, row = start(split)
+    before = common.copy_state(model)
+    changed = {"LEARNING_RATE": 1e-3, "BEST_EPOCH": "mse", "HEAD_START": "random"}
+    common.fit(model, patches, split, row.recipe | changed, loss=loss)
+    after = model.state_dict()
     averages = [name for name in before if "running_" in name]
     assert averages
     for name in averages:
@@ -276,23 +257,23 @@ def test_frozen_batchnorm_keeps_its_buffers_and_learns_its_weights(split):
 
 
 def test_the_start_is_judged_and_kept_where_training_only_harms(split):
-    training = start(split)
-    before = common.copy_state(training.model)
-    rates = {"LEARNING_RATE": 0.5, "HEAD_LEARNING_RATE": 0.5}
-    history = fit(split, training, BEST_EPOCH="mse", **rates)
+    model, loss, patches, row = start(split)
+    before = common.copy_state(model)
+    changed = {"LEARNING_RATE": 0.5, "HEAD_LEARNING_RATE": 0.5, "BEST_EPOCH": "mse"}
+    history = common.fit(model, patches, split, row.recipe | changed, loss=loss)
     assert [line["epoch"] for line in history] == [0, 1]
     assert history[1]["valid_mse"] > history[0]["valid_mse"]
-    for name, value in training.model.state_dict().items():
+    for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
 def test_backbone_and_head_have_rates_of_their_own(split):
-    training = start(split)
-    optimiser, _ = common.adamw_with_two_rates(training.model, RECIPE)
+    model, *_ = start(split)
+    optimiser, _ = common.choose_optimiser(model, RECIPE)
     rates = [group["lr"] for group in optimiser.param_groups]
     assert rates == [RECIPE["LEARNING_RATE"], RECIPE["HEAD_LEARNING_RATE"]]
     sizes = [sum(p.numel() for p in group["params"]) for group in optimiser.param_groups]
-    counted = common.count_parameters(training.model)
+    counted = common.count_parameters(model)
     assert sizes == [counted["backbone"], counted["total"] - counted["backbone"]]
 
 

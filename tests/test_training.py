@@ -22,6 +22,7 @@ from conftest import (
     printed_table,
     rows_of,
     run_script,
+    split_of,
     stdout_of,
     table_of,
 )
@@ -29,7 +30,7 @@ from conftest import (
 import common
 from study import printing, runs, shell, splitting
 
-RECIPE = {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4, "AUG": "mpa", "LOSS": "mse"}
+RECIPE = NETWORK | {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4}
 
 
 @pytest.fixture
@@ -44,8 +45,7 @@ def train(little, recipe=RECIPE, hidden=8, **more):
     """(model, history, prediction of every spot)."""
     patches, target, *spots = little
     model = common.build_model(NETWORK | {"HIDDEN": hidden}, target.shape[1], 42)
-    more = {"recipe": recipe, "seed": 42, "dtype": torch.float32} | more
-    history = common.fit(model, patches, target, *spots, **more)
+    history = common.fit(model, patches, split_of(target, *spots), recipe, **more)
     every = np.arange(len(patches))
     return model, history, common.predict(model, patches, every, dtype=torch.float32)
 
@@ -88,7 +88,7 @@ def test_training_overfits_eight_patches():
     patches = torch.from_numpy(rng.integers(0, 256, (8, 32, 32, 3), np.uint8)).permute(0, 3, 1, 2)
     target = rng.normal(size=(8, 4)).astype(np.float32)
     spots = np.arange(8)
-    recipe = {"LEARNING_RATE": 3e-3, "EPOCHS": 60, "BATCH_SIZE": 8, "AUG": "none", "LOSS": "mse"}
+    recipe = RECIPE | {"LEARNING_RATE": 3e-3, "EPOCHS": 60, "BATCH_SIZE": 8, "AUG": "none"}
     _, history, _ = train((patches, target, spots, spots), recipe, hidden=0)
     assert history[-1]["train_loss"] < 0.02 * target.var()
 
@@ -127,8 +127,8 @@ def test_an_unknown_loss_is_refused():
 def test_an_interrupted_run_ends_with_the_same_bits(little, tmp_path, killed_after):
     whole = train(little)[2]
 
-    def kill(line, *others):
-        if line["epoch"] == killed_after + 1:
+    def kill(history, best_epoch):
+        if len(history) == killed_after + 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,7 @@ BACKBONES = ["resnet18", "mobilenetv2_100", "mobilenetv3_small_050", "densenet12
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_head_fits_every_kind_of_backbone(backbone):
-    model = common.build_model(NETWORK | {"BACKBONE": backbone}, 5, 0).eval()
+    model = common.build_model(NETWORK | {"BACKBONE": backbone, "IMAGE_SIZE": 64}, 5, 0).eval()
     with torch.inference_mode():
         assert model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5)
 
@@ -228,11 +228,11 @@ def test_published_numbers_go_whole_to_the_report(capsys):
 def test_the_first_prediction_is_the_training_mean(simulated, tmp_path, monkeypatch, hidden):
     seen = []
 
-    def look(network, patches, target, train_spots, valid_spots, **options):
+    def look(network, patches, split, recipe, **options):
         network.eval()
         with torch.inference_mode():
             first = network(patches[torch.arange(3)].float()).numpy()
-        seen.append((first, target[train_spots].mean(0, np.float64)))
+        seen.append((first, split.data.target[split.spots("train")].mean(0, np.float64)))
         raise shell.InputError("seen enough")
 
     monkeypatch.setattr(common, "fit", look)
@@ -280,10 +280,12 @@ def test_divergence_is_told_in_one_line(little):
     "backbone, name", [("efficientnet_b0", "EfficientNet-B0"), ("resnet18", "resnet18")]
 )
 def test_a_row_is_called_by_the_backbone_that_it_trained(backbone, name):
-    run = SimpleNamespace(compute=lambda setting, recipe, split, compute: [setting], baseline={})
-    compute_methods = load_script("20").compute_methods
-    recipe = {"BACKBONE": backbone, "TARGET": "lognorm", "PRETRAINED": False}
-    assert compute_methods(run, recipe, None) == [name, "ridge (colour)"]
+    script, settings = load_script("20"), []
+    script.BACKBONE, script.PRETRAINED = backbone, False
+    run = SimpleNamespace(baseline={}, row=lambda setting, split, recipe: setting)
+    run.fill = lambda setting, method: settings.append(setting)
+    script.fill_rows(run, None, {"TARGET": "lognorm"})
+    assert settings == [name, "ridge (colour)"]
 
 
 KEYS = """setting split slide fold seed target truth protocol gene_lists n_spots heg hvg mg all
@@ -468,7 +470,7 @@ def test_gpu_trains_to_finite_losses(little):
     patches, target, *spots = little
     model = common.build_model(NETWORK, 5, 42).cuda().to(memory_format=torch.channels_last)
     placed = patches.cuda()
-    options = {"recipe": RECIPE, "seed": 42, "dtype": torch.bfloat16}
-    history = common.fit(model, placed, target, *spots, **options)
+    recipe = RECIPE | {"DEVICE": "cuda", "PRECISION": "bf16"}
+    history = common.fit(model, placed, split_of(target, *spots), recipe)
     assert placed.is_cuda
     assert np.isfinite([line["valid_mse"] for line in history]).all()
