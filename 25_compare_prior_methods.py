@@ -25,7 +25,7 @@ control uses what no image model may: the test spots' own depth, or expression m
 from study import recipes, shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
 import functools
@@ -52,6 +52,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 
 BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
