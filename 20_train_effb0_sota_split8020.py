@@ -19,7 +19,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True, files=("FEATURES",))
+    shell.check_command(__file__, dataset=True, files=("FEATURES", "GENE_SETS"))
 
 
 from dataclasses import replace
@@ -41,6 +41,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name
@@ -126,7 +127,8 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
         plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-        run.fill(run.row(f"hest probe ({BACKBONE})", split, plain), methods.hest_probe)
+        for probe, changed in methods.name_probes(BACKBONE).items():
+            run.fill(run.row(probe, split, plain | changed), methods.hest_probe)
 
 
 def main():

@@ -19,7 +19,7 @@ Source     the paper's comparison, which left ResNet frozen; the row "resnet50 f
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
 import torch
@@ -38,6 +38,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file or a folder

@@ -25,7 +25,7 @@ draws in each epoch.
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
 import functools
@@ -53,6 +53,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 FOLDS = 5
 SEEDS = (42,)  # one search each
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 BACKBONE = "efficientnet_b0"  # any timm name

@@ -25,7 +25,7 @@ never looked at. The shuffled ids are the same ids in another order within each 
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
 import functools
@@ -55,6 +55,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42, 43, 44)  # one training, split and clustering each, the same for every setting
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
 
 FEATURES = "efficientnet_b0"  # timm name: its features are clustered; empty = colour statistics

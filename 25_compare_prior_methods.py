@@ -14,7 +14,7 @@ Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 mi
            cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
            The idea of a ridge on frozen features is HEST-Benchmark's (Jaume et al., NeurIPS 2024),
-           whose own probe stands beside it under protocol hest; low rank: Mukherjee and Zhu 2011
+           whose two probes stand beside it under protocol hest; low rank: Mukherjee and Zhu 2011
 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
@@ -26,7 +26,7 @@ control uses what no image model may: the test spots' own depth, or expression m
 from study import recipes, shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True)
+    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
 import functools
@@ -55,6 +55,7 @@ TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
 VALID_FRACTION = 0.2  # of the training slides' spots
 SEEDS = (42,)  # one training each
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 
 BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
@@ -464,8 +465,9 @@ def computed_methods(run):
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
         found[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
         if PROTOCOL == "hest":
-            probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
-            found[f"hest probe ({backbone})"] = (probe, methods.hest_probe)
+            plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
+            for probe, changed in methods.name_probes(backbone).items():
+                found[probe] = (plain_probe | changed, methods.hest_probe)
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:

@@ -9,6 +9,7 @@ Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `reci
 dict of a script's constants.
 """
 
+import csv
 import functools
 import io
 import itertools
@@ -311,13 +312,15 @@ def mean_and_variance(values, spots):
 def choose_gene_groups(data, spots, published):
     """Table group, gene, rank, whose attrs["source"] says where the groups are from.
 
-    They are the data root's gene_sets.csv if `published` may be used and is there, else those of
-    rank_genes.
+    They are HEG, HVG and MG of the data root's gene_sets.csv if `published` may be used and they
+    are there, else those of rank_genes. Other groups of that file are gene sets (study/gene_sets).
     """
     path = data.root / "gene_sets.csv"
+    table = pd.DataFrame()
     if published and path.is_file():
-        table, source = read_gene_sets(path), path.name
-    else:
+        listed = read_gene_sets(path)
+        table, source = listed[listed["group"].isin(GROUPS)].reset_index(drop=True), path.name
+    if table.empty:
         table, source = rank_genes(data, spots), "training spots"
     table["rank"] = table.groupby("group").cumcount() + 1
     table.attrs["source"] = source
@@ -325,20 +328,40 @@ def choose_gene_groups(data, spots, published):
 
 
 def read_gene_sets(path):
-    """Table group, gene of a CSV. InputError for other columns or groups."""
-    expected = f"{path}: expected the columns group, gene and the groups {', '.join(GROUPS)}"
+    """Table group, gene of a CSV of any groups; InputError as parse_gene_sets raises it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        options = {"dtype": str, "keep_default_na": False, "skipinitialspace": True}
-        table = pd.read_csv(io.StringIO(text), sep=separator, **options)
-        table = table[["group", "gene"]].apply(lambda column: column.str.strip())
-    except (ValueError, KeyError) as error:
-        raise InputError(expected) from error
-    table = table[table["gene"] != ""].reset_index(drop=True)
-    if not set(table["group"]) <= set(GROUPS):
-        raise InputError(expected)
-    return table
+    except ValueError as error:
+        raise InputError(f"{path}: expected the columns group, gene ({error})") from None
+    return parse_gene_sets(text, path)
+
+
+def parse_gene_sets(text, path):
+    """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
+
+    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
+    for other columns and for a line that lacks a cell.
+    """
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    rows = io.StringIO(text, newline=None)
+    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
+    lines, columns = [], None
+    try:
+        for line in cells:
+            line = [cell.strip() for cell in line]
+            if columns is None:
+                columns = line.index("group"), line.index("gene")
+            elif any(line):
+                lines.append([line[column] for column in columns])
+                if not lines[-1][0]:
+                    raise ValueError("no group")
+    except (ValueError, LookupError, csv.Error):
+        expected = "expected the columns group, gene and a cell of each in every line"
+        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
+    if columns is None:
+        raise InputError(f"{path}: is empty; expected the columns group, gene")
+    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
+    return table[table["gene"] != ""].reset_index(drop=True)
 
 
 def rank_genes(data, spots):

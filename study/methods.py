@@ -103,21 +103,24 @@ PROBE_COMPONENTS = 256
 PROBE_SEED = 1  # of the benchmark's runs
 
 
+def name_probes(backbone):
+    """{setting: {CONSTANT: value}} of the two probes that HEST-Benchmark describes."""
+    return {
+        f"hest probe ({backbone})": {},
+        f"hest probe ({backbone}, full width)": {"FULL_WIDTH": True},
+    }
+
+
 def hest_probe(row):
-    """A method: the probe of HEST-Benchmark on frozen features of BACKBONE.
+    """A method: a probe of HEST-Benchmark on frozen features of BACKBONE.
 
     Features of the last stage, of the patch as it is, in fp32 whatever PRECISION is; of all spots
-    of the training slides, since the probe needs no validation. In the repository mahmoodlab/HEST,
-    src/hest/bench, benchmark.py and trainer.py do this, and st_dataset.py takes log1p of raw counts
-    without a normalisation by depth: StandardScaler, PCA to 256 of seed 1, rounded to single
-    precision and computed in double from there on (scikit-learn makes that of a tensor), then for
-    all genes at once Ridge without intercept, solver lsqr of at most 1,000 steps and
-    scikit-learn's tolerance, alpha = 100 / (columns x genes).
+    of the training slides, since the probe needs no validation; log1p of raw counts without a
+    normalisation by depth (st_dataset.py in src/hest/bench of the repository mahmoodlab/HEST).
 
     What differs: the spots of a sample stand by their rows and not as in its file of patches, on
-    which the random steps of PCA depend where there are fewer spots than features; of fewer than
-    256 spots or features as many components are taken as there can be. The benchmark's row
-    ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
+    which the random steps of PCA depend where there are fewer spots than features. The benchmark's
+    row ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
     (inference_models.py), so that of resnet50 here is another one.
     """
     plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
@@ -129,17 +132,44 @@ def hest_probe(row):
 def predict_by_probe(row, features):
     """The prediction (n, G) by hest_probe on features (N, F)."""
     split = row.split
-    target = split.data.target
     train = order_by_fold_file(split)
-    n_components = min(PROBE_COMPONENTS, len(train), features.shape[1])
-    reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
-    reduced = round_to_single(reduce.fit_transform(features[train]))
-    alpha = 100 / (n_components * target.shape[1])
-    ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
-    ridge.fit(reduced, target[train])
-    seen = round_to_single(reduce.transform(features[split.scored()]))
+    predicted, alpha = probe_features(
+        features[train],
+        split.data.target[train],
+        features[split.scored()],
+        full_width="FULL_WIDTH" in row.recipe,
+    )
     row.note(alpha=alpha)
-    return ridge.predict(seen).astype(np.float32)
+    return predicted.astype(np.float32)
+
+
+def probe_features(features, target, seen, *, full_width):
+    """(prediction (m, G) from features `seen` (m, F), alpha) of HEST-Benchmark's ridge, which
+    learns target (n, G) from features (n, F) float32.
+
+    benchmark.py and trainer.py do this: for all genes at once Ridge without intercept, solver lsqr
+    of at most 1,000 steps and scikit-learn's tolerance, alpha = 100 / (columns x genes). The
+    benchmark's README reduces the features to 256 columns before; Table A13 of its paper takes them
+    at full width, neither standardised nor reduced, and ranks models otherwise (issue 144 there).
+    """
+    if not full_width:
+        features, seen = reduce_features(features, seen)
+    alpha = 100 / (features.shape[1] * target.shape[1])
+    ridge = linear_model.Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000)
+    ridge.fit(features, target)
+    return ridge.predict(seen), alpha
+
+
+def reduce_features(features, seen):
+    """The features (n, F) and (m, F), standardised and reduced to their 256 principal components by
+    the first ones; of fewer spots or features as many components are taken as there can be.
+
+    They are rounded to single precision, and the ridge computes in double from there on, as
+    scikit-learn does with the tensors that the benchmark hands to it.
+    """
+    n_components = min(PROBE_COMPONENTS, *features.shape)
+    reduce = make_pipeline(StandardScaler(), PCA(n_components, random_state=PROBE_SEED))
+    return round_to_single(reduce.fit_transform(features)), round_to_single(reduce.transform(seen))
 
 
 def round_to_single(values):

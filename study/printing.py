@@ -45,6 +45,14 @@ def cut(text, width):
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def cut_middle(text, width):
+    """The text, some of its middle left out where it is longer: settings differ in their ends."""
+    if len(text) <= width:
+        return text
+    end = width // 2
+    return f"{text[: width - end - 1]}…{text[-end:]}"
+
+
 def justify_left(column):
     """A column of texts with its name, padded so that they begin at the same place."""
     width = max(map(len, [column.name, *column]))

@@ -14,6 +14,8 @@ import common
 from common import GROUPS, SCORED
 from study import conformal, recipes, scales, shell, splitting
 
+SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
+
 
 # ------------------------------------------------------------------------------------------ records
 def name_folder(setting, made_with):
@@ -26,13 +28,19 @@ def name_folder(setting, made_with):
 
 def read_rows(out):
     """{folder's name: its lines of rows.csv} of the rows in `out` that this version's numbers are
-    in.
+    in, with the scores of gene sets that lie beside them.
     """
     lines = {}
     for path in sorted(out.glob("[!.]*/rows.json")):
         made_with = json.loads(path.with_name("recipe.json").read_text())
-        if made_with.get("results") == common.RESULTS:
-            lines[path.parent.name] = json.loads(path.read_text())
+        if made_with.get("results") != common.RESULTS:
+            continue
+        found = json.loads(path.read_text())
+        scores = path.with_name(SET_SCORES)
+        if scores.is_file():
+            of_sets = json.loads(scores.read_text())["lines"]
+            found = [line | scored for line, scored in zip(found, of_sets, strict=True)]
+        lines[path.parent.name] = found
     return lines
 
 
@@ -225,15 +233,22 @@ def join_influence(records, out):
     """
     headline = headline_of(records)
     keys = [group.lower() for group in (*GROUPS, "all")]
-    columns = [f"{headline.truth}_{key}{headline.ending}" for key in keys]
-    units = records.groupby(headline.unit)["folder"]
+    columns = {f"{headline.truth}_{key}{headline.ending}": key for key in keys}
+    return join_columns(records, out, "influence.csv", columns)
+
+
+def join_columns(records, out, name, columns):
+    """As join_influence, of the `columns` {column: what to call it} of the file `name` in each of
+    the records' folders.
+    """
+    units = records.groupby(headline_of(records).unit)["folder"]
     parts = []
     for _, folders in units:
         for folder in folders:
-            path = out / folder / "influence.csv"
-            table = shell.read_csv(path, numbers=[*PLACE, *columns])
-            moved = table[columns].set_axis(keys, axis=1) / len(folders) / len(units)
+            table = shell.read_csv(out / folder / name, numbers=[*PLACE, *columns])
+            moved = table[[*columns]].rename(columns=columns) / len(folders) / len(units)
             parts.append(pd.concat([table[PLACE], moved], axis=1))
+    keys = [*columns.values()]
     joined = pd.concat(parts).groupby(PLACE)[keys].sum(min_count=1).reset_index()
     return joined[keys], joined[PLACE]
 

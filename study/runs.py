@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from slides import readers
-from study import printing, recipes, recording, shell, splitting, weight_files
+from study import gene_sets, printing, recipes, recording, shell, splitting, weight_files
 from study.rows import Row
 from study.shell import RANK, RANKS, InputError
 
@@ -96,7 +96,9 @@ class Run:
     recipe: dict  # its constants as they stand
     splits: list  # one Split a training
     out: Path
+    sets: gene_sets.GeneSets = field(default_factory=gene_sets.GeneSets)  # beside the groups
     rows: list = field(default_factory=list)  # that are filled, in the order of table and report
+    set_tables: dict = field(default_factory=dict)  # {caption: lines} of gene sets, as printed
 
     @property
     def data(self):
@@ -127,7 +129,11 @@ class Run:
     def print_header(self):
         """What is run on what: data, target, protocol, split, gene groups, machine and weights."""
         print(f"\n{self.data.label}{self.name}")
-        for name, value in describe_run(self.recipe, self.splits).items():
+        lines = describe_run(self.recipe, self.splits)
+        if self.sets.listed:
+            lines["gene sets"] = self.sets.describe()
+            shell.save_csv(self.out / "gene_sets.csv", self.sets.table())
+        for name, value in lines.items():
             line = f"{name:11} {value}"
             print(
                 textwrap.fill(
@@ -150,6 +156,8 @@ class Run:
     def fill(self, row, method, **how):
         """Fill a row (see Row.fill), and add it to the run's and to rows.csv; returns it."""
         row.fill(method, **how)
+        if not RANK:
+            row.lines = gene_sets.add_scores(row, self.sets.members)
         self.rows.append(row)
         self.lines_on_disk[row.folder.name] = row.lines
         if not RANK:
@@ -214,7 +222,7 @@ class Run:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
         for setting, group in chosen.groupby("setting", sort=False):
-            line = {"setting": printing.cut(setting, 30)}
+            line = {"setting": printing.cut_middle(setting, 30)}
             interval = recording.find_headline_interval(group, self.out)
             line |= printing.describe_scores(group, interval, sizes, len(self.data.genes))
             for name in leave_out:
@@ -231,6 +239,10 @@ class Run:
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
         title = f"{title}: {scored} ({self.data.root})"
         printing.print_table(self.title(title), pd.concat(shown, axis=1))
+        if self.sets.members and not RANK:
+            lines = gene_sets.describe_sets(chosen, self.sets.members, self.out)
+            gene_sets.print_sets(self.title(f"gene sets: {scored} ({self.data.root})"), lines)
+            self.set_tables[f"Gene sets, {scored}"] = lines
         return differences
 
     def finish(self, tables=None):
@@ -245,7 +257,7 @@ class Run:
             data_root=self.data.root,
             label=self.data.label,
             folders=list(folders),
-            tables=tables or {},
+            tables=self.set_tables | (tables or {}),
             recipe=self.recipe,
             warnings=self.data.meta.get("warnings", []),
         )
@@ -381,6 +393,7 @@ def open_run(script, *, validate=True):
     root = Path(recipe["DATA_ROOT"])
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])
+    listed = gene_sets.read_all_sets(recipe["GENE_SETS"], root)
     data = common.load_dataset(root, recipe["TARGET"])
     readers.check_sources(root, data.meta)
     splits = []
@@ -388,6 +401,8 @@ def open_run(script, *, validate=True):
         split = splitting.split_spots if validate else splitting.split_off_test
         for fold, roles in enumerate(split(data.spots, recipe, seed)):
             splits.append(splitting.make_split(data, roles, recipe, seed, fold))
+    panels = [split.data.genes for split in splits]
+    sets = gene_sets.match_sets(listed, data.annotations.var, panels)
     out = Path(recipe["OUT"] or choose_out(script, root))
     shell.hold_folder(out)
-    return Run(script, recipe, splits, out)
+    return Run(script, recipe, splits, out, sets)

@@ -78,7 +78,7 @@ class Split:
     def made_with(self, recipe):
         """{name: value} of all that a record of this split follows from."""
         # Where it lies, and what the hash of the roles below stands for, takes no part.
-        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY", "COMPARE_TARGETS")
+        elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY", "COMPARE_TARGETS", "GENE_SETS")
         elsewhere += ("TRAIN_SLIDES", "TEST_SLIDE", "VALID_FRACTION")
         made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
         if isinstance(recipe["PRETRAINED"], str):

@@ -526,14 +526,14 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
     )
 
 
-def test_unknown_group_in_gene_sets(simulated, tmp_path, capsys):
-    import shutil
-
-    root = tmp_path / "copy"
-    shutil.copytree(simulated / "dataset", root / "dataset")
-    (root / "gene_sets.csv").write_text("group,gene\nTOP,ALB\n")
-    assert run_script("20", "--data-root", root, "--out", tmp_path / "out", *flags_of(TINY)) == 2
-    check_one_line(capsys, ["gene_sets.csv", "HEG, HVG, MG"])
+@pytest.mark.parametrize(
+    "text, line",
+    [("set,gene\nHEG,ALB\n", 1), ("group,gene\nHEG,ALB\n\nHEG\n", 4), ("group,gene\n,ALB\n", 2)],
+)
+def test_gene_sets_csv_with_other_columns_names_the_line(tmp_path, text, line):
+    (tmp_path / "gene_sets.csv").write_text(text)
+    with pytest.raises(shell.InputError, match=f"gene_sets.csv, line {line}: .* group, gene"):
+        common.read_gene_sets(tmp_path / "gene_sets.csv")
 
 
 def test_pretrained_weights_without_a_network_name_the_way_out(

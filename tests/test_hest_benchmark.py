@@ -23,6 +23,7 @@ from test_weights import SMALL, pretend
 import common
 from study import methods, splitting
 from study.features import encode_spots
+from study.rows import Row
 
 SAMPLES = ("TENX1", "NCBI2", "MEND3")
 TASK_GENES = GENES[10:16]
@@ -189,12 +190,14 @@ def test_the_statistic_is_the_mean_over_folds_of_r_over_all_their_test_spots(sco
     np.testing.assert_allclose(rows[rows["setting"] == SMALL]["all_pooled"], means, atol=1e-6)
 
 
-def test_the_table_has_the_probe_intervals_ceilings_and_differences(scored):
+def test_the_table_has_both_probes_intervals_ceilings_and_differences(scored):
     head, lines = printed_table(scored[1], "mean Pearson r")
     assert "of ceiling" in head
     assert "HEST r minus ridge (colour)" in head
-    (line,) = [line for line in lines if line.startswith("hest probe (")]
-    assert "[" in line and "%" in line
+    probes = [line for line in lines if line.startswith("hest probe (")]
+    assert len(probes) == 2
+    assert "full width)" in probes[1] and "full width)" not in probes[0]
+    assert all("[" in line and "%" in line for line in probes)
 
 
 def test_the_header_says_what_the_protocol_sees(scored):
@@ -214,7 +217,7 @@ def test_a_report_is_of_the_benchmarks_number(scored):
 
 def test_prior_methods_stand_beside_the_probe(root, tmp_path):
     weights = weights_of(tmp_path / "weights")
-    small = {"features": SMALL, "only": f"hest probe ({SMALL})", "pretrained": weights}
+    small = {"features": SMALL, "only": f"hest probe ({SMALL}, full width)", "pretrained": weights}
     stdout = stdout_of("25", data_root=root, out=tmp_path / "runs", **(NETWORK | small))
     assert printed_table(stdout, "methods")[0].split()[1:3] == ["HEST", "r"]
 
@@ -226,28 +229,61 @@ def test_random_weights_train_and_have_no_probe(root, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- probe
-def test_the_probe_is_that_of_a_few_lines_of_scikit_learn(data, splits, tmp_path):
-    """Scikit-learn gets a tensor, as of the benchmark; features are fp32 though bf16 is asked."""
+def benchmarks_trainer(features, target, seen, full_width):
+    """(prediction, alpha) by the benchmark's own steps on arrays, tensors where it makes some."""
+    if not full_width:
+        scaler = StandardScaler().fit(features)
+        pca = PCA(n_components=min(256, *features.shape), random_state=1)
+        reduced = pca.fit_transform(scaler.transform(features))
+        features = torch.Tensor(reduced)
+        seen = torch.Tensor(pca.transform(scaler.transform(seen)))
+    alpha = 100 / (features.shape[1] * target.shape[1])
+    ridge = Ridge(alpha, fit_intercept=False, solver="lsqr", max_iter=1000, random_state=1)
+    ridge.fit(features, target)
+    return ridge.predict(seen), alpha
+
+
+@pytest.mark.parametrize("full_width", [False, True])
+@pytest.mark.parametrize("n_spots, width", [(500, 320), (90, 320), (500, 40)])
+def test_a_probe_is_the_benchmarks_trainer_on_made_features(full_width, n_spots, width):
+    random = np.random.default_rng(n_spots)
+    scale = np.exp(random.normal(0, 1, width))  # Columns of one scale would not need a scaler.
+    features = (random.normal(1, 1, (n_spots + 60, width)) * scale).astype(np.float32)
+    weights = random.normal(0, 1, (width, 7)) / scale[:, None]
+    noise = random.normal(0, 3, (n_spots + 60, 7))
+    target = (features @ weights + noise).astype(np.float32)
+    arrays = features[:n_spots], target[:n_spots], features[n_spots:]
+    predicted, alpha = methods.probe_features(*arrays, full_width=full_width)
+    expected, alpha_of_benchmark = benchmarks_trainer(*arrays, full_width)
+    np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-8)
+    assert alpha == alpha_of_benchmark
+    other, _ = methods.probe_features(*arrays, full_width=not full_width)
+    assert np.abs(predicted - other).max() > 0.01
+
+
+@pytest.mark.parametrize("full_width", [False, True])
+def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_path, full_width):
+    """Features are fp32 though bf16 is asked, of the last stage though all are."""
     recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights_of(tmp_path / "weights"))}
     recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
     features, _ = encode_spots(data, recipe, 42)
+    asked = recipe | {"PRECISION": "bf16", "POOL_STAGES": True}
+    if full_width:
+        asked["FULL_WIDTH"] = True
     for split in splits:
-        known = methods.order_by_fold_file(split)
-        scaler = StandardScaler().fit(features[known])
-        pca = PCA(n_components=min(256, len(known)), random_state=1)
-        x = torch.Tensor(pca.fit_transform(scaler.transform(features[known])))
-        ridge = Ridge(100 / (x.shape[1] * 6), fit_intercept=False, solver="lsqr", max_iter=1000)
-        ridge.fit(x, data.target[known])
-        test = split.roles == "test"
-        expected = ridge.predict(torch.Tensor(pca.transform(scaler.transform(features[test]))))
-        predicted, more = methods.hest_probe(recipe | {"PRECISION": "bf16"}, split, tmp_path)
+        train, test = methods.order_by_fold_file(split), split.roles == "test"
+        expected, alpha = benchmarks_trainer(
+            features[train], data.target[train], features[test], full_width
+        )
+        row = Row("probe", asked, split, tmp_path)
+        predicted = methods.hest_probe(row)
         found = predicted[split.roles[split.scored()] == "test"]
         np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
         r = common.pearson_per_gene(found, data.target[test])
         np.testing.assert_allclose(
             r, common.pearson_per_gene(expected, data.target[test]), atol=1e-7
         )
-        assert more["alpha"] == ridge.alpha
+        assert row.notes["alpha"] == alpha
 
 
 def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):
