@@ -678,14 +678,16 @@ def test_genes_that_a_panel_loses_are_named(tmp_path, kind):
     assert "Gene6 (GENE6)" in printed
 
 
-def write_h5(path, counts, genes, genomes):
+def write_h5(path, counts, genes, genomes=None, barcodes=None):
     """A filtered_feature_bc_matrix.h5."""
+    genomes = ["GRCh38"] * len(genes) if genomes is None else genomes
+    barcodes = spot_array()["barcode"] if barcodes is None else barcodes
     matrix = scipy.sparse.csc_matrix(counts.T)
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
         group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
         group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape)
-        group["barcodes"] = np.array(spot_array()["barcode"].tolist(), "S")
+        group["barcodes"] = np.array([*barcodes], "S")
         features = group.create_group("features")
         features["id"] = np.array([f"ID{gene}" for gene in genes], "S")
         features["name"] = np.array(genes, "S")
