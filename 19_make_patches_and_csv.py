@@ -301,14 +301,26 @@ def tell_counts(table):
 
 
 def refuse_twin(seen, spot, kind, content):
-    """Note in `seen` that a spot has this content; InputError where another spot has it."""
+    """Note in `seen` that a spot has this content; InputError where another spot has it.
+
+    Spots are called as in obs, by their slide and barcode.
+    """
     digest = hashlib.blake2b(content, digest_size=16).digest()
     twin = seen.setdefault((kind, digest), spot)
-    if twin != spot:
+    if twin == spot:
+        return
+    found = f"the spots {twin} and {spot} have the same {kind}"
+    if twin.split("_")[0] == spot.split("_")[0]:
+        cause = {"pixels": "their positions or the image", "counts": "a part of the matrix"}[kind]
+        raise InputError(f"{found}, and are of one slide: mend {cause}, which is there twice")
+    if kind == "counts":
         raise InputError(
-            f"a leak: the spots {twin} and {spot} have the same {kind}, so a split could learn "
-            "from one and be scored on the other; is a slide in slides.csv twice?"
+            f"{found}, on two slides: give each slide in slides.csv a matrix of its own"
         )
+    raise InputError(
+        f"a leak: {found}, so a split could learn from one and be scored on the other; is a slide "
+        "in slides.csv twice?"
+    )
 
 
 def counting_ceiling(counts, totals):

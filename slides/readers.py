@@ -55,6 +55,7 @@ SECTION_SPELLINGS = (
     "slice",
 )
 BARCODE = r"^(.*?)([ACGT]{14,})(.*)$"  # prefix, letters and suffix
+THOUSANDS = r"[1-9]\d{0,2}([.,]\d{3})+"  # as 1.234
 ENDS = {"prefix": 0, "suffix": 2}  # what of BARCODE chooses spots where obs has no such column
 # What Xenium, CosMx and MERSCOPE count beside genes.
 CONTROLS = (
@@ -346,8 +347,9 @@ def parse_positions(path, table, separator):
     """
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
+    texts = table.astype(str)
     for column in POSITION_COLUMNS[1:]:
-        check_thousands(path, table, column, separator)
+        check_thousands(path, texts, column, separator)
         numbers = inputs.parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
         if unknown.any():
@@ -361,26 +363,53 @@ def parse_positions(path, table, separator):
         barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
+    check_places(path, table, texts)
     table = table.set_index("barcode")
     check_one_sample(path, table[[]])
     return table
 
 
-def check_thousands(path, table, column, separator):
-    """InputError where spreadsheets of Europe may have written 1234 as 1.234.
+def check_thousands(path, texts, column, separator):
+    """InputError where a spreadsheet may have written 1234 as 1.234 or 1,234.
 
-    That is where semicolons separate the cells, and no number is without a point and above 999.
+    That is where all numbers above 999 have a point or a comma before three digits, and those below
+    have none; numbers with three decimals all have it, unless semicolons separate the cells, as
+    spreadsheets of Europe write them.
     """
-    if separator != ";":
+    cells = texts[column]
+    marked = cells.str.fullmatch(THOUSANDS)
+    small = cells.str.fullmatch(r"\d{1,3}")
+    if marked.any() and (marked | small).all() and (small.any() or separator == ";"):
+        refuse_thousands(path, texts[marked], column)
+
+
+def refuse_thousands(path, texts, column):
+    """InputError that names the first cell of a column in which 1.234 may be 1234."""
+    barcode, text = texts[["barcode", column]].iloc[0]
+    raise InputError(
+        f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
+        "export the numbers without separators of thousands"
+    )
+
+
+def check_places(path, table, texts):
+    """InputError where two spots in_tissue lie on one pixel; `texts` are the cells of the table."""
+    spots = table[table["in_tissue"] == 1]
+    places = spots[["pxl_row", "pxl_col"]]
+    twins = spots[places.duplicated(keep=False)]
+    if twins.empty:
         return
-    texts = table[column].astype(str)
-    dotted = texts.str.fullmatch(r"[1-9]\d{0,2}(\.\d{3})+")
-    if dotted.any() and (dotted | texts.str.fullmatch(r"\d{1,3}")).all():
-        barcode, text = table.loc[dotted, ["barcode", column]].iloc[0]
-        raise InputError(
-            f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
-            "export the numbers without separators of thousands"
-        )
+    for column in places:
+        cells = texts.loc[twins.index]
+        marked = cells[column].str.fullmatch(THOUSANDS)
+        if marked.any():  # Cut to whole numbers, the thousands of a slide are a few pixels.
+            refuse_thousands(path, cells[marked], column)
+    row, column = twins[["pxl_row", "pxl_col"]].iloc[0]
+    same = twins[(twins["pxl_row"] == row) & (twins["pxl_col"] == column)]["barcode"]
+    raise InputError(
+        f"{path}: the spots {same.iloc[0]} and {same.iloc[1]} lie on one pixel, pxl_row {row} and "
+        f"pxl_col {column}: mend the positions"
+    )
 
 
 def read_anndata_positions(path):
