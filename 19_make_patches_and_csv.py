@@ -698,6 +698,7 @@ def write_meta(root, out, manifest, target, over_border):
     whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
+    given = shell.flags_given(globals())
     meta = {
         "format": common.FORMAT,
         "target": target,
@@ -712,13 +713,14 @@ def write_meta(root, out, manifest, target, over_border):
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
+        "flags": {flag: value for flag, value in given.items() if flag != "--data-root"},
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def describe_slide(root, slide):
-    """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
+    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files."""
     files = {}
     for path in readers.list_files(slide):
         files[readers.name_file(root, path)] = describe_file(path)
@@ -726,8 +728,12 @@ def describe_slide(root, slide):
 
 
 def describe_file(path):
-    """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
+    """Size and SHA-256 of a file, and the hash by which readers.check_sources compares it."""
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": shell.hash_file(path),
+        "blocks": shell.hash_blocks(path),
+    }
 
 
 # -------------------------------------------------------------------------------- check

@@ -9,6 +9,7 @@ pixels read in imaging.py. What cannot be read raises InputError.
 import io
 import os
 import re
+import shlex
 import unicodedata
 import warnings
 import zlib
@@ -97,6 +98,19 @@ class Slide:
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 PATHS = ("image", "positions", "matrix")
+# With these script 19 writes slides.csv, which is not done again once a person has edited it.
+MANIFEST_FLAGS = (
+    "--from-spaceranger",
+    "--images",
+    "--use-hires",
+    "--bin-um",
+    "--from-hest",
+    "--samples",
+    "--organ",
+    "--species",
+    "--technology",
+    "--hest-patches",
+)
 
 
 def read_manifest(root, need_files=True):
@@ -243,18 +257,17 @@ def list_files(slide):
 
 
 def check_sources(root, meta):
-    """InputError where slides.csv, or the size of a file that it names, is no more as script 19
-    described it in meta.json.
+    """InputError where slides.csv, or a file that it names, is no more as script 19 described it in
+    meta.json.
 
-    A file that is gone is not compared: the patches are there, and images take much disk.
+    A file that is gone is not compared: the patches are there, and images take much disk. Of large
+    files some blocks are compared, so that no start of a script waits.
     """
     if not (root / "slides.csv").is_file():
         return
     manifest = read_manifest(root, need_files=False)
     then = {row["tissue_index"]: row for row in meta["slides"]}
-    command = f"python 19_make_patches_and_csv.py --data-root {root}"
-    if meta["target"] == "lognorm":
-        command += " --target lognorm"
+    command = name_command(root, meta, without=MANIFEST_FLAGS)
     if sorted(then) != [slide.tissue_index for slide in manifest]:
         raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
     for slide in manifest:
@@ -266,12 +279,32 @@ def check_sources(root, meta):
                     f"and was {row[column]} when the dataset was made: run {command} again"
                 )
         for path in list_files(slide):
-            size = row["files"].get(name_file(root, path), {}).get("bytes", path.stat().st_size)
-            if path.stat().st_size != size:
-                raise InputError(
-                    f"{path}: {path.stat().st_size:,} bytes, and {size:,} when the dataset was "
-                    f"made: run {command} again"
-                )
+            check_source(path, row["files"].get(name_file(root, path), {}), root, meta)
+
+
+def check_source(path, described, root, meta):
+    """InputError where a file is no more as a part of meta.json describes it."""
+    size = path.stat().st_size
+    command = name_command(root, meta)
+    if size != described.get("bytes", size):
+        raise InputError(
+            f"{path}: {size:,} bytes, and {described['bytes']:,} when the dataset was made: run "
+            f"{command} again"
+        )
+    if "blocks" in described and described["blocks"] != shell.hash_blocks(path):
+        raise InputError(
+            f"{path}: its content is not as it was when the dataset was made: run {command} again"
+        )
+
+
+def name_command(root, meta, without=()):
+    """The command of script 19 that made a dataset, by its meta.json, less the flags `without`."""
+    usual = {"--target": "lognorm"} if meta["target"] == "lognorm" else {}
+    words = ["python", "19_make_patches_and_csv.py", "--data-root", str(root)]
+    for flag, value in meta.get("flags", usual).items():
+        if flag not in without:
+            words += [flag, value]
+    return shlex.join(words)
 
 
 def find_named(root, row, column, need_files=True):

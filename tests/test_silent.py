@@ -3,6 +3,7 @@ refused or warned of, by script 19 and by its --check alike.
 """
 
 import re
+import shlex
 import struct
 import zlib
 
@@ -20,6 +21,7 @@ from test_files import (
     check_spots,
     edit_manifest,
     make_dataset,
+    make_outs,
     make_slides,
     paint,
     spot_array,
@@ -29,6 +31,7 @@ from test_hest import make_anndata
 
 import common
 from slides import hest, imaging, readers
+from study import shell
 from study.shell import InputError
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
@@ -159,6 +162,62 @@ def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
     refuse_training(capsys, tmp_path, name, f"{len(content) + 1:,} bytes, and {len(content):,}")
     (tmp_path / name).unlink()  # to spare disk
     common.load_dataset(tmp_path, "lognorm")
+
+
+@pytest.mark.parametrize("name", ["image1.tif", "positions2.csv", "matrix1/matrix.mtx"])
+def test_an_edit_that_keeps_the_size_of_a_source_is_refused(tmp_path, capsys, name):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    digits = [place for place, byte in enumerate(content) if byte in b"45"]
+    place = digits[len(digits) // 2]
+    content[place] ^= 1  # 4 and 5
+    (tmp_path / name).write_bytes(content)
+    refuse_training(capsys, tmp_path, name, "its content is not as it was")
+
+
+def test_blocks_of_a_large_file_are_compared(tmp_path, monkeypatch):
+    """Both ends, and no less than every gap between two blocks; the cost does not grow."""
+    monkeypatch.setattr(shell, "WHOLE_BYTES", 2**20)
+    path = tmp_path / "image.tif"
+    content = bytearray(np.random.default_rng(0).bytes(3 * 2**20))
+    path.write_bytes(content)
+    before = shell.hash_blocks(path)
+    gap = (len(content) - shell.BLOCK_BYTES) // (shell.BLOCKS - 1)
+    for start in (0, len(content) - 1, 5 * gap + 100, len(content) // 2):
+        edited = content.copy()
+        edited[start] ^= 1
+        path.write_bytes(edited)
+        assert shell.hash_blocks(path) != before
+    path.write_bytes(content)
+    assert shell.hash_blocks(path) == before
+
+
+def test_the_flags_of_19_are_in_its_command(tmp_path, capsys):
+    """Those that wrote slides.csv only where that has not been edited since."""
+    outs, images = zip(*[make_outs(tmp_path / f"s {i}", i) for i in (1, 2)], strict=True)
+    root = tmp_path / "my slides"
+    (tmp_path / "panel.csv").write_text("gene\nHAL\nGENE1\n")
+    linking = {"from_spaceranger": f"{outs[0]},{outs[1]}", "images": f"{images[0]},{images[1]}"}
+    make_dataset(root, **linking, panel=tmp_path / "panel.csv", thumbnail=False)
+    meta = common.load_dataset(root, "lognorm").meta
+    others = ["--panel", str(tmp_path / "panel.csv"), "--thumbnail", "False"]
+    with open(outs[0] / "spatial" / "tissue_positions.csv", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError) as caught:
+        readers.check_sources(root, meta)
+    command = str(caught.value).split(": run ")[1].removesuffix(" again")
+    words = shlex.split(command)
+    assert words[2:6] == ["--data-root", str(root), "--target", "lognorm"]
+    assert set(others + ["--from-spaceranger", linking["from_spaceranger"], "--images"]) < {*words}
+    assert run_script("19", *words[2:]) == 0
+    edit_manifest(root, donor=["D1", "D1"])
+    with pytest.raises(InputError, match="donor of slide 1 is D1") as caught:
+        readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
+    assert "--from-spaceranger" not in str(caught.value) and "--images" not in str(caught.value)
+    words = shlex.split(str(caught.value).split(": run ")[1].removesuffix(" again"))
+    assert run_script("19", *words[2:]) == 0
+    readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):
