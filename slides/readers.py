@@ -915,14 +915,29 @@ def choose_counts(table, path):
         return table
     # Of equals max() takes the first.
     name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
-    if name == "X":
-        return table
+    say_what_is_taken(path, name, found, usable)
     if name == "raw":
-        print(f"{path}: raw is taken, whose counts are of {table.raw.n_vars} genes")
         return table.raw.to_adata()
-    print(f"{path}: {name} is taken, whose counts are raw")
-    table.X = table.layers["counts"]
+    if name != "X":
+        table.X = table.layers["counts"]
     return table
+
+
+def say_what_is_taken(path, name, found, usable):
+    """Print which counts of an .h5ad are taken, unless they are X and nothing else has more genes;
+    `found` {name: values} holds all there are, `usable` those that are counts.
+    """
+    n_genes = found[name].shape[1]
+    larger = [other for other in found if found[other].shape[1] > n_genes]
+    if name == "X" and not larger:
+        return
+    line = f"{path}: {name} is taken, whose counts are of {n_genes} genes"
+    for other in larger:
+        cause = "are no counts"
+        if other in usable:
+            cause = "have one depth in all spots, as raw counts never do"
+        line += f"; the values of {found[other].shape[1]} genes in {other} {cause}"
+    print(line)
 
 
 def has_one_depth(counts):

@@ -144,15 +144,14 @@ def hash_file(path):
 
 
 def hash_blocks(path):
-    """BLAKE2 of a file's size and of its content or, of a large one, of blocks spread over it, in
-    hexadecimal digits: a check that is quick where it is made at every start.
+    """SHA-256 of a file's content or, of a large one, of blocks spread over it, in hexadecimal
+    digits: a check that is quick where it is made at every start.
     """
     size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    if size <= WHOLE_BYTES:
+        return hash_file(path)
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if size <= WHOLE_BYTES:
-            digest.update(file.read())
-            return digest.hexdigest()
         for number in range(BLOCKS):
             # The first is the head, and the last the end, where TIFFs keep their tables.
             file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))

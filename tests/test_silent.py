@@ -634,8 +634,8 @@ def keep_variable(table):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken'),
-    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken'),
+    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken, whose counts are of 48 genes'),
+    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken, whose counts are of 48 genes'),
     (keep_variable, "raw is taken, whose counts are of 48 genes"),
 ])  # fmt: skip
 def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
@@ -646,6 +646,45 @@ def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
     first = table[table.obs["tissue_index"] == 1]
     places = make_anndata().obs_names.get_indexer(first.obs["barcode"])
     assert np.array_equal(first.obs["n_counts"], expected[places])
+
+
+def few_beside_raw(layer, depth):
+    """X or layers["counts"] of 16 genes beside raw of all, which has one depth or is no counts."""
+
+    def change(table):
+        few = table[:, :16].copy()
+        correct_depth(table, 1e4)
+        if depth is None:
+            table.X.data += 0.5
+        few.raw = table
+        if layer:
+            few.layers["counts"] = few.X.copy()
+            few.X = few.X.log1p()
+        return few
+
+    return change
+
+
+@pytest.mark.parametrize("layer, depth, words", [
+    (False, 1e4, "X is taken, whose counts are of 16 genes; the values of 48 genes in raw have one"),
+    (True, 1e4, 'layers["counts"] is taken, whose counts are of 16 genes; the values of 48 genes '
+     "in raw have one"),
+    (False, None, "X is taken, whose counts are of 16 genes; the values of 48 genes in raw are no"),
+])  # fmt: skip
+def test_counts_of_few_genes_beside_others_are_named(tmp_path, capsys, layer, depth, words):
+    table = few_beside_raw(layer, depth)(make_anndata())
+    table.write_h5ad(tmp_path / "slide1.h5ad")
+    taken = readers.read_matrix(tmp_path / "slide1.h5ad")
+    assert np.array_equal(taken.X.toarray(), make_anndata().X.toarray()[:, :16])
+    assert words in capsys.readouterr().out
+
+
+def test_x_alone_is_taken_without_a_word(tmp_path, capsys):
+    table = make_anndata()
+    table.raw = table.copy()
+    table.write_h5ad(tmp_path / "slide1.h5ad")
+    readers.read_matrix(tmp_path / "slide1.h5ad")
+    assert not capsys.readouterr().out
 
 
 def test_equal_depths_are_warned_of(tmp_path):
