@@ -302,14 +302,26 @@ def tell_counts(table):
 
 
 def refuse_twin(seen, spot, kind, content):
-    """Note in `seen` that a spot has this content; InputError where another spot has it."""
+    """Note in `seen` that a spot has this content; InputError where another spot has it.
+
+    Spots are called as in obs, by their slide and barcode.
+    """
     digest = hashlib.blake2b(content, digest_size=16).digest()
     twin = seen.setdefault((kind, digest), spot)
-    if twin != spot:
+    if twin == spot:
+        return
+    found = f"the spots {twin} and {spot} have the same {kind}"
+    if twin.split("_")[0] == spot.split("_")[0]:
+        cause = {"pixels": "their positions or the image", "counts": "a part of the matrix"}[kind]
+        raise InputError(f"{found}, and are of one slide: mend {cause}, which is there twice")
+    if kind == "counts":
         raise InputError(
-            f"a leak: the spots {twin} and {spot} have the same {kind}, so a split could learn "
-            "from one and be scored on the other; is a slide in slides.csv twice?"
+            f"{found}, on two slides: give each slide in slides.csv a matrix of its own"
         )
+    raise InputError(
+        f"a leak: {found}, so a split could learn from one and be scored on the other; is a slide "
+        "in slides.csv twice?"
+    )
 
 
 def counting_ceiling(counts, totals):
@@ -689,6 +701,7 @@ def write_meta(root, out, manifest, target, over_border):
     whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
+    given = shell.flags_given(globals())
     meta = {
         "format": common.FORMAT,
         "target": target,
@@ -704,6 +717,7 @@ def write_meta(root, out, manifest, target, over_border):
         "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
+        "flags": {flag: value for flag, value in given.items() if flag != "--data-root"},
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -711,7 +725,7 @@ def write_meta(root, out, manifest, target, over_border):
 
 
 def describe_slide(root, slide):
-    """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
+    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files."""
     files = {}
     for path in readers.list_files(slide):
         files[readers.name_file(root, path)] = describe_file(path)
@@ -719,8 +733,12 @@ def describe_slide(root, slide):
 
 
 def describe_file(path):
-    """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
+    """Size and SHA-256 of a file, and the hash by which readers.check_sources compares it."""
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": shell.hash_file(path),
+        "blocks": shell.hash_blocks(path),
+    }
 
 
 # -------------------------------------------------------------------------------- check

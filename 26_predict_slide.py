@@ -56,7 +56,7 @@ WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
-MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
+MATRIX = ""  # counts beside positions: 10x folder, .h5, .h5ad, table or FILE#column=value of it
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>-<hash of paths>
@@ -295,7 +295,7 @@ def tell_evidence(trained):
 def choose_slide():
     """(Slide, its positions where they are known by now, else None) of IMAGE, POSITIONS, MATRIX."""
     for flag, path in (("image", IMAGE), ("positions", POSITIONS), ("matrix", MATRIX)):
-        if path and not Path(path).exists():
+        if path and not readers.split_part(Path(path))[0].exists():
             raise InputError(f"--{flag} {path}: no such file")
     if POSITIONS and Path(POSITIONS).is_dir():
         return choose_sample()
