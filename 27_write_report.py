@@ -74,11 +74,12 @@ prediction free of error, image_ceiling the r of what a simulated slide's image 
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
 the same after Benjamini and Hochberg."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
-heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
-several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean
-of each gene is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
-r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
-measured expression."""
+heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
+share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
+spots of several slides at once. spot_r: over the genes of a spot, mean over spots, after the
+training mean of each gene is taken away. variance_ratio: of predicted to measured expression.
+r_against_moran and r_against_mean: rank correlation, over genes, of r with Moran's I and with the
+mean of a gene's measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
