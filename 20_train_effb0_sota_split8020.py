@@ -88,6 +88,8 @@ QUICK_BUDGET = {
 
 def efficientnet(row):
     """A method: the network is built, trained on the patches, and predicts the scored spots."""
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     model, loss = methods.start_network(row)
     patches = row.place_patches()
     row.fit(model, patches, loss=loss)
@@ -124,7 +126,8 @@ def fill_rows(run, split, recipe, suffix="", models=()):
         baseline[name] = recipe[name]
     stages = ", all stages" if POOL_STAGES else ""
     ridge = f"ridge ({BACKBONE}{stages}){suffix}"
-    run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
+    if EPOCHS:  # Without any, the network is this ridge.
+        run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
         plain = baseline | {"POOL_STAGES": False, "REFIT": False}
         for probe, changed in methods.name_probes(BACKBONE).items():

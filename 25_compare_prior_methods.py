@@ -156,6 +156,8 @@ def network(row, loss=None, **how):
     """A method: a network with a head is built, trained on the patches, and predicts the scored
     spots; `loss` and `how`, of common.fit, are the recipe's unless given.
     """
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     model, loss_of_recipe = methods.start_network(row)
     patches = row.place_patches()
     row.fit(model, patches, loss=loss or loss_of_recipe, **how)

@@ -46,11 +46,27 @@ def start_network(row):
         mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
         nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
+    if not recipe["EPOCHS"] and not starts_as_ridge:
+        raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
     if starts_as_ridge:
         gene_weights = start_as_ridge(model, row)
         if gene_weights is not None:
             loss = common.weigh_genes(loss, gene_weights, row.device)
     return model, loss
+
+
+def network_of_no_epoch(row):
+    """A method: the network whose head is the ridge on its frozen features, by which it predicts.
+
+    The features that the data root keeps are those of its backbone, so it sees no patch again.
+    """
+    row.model, _ = start_network(row)
+    row.note(weights=name_weights(row.recipe), steps=0)
+    row.count_parameters()
+    features, _ = freeze_features(row.recipe, row.split)
+    head = row.model.head[-1]
+    ridge = ridges.Ridge(head.weight.detach().cpu().numpy().T, head.bias.detach().cpu().numpy())
+    return ridge.predict(features[row.split.scored()])
 
 
 def start_as_ridge(model, row):

@@ -94,6 +94,10 @@ class Row:
                 best_epoch=best_epoch,
                 images_per_s=float(np.median(rates)) if rates else np.nan,
             )
+        self.count_parameters()
+
+    def count_parameters(self):
+        """Note the parameters of the model."""
         parameters = common.count_parameters(self.model)
         self.note(**{f"parameters_{part}": count for part, count in parameters.items()})
 
@@ -144,6 +148,8 @@ class Row:
             is_refit=True,
             report=None,
             notes={},
+            model=None,
+            history=None,
         )
         if self.history is not None:
             count = len(again.split.spots("train"))

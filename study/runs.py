@@ -321,6 +321,8 @@ def describe_run(recipe, splits):
 
 def describe_steps(recipe, split):
     """How many steps the optimiser takes, by the constants of the script."""
+    if not recipe["EPOCHS"]:
+        return "none: a ridge start is what is kept"
     steps = common.count_steps(len(split.spots("train")), recipe)
     batches = steps // recipe["EPOCHS"]
     return f"{recipe['EPOCHS']} epochs x {batches} batches of {recipe['BATCH_SIZE']} = {steps:,}"
