@@ -28,7 +28,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES"))
+    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES", "GENE_SETS"))
 
 
 import functools
@@ -48,7 +48,17 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import conformal, embeddings, evidence, printing, runs, scales, shell, similarity
+from study import (
+    conformal,
+    embeddings,
+    evidence,
+    gene_sets,
+    printing,
+    runs,
+    scales,
+    shell,
+    similarity,
+)
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -62,6 +72,7 @@ GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>-<hash of paths>
 GENES = ""  # to be drawn, comma-separated; empty = six of HEG and HVG that pass, best in validation
+GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets whose scores are saved; the best six are drawn
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
@@ -76,6 +87,7 @@ UNITS = {
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
+FACTS = ["valid_r", "ceiling"]  # of a gene, by the model's metadata
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 # What is not known with weights of an older version, by the field of Trained that they lack.
@@ -515,6 +527,59 @@ def measure(slide, spots, genes):
     return table.reindex(columns=genes).to_numpy(np.float32)
 
 
+def choose_sets(trained):
+    """{set: [its genes in the model]} of GENE_SETS, of which one line is told."""
+    if not GENE_SETS:
+        return {}
+    listed = gene_sets.read_sets(Path(GENE_SETS))
+    sets = gene_sets.match_sets(listed, pd.DataFrame(index=trained.genes), [trained.genes])
+    print(f"gene sets   {sets.describe()}")
+    return sets.members
+
+
+def score_sets(table, sets):
+    """AnnData of the scores of the sets {name: genes} on a slide: X, layers["measured"] of a slide
+    with counts, and var as that of genes: valid_r and ceiling are the means of the set's `genes`, r
+    is that of the score. The scores also become columns set_<name> of the table's obs.
+    """
+    inside = np.array([table.var_names.isin(genes) for genes in sets.values()])
+    listed = inside.any(axis=0)
+    predicted = table.X[:, listed]
+    measured = table.layers["measured"][:, listed] if "measured" in table.layers else predicted
+    one_slide = np.zeros(table.n_obs)
+    scores = gene_sets.find_scores(predicted, measured, one_slide, inside[:, listed].T)
+    var = pd.DataFrame([table.var.loc[genes, FACTS].mean() for genes in sets.values()], [*sets])
+    var.insert(0, "genes", [len(genes) for genes in sets.values()])
+    scored = anndata.AnnData(scores[0], table.obs[[]], var)
+    if "measured" in table.layers:
+        scored.layers["measured"] = scores[1]
+        scored.var["r"] = common.pearson_per_gene(*scores)
+    # In an .h5ad a slash would be a folder.
+    names = [f"set_{name}".replace("/", "|") for name in sets]
+    columns = [scored.to_df().set_axis(names, axis=1)]
+    for layer in scored.layers:
+        columns.append(scored.to_df(layer).set_axis(names, axis=1).add_suffix(f"_{layer}"))
+    table.obs = pd.concat([table.obs, *columns], axis=1)
+    return scored
+
+
+def join_drawn(table, genes, scored):
+    """AnnData of what is drawn of a slide: these genes, and the scores of the best six sets."""
+    best = scored.var["valid_r"].sort_values(ascending=False, na_position="last").index[:6]
+    parts = table[:, genes], scored[:, best]
+    drawn = anndata.AnnData(
+        np.hstack([part.X for part in parts]),
+        table.obs,
+        pd.concat([part.var for part in parts]),
+        uns=table.uns,
+        obsm=table.obsm,
+    )
+    drawn.var_names = [*genes, *(f"{name} ({scored.var['genes'][name]} genes)" for name in best)]
+    for layer in scored.layers:
+        drawn.layers[layer] = np.hstack([part.layers[layer] for part in parts])
+    return drawn
+
+
 def draw_maps(path, table, genes, title):
     """Rows of H&E and three genes' predicted expression; its means over neighbourhoods, where they
     hold better, and what was measured, below.
@@ -608,8 +673,10 @@ def describe_groups(table):
     return pd.DataFrame(lines)
 
 
-def report(slide, table, genes, trained, out):
-    """Print the tables, warn of a model that cannot predict, and save correlations and report."""
+def report(slide, table, genes, scored, trained, out):
+    """Print the tables, one of gene sets if they are `scored`, warn of a model that cannot predict,
+    and save correlations and report.
+    """
     measured = "measured" in table.layers
     caption = "mean Pearson r in validation"
     if trained.recipe.get("REFIT"):
@@ -617,7 +684,7 @@ def report(slide, table, genes, trained, out):
     if measured:
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
+    columns = [*FACTS, "r"] if measured else FACTS
     judged = trained.judged
     of_genes = table.var[columns].rename_axis("gene")
     if judged is not None:
@@ -626,6 +693,9 @@ def report(slide, table, genes, trained, out):
     tables = {caption: groups}
     if genes:
         tables["Genes drawn"] = of_genes.loc[genes].reset_index()
+    if scored is not None:
+        sets = scored.var.rename_axis("set").reset_index()
+        tables["Gene sets: mean r and ceiling of their genes, r of their score"] = sets
     for name, content in tables.items():
         title = f"{trained.title}{name} ({slide.image})"
         printing.print_table(title, content.round(3).fillna("-"))
@@ -659,7 +729,7 @@ def main():
     inputs.WARNINGS.clear()
     model, trained = read_weights(choose_weights())
     tell_evidence(trained)
-    genes = choose_genes(trained)
+    genes, sets = choose_genes(trained), choose_sets(trained)
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name)
@@ -677,11 +747,16 @@ def main():
     add_trust(table, trained, distances)
     add_evidence(table, trained, genes)
     unit = UNITS[trained.recipe["TARGET"]]
-    draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
+    scored, drawn = None, table[:, genes]
+    if sets:
+        scored = score_sets(table, sets)
+        drawn = join_drawn(table, genes, scored)
+    title = f"{trained.title}{name}, predicted ({unit})"
+    draw_maps(out / "maps.png", drawn, [*drawn.var_names], title)
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
-    report(slide, table, genes, trained, out)
+    report(slide, table, genes, scored, trained, out)
 
 
 if __name__ == "__main__":

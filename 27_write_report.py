@@ -105,10 +105,11 @@ are heg_k7, heg_k19, component_1_r and so on."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
 heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
 share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
-spots of several slides at once. spot_r: over the genes of a spot, mean over spots, after the
-training mean of each gene is taken away. variance_ratio: of predicted to measured expression.
-r_against_moran and r_against_mean: rank correlation, over genes, of r with Moran's I and with the
-mean of a gene's measured expression."""
+spots of several slides at once. heg_score: r of HEG's score, the mean of its genes' standardised
+expression. spot_r: over the genes of a spot, mean over spots, after the training mean of each gene
+is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
+r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
+measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
@@ -546,10 +547,12 @@ def list_metrics(row):
 
 
 def is_further(column):
-    """Whether a column of rows.csv is neither in the tables of scores nor of another gene group
-    than HEG, of which the number of genes alone is told.
+    """Whether a column of rows.csv is neither in the tables of scores nor of a gene set or another
+    gene group than HEG, of which the number of genes alone is told.
     """
     other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
+    if column.startswith("set_"):
+        return False
     return not other_group and not column.endswith("_ci") and column not in SHOWN_ELSEWHERE
 
 

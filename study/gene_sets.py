@@ -192,12 +192,12 @@ def find_scores(predicted, truth, slides, members):
         spots = np.flatnonzero(slides == slide)
         x, y = predicted[spots], truth[spots]
         defined = np.isfinite(common.pearson_per_gene(x, y))
-        inside = members[defined].astype(np.float64)
-        n_genes = inside.sum(0)
-        scored = np.flatnonzero(n_genes)
+        scored = np.flatnonzero(members[defined].any(axis=0))
+        share = members[np.ix_(defined, scored)].astype(np.float64)
+        share /= share.sum(0)
         for which, values in enumerate((x, y)):
             standardised = common.standardise(values[:, defined])
-            scores[which][np.ix_(spots, scored)] = (standardised @ inside / n_genes)[:, scored]
+            scores[which][np.ix_(spots, scored)] = standardised @ share
     return tuple(scores)
 
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import tifffile
 import torch
-from conftest import rows_of, run_script
+from conftest import printed_table, rows_of, run_script
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
@@ -247,6 +247,22 @@ def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
     assert run_script("26", *options, "--device", "cpu", "--out", tmp_path / "out") == 0
     assert "of 1 spots are farther" in capsys.readouterr().out
     assert len(anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")) == 1
+
+
+def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsys):
+    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
+    path = tmp_path / "sets.gmt"
+    path.write_text("\t".join(["A", "-", *genes[:12]]) + "\nFEW\t-\tNOWHERE\n")
+    options = {"weights": weights, "out": tmp_path / "out", "device": "cpu", "gene_sets": path}
+    assert run_script("26", *slide_of(simulated), **options) == 0
+    out = capsys.readouterr().out
+    assert "gene sets   1 of 2, of 12 to 12 genes in the panel; left out" in out
+    assert "FEW (0)" in out
+    _, (line,) = printed_table(out, "Gene sets: mean r")
+    assert line.split()[:2] == ["A", "12"]
+    assert "set_A" in anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert any(caption.startswith("Gene sets") for caption in facts["tables"])
 
 
 def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypatch):
