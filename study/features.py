@@ -46,8 +46,9 @@ def encode_spots(data, recipe, seed, *, tta=False):
     data root and read from there, memory-mapped, the next time. The last two results are
     remembered.
     """
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "CHANNELS", "DEVICE", "PRECISION")
-    constants = {name: recipe[name] for name in names if name in recipe}
+    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "DEVICE", "PRECISION")
+    constants = {name: recipe[name] for name in names}
+    constants["CHANNELS"] = recipe.get("CHANNELS", "rgb")
     pools = recipe.get("POOL_STAGES", False)
     if recipe["PRETRAINED"] is False:  # Another seed gives other features: these are not kept.
         constants["POOL_STAGES"] = pools
@@ -118,7 +119,7 @@ def name_file(of_patches, model, recipe, device, dtype, tta):
         "backbone": recipe["BACKBONE"],
         "weights": hash_weights(model),
         "size": recipe["IMAGE_SIZE"],
-        "channels": recipe.get("CHANNELS", "rgb"),
+        "channels": recipe["CHANNELS"],
         "stages": recipe["POOL_STAGES"],
         "views": 8 if tta else 1,
         "precision": f"{device.type} {dtype}",
