@@ -76,10 +76,11 @@ class Centred:
 
     def moments(self, spots):
         """Moments over these spots."""
-        xx = xy = 0
+        width, n_genes = self.features.shape[1], self.target.shape[1]
+        xx, xy = np.zeros((width, width)), np.zeros((width, n_genes))
         for x, y in self.parts(spots):
-            xx = xx + x.T @ x
-            xy = xy + x.T @ y
+            xx += x.T @ x
+            xy += x.T @ y
         return Moments(xx, xy)
 
 

@@ -127,6 +127,15 @@ def test_what_changes_features_has_a_file_of_its_own(data, recipe, tmp_path):
     assert len(list_kept(data)) == len(kinds) + 2
 
 
+def test_a_network_and_its_ridge_compute_them_once(data, recipe, monkeypatch):
+    """Also where nothing can be kept; a baseline's recipe does not name the channels."""
+    monkeypatch.setattr(features, "keep_features", lambda path, values: values)
+    one, _ = features.encode_spots(data, recipe | {"CHANNELS": "rgb"}, 42, tta=True)
+    forbid_computing(monkeypatch)
+    other, _ = features.encode_spots(data, recipe, 42, tta=True)
+    np.testing.assert_array_equal(one, other)
+
+
 def test_the_hash_of_patches_is_that_of_meta_json(data):
     assert features.hash_patches(data.patches) == data.meta["patches_sha256"]
     assert features.hash_patches(data.patches // 2) != data.meta["patches_sha256"]
