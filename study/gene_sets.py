@@ -4,6 +4,7 @@ A set changes no training, so it is no part of what a row is made with: what sta
 from the predictions.h5ad of a row, whether it was computed now or long ago.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -22,7 +23,8 @@ from study import printing, recipes, recording, shell
 from study.shell import InputError
 
 LEAST = 5  # genes of a set in the panel, of which fewer say little
-NAMED = 20  # sets left out that the header names; more are in OUT/gene_sets.csv
+NAMED = 20  # sets left out that the header names; more are in TABLE
+TABLE = "sets_in_panel.csv"  # in OUT: how many genes each set lists, and has in the panel
 PRINTED = 40  # lines of the table on the screen; the report has all
 PREFIX = "set_"  # of a set's columns in rows.csv, which end so:
 ENDINGS = ("_n", "_ci", "_ceiling", "_score", "_score_ci")
@@ -94,8 +96,8 @@ def read_all_sets(path, root):
     """{set: [its genes]} of the file at `path`, if it names one, and of the groups that the data
     root's gene_sets.csv holds beside HEG, HVG and MG.
     """
-    own = root / "gene_sets.csv"
-    sets = read_sets(own) if own.is_file() else {}
+    root_file = root / "gene_sets.csv"
+    sets = read_sets(root_file) if root_file.is_file() else {}
     sets = {name: genes for name, genes in sets.items() if name not in GROUPS}
     for name, genes in read_sets(Path(path)).items() if path else ():
         if name in GROUPS:
@@ -103,7 +105,7 @@ def read_all_sets(path, root):
                 f"{path}: rename the set {name}: {', '.join(GROUPS)} are scored anyway"
             )
         if name in sets:
-            raise InputError(f"{path}: {name} is a group of {own}, too: rename one")
+            raise InputError(f"{path}: {name} is a group of {root_file}, too: rename one")
         sets[name] = genes
     return sets
 
@@ -130,7 +132,7 @@ class GeneSets:
             names = [f"{name} ({count})" for name, count in self.left_out.items()]
             text += f"; left out, fewer than {LEAST} genes there: {', '.join(names[:NAMED])}"
             if len(names) > NAMED:
-                text += f" and {len(names) - NAMED} others, see gene_sets.csv"
+                text += f" and {len(names) - NAMED} others, see {TABLE}"
         if self.other_case:
             gene, name = next(iter(self.other_case.items()))
             count = len(self.other_case)
@@ -212,11 +214,7 @@ def score_row(folder, lines, members):
     inside = pd.DataFrame({key: table.var_names.isin(genes) for key, genes in members.items()})
     genes = np.flatnonzero(inside.any(axis=1))
     table, inside = table[:, genes], inside.iloc[genes].reset_index(drop=True)
-    expression = {}
-    with h5py.File(folder / "predictions.h5ad") as file:
-        for name, values in {"prediction": file["X"], **file["layers"]}.items():
-            parts = [values[part][:, genes] for part in common.parts_of(len(values), 1024)]
-            expression[name] = np.concatenate(parts)
+    expression = read_expression(folder, genes)
     found, influence = [], None
     for line in lines:
         truth = expression["lognorm" if line["truth"] == "lognorm" else "target"]
@@ -230,6 +228,18 @@ def score_row(folder, lines, members):
         if line["split"] == "test" and line["truth"] == headline.truth:
             influence = recording.place_spots(scored.obs).join(moved)
     return found, influence
+
+
+def read_expression(folder, genes):
+    """{"prediction", "lognorm" and "target": (n, G) float32} of a row's scored spots, of the genes
+    with these numbers alone.
+    """
+    found = {}
+    with h5py.File(folder / "predictions.h5ad") as file:
+        for name, values in {"prediction": file["X"], **file["layers"]}.items():
+            parts = common.parts_of(len(values), common.SPOTS_AT_ONCE)
+            found[name] = np.concatenate([values[part][:, genes] for part in parts])
+    return found
 
 
 def score_line(line, table, predicted, truth, inside):
@@ -305,8 +315,8 @@ def describe_sets(records, names, out):
                 continue
             lines.append(
                 {
-                    "setting": printing.cut_middle(setting, 24),
-                    "set": printing.cut_middle(name, 27),
+                    "setting": setting,
+                    "set": name,
                     "genes": f"{group[f'{key}_n'].min():.0f}",
                     "mean r": printing.format_mean(mean_of_units(group, column)),
                     "[95 %]": intervals.get(key, "-"),
@@ -325,13 +335,8 @@ def mean_of_units(records, column):
     scores has it.
     """
     headline = recording.headline_of(records)
-    over = headline.unit if records[headline.unit].nunique() > 1 else ["seed", "fold"]
-    return (
-        records[column]
-        .astype(float)
-        .groupby([records[name] for name in np.atleast_1d(over)])
-        .mean()
-    )
+    units = headline.unit if records[headline.unit].nunique() > 1 else ["seed", "fold"]
+    return records.astype({column: float}).groupby(units)[column].mean()
 
 
 def find_mean_intervals(records, names, out):
@@ -343,19 +348,20 @@ def find_mean_intervals(records, names, out):
         return {}
     groups = [group.lower() for group in GROUPS]
     sets = [PREFIX + name for name in names]
-    columns = {key: key for key in [*sets, *(f"{key}_score" for key in [*groups, *sets])]}
-    parts = [recording.join_columns(records, out, INFLUENCE, columns)]
-    parts.append(recording.join_influence(records, out))
+    columns = [*sets, *(f"{key}_score" for key in [*groups, *sets])]
+    influence, places = recording.join_columns(
+        records, out, INFLUENCE, dict(zip(columns, columns, strict=True))
+    )
+    of_groups, same_places = recording.join_influence(records, out)
+    assert places.equals(same_places)
+    influence = influence.join(of_groups[groups])
+    errors, freedoms = recording.measure_errors(influence, places)
     texts = {}
-    for influence, places in parts:
-        errors, freedoms = recording.measure_errors(influence, places)
-        for key, error, freedom in zip(influence, errors, freedoms, strict=True):
-            column = f"{key}{headline.ending}" if key in groups else key
-            if key not in columns and key not in groups:
-                continue
-            value = records.groupby(headline.unit)[column].mean().mean()
-            interval = common.find_interval(value, error, freedom)
-            texts[key] = printing.format_interval(*interval or (np.nan, np.nan))
+    for key, error, freedom in zip(influence, errors, freedoms, strict=True):
+        column = f"{key}{headline.ending}" if key in groups else key
+        value = records.groupby(headline.unit)[column].mean().mean()
+        interval = common.find_interval(value, error, freedom)
+        texts[key] = printing.format_interval(*interval or (np.nan, np.nan))
     return texts
 
 
@@ -366,7 +372,10 @@ def print_sets(title, lines):
     table = pd.DataFrame(lines)
     settings = table["setting"].unique()
     if len(table) > PRINTED and len(settings) > 1:
-        table = table[table["setting"] == settings[0]]
+        table = table[table["setting"] == settings[0]].copy()
         title += f"; the other {len(settings) - 1} settings in report.html and rows.csv"
-    texts = [printing.justify_left(table[name]) for name in ("setting", "set")]
-    printing.print_table(title, pd.concat([*texts, table.drop(columns=["setting", "set"])], axis=1))
+    texts = []
+    for name in ("setting", "set"):
+        shortened = table.pop(name).map(functools.partial(printing.cut_middle, width=25))
+        texts.append(printing.justify_left(shortened))
+    printing.print_table(title, pd.concat([*texts, table], axis=1))

@@ -132,7 +132,7 @@ class Run:
         lines = describe_run(self.recipe, self.splits)
         if self.sets.listed:
             lines["gene sets"] = self.sets.describe()
-            shell.save_csv(self.out / "gene_sets.csv", self.sets.table())
+            shell.save_csv(self.out / gene_sets.TABLE, self.sets.table())
         for name, value in lines.items():
             line = f"{name:11} {value}"
             print(

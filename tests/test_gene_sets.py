@@ -157,7 +157,7 @@ def test_a_set_needs_five_genes_in_every_panel():
 
 def test_the_header_does_not_name_thousands():
     sets = gene_sets.match_sets({f"S{i}": ["G0"] for i in range(500)}, VAR, [NAMES])
-    assert "S19 (1) and 480 others, see gene_sets.csv" in sets.describe()
+    assert "S19 (1) and 480 others, see sets_in_panel.csv" in sets.describe()
     assert len(sets.table()) == 500
 
 

@@ -215,11 +215,23 @@ def test_a_report_is_of_the_benchmarks_number(scored):
     assert "log1p of raw counts" in page
 
 
-def test_prior_methods_stand_beside_the_probe(root, tmp_path):
+def test_prior_methods_and_gene_sets_have_the_benchmarks_number(root, tmp_path):
     weights = weights_of(tmp_path / "weights")
+    sets = tmp_path / "sets.gmt"
+    sets.write_text("\t".join(["WHOLE", "-", *TASK_GENES]))
     small = {"features": SMALL, "only": f"hest probe ({SMALL}, full width)", "pretrained": weights}
-    stdout = stdout_of("25", data_root=root, out=tmp_path / "runs", **(NETWORK | small))
-    assert printed_table(stdout, "methods")[0].split()[1:3] == ["HEST", "r"]
+    small |= {"gene_sets": sets}
+    out = tmp_path / "runs"
+    stdout = stdout_of("25", data_root=root, out=out, **(NETWORK | small))
+    head, (line,) = printed_table(stdout, "methods")
+    assert head.split()[1:3] == ["HEST", "r"]
+    rows = pd.read_csv(out / "rows.csv").query("split == 'test' and truth == 'log1p'")
+    np.testing.assert_allclose(rows["set_WHOLE"], rows["all_pooled"], rtol=1e-9)
+    for found, expected in zip(rows["set_WHOLE_ci"], rows["all_pooled_ci"], strict=True):
+        np.testing.assert_allclose(json.loads(found), json.loads(expected), rtol=1e-5)
+    _, lines = printed_table(stdout, "gene sets: ")
+    number = line.split("width)")[1].split()[0]
+    assert [words.split()[-8] for words in lines] and number in lines[-1]
 
 
 def test_random_weights_train_and_have_no_probe(root, tmp_path):
