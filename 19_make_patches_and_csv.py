@@ -47,6 +47,7 @@ from scipy.spatial import cKDTree
 import common
 from common import PATCH_SIZE
 from slides import hest, imaging, inputs, readers, space_ranger
+from slides.cutting import check_pixels, cut_spots
 from study import splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
@@ -541,23 +542,18 @@ def write_patches(out, manifest, obs, thumbnails):
     over_border, inside = {}, []
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in manifest:
-        at = np.flatnonzero(obs["tissue_index"] == slide.tissue_index)
-        spots, own = obs.iloc[at], patches[at[0] : at[-1] + 1]
+        numbers = np.flatnonzero(obs["tissue_index"] == slide.tissue_index)
+        spots, part = obs.iloc[numbers], patches[numbers[0] : numbers[-1] + 1]
         thumbnail = thumbnails[slide.name]
-        step = imaging.thumbnail_step(slide) if THUMBNAIL and thumbnail is None else None
-        image, made, over = imaging.read_resampled(slide, spots, own, UM_PER_PX, out, step)
-        space_ranger.check_hires(slide, image.shape, made)
-        over_border[slide.name] = over
-        inside.append(imaging.find_inside(spots, image.shape))
-        size = f"{image.shape[0]:>7} x {image.shape[1]:<7}"
-        counted = f"{len(spots):6} {size} {over:15}"
-        print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {image.how}")
-        if slide.positions is not None:
-            imaging.warn_of_swap(slide, spots, own, image.shape)
-        if not imaging.holds_patches(slide.image):
-            imaging.report_blank(slide, spots, imaging.cut_centres(own), image.shape)
+        makes = THUMBNAIL and thumbnail is None
+        cut = cut_spots(slide, spots, part, UM_PER_PX, out, thumbnail=makes)
+        over_border[slide.name] = cut.over_border
+        inside.append(cut.inside)
+        size = f"{cut.image.shape[0]:>7} x {cut.image.shape[1]:<7}"
+        counted = f"{len(spots):6} {size} {cut.over_border:15}"
+        print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {cut.image.how}")
         if THUMBNAIL and not imaging.holds_patches(slide.image):
-            pixels = (made or thumbnail).pixels()
+            pixels = (cut.thumbnail or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
     inside = np.concatenate(inside)
@@ -778,8 +774,7 @@ def check_slide(slide, named):
         inside = imaging.find_inside(table.obs, image.shape)
         step = imaging.thumbnail_step(slide) if THUMBNAIL else None
         centres, thumbnail = imaging.read_centres(slide, table.obs, step)
-        space_ranger.check_hires(slide, image.shape, thumbnail)
-        imaging.report_blank(slide, table.obs, centres, image.shape)
+        check_pixels(slide, table.obs, centres, image.shape, thumbnail)
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())

@@ -48,6 +48,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
+from slides.cutting import cut_spots
 from study import (
     conformal,
     embeddings,
@@ -374,17 +375,14 @@ def read_slide(slide, positions, um_per_px, scratch):
         positions, thumbnail = readers.place_spots(slide)
     spots = readers.read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
-    step = imaging.thumbnail_step(slide) if thumbnail is None else None
-    image, made, over = imaging.read_resampled(slide, spots.obs, patches, um_per_px, scratch, step)
-    space_ranger.check_hires(slide, image.shape, made)
-    inside = imaging.find_inside(spots.obs, image.shape)
-    if not inside.all():
-        spots, patches = spots[inside].copy(), patches[inside]
-    if slide.positions is not None:
-        imaging.warn_of_swap(slide, spots.obs, patches, image.shape)
-    size = f"{image.shape[0]} x {image.shape[1]} px, {image.how}"
-    print(f"slide       {slide.name}: {size}; {spots.n_obs} spots, {over} patches over the border")
-    return spots, patches, made or thumbnail
+    makes = thumbnail is None
+    cut = cut_spots(slide, spots.obs, patches, um_per_px, scratch, thumbnail=makes)
+    if not cut.inside.all():
+        spots, patches = spots[cut.inside].copy(), patches[cut.inside]
+    size = f"{cut.image.shape[0]} x {cut.image.shape[1]} px, {cut.image.how}"
+    counted = f"{spots.n_obs} spots, {cut.over_border} patches over the border"
+    print(f"slide       {slide.name}: {size}; {counted}")
+    return spots, patches, cut.thumbnail or thumbnail
 
 
 def predict_patches(model, trained, patches):
