@@ -10,8 +10,9 @@ Prints     one row a slide: its number, name, spots, pixels and median counts a 
 Command    python 18_simulate_slides.py
 Override   python 18_simulate_slides.py --spots 2300      (the size of a real slide)
            python 18_simulate_slides.py --geometry DIR    (real positions, 36,601 real gene names)
-Time       four default slides: 35 s; one slide of real geometry (2,378 spots, 24,368 x 23,612 px):
-           4.4 min, 4.6 GiB of memory, 2.4 GB of disk (two cores of an AMD EPYC, 2026-11-23)
+Time       four default slides: 24 s (two Intel Xeon cores with other work beside, 2026-11-26); one
+           slide of real geometry (2,378 spots, 24,368 x 23,612 px): 4.4 min, 4.6 GiB of memory, 2.4
+           GB of disk (two cores of an AMD EPYC, 2026-11-23, one of them used)
 
 The image shows zonation, fat, fibrosis, inflammation and nuclear size. Expression follows those
 fields, plus smooth fields and spot-to-spot variation that no image shows; counts are negative
@@ -25,6 +26,8 @@ if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("GEOMETRY",))
 
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata
@@ -62,7 +65,9 @@ PITCH = 329  # px between neighbouring spots: 100 um at 0.304 um/px, as in GSE24
 UM_PER_PX = 0.304
 SPOT_RADIUS = 90  # px; 55 um diameter
 CELL = 16  # px; the tissue fields live on this coarser grid
-TILE = 2048  # px; side of the squares that are painted one after the other
+TILE = 2048  # px; side of the squares that threads paint
+STRIP = 32  # px; height of the part of a tile whose colours are computed at a time
+MOST_THREADS = 4  # that paint tiles; each holds about 50 MB
 HALO = 48  # px painted around a tile, so that objects and blur cross its border seamlessly
 GRAIN = 1024  # px; side of the square of noise that is repeated over the slide
 CORNERS = 12  # corners of the polygon that an ellipse is drawn as
@@ -279,7 +284,7 @@ def ellipses(points, length, width, rng):
 
 
 def draw(objects, rows, columns):
-    """Ellipses of one kind as a blurred mask, (len(rows), len(columns)) float32 in 0..1."""
+    """Ellipses of one kind as a blurred mask, (len(rows), len(columns)) uint8."""
     height = len(rows) + 2 * HALO
     width = len(columns) + 2 * HALO
     local = objects[:, :2] - (np.array([rows[0], columns[0]]) - HALO)
@@ -288,7 +293,7 @@ def draw(objects, rows, columns):
     pen = ImageDraw.Draw(canvas)
     for outline in outlines(objects[near], local[near]).tolist():
         pen.polygon(outline, fill=255)
-    blurred = np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.2)), np.float32) / 255
+    blurred = np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.2)))
     return blurred[HALO:-HALO, HALO:-HALO]
 
 
@@ -304,7 +309,10 @@ def outlines(objects, centres):
 
 
 def paint(path, fields, kinds, shape, rng):
-    """Paint the slide tile by tile into an uncompressed TIFF, by Beer and Lambert's law."""
+    """Paint the slide tile by tile into an uncompressed TIFF, by Beer and Lambert's law.
+
+    Nothing is drawn at random for a tile, so that the number of threads changes nothing.
+    """
     image = tifffile.memmap(
         path,
         shape=(*shape, 3),
@@ -319,25 +327,37 @@ def paint(path, fields, kinds, shape, rng):
     grain = gaussian_filter(grain, (0, 0.8, 0.8), mode="wrap").astype(np.float32)
     strength = rng.normal(1, [0.06, 0.06])  # of this slide's two dyes
     eosin_colour = EOSIN + rng.normal(0, 0.015, 3).astype(np.float32)
-    tiles = [(y, x) for y in range(0, shape[0], TILE) for x in range(0, shape[1], TILE)]
-    for y, x in tqdm(tiles, f"paint {path.name}", leave=False, disable=None):
-        rows = np.arange(y, min(y + TILE, shape[0]))
-        columns = np.arange(x, min(x + TILE, shape[1]))
-        hematoxylin, eosin, solid = stain_tile(fields, kinds, grain, rows, columns)
-        for channel in range(3):
-            density = strength[0] * hematoxylin * HEMATOXYLIN[channel]
-            density = density + strength[1] * eosin * eosin_colour[channel]
-            light = 244 * np.exp(-density * solid)
-            image[y : y + len(rows), x : x + len(columns), channel] = light + 0.5
+
+    def paint_tile(corner):
+        top, left = corner
+        rows = np.arange(top, min(top + TILE, shape[0]))
+        columns = np.arange(left, min(left + TILE, shape[1]))
+        masks = {kind: draw(objects, rows, columns) for kind, objects in kinds.items()}
+        # Strips stay in the processor's caches, where a tile takes twice as long.
+        for part in common.parts_of(len(rows), STRIP):
+            drawn = {kind: mask[part] for kind, mask in masks.items()}
+            hematoxylin, eosin, solid = stain_strip(fields, drawn, grain, rows[part], columns)
+            strip = image[top : top + len(rows), left : left + len(columns)][part]
+            for channel in range(3):
+                density = strength[0] * hematoxylin * HEMATOXYLIN[channel]
+                density = density + strength[1] * eosin * eosin_colour[channel]
+                light = 244 * np.exp(-density * solid)
+                strip[:, :, channel] = light + 0.5
+
+    tiles = list(itertools.product(*(range(0, n, TILE) for n in shape)))
+    with ThreadPoolExecutor(min(shell.count_cores(), MOST_THREADS)) as threads:
+        painted = threads.map(paint_tile, tiles)
+        for _ in tqdm(painted, f"paint {path.name}", len(tiles), leave=False, disable=None):
+            pass
     image.flush()
 
 
-def stain_tile(fields, kinds, grain, rows, columns):
-    """(hematoxylin, eosin, solid), each (len(rows), len(columns)) float32.
+def stain_strip(fields, drawn, grain, rows, columns):
+    """(hematoxylin, eosin, solid), each (len(rows), len(columns)) float32, of the masks `drawn`.
 
     The amount of either dye, and how much of the light's path goes through tissue.
     """
-    mask = {kind: draw(objects, rows, columns) for kind, objects in kinds.items()}
+    mask = {kind: values.astype(np.float32) / 255 for kind, values in drawn.items()}
     field = {name: resample(values, rows, columns) for name, values in fields.items()}
     speckle = grain.take(rows % GRAIN, 1).take(columns % GRAIN, 2)
     nuclei = np.maximum(0.85 * mask["hepatocyte"], mask["lymphocyte"])
@@ -353,15 +373,16 @@ def stain_tile(fields, kinds, grain, rows, columns):
 
 def resample(values, rows, columns):
     """Bilinear (len(rows), len(columns)) read of a cell-grid field at these px."""
-    along_rows = interpolate(values, (rows + 0.5) / CELL - 0.5)
-    return interpolate(along_rows.T, (columns + 0.5) / CELL - 0.5).T
+    return interpolate(interpolate(values, rows, 0), columns, 1)
 
 
-def interpolate(values, places):
-    """Linear read of the first axis of `values` at fractional places."""
-    low = np.clip(np.floor(places).astype(int), 0, len(values) - 2)
-    part = np.clip(places - low, 0, 1).astype(np.float32)[:, None]
-    return values[low] * (1 - part) + values[low + 1] * part
+def interpolate(values, pixels, axis):
+    """Linear read of an axis of a cell-grid field at these px."""
+    places = (pixels + 0.5) / CELL - 0.5
+    low = np.clip(np.floor(places).astype(int), 0, values.shape[axis] - 2)
+    part = np.clip(places - low, 0, 1).astype(np.float32)
+    part = part[:, None] if axis == 0 else part
+    return values.take(low, axis) * (1 - part) + values.take(low + 1, axis) * part
 
 
 # --------------------------------------------------------------------------------------- expression

@@ -48,6 +48,7 @@ import common
 from common import PATCH_SIZE
 from slides import hest, imaging, inputs, readers, space_ranger
 from study import splitting
+from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -301,14 +302,26 @@ def tell_counts(table):
 
 
 def refuse_twin(seen, spot, kind, content):
-    """Note in `seen` that a spot has this content; InputError where another spot has it."""
+    """Note in `seen` that a spot has this content; InputError where another spot has it.
+
+    Spots are called as in obs, by their slide and barcode.
+    """
     digest = hashlib.blake2b(content, digest_size=16).digest()
     twin = seen.setdefault((kind, digest), spot)
-    if twin != spot:
+    if twin == spot:
+        return
+    found = f"the spots {twin} and {spot} have the same {kind}"
+    if twin.split("_")[0] == spot.split("_")[0]:
+        cause = {"pixels": "their positions or the image", "counts": "a part of the matrix"}[kind]
+        raise InputError(f"{found}, and are of one slide: mend {cause}, which is there twice")
+    if kind == "counts":
         raise InputError(
-            f"a leak: the spots {twin} and {spot} have the same {kind}, so a split could learn "
-            "from one and be scored on the other; is a slide in slides.csv twice?"
+            f"{found}, on two slides: give each slide in slides.csv a matrix of its own"
         )
+    raise InputError(
+        f"a leak: {found}, so a split could learn from one and be scored on the other; is a slide "
+        "in slides.csv twice?"
+    )
 
 
 def counting_ceiling(counts, totals):
@@ -681,16 +694,19 @@ def write_counts(path, annotations, tables):
 
 
 def write_meta(root, out, manifest, target, over_border):
-    """meta.json: what the other files were made of and with; no reader takes them without it."""
-    spots = np.load(out / "patches.npy", mmap_mode="r", allow_pickle=False)
+    """meta.json: what the other files were made of and with; no reader takes them without it.
+    Returns it.
+    """
+    patches = torch.from_numpy(common.map_array(out / "patches.npy"))
     whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
+    given = shell.flags_given(globals())
     meta = {
         "format": common.FORMAT,
         "target": target,
         "simulated": is_simulated(root),
-        "spots": len(spots),
+        "spots": len(patches),
         "patch_size": PATCH_SIZE,
         "um_per_px": {slide.name: UM_PER_PX or slide.um_per_px for slide in manifest},
         "padded_at_border": over_border,
@@ -698,15 +714,18 @@ def write_meta(root, out, manifest, target, over_border):
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
+        "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "warnings": inputs.WARNINGS,
+        "flags": {flag: value for flag, value in given.items() if flag != "--data-root"},
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return meta
 
 
 def describe_slide(root, slide):
-    """What meta.json says of a slide: its row of slides.csv, and size and SHA-256 of its files."""
+    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files."""
     files = {}
     for path in readers.list_files(slide):
         files[readers.name_file(root, path)] = describe_file(path)
@@ -714,8 +733,12 @@ def describe_slide(root, slide):
 
 
 def describe_file(path):
-    """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
+    """Size and SHA-256 of a file, and the hash by which readers.check_sources compares it."""
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": shell.hash_file(path),
+        "blocks": shell.hash_blocks(path),
+    }
 
 
 # -------------------------------------------------------------------------------- check
@@ -738,6 +761,7 @@ def check_slides(root, manifest):
         check_genes(root, readers.join_genes(zip(numbers, features, strict=True)))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
+    print(describe_size(sum(table.n_obs for table in tables)))
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
@@ -935,7 +959,8 @@ def main():
         else:
             spots = obs.reset_index(names="id")
             shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
-        write_meta(root, out, manifest, target, over_border)
+        meta = write_meta(root, out, manifest, target, over_border)
+    remove_others(root / "dataset", meta["patches_sha256"])
     print(f"wrote {root / 'dataset'}: {len(obs):,} spots, target {target or 'none'}")
 
 

@@ -2,7 +2,7 @@
 
 Question   How well does one H&E patch predict the expression of its spot on a slide that was not
            trained on?
-Reads      <DATA_ROOT>/dataset/ (script 19)
+Reads      <DATA_ROOT>/dataset/ (script 19); FEATURES, where it is given
 Writes     <OUT>/rows.csv, paired_differences.csv and a folder a row: per-gene r, predictions,
            figures, weights, split, gene groups
 Prints     header, one row an epoch, the table of mean Pearson r
@@ -10,6 +10,7 @@ Command    python 20_train_effb0_sota_split8020.py --data-root GSE240429_data
 Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slides)
            python 20_train_effb0_sota_split8020.py --data-root HER2ST_data --test-slide 4
            python 20_train_effb0_sota_split8020.py --data-root IDC --protocol hest --target log1p
+           python 20_train_effb0_sota_split8020.py --features embeddings      (a folder a model)
 Time       --quick: 4 min, slides included (two cores of an Intel Xeon with other work, 2026-11-26)
 Source     "From histology to spatial transcriptomics: establishing a lightweight single-patch
            baseline", BMC Bioinformatics, 2026
@@ -18,7 +19,7 @@ Source     "From histology to spatial transcriptomics: establishing a lightweigh
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
+    shell.check_command(__file__, dataset=True, files=("FEATURES", "GENE_SETS"))
 
 
 from dataclasses import replace
@@ -27,7 +28,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-from study import methods, printing, runs, shell
+from study import embeddings, methods, printing, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -52,6 +53,7 @@ POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the 
 FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
 STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
+FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 WARP_BORDER = "reflect"  # what a warp shows beyond the patch: reflect or black
@@ -86,6 +88,8 @@ QUICK_BUDGET = {
 
 def efficientnet(row):
     """A method: the network is built, trained on the patches, and predicts the scored spots."""
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     model, loss = methods.start_network(row)
     patches = row.place_patches()
     row.fit(model, patches, loss=loss)
@@ -104,19 +108,26 @@ def join_ranks(recipe):
     torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
 
 
-def fill_rows(run, split, recipe, suffix=""):
-    """Fill the rows of the network and of the ridges that it may not lose to."""
+def fill_rows(run, split, recipe, suffix="", models=()):
+    """Fill the rows of the network and of the ridges that it may not lose to; `models` are of
+    others' embeddings.
+    """
     network = methods.name_network(BACKBONE)
-    run.fill(run.row(network + suffix, split, recipe), efficientnet)
+    # Whose embeddings stand beside it changes nothing of the network.
+    without = {name: value for name, value in recipe.items() if name != "FEATURES"}
+    run.fill(run.row(network + suffix, split, without), efficientnet)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
     run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)
+    for setting, (constants, method) in embeddings.settings_of(models, baseline).items():
+        run.fill(run.row(setting + suffix, split, constants), method)
     if PRETRAINED is False:  # Features of a random network are no baseline.
         return
     for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):
         baseline[name] = recipe[name]
     stages = ", all stages" if POOL_STAGES else ""
     ridge = f"ridge ({BACKBONE}{stages}){suffix}"
-    run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
+    if EPOCHS:  # Without any, the network is this ridge.
+        run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
         plain = baseline | {"POOL_STAGES": False, "REFIT": False}
         for probe, changed in methods.name_probes(BACKBONE).items():
@@ -127,15 +138,18 @@ def main():
     if COMPARE_TARGETS and TARGET != "harmony":
         raise shell.InputError("--compare-targets sets lognorm beside --target harmony")
     run = runs.open_run(globals())
+    models = []
+    if FEATURES:
+        models = embeddings.open_models(FEATURES, run.data, run.splits, (BACKBONE,))
     join_ranks(run.recipe)
     run.print_header()
     network = methods.name_network(BACKBONE)
     minus = {network: "ridge (colour)"}
     for split in run.splits:
-        fill_rows(run, split, run.recipe)
+        fill_rows(run, split, run.recipe, models=models)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
-        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, ", lognorm target")
+        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, ", lognorm target", models)
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", minus=minus)
     run.finish(printing.print_published(run.data.root))

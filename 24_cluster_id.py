@@ -42,8 +42,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-import common
 from study import methods, printing, runs, shell
+from study.features import encode_spots
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -121,7 +121,7 @@ def describe_spots(data, train, recipe, seed):
     features = data.annotations.obsm["colour"]
     if recipe["FEATURES"]:
         plain = recipe | {"BACKBONE": recipe["FEATURES"], "POOL_STAGES": False}
-        features, _ = common.encode_patches(data.patches, plain, seed)
+        features, _ = encode_spots(data, plain, seed)
     features = StandardScaler().fit(features[train]).transform(features)
     pca = PCA(min(50, len(train) - 1, features.shape[1]), random_state=seed)
     pca.fit(features[train])

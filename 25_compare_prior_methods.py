@@ -2,13 +2,14 @@
 
 Question   Is EfficientNet-B0 with MPA better than BLEEP, ST-Net and what needs no image network at
            all?
-Reads      <DATA_ROOT>/dataset/ (script 19)
+Reads      <DATA_ROOT>/dataset/ (script 19); FEATURES, where it is a folder
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
            python 25_compare_prior_methods.py --quick      (small budget: no evidence)
            python 25_compare_prior_methods.py --data-root IDC --protocol hest --target log1p
+           python 25_compare_prior_methods.py --features embeddings      (a folder a model)
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
            cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
@@ -30,6 +31,7 @@ if __name__ == "__main__":  # Mistakes are told before the imports, which take l
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,7 +42,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from study import methods, printing, recording, ridges, runs, shell, splitting
+from study import embeddings, methods, printing, recording, ridges, runs, shell, splitting
+from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -58,7 +61,7 @@ BACKBONE = "efficientnet_b0"  # timm name of the network that is compared
 PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a folder of files
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 OTHER_BACKBONES = ("mobilenetv2_100", "densenet121")  # in place of BACKBONE, the rest as it is
-FEATURES = "resnet50"  # timm name of the frozen backbone of ridges and of the same-slide one
+FEATURES = "resnet50"  # frozen timm backbone of ridges; or a folder of others' embeddings, as in 20
 SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
@@ -153,6 +156,8 @@ def network(row, loss=None, **how):
     """A method: a network with a head is built, trained on the patches, and predicts the scored
     spots; `loss` and `how`, of common.fit, are the recipe's unless given.
     """
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     model, loss_of_recipe = methods.start_network(row)
     patches = row.place_patches()
     row.fit(model, patches, loss=loss or loss_of_recipe, **how)
@@ -311,7 +316,7 @@ def ridge_with_surroundings(row):
     """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
     patches around it: what a method that looks at single spots leaves on the slide.
     """
-    features, _ = methods.freeze_features(row.recipe, row.split)
+    features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
     around = average_surroundings(features, spots, row.recipe["SURROUNDINGS"])
     features = np.hstack([features, around])
@@ -381,7 +386,7 @@ def same_slide(row):
     with their mean for its intercept even permuted counts would have an r, below 0.
     """
     split, data = row.split, row.split.data
-    features, _ = methods.freeze_features(row.recipe, split)
+    features, _ = freeze_features(row.recipe, split)
     row.note(weights=methods.name_weights(row.recipe))
     slides = data.spots["tissue_index"].to_numpy()
     scored = split.scored()
@@ -443,17 +448,20 @@ def computed_methods(run):
         "training mean": (plain, training_mean),
         "ridge (colour)": (plain, methods.ridge_on_colour),
     }
+    embedded = embedded_methods(run)
+    found |= embedded
+    features = BACKBONE if embedded else FEATURES
     frozen = plain | {"POOL_STAGES": False}
     frozen |= {name: run.recipe[name] for name in ("PRETRAINED", "IMAGE_SIZE")}
-    backbones = [FEATURES, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
-    for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [FEATURES]):
+    backbones = [features, BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE]
+    for backbone in dict.fromkeys(backbones if PRETRAINED is not False else [features]):
         recipe = frozen | {"BACKBONE": backbone}
         found[f"ridge ({backbone})"] = (recipe, methods.ridge_on_features)
         if PRETRAINED is False:
             continue
         pooled = recipe | {"POOL_STAGES": True}
         found[f"ridge ({backbone}, all stages)"] = (pooled, methods.ridge_on_features)
-        if backbone == FEATURES:
+        if backbone == features:
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
@@ -465,9 +473,20 @@ def computed_methods(run):
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
-        recipe = frozen | {"BACKBONE": FEATURES, "POOL_STAGES": True, "REFIT": False}
+        recipe = frozen | {"BACKBONE": features, "POOL_STAGES": True, "REFIT": False}
         found["same-slide ridge (control)"] = (recipe, same_slide)
     return found
+
+
+def embedded_methods(run):
+    """As computed_methods, of the models whose embeddings lie in FEATURES; {} of a timm name."""
+    if not Path(FEATURES).is_dir():
+        if "/" in FEATURES and ":" not in FEATURES:  # No name of timm's is so.
+            raise shell.InputError(f"--features {FEATURES}: no such folder")
+        return {}
+    backbones = BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE
+    models = embeddings.open_models(FEATURES, run.data, run.splits, backbones)
+    return embeddings.settings_of(models, run.baseline)
 
 
 def fill_ensembles(run):

@@ -4,17 +4,23 @@ Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
            validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
-           covered with a grid; MATRIX, or the counts in outs/
-Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
-           slide has counts
-Prints     how the slide is read; mean r of HEG, HVG, MG and all genes in validation, and on this
-           slide if it has counts; the same of the genes drawn
+           covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
+           embeddings, whose patches are the spots where no positions are given
+Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
+           distance: how far a spot is from the training slides; var believe, valid_low, ...: what
+           validation says of a gene), predictions.csv, maps.png, report.html; correlations.csv if
+           the slide has counts
+Prints     how many genes pass in validation, and what it can claim; how the slide is read, and how
+           far it is from the training slides; mean r of HEG, HVG, MG and all genes in validation,
+           and on this slide if it has counts; the same of the genes drawn
 Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
            --image slide.tif
 Override   python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --positions sample/outs
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --um-per-px 0.25 --genes ALB,GLUL
+           python 26_predict_slide.py --weights weights.safetensors --image slide.tif
+           --features embeddings/slide.h5
 Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores
            of an AMD EPYC, 2026-11-24)
 """
@@ -22,15 +28,17 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 from study import shell
 
 if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
-    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "GENE_SETS"))
+    shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES", "GENE_SETS"))
 
 
+import functools
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import safetensors
@@ -40,26 +48,39 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import gene_sets, printing, runs, shell
+from study import (
+    conformal,
+    embeddings,
+    evidence,
+    gene_sets,
+    printing,
+    runs,
+    scales,
+    shell,
+    similarity,
+)
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 RUN = ""  # folder of a run of scripts 20 to 23: its best network in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
+FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
 POSITIONS = ""  # a folder outs/, a positions CSV, or empty: a grid of 100 um over the tissue
-MATRIX = ""  # counts beside a positions CSV: a 10x folder or .h5; empty = none. outs/ has its own
+MATRIX = ""  # counts beside positions: 10x folder, .h5, .h5ad, table or FILE#column=value of it
 GENOME = ""  # of a matrix with two species: the one that is read, as GRCh38
 UM_PER_PX = 0.0  # of the image; 0 = by the TIFF's resolution tags, or by the spots of outs/
 OUT = ""  # folder of the results; empty = runs/<this script>/<the image's name>-<hash of paths>
-GENES = ""  # to be drawn, comma-separated; empty = the six of HEG and HVG best in validation
+GENES = ""  # to be drawn, comma-separated; empty = six of HEG and HVG that pass, best in validation
 GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets whose scores are saved; the best six are drawn
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}  # of recipe
+# What a recipe must say of a network, and of a ridge on embeddings.
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
+RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
 SPOT = 55.0  # um, the diameter that is drawn
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
@@ -69,6 +90,9 @@ UNITS = {
 FACTS = ["valid_r", "ceiling"]  # of a gene, by the model's metadata
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
+# What is not known with weights of an older version, by the field of Trained that they lack.
+LACKING = {"training_slides": "distance and intervals", "evidence": "which genes pass"}
+REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge_genes, in tables
 
 
 # -------------------------------------------------------------------------------- model
@@ -86,10 +110,35 @@ class Trained:
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
+    # Weights of an older version lack what follows.
+    training_slides: dict | None = None  # similarity.TrainingSlides
+    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
+    half_width_95: list | None = None
+    evidence: dict | None = None  # of evidence.describe_validation
+
+    @property
+    def candidates(self):
+        """Names of HEG and HVG in the panel; of all genes where there are none.
+
+        The best of all genes in validation would be those that chance favoured.
+        """
+        return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
+
+    @functools.cached_property
+    def judged(self):
+        """Table of what validation says of each gene, see evidence.judge_genes, or None."""
+        return evidence.read_genes(self.evidence, self.genes)
+
+    @property
+    def half_widths(self):
+        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
+        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
+        return {name: np.array(half, np.float64) for name, half in found.items() if half}
 
 
 def choose_weights():
-    """The path of WEIGHTS, or of the network of RUN whose validation r of HEG is the highest.
+    """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
+    networks or, where FEATURES is given, of its ridges on embeddings.
 
     The test slide chooses nothing.
     """
@@ -105,20 +154,53 @@ def choose_weights():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
-    trained = [Path(RUN, folder, "weights.safetensors").is_file() for folder in judged["folder"]]
-    judged = judged[trained]
-    judged = judged.sort_values("heg", kind="stable")
-    if judged.empty:
-        raise InputError(f"--run {RUN}: holds no network with a validation r: give --weights")
+    judged = keep_fitting(judged).sort_values("heg", kind="stable")
     chosen = judged.iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
 
 
-def read_weights(path):
-    """(model, Trained) of weights.safetensors, or of the folder that holds it.
+def keep_fitting(judged):
+    """The rows of a table of RUN whose model takes what FEATURES says: embeddings, or pixels.
 
-    InputError for a file of another kind or version, and for a network that takes other input.
+    InputError where there is none, or where they have learnt from several models' embeddings.
+    """
+    recipes = [read_recipe(Path(RUN, folder, "weights.safetensors")) for folder in judged["folder"]]
+    fits = [
+        recipe is not None and embeddings.is_ridge(recipe) == bool(FEATURES) for recipe in recipes
+    ]
+    if not any(fits):
+        kind = "network with a validation r (a ridge on embeddings needs --features)"
+        if FEATURES:
+            kind = "ridge on embeddings with a validation r, which --features are for"
+        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
+    names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
+    if FEATURES and len(names) > 1:
+        raise InputError(
+            f"--run {RUN}: has learnt from embeddings of {', '.join(sorted(names))}: give "
+            "--weights, a row's folder of the model that made --features"
+        )
+    return judged[fits]
+
+
+def read_recipe(path):
+    """The recipe in weights.safetensors; None without a file. {} of one that read_weights refuses,
+    and says why.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(json.loads(file.metadata()["recipe"]))
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, OSError):
+        return {}
+
+
+def read_weights(path):
+    """(model, Trained) of weights.safetensors, or of the folder that holds it; the model is a
+    network, or the Ridge of a recipe on embeddings.
+
+    InputError for a file of another kind or version, and for a model that takes other input.
     """
     path = path / "weights.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -132,10 +214,12 @@ def read_weights(path):
         raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
     trained = check_metadata(path, metadata)
     try:
+        if embeddings.is_ridge(trained.recipe):
+            return embeddings.build_ridge(state, trained.recipe, len(trained.genes)), trained
         recipe = trained.recipe | {"PRETRAINED": False}
         model = common.build_model(recipe, len(trained.genes), 0)
         model.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError):
+    except (RuntimeError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{path}: not the network of its metadata: one of an older version must be "
             f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
@@ -151,39 +235,71 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
-    names = [field.name for field in fields(Trained)]
-    for name in names:
-        if name not in metadata:
-            raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")
+    for field in fields(Trained):
+        if field.name not in metadata and field.default is MISSING:
+            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
+    names = [field.name for field in fields(Trained) if field.name in metadata]
     trained = Trained(**{name: metadata[name] for name in names})
     if trained.patch_size != PATCH_SIZE:
         raise InputError(
             f"{path}: patches of {trained.patch_size} px; expected {PATCH_SIZE}: {TRAIN_AGAIN}"
         )
-    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= NETWORK:
+    needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
+    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
-            f"{path}: its recipe lacks one of {', '.join(sorted(NETWORK))}: {TRAIN_AGAIN}"
+            f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
+    check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
     return trained
 
 
+def check_features(path, recipe):
+    """InputError where weights of this recipe need FEATURES that is not given, or the reverse."""
+    if not embeddings.is_ridge(recipe):
+        if FEATURES:
+            raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
+        return
+    if not FEATURES:
+        raise InputError(
+            f"{path}: a ridge on embeddings by {recipe['BACKBONE']}, {recipe['WIDTH']} numbers a "
+            f"spot: give --features, an .h5 of this slide's; {embeddings.HOW_TO}"
+        )
+
+
 def choose_genes(trained):
-    """Names of the genes to be drawn."""
+    """Names of the genes to be drawn: those of GENES, or the best that pass in validation."""
     asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
     for gene in asked:
         if gene not in trained.genes:
             raise InputError(
                 f"--genes {gene}: not among the {len(trained.genes)} genes of the model"
             )
+    judged = trained.judged
     if asked:
+        failed = [] if judged is None else [gene for gene in asked if not judged["believe"][gene]]
+        if failed:
+            print(f"genes       drawn as asked, but failing in validation: {', '.join(failed)}")
         return asked
     r = pd.Series(trained.valid_r, trained.genes, np.float64)
-    # Of all genes of the panel, the best by validation would be those that chance favoured.
-    candidates = [*trained.groups.get("heg", []), *trained.groups.get("hvg", [])]
-    if r.index.isin(candidates).any():
-        r = r[r.index.isin(candidates)]
+    r = r[r.index.isin(trained.candidates)]
+    if judged is not None:
+        r = r[judged["believe"][r.index]]
+        if r.empty:
+            inputs.warn("no gene of HEG and HVG passes in validation: --genes draws those it names")
     return r.sort_values(ascending=False, na_position="last").index[:6].tolist()
+
+
+def tell_evidence(trained):
+    """Print what validation says of the genes, and what weights of an older version lack."""
+    lacking = [text for name, text in LACKING.items() if getattr(trained, name) is None]
+    if lacking:
+        print(f"weights     of an older version, without {', '.join(lacking)}: {TRAIN_AGAIN}")
+    if trained.evidence is None:
+        return
+    lines = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
+    for word, text in lines:
+        print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
@@ -192,7 +308,7 @@ def choose_genes(trained):
 def choose_slide():
     """(Slide, its positions where they are known by now, else None) of IMAGE, POSITIONS, MATRIX."""
     for flag, path in (("image", IMAGE), ("positions", POSITIONS), ("matrix", MATRIX)):
-        if path and not Path(path).exists():
+        if path and not readers.split_part(Path(path))[0].exists():
             raise InputError(f"--{flag} {path}: no such file")
     if POSITIONS and Path(POSITIONS).is_dir():
         return choose_sample()
@@ -234,11 +350,13 @@ def check_image():
 
 
 def choose_folder(slide, name):
-    """OUT, or a folder of this image, its positions and these weights alone.
+    """OUT, or a folder of this image, its positions, embeddings and these weights alone.
 
     Images of several samples may have one name, as pipelines write them.
     """
-    paths = [Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS) if path]
+    paths = [
+        Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS, FEATURES) if path
+    ]
     digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
@@ -246,10 +364,13 @@ def choose_folder(slide, name):
 def read_slide(slide, positions, um_per_px, scratch):
     """(spots as AnnData, patches (n, 224, 224, 3) uint8 of um_per_px, Thumbnail) of a slide.
 
-    The patches lie in a file in the folder `scratch`, which goes with them.
+    The patches lie in a file in the folder `scratch`, which goes with them. Without positions the
+    patches of FEATURES are the spots, or those of a grid.
     """
     thumbnail = None
-    if positions is None:
+    if FEATURES and positions is None and slide.positions is None:
+        positions = embeddings.place_patches(Path(FEATURES))
+    elif positions is None:
         positions, thumbnail = readers.place_spots(slide)
     spots = readers.read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
@@ -276,6 +397,93 @@ def predict_patches(model, trained, patches):
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
 
 
+def embed_slide(slide, spots, patches, recipe):
+    """(spots, patches, their embeddings (n, D) by FEATURES) of those of a slide's spots and patches
+    that have one.
+
+    InputError where none has one, or where the model of the recipe takes another width.
+    """
+    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
+    if embedded.shape[1] != recipe["WIDTH"]:
+        raise InputError(
+            f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "
+            f"{recipe['WIDTH']}, of {recipe['BACKBONE']}"
+        )
+    print(f"embeddings  {recipe['WIDTH']} numbers a spot, to be of {recipe['BACKBONE']}")
+    missing = np.isnan(embedded[:, 0])
+    if not missing.any():
+        return spots, patches, embedded
+    text = f"{FEATURES}: {missing.sum()} of {len(missing)} spots of slide {slide.name} have no"
+    barcode = spots.obs["barcode"][missing].iloc[0]
+    if missing.all():
+        raise InputError(f"{text} embedding, as {barcode}: is it of this slide and image?")
+    inputs.warn(f"{text} embedding and are left out, as {barcode}: embed them if they are wanted")
+    return spots[~missing].copy(), patches[~missing], embedded[~missing]
+
+
+# -------------------------------------------------------------------------------- trust
+
+
+def compare_slides(trained, patches):
+    """(n,) how far the patches (n, 224, 224, 3) are from the training slides, in the distance of
+    these from each other, of which one line is told; None where the weights cannot tell.
+    """
+    if trained.training_slides is None:
+        return None
+    training = similarity.TrainingSlides(**trained.training_slides)
+    distances = similarity.measure_distances(training, common.colour_statistics(patches))
+    told = similarity.describe_distances(training, distances)
+    if similarity.is_far(distances):
+        inputs.warn(told)
+    else:
+        print(f"distance    {told}")
+    return distances
+
+
+def add_trust(table, trained, distances):
+    """Put the distances of the spots and half the widths of the genes' intervals into the AnnData
+    of a slide; with counts also var["coverage_80"] and ["coverage_95"], the shares of the spots
+    that intervals hold.
+    """
+    if distances is not None:
+        table.obs["distance"] = distances
+    for name, half in trained.half_widths.items():
+        table.var[f"half_width_{name}"] = half
+    if "measured" in table.layers:
+        measured = table.layers["measured"]
+        coverage = conformal.measure_coverage(table.X, measured, trained.half_widths)
+        table.var = table.var.assign(**coverage)
+
+
+def add_evidence(table, trained, genes):
+    """Put what validation says of the genes into the AnnData of a slide, as var["valid_low"], ...
+    and ["believe"]; which are drawn as var["drawn"], and the scale at which they hold better than
+    at single spots as uns["scale"], empty if there is none.
+    """
+    table.var["drawn"] = table.var_names.isin(genes)
+    table.uns["scale"] = evidence.choose_scale(trained.judged, trained.candidates) or ""
+    if trained.judged is not None:
+        judged = trained.judged.drop(columns="r")  # var["valid_r"]
+        names = {name: name if name == "believe" else f"valid_{name}" for name in judged}
+        table.var = table.var.join(judged.rename(columns=names))
+
+
+def save_predictions(path, table, trained):
+    """Write the AnnData with the intervals' ends as layers: low and high of 80 %, low_95, high_95.
+
+    They are made one at a time, since together they would take four times a prediction's memory.
+    """
+    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+    with shell.whole_file(path) as partial:
+        table.write_h5ad(partial)
+        with h5py.File(partial, "r+") as file:
+            for name, half in trained.half_widths.items():
+                ending = "" if name == "80" else f"_{name}"
+                for end, step in (("low", -half), ("high", half)):
+                    values = conformal.find_limit(table.X, step, floor)
+                    anndata.io.write_elem(file["layers"], f"{end}{ending}", values)
+
+
 # -------------------------------------------------------------------------------- results
 
 
@@ -285,19 +493,19 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     var says how well each gene was predicted in validation. Of a slide with counts,
     layers["measured"] are log-normalised counts, NaN for genes it lacks, and var["r"] compares.
     """
-    obs = spots.obs.rename_axis("id")[common.ID_COLUMNS[1:]]
+    obs = spots.obs.rename_axis("id")[[*common.ID_COLUMNS[1:], "pitch"]]
     table = anndata.AnnData(predicted, obs, pd.DataFrame(index=trained.genes))
     table.var["valid_r"] = np.array(trained.valid_r, np.float64)
     table.var["ceiling"] = np.array(trained.ceiling, np.float64)
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    scales = {
+    factors = {
         "tissue_hires_scalef": 1 / thumbnail.step,
         "spot_diameter_fullres": SPOT / slide.um_per_px,
     }
     images = {"hires": thumbnail.pixels()}
-    shown = {"images": images, "scalefactors": scales, "metadata": {}}
+    shown = {"images": images, "scalefactors": factors, "metadata": {}}
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -373,34 +581,56 @@ def join_drawn(table, genes, scored):
 
 
 def draw_maps(path, table, genes, title):
-    """Rows of H&E and three genes' predicted expression; where it was measured, that below."""
+    """Rows of H&E and three genes' predicted expression; its means over neighbourhoods, where they
+    hold better, and what was measured, below.
+    """
     ((name, slide),) = table.uns["spatial"].items()
     image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
-    kinds = ["predicted", *table.layers]  # "measured" is the only layer
+    kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
-    lines = [(three, kind) for three in threes for kind in kinds]
+    lines = [(three, kind) for three in threes for kind in kinds if kind]
+    lines = lines or [((), "predicted")]
+    if len(lines) == 1 and "distance" in table.obs:
+        lines.append(((), "predicted"))  # room for the distance
     height = 2.9 * image.shape[0] / image.shape[1] + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     diameter = slide["scalefactors"]["spot_diameter_fullres"] * scale  # px of the thumbnail
     points = 0.9 * diameter * 2.6 * 72 / image.shape[1]  # on axes of about 2.6 inches
     rows = figure.subplots(len(lines), 4, squeeze=False)
-    for axes, (three, kind) in zip(rows, lines, strict=True):
+    for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
         for ax in axes:
             ax.set_axis_off()
-        axes[0].imshow(image)
+        shows_distance = number == 1 and "distance" in table.obs
+        axes[0].imshow(image, alpha=0.25 if shows_distance else 1)
         axes[0].set_title(name, size=9)
+        if shows_distance:
+            draw_distance(axes[0], table, scale, max(points**2, 0.5))
         for ax, gene in zip(axes[1:], three, strict=False):
             ax.imshow(image, alpha=0.25)
             draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
     figure.suptitle(title)
-    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes)}")
+    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
+
+
+def draw_distance(ax, table, scale, size):
+    """How far each spot's patch is from the training slides; as draw_map."""
+    x, y = (table.obsm["spatial"] * scale).T
+    limits = {"vmin": 0, "vmax": 2 * similarity.ALARM}
+    points = ax.scatter(x, y, c=table.obs["distance"], s=size, linewidths=0, cmap="magma", **limits)
+    ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
+    ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
 
 
 def draw_map(ax, table, gene, kind, scale, size):
-    """One gene's predicted or measured expression, in spots of `size` pt^2 on a thumbnail."""
-    values = table.X if kind == "predicted" else table.layers[kind]
+    """One gene's predicted or measured expression, or means of a scale of scales.RADII, in spots of
+    `size` pt^2 on a thumbnail.
+    """
+    values = table.layers["measured"] if kind == "measured" else table.X
     x, y = (table.obsm["spatial"] * scale).T
     shown = values[:, table.var_names.get_loc(gene)]
+    if kind in scales.RADII:
+        places = common.places_in_pitches(table.obs).to_numpy(np.float64)
+        shown = scales.average_neighbours(shown, places, kind)
     points = ax.scatter(x, y, c=shown, s=size, linewidths=0)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
     facts = table.var.loc[gene]
@@ -408,11 +638,13 @@ def draw_map(ax, table, gene, kind, scale, size):
         known = f"r {facts['r']:.2f} on this slide"
     elif np.isnan(facts["valid_r"]):
         known = "not validated"
+    elif kind in scales.RADII:
+        known = f"r {facts[f'valid_r_{kind}']:.2f} in validation"
     else:
         known = f"r {facts['valid_r']:.2f} in validation"
     if kind == "predicted" and facts["ceiling"] > 0:
         known += f", ceiling {facts['ceiling']:.2f}"
-    ax.set_title(f"{gene}, {kind}\n{known}", size=9)
+    ax.set_title(f"{gene}, {evidence.MEANS.get(f'r_{kind}', kind)}\n{known}", size=9)
 
 
 def describe_groups(table):
@@ -431,6 +663,10 @@ def describe_groups(table):
         line = {"group": group, "genes": len(part)}
         if measured:
             line["r"] = part["r"].mean()
+            if "coverage_80" in part:
+                line["in 80 % interval"] = part["coverage_80"].mean()
+        if "believe" in part:
+            line["pass"] = int(part["believe"].sum())
         line["r in validation"] = part["valid_r"].mean()
         line["ceiling in training"] = part["ceiling"].mean()
         lines.append(line)
@@ -449,9 +685,14 @@ def report(slide, table, genes, scored, trained, out):
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     columns = [*FACTS, "r"] if measured else FACTS
-    drawn = table.var.loc[genes, columns].rename_axis("gene").reset_index()
+    judged = trained.judged
+    of_genes = table.var[columns].rename_axis("gene")
+    if judged is not None:
+        of_genes = of_genes.join(judged[REPORTED])
     groups = describe_groups(table)
-    tables = {caption: groups, "Genes drawn": drawn}
+    tables = {caption: groups}
+    if genes:
+        tables["Genes drawn"] = of_genes.loc[genes].reset_index()
     if scored is not None:
         sets = scored.var.rename_axis("set").reset_index()
         tables["Gene sets: mean r and ceiling of their genes, r of their score"] = sets
@@ -464,6 +705,10 @@ def report(slide, table, genes, scored, trained, out):
     files = "predictions.h5ad and .csv, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
+    if judged is not None:
+        reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
+        reported = reported.sort_values("valid_r", ascending=False).reset_index()
+        tables[f"HEG, HVG and MG in validation: {trained.evidence['claim']}"] = reported
     tables["Trained with"] = made_with
     records = {
         name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()
@@ -483,6 +728,7 @@ def report(slide, table, genes, scored, trained, out):
 def main():
     inputs.WARNINGS.clear()
     model, trained = read_weights(choose_weights())
+    tell_evidence(trained)
     genes, sets = choose_genes(trained), choose_sets(trained)
     slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
@@ -490,9 +736,16 @@ def main():
     shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
-    predicted = predict_patches(model, trained, patches)
+    if FEATURES:
+        spots, patches, embedded = embed_slide(slide, spots, patches, trained.recipe)
+        predicted = model.predict(embedded)
+    else:
+        predicted = predict_patches(model, trained, patches)
+    distances = compare_slides(trained, patches)
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
+    add_trust(table, trained, distances)
+    add_evidence(table, trained, genes)
     unit = UNITS[trained.recipe["TARGET"]]
     scored, drawn = None, table[:, genes]
     if sets:
@@ -500,8 +753,7 @@ def main():
         drawn = join_drawn(table, genes, scored)
     title = f"{trained.title}{name}, predicted ({unit})"
     draw_maps(out / "maps.png", drawn, [*drawn.var_names], title)
-    with shell.whole_file(out / "predictions.h5ad") as path:
-        table.write_h5ad(path)
+    save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
     report(slide, table, genes, scored, trained, out)

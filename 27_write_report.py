@@ -3,8 +3,8 @@
 Question   What came out, on what, and which genes can be believed?
 Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
            20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
-Writes     <RUN>/report.html, one file without network or script; in a test slide's folders maps.png
-           and scores.png, unless they are there
+Writes     <RUN>/report.html, one file that needs no network; in a test slide's folders maps.png and
+           scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
 Time       6 s of processor time for the two rows of script 20 (Intel Xeon, 2026-11-26)
@@ -35,6 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from study import printing, viewer
 from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
@@ -56,8 +57,31 @@ or was made anew"""
 KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
 # is of the measured expression alone.
-SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "heg", "target", "protocol", "recipe", "refit"}
+SHOWN_ELSEWHERE = {
+    *KEYS,
+    "n_spots",
+    "n_genes_r30",
+    "n_genes_q05",
+    "steps",
+    "heg",
+    "target",
+    "protocol",
+    "recipe",
+    "refit",
+}
 SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
+# What the table of scales shows: (a column of a row, its heading).
+SCALES = (
+    ("heg", "HEG, spots"),
+    ("heg_k7", "HEG, 7 spots"),
+    ("heg_k19", "HEG, 19 spots"),
+    ("hvg", "HVG, spots"),
+    ("hvg_k7", "HVG, 7 spots"),
+    ("hvg_k19", "HVG, 19 spots"),
+    ("component_1_r", "component 1"),
+    ("component_2_r", "component 2"),
+)
+SHOWN_ELSEWHERE |= {column for column, _ in SCALES}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
 genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
 divided by the best r that counting noise allows."""
@@ -73,12 +97,19 @@ mean squared error, mean the mean measured expression, ceiling the r that counti
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
 the same after Benjamini and Hochberg."""
+ABOUT_SCALES = """r of single spots; of the means of prediction and measurement over neighbourhoods
+of 7 and 19 spots (9 and 21 where the grid is square, fewer at borders, and of random validation
+spots those near); and of the scores of all genes on the first two principal components of the
+prediction. A map whose single spots are noise may hold over more of them. The columns of rows.csv
+are heg_k7, heg_k19, component_1_r and so on."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
-heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
-several slides at once. heg_score: r of HEG's score, the mean of its genes' standardised expression.
-spot_r: over the genes of a spot, mean over spots, after the training mean of each gene is taken
-away. variance_ratio: of predicted to measured expression. r_against_moran and r_against_mean: rank
-correlation, over genes, of r with Moran's I and with the mean of a gene's measured expression."""
+heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
+share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
+spots of several slides at once. heg_score: r of HEG's score, the mean of its genes' standardised
+expression. spot_r: over the genes of a spot, mean over spots, after the training mean of each gene
+is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
+r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
+measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
@@ -366,24 +397,36 @@ def read_test_slide(path):
     return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
 
 
+def read_test_genes(folder, row):
+    """Table of per_gene.csv in a row's folder: its columns of the test slide, against the
+    headline's truth, by gene.
+    """
+    prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
+    numbers = f"{prefix}r", f"{prefix}ceiling"
+    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
+    return genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
+
+
+def read_row_thumbnail(folder, table, data_root):
+    """read_saved_thumbnail of the test slide, whose spots are `table`, of a row's folder."""
+    slide = int(table.obs["tissue_index"].iloc[0])
+    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
+    return read_saved_thumbnail(data_root, slide, fingerprint)
+
+
 def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
         return
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
-    prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
-    numbers = f"{prefix}r", f"{prefix}ceiling"
-    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
-    genes = genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
+    genes = read_test_genes(folder, row)
     history = None
     if (folder / "history.csv").is_file():
         history = shell.read_csv(folder / "history.csv", numbers=HISTORY)
     draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
     table = read_test_slide(folder / "predictions.h5ad")
     table.var["r"] = genes["r"]
-    slide = int(table.obs["tissue_index"].iloc[0])
-    fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    thumbnail = read_saved_thumbnail(data_root, slide, fingerprint)
+    thumbnail = read_row_thumbnail(folder, table, data_root)
     draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
 
@@ -483,19 +526,18 @@ def read_rows(run, folders):
 
 
 def list_scores(row):
-    """{heading: value} of a row's line in the tables of scores."""
-    headline = recipes.headline_of(row["protocol"])
-    value, ceiling = row[headline.column], row[headline.ceiling]
-    interval = row.get(f"{headline.column}_ci")
-    line = {name: row[name] for name in KEYS} | {"spots": row["n_spots"], headline.name: value}
-    line["[95 %]"] = interval and "[{:.2f}, {:.2f}]".format(*interval)
-    line["of ceiling"] = f"{value / ceiling:.0%}" if value is not None and ceiling else None
-    if headline is recipes.OF_HEST:
-        line["in slides"] = row["all"]
-    else:
-        line |= {"HVG": row["hvg"], "MG": row["mg"], "all": row["all"]}
-    line[f"genes r >= {shell.R_THRESHOLD:.2f}"] = row["n_genes_r30"]
-    return line | {"each gene": Path(row["folder"], "per_gene.csv")}
+    """{heading: value} of a row's line in the tables of scores: the columns of the screen."""
+    line = pd.DataFrame([row]).astype({name: float for name in row if row[name] is None})
+    interval = row.get(f"{recipes.headline_of(row['protocol']).column}_ci")
+    scores = printing.describe_scores(line, interval or [np.nan, np.nan], {}, 0)
+    scores = {name: None if text == "-" else text for name, text in scores.items()}
+    place = {name: row[name] for name in KEYS} | {"spots": row["n_spots"]}
+    return place | scores | {"each gene": Path(row["folder"], "per_gene.csv")}
+
+
+def list_scales(row):
+    """{heading: value} of a row's line in the table of scales."""
+    return {name: row[name] for name in KEYS} | {name: row.get(key) for key, name in SCALES}
 
 
 def list_metrics(row):
@@ -542,6 +584,14 @@ def show_scores(rows):
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
+def show_scales(rows):
+    """r of every row by scale, as the parts of a page; none of rows of an older version."""
+    if all(row.get("heg_k7") is None for row in rows):
+        return []
+    caption = "At which scale: mean Pearson r over single spots, neighbourhoods and components"
+    return [as_table(caption, map(list_scales, rows)), as_paragraph(ABOUT_SCALES)]
+
+
 def show_further(run, rows):
     """Paired differences and the further metrics of every row, as the parts of a page."""
     parts = []
@@ -556,6 +606,41 @@ def show_further(run, rows):
     parts.append(as_table("Further metrics", map(list_metrics, rows)))
     parts.append(as_paragraph(ABOUT_FURTHER))
     return parts
+
+
+def choose_viewed(run, rows):
+    """The row of the test slide of the network that is best in validation, as script 26 takes it;
+    None without a network that has tested.
+    """
+    trained = {row["folder"]: row for row in rows if row["split"] == "valid" and row["heg"]}
+    trained = {name: row for name, row in trained.items() if is_network(run / name)}
+    tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
+    return max(tested, key=lambda row: trained[row["folder"]]["heg"], default=None)
+
+
+def is_network(folder):
+    """Whether a row's folder is a network's."""
+    return (folder / "weights.safetensors").is_file()
+
+
+def show_viewer(run, facts, rows):
+    """The gene viewer of a run's best network, or of script 26's slide, as the parts of a page."""
+    if (run / "predictions.h5ad").is_file():
+        parts = viewer.show_slide(run / "predictions.h5ad")
+        return ["<h2>Gene by gene</h2>", *parts] if parts else []
+    row = choose_viewed(run, rows)
+    if row is None:
+        return []
+    folder = run / row["folder"]
+    table = read_test_slide(folder / "predictions.h5ad")
+    genes = read_test_genes(folder, row)
+    for name in ("r", "q", "ceiling"):
+        table.var[name] = genes.get(name, np.nan)
+    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
+    thumbnail = read_row_thumbnail(folder, table, facts["data_root"])
+    name = f"{facts['label']}{row['setting']}, slide {table.obs['tissue_index'].iloc[0]}"
+    heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}</h2>"
+    return [heading, *viewer.show_row(table, groups, thumbnail)]
 
 
 def show_tested(run, facts, rows):
@@ -590,9 +675,11 @@ def write_report(run, facts):
     parts += show_warnings(facts.get("warnings", []))
     if rows:
         parts += show_scores(rows)
+        parts += show_scales(rows)
     parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_further(run, rows)
+    parts += show_viewer(run, facts, rows)
     parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):
         lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]

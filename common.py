@@ -38,7 +38,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from study import recipes, shell, weight_files
+from study import shell, weight_files
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
@@ -657,7 +657,7 @@ def colour_statistics(patches):
     unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
     # Filled in place: small results kept between large ones would keep the memory of all of them.
     statistics = np.empty((len(patches), 40))
-    for part in parts_of(len(patches), 64):
+    for part in parts_of(len(patches), 16):  # So few stay in the processor's caches.
         rgb = torch.from_numpy(patches[part]).permute(0, 3, 1, 2).float().div(255)
         rgb = F.avg_pool2d(rgb, 2)
         density = -torch.log(rgb.clamp_min(1 / 255))
@@ -1259,33 +1259,6 @@ def predict(model, patches, spots, *, dtype, tta=False):
     return np.concatenate(parts)
 
 
-def encode_patches(patches, recipe, seed, *, tta=False):
-    """((N, F) float32 features of the patches by BACKBONE as it comes, [numbers of features of
-    every part, as pool_each_stage gives them]).
-
-    With `tta` they are the mean over the 8 symmetries. The last two results are remembered.
-    """
-    names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "POOL_STAGES", "CHANNELS")
-    names += ("DEVICE", "PRECISION")
-    constants = tuple((name, recipe[name]) for name in names if name in recipe)
-    if recipe["PRETRAINED"] is not False:
-        seed = None  # The weights do not depend on it.
-    return _encode_patches(patches, constants, seed, tta)
-
-
-@functools.lru_cache(maxsize=2)
-def _encode_patches(patches, constants, seed, tta):
-    """encode_patches, by what can be remembered."""
-    recipe = recipes.PAPER | dict(constants) | {"HIDDEN": 0, "TRAINABLE_STAGES": 0}
-    device, dtype, _ = choose_device(recipe)
-    model = build_model(recipe, 1, seed)
-    model.head = nn.Identity()
-    model = model.to(device, memory_format=torch.channels_last)
-    placed = place_patches(patches, recipe["IMAGE_SIZE"], device)
-    features = predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
-    return features, model.widths
-
-
 # -------------------------------------------------------------------------------------- correlation
 def pearson_per_gene(predicted, truth):
     """Pearson r of every column, (n, G) and (n, G) -> (G,) float64.
@@ -1437,7 +1410,7 @@ def measure_error(influence, slides, places):
         cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes())
         summed = np.zeros((len(weight), influence.shape[1]))
         np.add.at(summed, cells, influence[inside])
-        variances.append(scale * np.einsum("ik,ij,jk->k", summed, weight, summed))
+        variances.append(scale * (summed * (weight @ summed)).sum(0))
         freedoms.append(freedom)
     variances, freedoms = np.array(variances), np.array(freedoms)[:, None]
     total = variances.sum(0)
@@ -1487,37 +1460,44 @@ def find_interval(value, error, freedom):
 
 
 # ------------------------------------------------------------------------------------------- chance
-def compare_with_chance(predicted, truth, slides, places):
+def compare_with_chance(predicted, truth, slides, places, rounds=1):
     """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
     in pitches; NaN where r is undefined.
 
     p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
     angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
     value of the nearest spot. Such a field is as smooth as the prediction and has nothing to do
-    with the slide. q is by Benjamini and Hochberg (1995).
+    with the slide. It is laid LAID times in each of the `rounds`.
     """
     found = average_slides(pearson_per_gene, predicted, truth, slides)
     reached = np.ones(len(found))
     numbers = {slide: np.flatnonzero(slides == slide) for slide in np.unique(slides)}
-    laid = {slide: lay_otherwise(places[inside], slide) for slide, inside in numbers.items()}
-    for genes in parts_of(len(found), GENES_AT_ONCE):
-        by_slide = []
-        for slide, inside in numbers.items():
-            x, y = predicted[inside][:, genes], truth[inside][:, genes]
-            by_slide.append(correlate_laid(x, y, laid[slide]))
-        reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
-    p = np.where(np.isfinite(found), reached / (1 + LAID), np.nan)
+    for number in range(rounds):
+        laid = {slide: lay_otherwise(places[at], slide, number) for slide, at in numbers.items()}
+        for genes in parts_of(len(found), GENES_AT_ONCE):
+            by_slide = []
+            for slide, inside in numbers.items():
+                x, y = predicted[inside][:, genes], truth[inside][:, genes]
+                by_slide.append(correlate_laid(x, y, laid[slide]))
+            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
+    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
+    return p, control_discoveries(p)
+
+
+def control_discoveries(p):
+    """(G,) q of p, both NaN where undefined, after Benjamini and Hochberg (1995)."""
     q = np.full(len(p), np.nan)
     defined = np.isfinite(p)
     q[defined] = false_discovery_control(p[defined])
-    return p, q
+    return q
 
 
-def lay_otherwise(places, slide):
+def lay_otherwise(places, slide, number=0):
     """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take; they follow from
-    the slide's number.
+    the slide's number and that of the round.
     """
-    random = np.random.default_rng(shell.seed_of("laid otherwise", int(slide)))
+    words = (int(slide), number) if number else (int(slide),)
+    random = np.random.default_rng(shell.seed_of("laid otherwise", *words))
     middle = (places.max(0) + places.min(0)) / 2
     tree = cKDTree(places)
     laid = []

@@ -45,13 +45,13 @@ from torch import nn
 
 import common
 from slides import imaging, readers
-from study import recipes, runs, shell
+from study import recipes, ridges, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
 POSITIONS = ""  # Space Ranger positions of a real slide; empty = a hexagonal grid of 2,378 spots
 REPEATS = 5  # of each side; dataset.csv: 3 at most
-ONLY = ""  # patches, input, training, prediction, scoring or table; empty = all
+ONLY = ""  # patches, input, training, prediction, ridges, scoring or table; empty = all
 STEPS = 8  # training steps of 32 patches that are timed together
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # of this project's side
@@ -59,6 +59,7 @@ PRECISION = "auto"  # of this project's side
 
 HEIGHT, WIDTH = 26_000, 25_400  # px, as a slide of GSE240429
 GENES, SPOTS = 3_467, 9_269  # of GSE240429
+RIDGE_SIZE = 910, 2_912, 100  # spots of HER2ST, features of EfficientNet-B0, HEG and HVG
 COMPRESSED = {  # kinds of slides beside the contiguous one
     "JPEG tiles": {"tile": (512, 512), "compression": "jpeg", "compressionargs": {"level": 85}},
     "LZW strips": {"rowsperstrip": 16, "compression": "lzw"},
@@ -336,6 +337,50 @@ def compare_prediction(folder):
     return [make_row(name, "images/s", pairs, count, ">= 2")]
 
 
+# ------------------------------------------------------------------------------------------- ridges
+def make_ridge_problem(count, width, genes):
+    """(features (count, width), expression (count, genes), table of the spots): one slide, on which
+    twelve fields that vary from spot to spot are seen in both.
+    """
+    random = np.random.default_rng(0)
+    fields = random.normal(size=(count, 12))
+    strength = np.geomspace(1, 0.01, width)
+    features = fields @ random.normal(size=(12, width)) + strength * random.normal(
+        size=(count, width)
+    )
+    target = fields @ random.normal(size=(12, genes)) + 5 * random.normal(size=(count, genes))
+    side = int(np.ceil(np.sqrt(count)))
+    rows, columns = np.divmod(np.arange(count), side)
+    spots = pd.DataFrame({"id": np.arange(count), "tissue_index": 1, "pitch": 1.0})
+    spots = spots.assign(pxl_row=rows, pxl_col=columns, block=rows // 5 * side + columns // 5)
+    return features.astype(np.float32), target.astype(np.float32), spots
+
+
+def compare_ridges(folder):
+    """The choice of a ridge's penalty and rank, of HER2ST's spots and EfficientNet-B0's stages."""
+    count, width, genes = RIDGE_SIZE
+    features, target, table = make_ridge_problem(count, width, genes)
+    spots, slides = np.arange(count), table["tissue_index"].to_numpy()
+
+    def prepare():
+        turned, _ = ridges.turn_to_span(features, spots, slides)
+        return ridges.Centred(turned, target, spots, slides)
+
+    def conventionally():
+        centred = prepare()
+        x, y = next(centred.parts(spots))
+        penalties = ridges.ALPHAS * centred.mean_squared_length
+        number, rank = conventional.choose_shrinkage(x, y, ridges.choose_folds(table), penalties)
+        return ridges.Shrinkage(float(ridges.ALPHAS[number]), int(rank))
+
+    def here():
+        return ridges.choose_shrinkage(prepare(), spots, table)
+
+    assert conventionally() == here()
+    pairs = alternate(REPEATS, conventionally, here)
+    return [make_row(f"ridge {count:,} x {width:,}, {genes} genes", "s", pairs, 1, ">= 2")]
+
+
 # ------------------------------------------------------------------------------------------- tables
 def compare_scoring(folder):
     predicted, truth = np.random.default_rng(0).normal(size=(2, 2277, GENES)).astype(np.float32)
@@ -383,6 +428,7 @@ STAGES = {
     "input": compare_input,
     "training": compare_training,
     "prediction": compare_prediction,
+    "ridges": compare_ridges,
     "scoring": compare_scoring,
     "table": compare_table,
 }

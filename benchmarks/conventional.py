@@ -6,6 +6,7 @@ it.
 """
 
 import numpy as np
+import scipy.linalg
 import tifffile
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,29 @@ def predict(model, loader, device):
     """(n, G) in fp32."""
     model.eval()
     return np.concatenate([model(images.to(device)).cpu().numpy() for images, _ in loader])
+
+
+def choose_shrinkage(x, y, folds, penalties):
+    """(number of the penalty, rank) of the reduced-rank ridge of expression y (n, G) on features x
+    (n, F), both centred, that errs least on what the folds [(to fit, held out)] hold out: an SVD of
+    (features x genes) for every penalty and fold.
+    """
+    explained = np.zeros((len(penalties), min(x.shape[1], y.shape[1])))
+    for train, held_out in folds:
+        sizes, axes = scipy.linalg.eigh(x[train].T @ x[train])
+        sizes = sizes.clip(0)
+        xy = axes.T @ (x[train].T @ y[train])
+        judged_xx = axes.T @ (x[held_out].T @ x[held_out]) @ axes
+        judged_xy = axes.T @ (x[held_out].T @ y[held_out])
+        for i, penalty in enumerate(penalties):
+            weight = xy / (sizes + penalty)[:, None]
+            predicted = np.sqrt(sizes)[:, None] * weight
+            patterns = scipy.linalg.svd(predicted, full_matrices=False)[2].T
+            directions = weight @ patterns
+            gains = 2 * directions * (judged_xy @ patterns) - directions * (judged_xx @ directions)
+            explained[i] += gains.sum(0).cumsum()
+    penalty, last = np.unravel_index(explained.argmax(), explained.shape)
+    return penalty, last + 1
 
 
 def correlate(predicted, truth):

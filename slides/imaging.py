@@ -787,8 +787,9 @@ def report_blank(slide, spots, centres, shape):
     turns = find_turns(slide, spots, blank.mean(), shape) if blank.mean() >= FEW_BLANK else []
     flat = sum(np.ptp(centre, axis=(0, 1)).max() == 0 for centre in centres[blank])
     if turns:
+        likeliest = ", the first by the array's rows and columns" if len(turns) > 1 else ""
         inputs.warn(
-            f"{counted}: they would lie on tissue were the image {' or '.join(turns)}: "
+            f"{counted}: they would lie on tissue were the image {', or '.join(turns)}{likeliest}: "
             "have the positions fit its pixels"
         )
     elif flat or blank.mean() >= MANY_BLANK:
@@ -814,7 +815,9 @@ def warn_of_other_stain(slide, centres):
 
 
 def find_turns(slide, spots, share, shape):
-    """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue."""
+    """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue; those
+    first that the array's rows and columns speak for.
+    """
     some = spots.iloc[np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)]
     rows, columns = some[PLACE].to_numpy().T
     turned = {
@@ -828,9 +831,8 @@ def find_turns(slide, spots, share, shape):
     blank = find_blank(every).reshape(len(turned), len(some)).mean(1)
     most = min(share / 4, min(blank) + FEW_BLANK)
     fitting = [name for name, left in zip(turned, blank, strict=True) if left < most]
-    if lies_mirrored(spots):  # as positions do that count rows from below
-        return [name for name in fitting if name.startswith("mirrored")] or fitting
-    return fitting
+    mirrored = lies_mirrored(spots)  # as positions do that count rows from below
+    return sorted(fitting, key=lambda name: name.startswith("mirrored") != mirrored)
 
 
 # -------------------------------------------------------------------------------- patches of HEST

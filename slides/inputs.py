@@ -23,6 +23,27 @@ import polars
 from study.shell import InputError
 
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
+# (first bytes, bytes further on, what it is) of files that people keep under a name of a table.
+KINDS = (
+    (b"PK", b"xl/", "an Excel workbook (.xlsx)"),
+    (b"PK", b"opendocument", "an OpenDocument spreadsheet (.ods)"),
+    (b"PK", b"Index/", "a Numbers spreadsheet (.numbers)"),
+    (b"PK\3\4", b"", "a .zip archive"),
+    (b"\xd0\xcf\x11\xe0", b"", "an old Excel workbook (.xls)"),
+    (b"\x89HDF", b"", "an HDF5 file (.h5, .h5ad)"),
+    (b"PAR1", b"", "a .parquet"),
+    (b"BZh", b"", "packed as .bz2"),
+    (b"\xfd7zXZ", b"", "packed as .xz"),
+    (b"\x28\xb5\x2f\xfd", b"", "packed as .zst"),
+    (b"7z\xbc\xaf", b"", "a .7z archive"),
+    (b"%PDF", b"", "a PDF"),
+    (b"<", b"<html", "a web page, as a download that failed"),
+    (b"<", b"<HTML", "a web page, as a download that failed"),
+    (b"version https://git-lfs", b"", "a pointer of Git LFS (fetch it with git lfs pull)"),
+    (b"X\n", b"\0", "an .rds of R"),
+    (b"RDX", b"", "an .RData of R"),
+)
+KIND_BYTES = 2**16  # of a file, by which its kind is known
 WARNINGS = []  # of this start of a script, in the order in which warn() printed them
 
 
@@ -73,6 +94,27 @@ def unpack_to_scratch(path, size, changed):
     return plain
 
 
+def read_text(path):
+    """The text of a table, packed or not. InputError where the file is of another kind."""
+    content = read_bytes(path)
+    kind = name_kind(content[:KIND_BYTES])
+    if content[257:262] == b"ustar":  # where tar says so
+        kind = "a .tar archive"
+    if kind:
+        raise InputError(f"{path}: this is {kind}: give a table of text, saved as CSV")
+    return decode_text(content)
+
+
+def name_kind(content):
+    """What a file that is no text is, by its bytes; "" for text."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ""
+    for first, inside, kind in KINDS:
+        if content.startswith(first) and inside in content:
+            return kind
+    return "binary, no text" if b"\0" in content else ""
+
+
 def decode_text(content):
     """Bytes as text: UTF-8, UTF-16 with its mark, or what spreadsheets write in Western Europe."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -101,7 +143,7 @@ def find_separator(text):
 def split_cells(path):
     """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
     try:
-        text = decode_text(read_bytes(path)).lstrip()
+        text = read_text(path).lstrip()
         separator = find_separator(text)
         lines = csv.reader(
             io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
@@ -121,7 +163,7 @@ def read_dense_table(path):
     The cell above the names of the rows may be there or not. Names may stand there twice.
     """
     try:
-        text = decode_text(read_bytes(path)).lstrip("\r\n")
+        text = read_text(path).lstrip("\r\n")
         separator = find_separator(text)
         table = pd.read_csv(
             io.StringIO(text),

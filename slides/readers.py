@@ -9,6 +9,7 @@ pixels read in imaging.py. What cannot be read raises InputError.
 import io
 import os
 import re
+import shlex
 import unicodedata
 import warnings
 import zlib
@@ -54,10 +55,9 @@ SECTION_SPELLINGS = (
     "slide_id",
     "slice",
 )
-ONE_SAMPLE = (
-    'give each a matrix of its own, as table[table.obs["library_id"] == "A"].write_h5ad("A.h5ad"), '
-    "and its positions"
-)
+BARCODE = r"^(.*?)([ACGT]{14,})(.*)$"  # prefix, letters and suffix
+THOUSANDS = r"[1-9]\d{0,2}([.,]\d{3})+"  # as 1.234
+ENDS = {"prefix": 0, "suffix": 2}  # what of BARCODE chooses spots where obs has no such column
 # What Xenium, CosMx and MERSCOPE count beside genes.
 CONTROLS = (
     r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
@@ -98,6 +98,19 @@ class Slide:
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 PATHS = ("image", "positions", "matrix")
+# With these script 19 writes slides.csv, which is not done again once a person has edited it.
+MANIFEST_FLAGS = (
+    "--from-spaceranger",
+    "--images",
+    "--use-hires",
+    "--bin-um",
+    "--from-hest",
+    "--samples",
+    "--organ",
+    "--species",
+    "--technology",
+    "--hest-patches",
+)
 
 
 def read_manifest(root, need_files=True):
@@ -236,25 +249,25 @@ def name_file(root, path):
 def list_files(slide):
     """The paths of the files that a slide is read from; those in a folder each, if they exist."""
     paths = []
-    for path in (slide.image, slide.positions, slide.matrix):
-        if path is not None:
-            paths += sorted(path.iterdir()) if path.is_dir() else [path]
+    named = [slide.image]
+    named += [split_part(path)[0] for path in (slide.positions, slide.matrix) if path is not None]
+    for path in dict.fromkeys(named):
+        paths += sorted(path.iterdir()) if path.is_dir() else [path]
     return [path for path in paths if path.is_file()]
 
 
 def check_sources(root, meta):
-    """InputError where slides.csv, or the size of a file that it names, is no more as script 19
-    described it in meta.json.
+    """InputError where slides.csv, or a file that it names, is no more as script 19 described it in
+    meta.json.
 
-    A file that is gone is not compared: the patches are there, and images take much disk.
+    A file that is gone is not compared: the patches are there, and images take much disk. Of large
+    files some blocks are compared, so that no start of a script waits.
     """
     if not (root / "slides.csv").is_file():
         return
     manifest = read_manifest(root, need_files=False)
     then = {row["tissue_index"]: row for row in meta["slides"]}
-    command = f"python 19_make_patches_and_csv.py --data-root {root}"
-    if meta["target"] == "lognorm":
-        command += " --target lognorm"
+    command = name_command(root, meta, without=MANIFEST_FLAGS)
     if sorted(then) != [slide.tissue_index for slide in manifest]:
         raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
     for slide in manifest:
@@ -266,12 +279,32 @@ def check_sources(root, meta):
                     f"and was {row[column]} when the dataset was made: run {command} again"
                 )
         for path in list_files(slide):
-            size = row["files"].get(name_file(root, path), {}).get("bytes", path.stat().st_size)
-            if path.stat().st_size != size:
-                raise InputError(
-                    f"{path}: {path.stat().st_size:,} bytes, and {size:,} when the dataset was "
-                    f"made: run {command} again"
-                )
+            check_source(path, row["files"].get(name_file(root, path), {}), root, meta)
+
+
+def check_source(path, described, root, meta):
+    """InputError where a file is no more as a part of meta.json describes it."""
+    size = path.stat().st_size
+    command = name_command(root, meta)
+    if size != described.get("bytes", size):
+        raise InputError(
+            f"{path}: {size:,} bytes, and {described['bytes']:,} when the dataset was made: run "
+            f"{command} again"
+        )
+    if "blocks" in described and described["blocks"] != shell.hash_blocks(path):
+        raise InputError(
+            f"{path}: its content is not as it was when the dataset was made: run {command} again"
+        )
+
+
+def name_command(root, meta, without=()):
+    """The command of script 19 that made a dataset, by its meta.json, less the flags `without`."""
+    usual = {"--target": "lognorm"} if meta["target"] == "lognorm" else {}
+    words = ["python", "19_make_patches_and_csv.py", "--data-root", str(root)]
+    for flag, value in meta.get("flags", usual).items():
+        if flag not in without:
+            words += [flag, value]
+    return shlex.join(words)
 
 
 def find_named(root, row, column, need_files=True):
@@ -279,7 +312,9 @@ def find_named(root, row, column, need_files=True):
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
         return None
-    spellings = (spelling for spelling in spell_path(value) if (root / spelling).exists())
+    spellings = (
+        spelling for spelling in spell_path(value) if split_part(root / spelling)[0].exists()
+    )
     value = next(spellings, value.replace("\\", "/"))
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
@@ -288,13 +323,30 @@ def find_named(root, row, column, need_files=True):
             f"{manifest}: {column} {value!r} lies outside {root}; "
             "copy or link it into the data root"
         )
-    found = path.exists() if column == "matrix" else path.is_file()
+    file, _ = split_part(path)
+    found = file.exists() if column == "matrix" else file.is_file()
     if need_files and not found:
         raise InputError(
             f"{manifest}: {column} {value!r} of slide {row['tissue_index']} does not exist: "
             "fetch it with 17_download_data.py or mend the path"
         )
     return path
+
+
+def split_part(path):
+    """(path of a file, "column=value" or "") of `file#column=value`, which is a part of its spots.
+
+    A file whose name holds a # is itself.
+    """
+    text = str(path)
+    if "#" not in text or path.exists():
+        return path, ""
+    places = [number for number, letter in enumerate(text) if letter == "#"]
+    for place in reversed(places):
+        if Path(text[:place]).exists():
+            return Path(text[:place]), text[place + 1 :]
+    lost = re.fullmatch("(.+)#([^#=]+=.*)", text)
+    return (Path(lost[1]), lost[2]) if lost else (path, "")
 
 
 # -------------------------------------------------------------------------------- positions
@@ -305,16 +357,20 @@ def read_positions(path):
 
     Its columns are in_tissue, array_row, array_col, pxl_row and pxl_col. Named columns may stand in
     any order. The file may be of text, a .parquet as Visium HD has, or an .h5ad (see
-    read_anndata_positions).
+    read_anndata_positions). Of `file#column=value` these spots are taken.
     """
+    file, part = split_part(path)
     if is_anndata(path):
         table = read_anndata_positions(path)
     else:
-        if path.name.removesuffix(".gz").endswith(".parquet"):
-            table = inputs.read_parquet(path, POSITION_SPELLINGS)
+        if file.name.removesuffix(".gz").endswith(".parquet"):
+            table = inputs.read_parquet(file, POSITION_SPELLINGS)
         else:
-            table = inputs.read_table(path, POSITION_SPELLINGS, row_names="barcode")
-        check_position_columns(path, table)
+            table = inputs.read_table(file, POSITION_SPELLINGS, row_names="barcode")
+        check_position_columns(file, table)
+        separator = table.attrs["separator"]
+        table = table[find_part_spots(file, part, table.set_index("barcode"))]
+        table.attrs["separator"] = separator
     return parse_positions(path, table[POSITION_COLUMNS].copy(), table.attrs["separator"])
 
 
@@ -324,8 +380,9 @@ def parse_positions(path, table, separator):
     """
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
+    texts = table.astype(str)
     for column in POSITION_COLUMNS[1:]:
-        check_thousands(path, table, column, separator)
+        check_thousands(path, texts, column, separator)
         numbers = inputs.parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
         if unknown.any():
@@ -339,25 +396,53 @@ def parse_positions(path, table, separator):
         barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
     inputs.check_unique(table["barcode"], "barcode", path)
-    check_one_sample(path, table["barcode"])
-    return table.set_index("barcode")
+    check_places(path, table, texts)
+    table = table.set_index("barcode")
+    check_one_sample(path, table[[]])
+    return table
 
 
-def check_thousands(path, table, column, separator):
-    """InputError where spreadsheets of Europe may have written 1234 as 1.234.
+def check_thousands(path, texts, column, separator):
+    """InputError where a spreadsheet may have written 1234 as 1.234 or 1,234.
 
-    That is where semicolons separate the cells, and no number is without a point and above 999.
+    That is where all numbers above 999 have a point or a comma before three digits, and those below
+    have none; numbers with three decimals all have it, unless semicolons separate the cells, as
+    spreadsheets of Europe write them.
     """
-    if separator != ";":
+    cells = texts[column]
+    marked = cells.str.fullmatch(THOUSANDS)
+    small = cells.str.fullmatch(r"\d{1,3}")
+    if marked.any() and (marked | small).all() and (small.any() or separator == ";"):
+        refuse_thousands(path, texts[marked], column)
+
+
+def refuse_thousands(path, texts, column):
+    """InputError that names the first cell of a column in which 1.234 may be 1234."""
+    barcode, text = texts[["barcode", column]].iloc[0]
+    raise InputError(
+        f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
+        "export the numbers without separators of thousands"
+    )
+
+
+def check_places(path, table, texts):
+    """InputError where two spots in_tissue lie on one pixel; `texts` are the cells of the table."""
+    spots = table[table["in_tissue"] == 1]
+    places = spots[["pxl_row", "pxl_col"]]
+    twins = spots[places.duplicated(keep=False)]
+    if twins.empty:
         return
-    texts = table[column].astype(str)
-    dotted = texts.str.fullmatch(r"[1-9]\d{0,2}(\.\d{3})+")
-    if dotted.any() and (dotted | texts.str.fullmatch(r"\d{1,3}")).all():
-        barcode, text = table.loc[dotted, ["barcode", column]].iloc[0]
-        raise InputError(
-            f"{path}: {column} {text!r} of barcode {barcode} may be a thousand or a decimal: "
-            "export the numbers without separators of thousands"
-        )
+    for column in places:
+        cells = texts.loc[twins.index]
+        marked = cells[column].str.fullmatch(THOUSANDS)
+        if marked.any():  # Cut to whole numbers, the thousands of a slide are a few pixels.
+            refuse_thousands(path, cells[marked], column)
+    row, column = twins[["pxl_row", "pxl_col"]].iloc[0]
+    same = twins[(twins["pxl_row"] == row) & (twins["pxl_col"] == column)]["barcode"]
+    raise InputError(
+        f"{path}: the spots {same.iloc[0]} and {same.iloc[1]} lie on one pixel, pxl_row {row} and "
+        f"pxl_col {column}: mend the positions"
+    )
 
 
 def read_anndata_positions(path):
@@ -498,7 +583,10 @@ def read_matrix(path, genome="", named=()):
     chooses one; without it, genes of all are taken, and that is warned of.
     """
     table = read_matrix_file(path)
-    check_one_sample(path, table.obs_names)
+    file, part = split_part(path)
+    if part:
+        print(f"{file}: {table.n_obs} spots are taken, those of {part}")
+    check_one_sample(path, table.obs)
     return leave_out_controls(choose_genome(table, path, genome), path, named)
 
 
@@ -518,11 +606,15 @@ def read_matrix_file(path):
     """As read_matrix, of the genes of all genomes."""
     if is_anndata(path):
         return read_anndata_matrix(path)
-    if path.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
-        return read_dense_matrix(path)
-    if path.is_file():
-        return read_h5_matrix(path)
-    return read_matrix_folder(path)
+    file, part = split_part(path)
+    if file.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
+        table = read_dense_matrix(file)
+    elif file.is_file():
+        table = read_h5_matrix(file)
+    else:
+        table = read_matrix_folder(file)
+    chosen = find_part_spots(file, part, table.obs)
+    return table if chosen.all() else table[chosen].copy()
 
 
 def choose_genome(table, path, genome):
@@ -614,74 +706,169 @@ def are_genes(var):
 
 
 def is_anndata(path):
-    """Whether a path, or None, is that of an .h5ad, plain or gzipped."""
-    return path is not None and path.name.removesuffix(".gz").endswith(".h5ad")
+    """Whether a path, or None, is that of an .h5ad, plain or gzipped, or of a part of its spots."""
+    return path is not None and split_part(path)[0].name.removesuffix(".gz").endswith(".h5ad")
 
 
 def read_anndata(path, backed=None):
     """An .h5ad, plain or gzipped, as it stands there; its barcodes are checked.
 
-    `backed` "r" leaves the counts in the file, which is open then.
+    Of `file#column=value` these spots are given. `backed` "r" leaves the counts in the file, which
+    is open then.
     """
+    file, part = split_part(path)
     try:
         # Names that stand there twice are refused below, and old formats read as well.
         with warnings.catch_warnings(action="ignore"):
-            table = anndata.read_h5ad(inputs.unpack(path), backed)
+            table = anndata.read_h5ad(inputs.unpack(file), backed)
     except InputError:
         raise
     except Exception as error:  # h5py and anndata raise what they like
-        raise InputError(f"{path}: not a whole .h5ad of AnnData ({error})") from None
-    inputs.check_unique(table.obs_names, "barcode", path)
+        raise InputError(f"{file}: not a whole .h5ad of AnnData ({error})") from None
+    if part:
+        table = take_section(table, find_part_spots(file, part, table.obs))
     check_one_section(path, table)
+    inputs.check_unique(table.obs_names, "barcode", path)
     return table
 
 
-def check_one_sample(path, barcodes):
-    """InputError where barcodes are of several samples, which have a suffix or a prefix each.
+def take_section(table, chosen):
+    """An AnnData of the chosen spots, (n,) bool, with what uns["spatial"] says of them.
+
+    Of a file that stays open, without counts.
+    """
+    libraries = list_libraries(table.uns)
+    if table.file.filename is None:
+        section = table[chosen].copy()
+    else:
+        places = {name: values[chosen] for name, values in table.obsm.items()}
+        section = anndata.AnnData(obs=table.obs[chosen], obsm=places)
+        table.file.close()
+    words = {show_value(value) for column in section.obs for value in section.obs[column].unique()}
+    section.uns["spatial"] = {name: libraries[name] for name in libraries if str(name) in words}
+    return section
+
+
+# -------------------------------------------------------------------------------- sections
+
+
+def find_part_spots(path, part, obs):
+    """(n,) bool: the spots, by barcode in `obs`, that "column=value" chooses; "" chooses all.
+
+    The column is one of obs, or prefix or suffix: what stands around the letters of a barcode,
+    with or without its hyphen. InputError for a column or value that is not there.
+    """
+    if not part:
+        return np.ones(len(obs), bool)
+    column, _, value = (text.strip() for text in part.partition("="))
+    values = find_values(obs, column)
+    if values is None:
+        names = ", ".join([*map(str, obs), *ENDS])
+        raise InputError(f"{path}#{part}: no column {column!r}: choose by column=value of {names}")
+    chosen = values == value
+    if column in ENDS:
+        chosen |= values.str.strip("-_.") == value
+    if not chosen.any():
+        counted = values.value_counts()
+        names = ", ".join(f"{name} ({count} spots)" for name, count in counted[:8].items())
+        further = f" and {len(counted) - 8} others" if len(counted) > 8 else ""
+        raise InputError(f"{path}#{part}: {column} has no value {value!r}: it has {names}{further}")
+    return chosen.to_numpy()
+
+
+def find_values(obs, column):
+    """The values of a column of `obs`, or of a part of its barcodes, as texts; None without it."""
+    for name in obs:
+        if column in (str(name), inputs.normalise_name(str(name))):
+            return obs[name].astype(object).map(show_value)
+    if column not in ENDS:
+        return None
+    found = pd.Series(obs.index).astype(str).str.extract(BARCODE)[ENDS[column]]
+    return found.fillna("").set_axis(obs.index)
+
+
+def show_value(value):
+    """A value of obs as a person writes it: 1 for 1.0."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def refuse_sections(path, cause, obs, libraries=()):
+    """InputError with a cause why the spots are of several sections, and what to write to choose
+    one: by a column that is called like a section or holds the `libraries`, by what surrounds the
+    barcodes, or by any column that leaves each array place once.
+    """
+    choices = []
+    for column in obs:
+        values = {show_value(value) for value in obs[column].dropna().unique()}
+        spelt = inputs.normalise_name(str(column)) in SECTION_SPELLINGS
+        if len(values) > 1 and (spelt or values <= set(map(str, libraries))):
+            choices.append(column)
+    choices += [end for end in ENDS if find_values(obs, end).nunique() > 1]
+    choices += [column for column in obs if tells_sections_apart(obs, column)]
+    file = split_part(path)[0]
+    if not choices:
+        raise InputError(
+            f"{path}: {cause}, and a slide is one; no column tells them apart: give each a "
+            "matrix of its own, and its positions"
+        )
+    values = sorted(set(find_values(obs, str(choices[0]))) - {""})
+    value = values[0].strip("-_.") if choices[0] in ENDS else values[0]
+    raise InputError(
+        f"{path}: {cause}, and a slide is one: choose one in slides.csv or with --matrix by "
+        f"writing {file.name}#{choices[0]}={value}"
+    )
+
+
+def tells_sections_apart(obs, column):
+    """Whether a column of a few values has each array place once in each of them."""
+    place = ["array_row", "array_col"]
+    if column in place or not set(place) <= set(obs) or not 1 < obs[column].nunique() <= 64:
+        return False
+    return not obs.duplicated([*place, column]).any()
+
+
+def check_one_sample(path, obs):
+    """InputError where barcodes, the index of `obs`, are of several samples, which have a suffix or
+    a prefix each.
 
     spaceranger aggr and anndata.concat leave them so. The letters are the same on every slide.
     """
-    found = pd.Series(barcodes).astype(str).str.extract(r"^(.*?)([ACGT]{14,})(.*)$").dropna()
+    found = pd.Series(obs.index).astype(str).str.extract(BARCODE).dropna()
     samples = (found[0] + "..." + found[2]).value_counts()
     if len(samples) > 1 and samples.iloc[1] > 1:
         names = ", ".join(samples.index[:4])
-        raise InputError(
-            f"{path}: barcodes of {len(samples)} samples ({names}), and a slide is one: "
-            f"{ONE_SAMPLE}"
-        )
+        refuse_sections(path, f"barcodes of {len(samples)} samples ({names})", obs)
     twice = found[1][found[1].duplicated()]
     if len(twice):
-        raise InputError(
-            f"{path}: {len(twice)} barcodes stand there twice but for what surrounds them, as "
-            f"{twice.iloc[0]}, so they are of several samples: {ONE_SAMPLE}"
+        cause = (
+            f"{len(twice)} barcodes stand there twice but for what surrounds them, as "
+            f"{twice.iloc[0]}, so they are of several samples"
         )
+        refuse_sections(path, cause, obs)
 
 
 def check_one_section(path, spots):
     """InputError where an AnnData is of several sections, by what it says of its spots."""
-    for column in spots.obs:
-        values = spots.obs[column].dropna().unique()
+    obs, libraries = spots.obs, list(list_libraries(spots.uns))
+    for column in obs:
+        values = obs[column].dropna().unique()
         if inputs.normalise_name(str(column)) in SECTION_SPELLINGS and len(values) > 1:
             names = ", ".join(map(str, values[:4]))
-            raise InputError(
-                f'{path}: obs["{column}"] names {len(values)} sections ({names}), and a slide is '
-                f"one: {ONE_SAMPLE}"
-            )
-    libraries = list(list_libraries(spots.uns))
+            cause = f'obs["{column}"] names {len(values)} sections ({names})'
+            refuse_sections(path, cause, obs, libraries)
     if len(libraries) > 1:
-        raise InputError(
-            f'{path}: uns["spatial"] names {len(libraries)} sections ({", ".join(libraries[:4])}), '
-            f"and a slide is one: {ONE_SAMPLE}"
-        )
-    if {"array_row", "array_col"} <= set(spots.obs):
-        places = spots.obs[["array_row", "array_col"]]
+        cause = f'uns["spatial"] names {len(libraries)} sections ({", ".join(libraries[:4])})'
+        refuse_sections(path, cause, obs, libraries)
+    if {"array_row", "array_col"} <= set(obs):
+        places = obs[["array_row", "array_col"]]
         twice = places[places.duplicated()]
         if len(twice) and len(places.drop_duplicates()) > 1:
             row, column = twice.iloc[0]
-            raise InputError(
-                f"{path}: {len(twice)} spots have the array_row and array_col of another, as {row} "
-                f"and {column}, so they are of several sections: {ONE_SAMPLE}"
+            cause = (
+                f"{len(twice)} spots have the array_row and array_col of another, as {row} and "
+                f"{column}, so they are of several sections"
             )
+            refuse_sections(path, cause, obs)
 
 
 def read_anndata_matrix(path):
@@ -728,14 +915,29 @@ def choose_counts(table, path):
         return table
     # Of equals max() takes the first.
     name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
-    if name == "X":
-        return table
+    say_what_is_taken(path, name, found, usable)
     if name == "raw":
-        print(f"{path}: raw is taken, whose counts are of {table.raw.n_vars} genes")
         return table.raw.to_adata()
-    print(f"{path}: {name} is taken, whose counts are raw")
-    table.X = table.layers["counts"]
+    if name != "X":
+        table.X = table.layers["counts"]
     return table
+
+
+def say_what_is_taken(path, name, found, usable):
+    """Print which counts of an .h5ad are taken, unless they are X and nothing else has more genes;
+    `found` {name: values} holds all there are, `usable` those that are counts.
+    """
+    n_genes = found[name].shape[1]
+    larger = [other for other in found if found[other].shape[1] > n_genes]
+    if name == "X" and not larger:
+        return
+    line = f"{path}: {name} is taken, whose counts are of {n_genes} genes"
+    for other in larger:
+        cause = "are no counts"
+        if other in usable:
+            cause = "have one depth in all spots, as raw counts never do"
+        line += f"; the values of {found[other].shape[1]} genes in {other} {cause}"
+    print(line)
 
 
 def has_one_depth(counts):

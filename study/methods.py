@@ -5,6 +5,7 @@ A method, method(row), returns the prediction (n, G) of row.split.scored(): see 
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import ridges, shell, splitting, weight_files
+from study import conformal, evidence, recipes, ridges, shell, similarity, splitting, weight_files
+from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
 
@@ -44,11 +46,27 @@ def start_network(row):
         mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
         nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
+    if not recipe["EPOCHS"] and not starts_as_ridge:
+        raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
     if starts_as_ridge:
         gene_weights = start_as_ridge(model, row)
         if gene_weights is not None:
             loss = common.weigh_genes(loss, gene_weights, row.device)
     return model, loss
+
+
+def network_of_no_epoch(row):
+    """A method: the network whose head is the ridge on its frozen features, by which it predicts.
+
+    The features that the data root keeps are those of its backbone, so it sees no patch again.
+    """
+    row.model, _ = start_network(row)
+    row.note(weights=name_weights(row.recipe), steps=0)
+    row.count_parameters()
+    features, _ = freeze_features(row.recipe, row.split)
+    head = row.model.head[-1]
+    ridge = ridges.Ridge(head.weight.detach().cpu().numpy().T, head.bias.detach().cpu().numpy())
+    return ridge.predict(features[row.split.scored()])
 
 
 def start_as_ridge(model, row):
@@ -74,18 +92,6 @@ def start_as_ridge(model, row):
 
 
 # ------------------------------------------------------------------------------------------- ridges
-def freeze_features(recipe, split):
-    """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
-
-    They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
-    made equally strong on the training spots.
-    """
-    data = split.data
-    features, widths = common.encode_patches(data.patches, recipe, split.seed, tta=True)
-    scale = ridges.balance_parts(features[split.spots("train")], widths)
-    return features * scale, scale
-
-
 def fit_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
@@ -133,17 +139,23 @@ def hest_probe(row):
     row ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
     (inference_models.py), so that of resnet50 here is another one.
     """
-    split = row.split
     plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
-    features, _ = common.encode_patches(split.data.patches, plain, split.seed)
+    features, _ = encode_spots(row.split.data, plain, row.split.seed)
+    row.note(weights=name_weights(row.recipe))
+    return predict_by_probe(row, features)
+
+
+def predict_by_probe(row, features):
+    """The prediction (n, G) by hest_probe on features (N, F)."""
+    split = row.split
     train = order_by_fold_file(split)
     predicted, alpha = probe_features(
         features[train],
         split.data.target[train],
         features[split.scored()],
-        full_width=row.recipe.get("FULL_WIDTH", False),
+        full_width="FULL_WIDTH" in row.recipe,
     )
-    row.note(weights=name_weights(row.recipe), alpha=alpha)
+    row.note(alpha=alpha)
     return predicted.astype(np.float32)
 
 
@@ -207,9 +219,10 @@ def name_weights(recipe):
 
 
 def save_weights(path, model, split, made_with, predicted):
-    """Weights whose metadata say all that script 26 needs: how to build the network and make its
-    patches, and of each gene r over the validation spots (against log-normalised counts) and the
-    ceiling on the training slides.
+    """Weights of a network, or the coefficients of a Ridge on embeddings, whose metadata say all
+    that script 26 needs: how to build the network and make patches, of each gene r over the
+    validation spots (against log-normalised counts), what else these say and the ceiling on the
+    training slides, and how far to trust a prediction.
     """
     data = split.data
     valid = split.roles[split.scored()] == "valid"
@@ -222,16 +235,39 @@ def save_weights(path, model, split, made_with, predicted):
         "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
         "title": data.label,
         "patch_size": common.PATCH_SIZE,
-        "mean": model.mean.tolist(),
-        "std": model.std.tolist(),
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
+        "evidence": evidence.describe_validation(split, predicted[valid]),
+        **describe_trust(split, made_with, predicted),
     }
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if isinstance(model, ridges.Ridge):
+        state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
+    else:
+        state = model.state_dict()
+        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
+    state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def describe_trust(split, recipe, predicted):
+    """{name: value} for the weights' metadata: similarity.TrainingSlides of the spots that they
+    have learnt from, and half the widths of each gene's intervals.
+    """
+    data = split.data
+    learnt = splitting.final_split(recipe, split).spots("train")
+    training = similarity.describe_training(
+        data.annotations.obsm["colour"][learnt], data.spots.iloc[learnt]
+    )
+    headline = recipes.headline_of(recipe["PROTOCOL"])
+    truth = data.lognorm if headline.truth == "lognorm" else data.target
+    half_widths = conformal.find_half_widths(split, predicted, truth)
+    return {
+        "training_slides": asdict(training),
+        **{f"half_width_{name}": shell.without_nan(half) for name, half in half_widths.items()},
+    }
 
 
 def predict_again(trained, row, restained=False, wrap=None):

@@ -103,25 +103,36 @@ def group_sizes(split):
     return sizes
 
 
-def describe_setting(records, sizes, out):
-    """{column: text} of one setting's records: its line of the table of scores."""
-    over = "slide" if records["slide"].nunique() > 1 else ["seed", "fold"]
-    line = {"setting": cut_middle(records["setting"].iloc[0], 30)}
-    line["HEG"] = format_mean(records.groupby(over)["heg"].mean())
-    line["[95 %]"] = describe_interval(records, "heg", out)
-    line["of ceiling"] = format_share(records["heg"].mean(), records["heg_ceiling"].mean())
+def describe_scores(lines, interval, sizes, n_genes):
+    """{column: text} of one setting's scores, on the screen and in the report.
+
+    `lines` is a table of its lines of rows.csv, one or several, and `interval` that of their
+    headline's mean; `sizes` as of group_sizes, `n_genes` of the panel.
+    """
+    if recording.headline_of(lines) is recipes.OF_HEST:
+        return describe_hest(lines, interval, n_genes)
+    over = "slide" if lines["slide"].nunique() > 1 else ["seed", "fold"]
+    columns = {"HEG": format_mean(lines.groupby(over)["heg"].mean())}
+    columns["[95 %]"] = format_interval(*interval)
+    columns["of ceiling"] = format_share(lines["heg"].mean(), lines["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
-        line[group] = format_group(records, group.lower(), sizes.get(group.lower(), 0))
-    line["r>=.30"] = f"{records['n_genes_r30'].mean():.0f}"
-    return line | describe_counts(records)
+        columns[group] = format_group(lines, group.lower(), sizes.get(group.lower(), 0))
+    columns["r>=.30"] = f"{lines['n_genes_r30'].mean():.0f}"
+    return columns | describe_counts(lines)
 
 
-def describe_interval(records, group, out):
-    """The interval of one setting's mean r of a group; "-" of spots that are not tested on."""
-    interval = None
-    if (records["split"] == "test").all():
-        interval, _ = recording.find_mean_interval(records, out, group)
-    return format_interval(*interval or (np.nan, np.nan))
+def describe_hest(lines, interval, n_genes):
+    """As describe_scores, of a task of HEST-Benchmark: first the number that its published tables
+    hold, over all test spots of a fold at once; `in slides` is the same slide by slide.
+    """
+    unit, column = recipes.OF_HEST.unit, recipes.OF_HEST.column
+    mean, defined = format_mean(lines.groupby(unit)[column].mean()), int(lines["all_n"].min())
+    columns = {recipes.OF_HEST.name: f"{mean}/{defined}" if defined < n_genes else mean}
+    columns["[95 %]"] = format_interval(*interval)
+    ceiling = lines[recipes.OF_HEST.ceiling].mean()
+    columns["of ceiling"] = format_share(lines[column].mean(), ceiling)
+    columns["in slides"] = f"{lines.groupby(unit)['all'].mean().mean():.3f}"
+    return columns | describe_counts(lines)
 
 
 def describe_counts(records):
@@ -138,34 +149,19 @@ def format_count(counts, form="{:.0f}"):
     return "-" if np.isnan(mean) else form.format(mean)
 
 
-def describe_hest(records, n_genes, out):
-    """As describe_setting, of a task of HEST-Benchmark, whose panel has `n_genes`: first the number
-    that its published tables hold, over all test spots of a fold at once; `in slides` is the same
-    slide by slide.
-    """
-    mean = format_mean(records.groupby(recipes.OF_HEST.unit)[recipes.OF_HEST.column].mean())
-    defined = int(records["all_n"].min())
-    line = {"setting": cut_middle(records["setting"].iloc[0], 30)}
-    line[recipes.OF_HEST.name] = f"{mean}/{defined}" if defined < n_genes else mean
-    line["[95 %]"] = describe_interval(records, "all", out)
-    mean, ceiling = records[recipes.OF_HEST.column].mean(), records[recipes.OF_HEST.ceiling].mean()
-    line["of ceiling"] = format_share(mean, ceiling)
-    line["in slides"] = f"{records.groupby(recipes.OF_HEST.unit)['all'].mean().mean():.3f}"
-    return line | describe_counts(records)
-
-
 def describe_differences(table, settings, headline=recipes.HEG):
     """The column that tells the headline of each setting minus another's; the name of the other
     stands in the head where it is the same for all.
     """
-    of = table[table["group"] == headline.group].set_index("setting")
-    others = of["minus"].unique()
+    differences = table[table["group"] == headline.group].set_index("setting")
+    others = differences["minus"].unique()
     texts = []
     for setting in settings:
-        if setting not in of.index:
+        if setting not in differences.index:
             texts.append("")
             continue
-        difference, low, high, other = of.loc[setting, ["difference", "low", "high", "minus"]]
+        line = differences.loc[setting]
+        difference, low, high, other = line[["difference", "low", "high", "minus"]]
         if np.isnan(difference):
             texts.append("-")
             continue

@@ -21,7 +21,7 @@ PAPER = {
     "AUG": "mpa",  # a name of common.AUGMENTATIONS
     "WARP_BORDER": "reflect",  # what a warp shows beyond the patch: reflect or black
     "WARP_ASPECT": "fixed",  # free = a warp scales across and down apart
-    "EPOCHS": 30,
+    "EPOCHS": 30,  # 0 = none: a ridge start is what is kept
     "LEARNING_RATE": 3e-4,  # Adam
     "SCHEDULE": "cosine",  # of the rates over the epochs: cosine (to zero) or constant
     "HEAD_LEARNING_RATE": 0.0,  # of the head, with AdamW; 0 = LEARNING_RATE for all
@@ -80,7 +80,7 @@ ALLOWED = {
     "VALID_FRACTION": (0, 1),
     "LEARNING_RATE": (0, 1),
     "BATCH_SIZE": (2, 10**6),
-    "EPOCHS": (1, 10**6),
+    "EPOCHS": (0, 10**6),
     "UM_PER_PX": (0, 20),
     # of 17 to 19
     "DATASET": ("GSE240429", "HER2ST"),

@@ -12,7 +12,7 @@ import pandas as pd
 
 import common
 from common import GROUPS, SCORED
-from study import recipes, shell, splitting
+from study import conformal, recipes, scales, shell, splitting
 
 SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
 
@@ -96,6 +96,9 @@ def score_split(setting, recipe, split, predicted, more):
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
             p, q = common.compare_with_chance(x, y, *part_places(influence))
             genes = genes.assign(p=p, q=q)
+        if role == "test":
+            half_widths = conformal.find_half_widths(split, predicted, values)
+            genes = genes.assign(**conformal.measure_coverage(x, y, half_widths))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         record = {"setting": setting, "split": role}
         record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
@@ -106,6 +109,7 @@ def score_split(setting, recipe, split, predicted, more):
         record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         record |= summarise_genes(genes, split.members)
         record["spot_r"] = common.correlate_spots(x, y, usual[truth])
+        record |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
             moved = common.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
@@ -188,6 +192,7 @@ def summarise_genes(genes, members):
     }
     defined = genes.dropna(subset="r")
     averaged = [name for name in (*common.METRICS, *GENE_COLUMNS) if name != "r"]
+    averaged += genes.columns[genes.columns.str.startswith("coverage_")].tolist()
     for key, group in members.items():
         inside = defined.index.isin(group)
         mean = defined[inside].mean()
@@ -257,6 +262,16 @@ def find_mean_interval(records, out, group):
     (error,), (freedom,) = measure_errors(influence[[group]], places)
     value = records.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
     return common.find_interval(value, error, freedom), freedom
+
+
+def find_headline_interval(lines, out):
+    """[low, high] of the headline's r of a setting on its test slides; NaN of other spots, and
+    where it is undefined.
+    """
+    interval = None
+    if (lines["split"] == "test").all():
+        interval, _ = find_mean_interval(lines, out, headline_of(lines).group.lower())
+    return interval or [np.nan, np.nan]
 
 
 def pair_differences(records, out, minus):

@@ -18,6 +18,7 @@ from study.shell import InputError
 
 # In units of the features' mean squared length; so wide that its ends are not chosen.
 ALPHAS = np.logspace(-4, 5, 37)
+ROUNDING = 1e-12  # of the greatest squared length along an axis; smaller ones are rounding's
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ class Centred:
 
     def moments(self, spots):
         """Moments over these spots."""
-        xx = xy = 0
+        width, n_genes = self.features.shape[1], self.target.shape[1]
+        xx, xy = np.zeros((width, width)), np.zeros((width, n_genes))
         for x, y in self.parts(spots):
-            xx = xx + x.T @ x
-            xy = xy + x.T @ y
+            xx += x.T @ x
+            xy += x.T @ y
         return Moments(xx, xy)
 
 
@@ -119,43 +121,84 @@ def turn_to_span(features, spots, slides):
     if len(spots) >= features.shape[1]:
         return features, None
     nothing = np.empty((len(features), 0))
-    parts = Centred(features, nothing, spots, slides).parts(spots)
-    x = np.concatenate([part for part, _ in parts])
-    sizes, turns = scipy.linalg.eigh(x @ x.T)
-    kept = sizes > 1e-12 * max(sizes[-1], 1e-12)  # Smaller ones are what rounding leaves.
-    if not kept.any():  # No feature varies.
+    _, axes = find_axes(Centred(features, nothing, spots, slides), spots)
+    if not axes.size:  # No feature varies.
         return features, None
-    axes = x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
     return features @ axes, axes
+
+
+def find_axes(centred, spots, xx=None):
+    """((k,) squared lengths in all of these spots along k axes, the axes (F, k)): those that turn
+    xx, which is moments(spots).xx, to a diagonal.
+
+    They follow from products of the features or, where xx is not given or larger, from those of the
+    spots. Axes along which the spots do not vary are left out.
+    """
+    if xx is not None and len(spots) >= len(xx):
+        sizes, axes = scipy.linalg.eigh(xx, driver="evd")
+        kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
+        return sizes[kept], axes[:, kept]
+    x = np.concatenate([x for x, _ in centred.parts(spots)])
+    sizes, turns = scipy.linalg.eigh(x @ x.T, driver="evd")
+    kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
+    return sizes[kept], x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):
     """The Shrinkage with the least squared error of all genes of `centred` in folds of spatial
     blocks.
     """
+    penalties = ALPHAS * centred.mean_squared_length
+    gained = 0
+    for train, learnt, judged in measure_folds(centred, spots, table):
+        axes = find_axes(centred, train, learnt.xx)
+        gained = gained + measure_gains(*axes, learnt.xy, judged, penalties)
     # What every alpha (row) explains by the first, the first two, ... patterns (columns).
-    n_patterns = min(centred.features.shape[1], centred.target.shape[1])
-    explained = np.zeros((len(ALPHAS), n_patterns))
-    for train, held_out in choose_folds(table.iloc[spots]):
-        learnt = centred.moments(spots[train])
-        judged = centred.moments(spots[held_out])
-        # Along the axes of learnt.xx every penalty is a division.
-        sizes, axes = scipy.linalg.eigh(learnt.xx)
-        sizes = sizes.clip(0)
-        learnt_xy = axes.T @ learnt.xy
-        judged_xx = axes.T @ judged.xx @ axes
-        judged_xy = axes.T @ judged.xy
-        for i, penalty in enumerate(ALPHAS * centred.mean_squared_length):
-            weight = learnt_xy / (sizes + penalty)[:, None]
-            predicted = np.sqrt(sizes)[:, None] * weight  # turned, so that lengths are the same
-            patterns = scipy.linalg.svd(predicted, full_matrices=False)[2].T
-            directions = weight @ patterns
-            gained = 2 * directions * (judged_xy @ patterns) - directions * (judged_xx @ directions)
-            explained[i] += gained.sum(0).cumsum()
+    explained = gained.cumsum(1)
     if full_rank:
         return Shrinkage(float(ALPHAS[explained[:, -1].argmax()]), rank=None)
     alpha, last = np.unravel_index(explained.argmax(), explained.shape)
     return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1)
+
+
+def measure_folds(centred, spots, table):
+    """Yield (spots to fit, their Moments, Moments of those held out) of every fold of choose_folds.
+
+    Every spot is held out once, so what is held out adds up to all spots. Those to fit are what a
+    fold neither holds out nor leaves in its margin, so that products are taken of few spots twice.
+    """
+    folds = choose_folds(table.iloc[spots])
+    judged = [centred.moments(spots[held_out]) for _, held_out in folds]
+    every = sum(moments.xx for moments in judged), sum(moments.xy for moments in judged)
+    for (train, held_out), (xx, xy) in zip(folds, judged, strict=True):
+        in_margin = centred.moments(spots[~(train | held_out)])
+        learnt = Moments(every[0] - xx - in_margin.xx, every[1] - xy - in_margin.xy)
+        yield spots[train], learnt, Moments(xx, xy)
+
+
+def measure_gains(sizes, axes, xy, judged, penalties):
+    """(penalties, patterns) by how much each pattern of expression, the main one first, lowers the
+    squared error of the spots of Moments `judged`, for the ridge of every penalty on spots of
+    products xy (F, G) whose find_axes are `sizes` and `axes`.
+
+    Along these axes every penalty is a division, and the patterns follow from a product of the size
+    of genes x genes.
+    """
+    xy = axes.T @ xy
+    # Expression too is turned to axes of its own, since no more patterns are predicted than there
+    # are axes of features.
+    turn = np.linalg.qr(xy.T)[0]
+    xy = xy @ turn
+    judged_xx = axes.T @ judged.xx @ axes
+    judged_xy = axes.T @ judged.xy @ turn
+    gained = np.zeros((len(penalties), min(judged.xy.shape)))
+    for row, penalty in zip(gained, penalties, strict=True):
+        weight = xy / (sizes + penalty)[:, None]
+        _, patterns = np.linalg.eigh((sizes[:, None] * weight).T @ weight)
+        products = weight.T @ (2 * judged_xy - judged_xx @ weight)
+        gains = (patterns * (products @ patterns)).sum(0)
+        row[: len(gains)] = gains[::-1]
+    return gained
 
 
 def solve_ridge(centred, spots, penalty, rank=None, leading=None):

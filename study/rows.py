@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from study import methods, printing, recording, shell, splitting
+from study import methods, printing, recording, ridges, shell, splitting
 from study.shell import RANK
 
 
@@ -41,7 +41,8 @@ class Row:
     report: Callable | None = printing.print_epoch  # sees (history, best epoch) after each epoch
     notes: dict = field(default_factory=dict)  # {column: value} of all its lines in rows.csv
     lines: list = field(default_factory=list)  # of rows.csv: a dict a role and truth
-    model: common.SpotRegressor | None = None  # whose weights are saved
+    # Whose weights are saved: a network, or a ridge on others' embeddings.
+    model: common.SpotRegressor | ridges.Ridge | None = None
     history: list | None = None  # of its training, a dict an epoch
     refit_history: list | None = None  # of the second training, with REFIT
 
@@ -93,6 +94,10 @@ class Row:
                 best_epoch=best_epoch,
                 images_per_s=float(np.median(rates)) if rates else np.nan,
             )
+        self.count_parameters()
+
+    def count_parameters(self):
+        """Note the parameters of the model."""
         parameters = common.count_parameters(self.model)
         self.note(**{f"parameters_{part}": count for part, count in parameters.items()})
 
@@ -143,6 +148,8 @@ class Row:
             is_refit=True,
             report=None,
             notes={},
+            model=None,
+            history=None,
         )
         if self.history is not None:
             count = len(again.split.spots("train"))
@@ -157,11 +164,12 @@ class Row:
     def save(self, predicted):
         """Score the prediction (n, G) of the scored spots, and write the folder."""
         made_with = self.split.made_with(self.recipe)
-        if self.model is not None:
+        if self.history is not None:
             self.note(peak_memory_mb=peak_memory(self.device) / 2**20)
+            shell.save_csv(self.folder / "history.csv", pd.DataFrame(self.history))
+        if self.model is not None:
             weights = self.folder / "weights.safetensors"
             methods.save_weights(weights, self.model, self.split, made_with, predicted)
-            shell.save_csv(self.folder / "history.csv", pd.DataFrame(self.history))
         if self.refit_history is not None:
             table = pd.DataFrame(self.refit_history)
             shell.save_csv(self.folder / "history_refit.csv", table)

@@ -221,11 +221,10 @@ class Run:
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         lines = []
-        for setting, of in chosen.groupby("setting", sort=False):
-            if headline is recipes.OF_HEST:
-                line = printing.describe_hest(of, len(self.data.genes), self.out)
-            else:
-                line = printing.describe_setting(of, sizes, self.out)
+        for setting, group in chosen.groupby("setting", sort=False):
+            line = {"setting": printing.cut_middle(setting, 30)}
+            interval = recording.find_headline_interval(group, self.out)
+            line |= printing.describe_scores(group, interval, sizes, len(self.data.genes))
             for name in leave_out:
                 line.pop(name, None)
             lines.append(line | (columns[setting] if columns else {}))
@@ -322,6 +321,8 @@ def describe_run(recipe, splits):
 
 def describe_steps(recipe, split):
     """How many steps the optimiser takes, by the constants of the script."""
+    if not recipe["EPOCHS"]:
+        return "none: a ridge start is what is kept"
     steps = common.count_steps(len(split.spots("train")), recipe)
     batches = steps // recipe["EPOCHS"]
     return f"{recipe['EPOCHS']} epochs x {batches} batches of {recipe['BATCH_SIZE']} = {steps:,}"

@@ -29,6 +29,8 @@ from pathlib import Path
 from study.recipes import ALLOWED, PAPER, RECIPES
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
+WHOLE_BYTES = 16 * 2**20  # of a file, up to which hash_blocks takes all of it
+BLOCKS, BLOCK_BYTES = 65, 2**14  # of a larger file, what it takes
 R_THRESHOLD = 0.30  # the paper counts the genes above it
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -141,6 +143,22 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_blocks(path):
+    """SHA-256 of a file's content or, of a large one, of blocks spread over it, in hexadecimal
+    digits: a check that is quick where it is made at every start.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES:
+        return hash_file(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for number in range(BLOCKS):
+            # The first is the head, and the last the end, where TIFFs keep their tables.
+            file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
 def seed_of(*words):
     """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not
     matter.
@@ -165,6 +183,15 @@ def recipe_of(script):
     """
     constants = {name: script[name] for name in read_comments(script)}
     return RECIPES[constants.get("RECIPE", "paper")] | constants
+
+
+def flags_given(script):
+    """{flag: value} of the constants that differ from those in the script's file, as the command
+    line has set them.
+    """
+    written = read_script(script["__file__"])
+    changed = [name for name in read_comments(script) if script[name] != written[name]]
+    return {flag_of(name): show_constant(script[name]) for name in changed}
 
 
 def read_comments(script):

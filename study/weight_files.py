@@ -115,6 +115,10 @@ def identify_weights(pretrained, backbone):
     path = find_weights(pretrained, backbone)
     if path is None:
         return pretrained
+    return f"{path.name} {identify_file(path)}"
+
+
+def identify_file(path):
+    """The first digits of the hash of a file's content."""
     status = path.stat()
-    digest = hash_unchanged(path, status.st_size, status.st_mtime_ns)
-    return f"{path.name} {digest[:16]}"
+    return hash_unchanged(path, status.st_size, status.st_mtime_ns)[:16]

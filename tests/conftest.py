@@ -86,8 +86,10 @@ TIMING = ("seconds", "images_per_s", "peak_memory_mb")  # differ between two run
 
 # ---------------------------------------------------------------------------------------- a script
 def load_script(name):
-    """A fresh module of a numbered script: load_script("19")."""
-    (path,) = REPOSITORY.glob(f"{name}_*.py")
+    """A fresh module of a numbered script: load_script("19"), or of a script's path."""
+    path = name
+    if not isinstance(name, Path):
+        (path,) = REPOSITORY.glob(f"{name}_*.py")
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,8 +1,13 @@
 """Bad input: exit code 2, one line that names the file or value and the fix, nothing half-written."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import shutil
+import tarfile
+import zipfile
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -18,8 +23,9 @@ from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
-from slides import readers
+from slides import inputs, readers
 from study import runs, shell
+from study.shell import InputError
 
 
 def edit_manifest(root, **values):
@@ -839,3 +845,56 @@ def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatc
 def test_the_best_recipe_does_not_start_from_the_quick_budgets_random_weights(capsys, quick):
     assert run_script("20", recipe="best", **quick) == 2
     check_one_line(capsys, ["--recipe best", "--quick"])
+
+
+def make_zip(*names):
+    """An archive with empty files of these names."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return made.getvalue()
+
+
+def make_tar():
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("slides.csv"))
+    return made.getvalue()
+
+
+OTHER_KINDS = {
+    "an Excel workbook (.xlsx)": make_zip("[Content_Types].xml", "xl/workbook.xml"),
+    "a .zip archive": make_zip("slides.csv"),
+    "an old Excel workbook (.xls)": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "a .tar archive": make_tar(),
+    "packed as .bz2": bz2.compress(b"gene\nHAL\n"),
+    "packed as .xz": lzma.compress(b"gene\nHAL\n"),
+    "a web page": b"<!DOCTYPE html>\n<html><body>Not found</body></html>",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "binary": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_another_kind_under_the_name_of_a_table_is_named(tmp_path, kind, packed):
+    content = OTHER_KINDS[kind]
+    path = tmp_path / "table.csv"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    for read in (inputs.split_cells, inputs.read_dense_table):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert f"table.csv: this is {kind}" in str(caught.value)
+        assert "as CSV" in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["manifest", "panel", "positions"])
+def test_a_workbook_under_the_name_of_a_table_ends_script_19(tmp_path, capsys, flag):
+    make_root(tmp_path)
+    name = {"manifest": "slides.csv", "panel": "panel.csv", "positions": "positions1.csv"}[flag]
+    (tmp_path / name).write_bytes(OTHER_KINDS["an Excel workbook (.xlsx)"])
+    options = {"panel": tmp_path / name} if flag == "panel" else {}
+    assert run_script("19", data_root=tmp_path, target="lognorm", check=True, **options) == 2
+    check_one_line(capsys, [name, "this is an Excel workbook (.xlsx)", "as CSV"])

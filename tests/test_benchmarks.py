@@ -20,7 +20,10 @@ def load_benchmark(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["compare_stages", "measure_growth", "check_intervals"])
+NAMES = ["compare_stages", "measure_growth", "check_intervals", "check_trust"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_its_constants_are_listed(name):
     command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -46,6 +49,18 @@ def test_both_sides_score_the_same():
     predicted, truth = np.random.default_rng(0).normal(size=(2, 50, 9)).astype(np.float32)
     conventionally = stages.conventional.correlate(predicted, truth)
     assert np.allclose(conventionally, common.pearson_per_gene(predicted, truth))
+
+
+def test_both_sides_choose_the_same_ridge(tmp_path, monkeypatch):
+    """It is asserted before anything is timed; here with another answer of one side."""
+    stages = load_benchmark("compare_stages")
+    monkeypatch.setattr(stages, "RIDGE_SIZE", (100, 40, 5))
+    monkeypatch.setattr(stages, "REPEATS", 1)
+    (row,) = stages.compare_ridges(tmp_path)
+    assert row["ratio"] > 0
+    monkeypatch.setattr(stages.conventional, "choose_shrinkage", lambda *problem: (0, 1))
+    with pytest.raises(AssertionError):
+        stages.compare_ridges(tmp_path)
 
 
 def test_both_sides_train(tmp_path, monkeypatch):

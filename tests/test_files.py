@@ -24,6 +24,7 @@ from test_bad_input import check_one_line
 import common
 from slides import readers
 from study import shell
+from study.shell import InputError
 
 FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
 GENES = [*common.MARKER_GENES, *(f"GENE{number}" for number in range(40))]
@@ -678,14 +679,16 @@ def test_genes_that_a_panel_loses_are_named(tmp_path, kind):
     assert "Gene6 (GENE6)" in printed
 
 
-def write_h5(path, counts, genes, genomes):
+def write_h5(path, counts, genes, genomes=None, barcodes=None):
     """A filtered_feature_bc_matrix.h5."""
+    genomes = ["GRCh38"] * len(genes) if genomes is None else genomes
+    barcodes = spot_array()["barcode"] if barcodes is None else barcodes
     matrix = scipy.sparse.csc_matrix(counts.T)
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
         group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
         group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape)
-        group["barcodes"] = np.array(spot_array()["barcode"].tolist(), "S")
+        group["barcodes"] = np.array([*barcodes], "S")
         features = group.create_group("features")
         features["id"] = np.array([f"ID{gene}" for gene in genes], "S")
         features["name"] = np.array(genes, "S")
@@ -766,7 +769,7 @@ def test_a_slide_that_is_there_twice_is_found_beside_one_of_other_genes(tmp_path
     path = tmp_path / "matrix2" / "features.tsv"
     path.write_text(path.read_text().replace("ID", "OTHER").replace("OTHERGENE7\t", "IDGENE7\t"))
     edit_manifest(tmp_path, matrix=["matrix1", "matrix2", "matrix1"])
-    refuse(capsys, tmp_path, "a leak", "1_", "3_", "the same counts")
+    refuse(capsys, tmp_path, "1_", "3_", "the same counts, on two slides", "its own")
 
 
 # -------------------------------------------------------------------------------------------- check
@@ -799,6 +802,28 @@ def test_thousands_of_a_spreadsheet_are_refused_by_name(tmp_path, capsys, column
     table[name] = table[name].map(lambda value: f"{value:,}".replace(",", "."))
     table.to_csv(tmp_path / "positions1.csv", sep=";", index=False)
     refuse(capsys, tmp_path, "positions1.csv", f"{column} '1.", "without separators of thousands")
+
+
+@pytest.mark.parametrize("separator, mark", [(",", "."), ("\t", "."), ("\t", ","), (";", ",")])
+@pytest.mark.parametrize("far", [0, 2000])
+def test_thousands_under_any_separator_are_refused_by_name(tmp_path, separator, mark, far):
+    """Far from the corner all numbers have a point: then the spots lie on few pixels."""
+    table = spot_array().rename(columns=FULLRES)
+    name = FULLRES["pxl_col"]
+    table[name] = table[name].map(lambda value: f"{value + far:,}".replace(",", mark))
+    table.to_csv(tmp_path / "positions.csv", sep=separator, index=False)
+    with pytest.raises(InputError, match=rf"pxl_col '[1-9]\{mark}\d+' of barcode [ACGT]+-1 may be"):
+        readers.read_positions(tmp_path / "positions.csv")
+
+
+def test_spots_on_one_pixel_are_refused(tmp_path):
+    table = spot_array()
+    table.loc[5, ["pxl_row", "pxl_col"]] = table.loc[7, ["pxl_row", "pxl_col"]]
+    table.loc[[1, 2], ["in_tissue", "pxl_row", "pxl_col"]] = 0  # as of spots without a place
+    table.to_csv(tmp_path / "positions.csv", index=False)
+    barcodes = " and ".join(table["barcode"][[5, 7]])
+    with pytest.raises(InputError, match=f"the spots {barcodes} lie on one pixel, pxl_row"):
+        readers.read_positions(tmp_path / "positions.csv")
 
 
 def test_decimals_under_semicolons_are_no_thousands(tmp_path):

@@ -22,6 +22,7 @@ from test_weights import SMALL, pretend
 
 import common
 from study import methods, splitting
+from study.features import encode_spots
 from study.rows import Row
 
 SAMPLES = ("TENX1", "NCBI2", "MEND3")
@@ -277,8 +278,10 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
     """Features are fp32 though bf16 is asked, of the last stage though all are."""
     recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights_of(tmp_path / "weights"))}
     recipe |= {"IMAGE_SIZE": 32, "DEVICE": "cpu", "PRECISION": "fp32"}
-    features, _ = common.encode_patches(data.patches, recipe, 42)
-    asked = recipe | {"PRECISION": "bf16", "POOL_STAGES": True, "FULL_WIDTH": full_width}
+    features, _ = encode_spots(data, recipe, 42)
+    asked = recipe | {"PRECISION": "bf16", "POOL_STAGES": True}
+    if full_width:
+        asked["FULL_WIDTH"] = True
     for split in splits:
         train, test = methods.order_by_fold_file(split), split.roles == "test"
         expected, alpha = benchmarks_trainer(

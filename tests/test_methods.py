@@ -371,9 +371,10 @@ def test_the_same_slide_ridge_finds_what_is_there_and_nothing_in_permuted_counts
     if permuted:
         random = np.random.default_rng(1)
         split.data.target = random.permuted(split.data.target, axis=0)  # each gene by itself
-    monkeypatch.setattr(methods, "freeze_features", lambda recipe, split: (features, None))
+    script = load_script("25")
+    monkeypatch.setattr(script, "freeze_features", lambda recipe, split: (features, None))
     recipe = {"PRETRAINED": True, "BACKBONE": "tiny", "REFIT": False}
-    predicted, _ = ask(load_script("25").same_slide, recipe, split)
+    predicted, _ = ask(script.same_slide, recipe, split)
     r = common.pearson_per_gene(predicted, split.data.target)
     assert low < r.mean() < high
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import anndata
 import h5py
@@ -11,10 +12,12 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import tifffile
+import torch
 from conftest import printed_table, rows_of, run_script
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
+from test_similarity import blur, fold, glass, ink
 
 import common
 from slides import imaging, readers
@@ -64,6 +67,186 @@ def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tm
     )
     table = pd.read_csv(tmp_path / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
+
+
+def painted(simulated, folder):
+    """Options of simulated slide 3 with four spoilt spots, by their number: glass on 0, ink on 1, a
+    fold on 2, and 3 out of focus.
+    """
+    image_option, positions_option, *others = slide_of(simulated)
+    image = tifffile.imread(image_option.removeprefix("--image="))
+    positions = readers.read_positions(Path(positions_option.removeprefix("--positions=")))
+    spots = positions[positions["in_tissue"] == 1].sort_values(["array_row", "array_col"])
+    for number, (row, col) in enumerate(spots[["pxl_row", "pxl_col"]].to_numpy(int)[:4]):
+        part = image[row - 112 : row + 112, col - 112 : col + 112]
+        spoilt = (glass, ink, fold, blur)[number](part)
+        image[row - 112 : row + 112, col - 112 : col + 112] = spoilt
+    tifffile.imwrite(folder / "painted.tif", image, photometric="rgb")
+    return [f"--image={folder / 'painted.tif'}", positions_option, *others]
+
+
+def test_glass_ink_folds_and_blur_stand_out(simulated, weights, tmp_path, capsys):
+    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out")
+    assert run_script("26", *options, *painted(simulated, tmp_path)) == 0
+    assert "times as far from the training slides as they are" in capsys.readouterr().out
+    distances = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["distance"].to_numpy()
+    assert (distances[:3] > distances[4:].max()).all()
+    assert distances[3] > 1.2 * np.median(distances[4:])
+
+
+def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys):
+    image_option, *others = slide_of(simulated)
+    image = tifffile.imread(image_option.removeprefix("--image="))
+    for rows in common.parts_of(len(image), 512):
+        pixels = torch.from_numpy(image[rows]).permute(2, 0, 1)[None]
+        changed = common.restain(pixels, common.OTHER_STAINING[None])[0].round().clamp(0, 255)
+        image[rows] = changed.permute(1, 2, 0).to(torch.uint8).numpy()
+    tifffile.imwrite(tmp_path / "restained.tif", image, photometric="rgb")
+    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out", *others)
+    assert run_script("26", *options, "--image", tmp_path / "restained.tif") == 0
+    warned = next(line for line in capsys.readouterr().out.splitlines() if "warning" in line)
+    assert "expect less than the validation r" in warned
+    assert "do not rely on the intervals" in warned
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["warnings"]
+
+
+def test_intervals_are_those_of_the_validation_spots(simulated, weights, tmp_path):
+    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path) == 0
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    run = anndata.read_h5ad(weights.parent / "predictions.h5ad")
+    valid = run[run.obs["role"] == "valid"]
+    errors = np.sort(np.abs(valid.X - valid.layers["lognorm"]), axis=0)
+    half = errors[int(np.ceil(0.8 * (len(errors) + 1))) - 1]
+    np.testing.assert_allclose(table.var["half_width_80"], half, rtol=1e-5)
+    np.testing.assert_allclose(table.layers["high"], table.X + half, atol=1e-5)
+    np.testing.assert_allclose(table.layers["low"], table.X - half, atol=1e-5)
+    assert np.isnan(table.layers["low_95"]).all(), "six validation spots cannot tell 95 %"
+    inside = np.abs(table.layers["measured"] - table.X) <= half
+    np.testing.assert_allclose(table.var["coverage_80"], inside.mean(0), atol=0.11)
+    per_gene = pd.read_csv(weights.parent / "per_gene.csv").set_index("gene")
+    np.testing.assert_allclose(
+        table.var["coverage_80"], per_gene["test_lognorm_coverage_80"], atol=0.11
+    )  # of ten spots, one may lie on the limit
+    scored = json.loads((weights.parent / "rows.json").read_text())
+    row = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
+    heg = per_gene.dropna(subset="test_lognorm_r").index.isin(table.var_names[table.var["heg"]])
+    expected = per_gene.dropna(subset="test_lognorm_r")["test_lognorm_coverage_80"][heg].mean()
+    assert row["heg_coverage_80"] == pytest.approx(expected)
+
+
+def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
+    def forget(metadata, state):
+        for name in ("training_slides", "half_width_80", "half_width_95", "evidence"):
+            del metadata[name]
+
+    older = spoil_weights(weights, tmp_path / "older.safetensors", forget)
+    options = ("--weights", older, *slide_of(simulated), "--device", "cpu")
+    assert run_script("26", *options, "--out", tmp_path / "out") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "train it again" in line]
+    assert len(told) == 1
+    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    assert list(table.layers) == ["measured"]
+    assert "distance" not in table.obs
+    assert "believe" not in table.var
+
+
+def judge(metadata, believed):
+    """Have the metadata of weights say that these of HEG pass in validation, and no others."""
+    told = json.loads(metadata["evidence"])
+    genes = json.loads(metadata["genes"])
+    told["genes"]["believe"] = [gene in believed for gene in genes]
+    told["genes"] |= {
+        "r": [0.3] * len(genes),
+        "r_k7": [0.4] * len(genes),
+        "r_k19": [0.2] * len(genes),
+    }
+    metadata["evidence"] = json.dumps(told)
+
+
+def heg_of(weights):
+    with safetensors.safe_open(weights, "pt") as file:
+        return json.loads(file.metadata()["groups"])["heg"]
+
+
+def drawn_titles(monkeypatch):
+    """A list that gets the titles of the axes of each figure that is saved."""
+    titles = []
+
+    def note(path, figure, description):
+        titles.extend(ax.get_title() for ax in figure.axes if ax.get_title())
+
+    monkeypatch.setattr(shell, "save_figure", note)
+    return titles
+
+
+def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
+    simulated, weights, tmp_path, monkeypatch, capsys
+):
+    passing = heg_of(weights)[2:4]
+    change = lambda metadata, _: judge(metadata, passing)  # noqa: E731
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+    titles = drawn_titles(monkeypatch)
+    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    printed = capsys.readouterr().out
+    assert f"2 of {len(pd.read_csv(weights.parent / 'per_gene.csv')):,} pass" in printed
+    assert "lie among training spots" in printed
+    assert "means over 7 spots hold better than single ones: r 0.40 against 0.30" in printed
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    assert (
+        {*table.var_names[table.var["believe"]]}
+        == {*table.var_names[table.var["drawn"]]}
+        == {*passing}
+    )
+    assert table.uns["scale"] == "k7"
+    for kind in ("predicted", "means over 7 spots", "measured"):
+        assert {title.split(",")[0] for title in titles if f", {kind}\n" in title} == {*passing}
+    tables = json.loads((tmp_path / "run.json").read_text())["tables"]
+    assert {line["gene"] for line in tables["Genes drawn"]} == {*passing}
+    (caption,) = [name for name in tables if "in validation: validation spots lie" in name]
+    lines = {line["gene"]: line for line in tables[caption]}
+    assert {*heg_of(weights)} <= {*lines}
+    assert lines[passing[0]]["believe"] and lines[passing[0]]["r_k7"] == 0.4
+    capsys.readouterr()
+    other = heg_of(weights)[5]
+    assert run_script("26", *options, "--genes", f"{passing[0]},{other}") == 0
+    assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
+
+
+def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkeypatch, capsys):
+    change = lambda metadata, _: judge(metadata, ())  # noqa: E731
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+    titles = drawn_titles(monkeypatch)
+    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    assert "no gene of HEG and HVG passes in validation" in capsys.readouterr().out
+    assert not any("predicted" in title for title in titles) and titles
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    assert not table.var["drawn"].any() and table.uns["scale"] == ""
+    assert "Genes drawn" not in json.loads((tmp_path / "run.json").read_text())["tables"]
+
+
+def test_what_validation_says_is_in_the_h5ad(simulated, weights, tmp_path):
+    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
+    assert run_script("26", *options) == 0
+    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+    with safetensors.safe_open(weights, "pt") as file:
+        told = json.loads(file.metadata()["evidence"])["genes"]
+    for name in ("low", "high", "p", "q", "r_k7", "r_k19"):
+        np.testing.assert_array_equal(table.var[f"valid_{name}"], np.array(told[name], float))
+    assert table.var["believe"].tolist() == told["believe"]
+
+
+def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
+    positions = tmp_path / "positions.csv"
+    table = spot_table().iloc[:1].assign(pxl_row=2000, pxl_col=2000)
+    table.to_csv(positions, header=False, index=False)
+    image_option, *_ = slide_of(simulated)
+    options = ("--weights", weights, image_option, "--positions", positions, "--um-per-px", 0.304)
+    assert run_script("26", *options, "--device", "cpu", "--out", tmp_path / "out") == 0
+    assert "of 1 spots are farther" in capsys.readouterr().out
+    assert len(anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")) == 1
 
 
 def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsys):
@@ -218,7 +401,7 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     page = Page((tmp_path / "report.html").read_text())
     assert (
         page.tags.count("img") == 1
-        and page.tags.count("table") == 5
+        and page.tags.count("table") == 6
         and not page.mute
         and not page.outside
     )

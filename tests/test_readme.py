@@ -9,7 +9,7 @@ import time
 import pytest
 import safetensors.torch
 import timm
-from conftest import REPOSITORY, SHARED, load_script, table_of
+from conftest import REPOSITORY, SHARED, TINY, load_script, stdout_of, table_of
 from test_predict_slide import space_ranger
 from test_source import too_wide
 
@@ -49,6 +49,24 @@ def test_ci_runs_readmes_test_command():
 def test_readme_names_every_script():
     for path in REPOSITORY.glob("[0-9]*.py"):
         assert path.name in README
+
+
+def test_a_new_experiment_is_a_copy_of_21(simulated, tmp_path):
+    """Under another number and with one line more, which is a setting."""
+    (original,) = REPOSITORY.glob("21_*.py")
+    loop = "    for name in FROZEN:\n"
+    line = '    settings["wide head"] = {"BACKBONE": "resnet10t", "HIDDEN": 48}\n'
+    text = original.read_text()
+    assert loop in text
+    copy = tmp_path / "28_compare_heads.py"
+    copy.write_text(text.replace(loop, line + loop))
+    options = TINY | {"target": "lognorm", "epochs": 1, "only": "wide head"}
+    stdout = stdout_of(copy, data_root=simulated, out=tmp_path / "runs", **options)
+    rows = table_of(stdout)
+    assert {*rows["setting"]} == {"wide head"}
+    assert "28_compare_heads" in stdout
+    (weights,) = (tmp_path / "runs").glob("wide_head-*/weights.safetensors")
+    assert safetensors.torch.load_file(weights)["head.1.weight"].shape[0] == 48
 
 
 # ------------------------------------------------------------------------------ every command, run

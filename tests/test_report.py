@@ -17,7 +17,6 @@ from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
-import common
 from study import recording, shell
 
 
@@ -67,7 +66,7 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     assert page.tags.count("img") == 5  # the settings, and maps and scores of two of them
     assert not page.mute
     assert not page.outside
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 2  # the viewer's data and the viewer
     assert "SIMULATED" in text
     assert "LEARNING_RATE" in text
     assert "prefers" not in text
@@ -157,6 +156,20 @@ def test_no_number_of_a_row_stands_in_two_tables(report):
     assert {*others} <= {*scores}
     assert {*further} & {*scores, "heg", "n_spots", "n_genes_r30"} == shared
     assert "heg_ceiling" in further
+
+
+def test_the_scales_of_every_row_stand_in_one_table(report):
+    run, text = report
+    headings, n_lines = headings_of(text, "At which scale")
+    rows = pd.read_csv(run / "rows.csv")
+    assert n_lines == len(rows)
+    assert headings[-2:] == ["component 1", "component 2"]
+    for column in ("heg_k7", "hvg_k19", "component_1_r"):
+        for value in rows[column].dropna():
+            assert f"<td>{value:.3f}</td>" in text
+        assert f">{column}</th>" not in text
+    older = [{"heg": 0.3}]
+    assert load_script("27").show_scales(older) == []
 
 
 def test_rows_of_an_earlier_start_are_left_out(report):
@@ -249,19 +262,6 @@ def test_influence_that_a_spreadsheet_saved_are_named(copied, save):
     save(pd.read_csv(path).fillna(0.5), path)  # Of so few spots there are no intervals.
     with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
         recording.join_influence(rows, run)
-
-
-# Roles hold no decimals.
-@pytest.mark.parametrize("save", [save for save in SAVED if save is not as_quoted])
-def test_roles_that_a_spreadsheet_saved_are_named(copied, simulated, save):
-    _, folder = copied
-    path = folder / "split.csv"
-    data = common.load_dataset(simulated, "lognorm")
-    share = load_script("22").share_intercept
-    assert not share([0.0], data, [folder])[0].any()
-    save(pd.read_csv(path), path)
-    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
-        share([0.0], data, [folder])
 
 
 def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path, capsys):

@@ -113,27 +113,72 @@ def test_the_rank_is_the_number_of_patterns_that_there_are():
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("width", [12, 80])
-def test_alpha_and_rank_are_those_of_the_least_error_on_held_out_spots(width):
-    """By hand: every pair of them is tried on every fold."""
+def vary_features(kind, features):
+    """The features (n, F) as they are, or with some that tell nothing beside the others."""
+    features = features.copy()
+    if kind == "constant and doubled":
+        features[:, 1] = 7
+        features[:, 2:4] = features[:, 4:6]
+    if kind == "one in the others' shadow":
+        features[:, 0] *= 1e4
+    return features
+
+
+@pytest.mark.parametrize("kind", ["plain", "constant and doubled", "one in the others' shadow"])
+@pytest.mark.parametrize("width", [12, 45, 80])  # of 60 spots, of which folds learn on fewer
+def test_alpha_and_rank_are_those_of_the_least_error_on_held_out_spots(width, kind):
+    """By hand: every pair of them is tried on every fold, by an SVD of what is predicted."""
     features, target, spots = ridge_problem(width=width)
+    features = vary_features(kind, features)
     target = target + np.random.default_rng(3).normal(scale=3, size=target.shape)
     every, genes = np.arange(60), np.arange(4)
     x, y = centred_within_slides(features, spots), centred_within_slides(target, spots)
     unit = (x**2).sum(1).mean()
+
+    def learn(spots, alpha):
+        penalised = x[spots].T @ x[spots] + alpha * unit * np.eye(width)
+        weight = np.linalg.solve(penalised, x[spots].T @ y[spots])
+        return weight, np.linalg.svd(x[spots] @ weight, full_matrices=False)[2]
+
     errors = np.zeros((len(ridges.ALPHAS), 4))
     for train, held_out in ridges.choose_folds(spots):
         for i, alpha in enumerate(ridges.ALPHAS):
-            penalised = x[train].T @ x[train] + alpha * unit * np.eye(width)
-            weight = np.linalg.solve(penalised, x[train].T @ y[train])
-            patterns = np.linalg.svd(x[train] @ weight, full_matrices=False)[2]
+            weight, patterns = learn(train, alpha)
             for rank in range(1, 5):
                 kept = patterns[:rank].T @ patterns[:rank]
                 error = y[held_out] - x[held_out] @ weight @ kept
                 errors[i, rank - 1] += (error**2).sum()
     alpha, rank = np.unravel_index(errors.argmin(), errors.shape)
-    _, told = ridges.fit_ridge(features, target, every, spots, genes)
+    ridge, told = ridges.fit_ridge(features, target, every, spots, genes)
     assert told == (ridges.ALPHAS[alpha], rank + 1)
+    _, told = ridges.fit_ridge(features, target, every, spots, genes, full_rank=True)
+    assert told == (ridges.ALPHAS[errors[:, -1].argmin()], None)
+    weight, patterns = learn(every, ridges.ALPHAS[alpha])
+    expected = x @ weight @ patterns[: rank + 1].T @ patterns[: rank + 1]
+    np.testing.assert_allclose(x @ ridge.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_a_folds_sums_are_those_of_the_spots_that_it_learns_on():
+    features, target, spots = ridge_problem()
+    # Of a grid of blocks some spots lie in the margin of a fold, others in none.
+    spots["pxl_col"], spots["pxl_row"] = np.arange(60) % 8, np.arange(60) // 8
+    spots["tissue_index"] = 1
+    spots["block"] = [
+        f"{column // 2}:{row // 2}" for column, row in spots[["pxl_col", "pxl_row"]].to_numpy()
+    ]
+    chosen = np.random.default_rng(0).permutation(60)[:50]
+    centred = ridges.Centred(features, target, chosen, spots["tissue_index"].to_numpy())
+    x, y = features - features[chosen].mean(0), target - target[chosen].mean(0)
+    sizes = []
+    folds = ridges.choose_folds(spots.iloc[chosen])
+    measured = ridges.measure_folds(centred, chosen, spots)
+    for (train, held_out), (learnt_on, *moments) in zip(folds, measured, strict=True):
+        sizes.append(50 - train.sum() - held_out.sum())
+        np.testing.assert_array_equal(learnt_on, chosen[train])
+        for part, (xx, xy) in zip((chosen[train], chosen[held_out]), moments, strict=True):
+            np.testing.assert_allclose(xx, x[part].T @ x[part], rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(xy, x[part].T @ y[part], rtol=1e-9, atol=1e-9)
+    assert any(sizes), "no fold has a margin, so nothing was tested"
 
 
 def test_there_is_no_higher_rank_than_features():

@@ -3,6 +3,7 @@ refused or warned of, by script 19 and by its --check alike.
 """
 
 import re
+import shlex
 import struct
 import zlib
 
@@ -12,14 +13,26 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import run_script, stdout_of
+from conftest import load_script, run_script, stdout_of, write_slide
 from PIL import Image
 from test_bad_input import check_one_line
-from test_files import GENES, edit_manifest, make_dataset, make_slides, paint, spot_array
+from test_files import (
+    GENES,
+    check_spots,
+    edit_manifest,
+    make_dataset,
+    make_outs,
+    make_slides,
+    paint,
+    spot_array,
+    write_h5,
+)
 from test_hest import make_anndata
 
 import common
 from slides import hest, imaging, readers
+from study import shell
+from study.shell import InputError
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
 
@@ -89,7 +102,15 @@ def test_rows_counted_from_below_are_warned_of(tmp_path, kind):
         table.obs = table.obs[[]]
         table.write_h5ad(tmp_path / "slide1.h5ad")
         edit_manifest(tmp_path, positions="", matrix="slide1.h5ad")
-    warnings_of(tmp_path, "36 of 36 spots lie on glass", "mirrored top to bottom")
+    # The tissue is above on the left, where a turn by 180 degrees brings them as well.
+    first = "mirrored top to bottom, or " if kind == "positions" else "180 degrees, or "
+    warnings_of(
+        tmp_path,
+        "36 of 36 spots lie on glass",
+        "turned by 180 degrees",
+        "mirrored top to bottom",
+        first,
+    )
 
 
 @pytest.mark.parametrize("colour", [0, 128, 255])
@@ -141,6 +162,62 @@ def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
     refuse_training(capsys, tmp_path, name, f"{len(content) + 1:,} bytes, and {len(content):,}")
     (tmp_path / name).unlink()  # to spare disk
     common.load_dataset(tmp_path, "lognorm")
+
+
+@pytest.mark.parametrize("name", ["image1.tif", "positions2.csv", "matrix1/matrix.mtx"])
+def test_an_edit_that_keeps_the_size_of_a_source_is_refused(tmp_path, capsys, name):
+    make_slides(tmp_path)
+    make_dataset(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    digits = [place for place, byte in enumerate(content) if byte in b"45"]
+    place = digits[len(digits) // 2]
+    content[place] ^= 1  # 4 and 5
+    (tmp_path / name).write_bytes(content)
+    refuse_training(capsys, tmp_path, name, "its content is not as it was")
+
+
+def test_blocks_of_a_large_file_are_compared(tmp_path, monkeypatch):
+    """Both ends, and no less than every gap between two blocks; the cost does not grow."""
+    monkeypatch.setattr(shell, "WHOLE_BYTES", 2**20)
+    path = tmp_path / "image.tif"
+    content = bytearray(np.random.default_rng(0).bytes(3 * 2**20))
+    path.write_bytes(content)
+    before = shell.hash_blocks(path)
+    gap = (len(content) - shell.BLOCK_BYTES) // (shell.BLOCKS - 1)
+    for start in (0, len(content) - 1, 5 * gap + 100, len(content) // 2):
+        edited = content.copy()
+        edited[start] ^= 1
+        path.write_bytes(edited)
+        assert shell.hash_blocks(path) != before
+    path.write_bytes(content)
+    assert shell.hash_blocks(path) == before
+
+
+def test_the_flags_of_19_are_in_its_command(tmp_path, capsys):
+    """Those that wrote slides.csv only where that has not been edited since."""
+    outs, images = zip(*[make_outs(tmp_path / f"s {i}", i) for i in (1, 2)], strict=True)
+    root = tmp_path / "my slides"
+    (tmp_path / "panel.csv").write_text("gene\nHAL\nGENE1\n")
+    linking = {"from_spaceranger": f"{outs[0]},{outs[1]}", "images": f"{images[0]},{images[1]}"}
+    make_dataset(root, **linking, panel=tmp_path / "panel.csv", thumbnail=False)
+    meta = common.load_dataset(root, "lognorm").meta
+    others = ["--panel", str(tmp_path / "panel.csv"), "--thumbnail", "False"]
+    with open(outs[0] / "spatial" / "tissue_positions.csv", "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError) as caught:
+        readers.check_sources(root, meta)
+    command = str(caught.value).split(": run ")[1].removesuffix(" again")
+    words = shlex.split(command)
+    assert words[2:6] == ["--data-root", str(root), "--target", "lognorm"]
+    assert set(others + ["--from-spaceranger", linking["from_spaceranger"], "--images"]) < {*words}
+    assert run_script("19", *words[2:]) == 0
+    edit_manifest(root, donor=["D1", "D1"])
+    with pytest.raises(InputError, match="donor of slide 1 is D1") as caught:
+        readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
+    assert "--from-spaceranger" not in str(caught.value) and "--images" not in str(caught.value)
+    words = shlex.split(str(caught.value).split(": run ")[1].removesuffix(" again"))
+    assert run_script("19", *words[2:]) == 0
+    readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):
@@ -237,20 +314,38 @@ def name_libraries(table):
     table.uns["spatial"] = {"A": {}, "B": {}}
 
 
+def name_where(change):
+    """The change, and a column of no usual name that tells the sections apart."""
+
+    def change_both(table):
+        change(table)
+        name_column("where")(table)
+
+    return change_both
+
+
 @pytest.mark.parametrize("change, words", [
-    (lambda table: in_two_halves(table, suffix="-2"), ["2 samples", "...-1", "...-2"]),
-    (lambda table: in_two_halves(table, prefix="B_"), ["2 samples", "B_...-1"]),
-    (repeat_places, ["18 spots have the array_row and array_col"]),
-    (name_column("library_id"), ['obs["library_id"] names 2 sections (A, B)']),
-    (name_column("Sample"), ['obs["Sample"] names 2 sections (A, B)']),
-    (name_column("batch"), ['obs["batch"] names 2 sections (A, B)']),
-    (name_column("orig.ident"), ['obs["orig.ident"] names 2 sections (A, B)']),
-    (add_stray, ["3 samples", "...-2"]),
-    (name_libraries, ['uns["spatial"] names 2 sections (A, B)']),
+    (lambda table: in_two_halves(table, suffix="-2"),
+     ["2 samples", "...-1", "...-2", "slide1.h5ad#suffix=1"]),
+    (lambda table: in_two_halves(table, prefix="B_"),
+     ["2 samples", "B_...-1", "slide1.h5ad#prefix=B"]),
+    (repeat_places, ["18 spots have the array_row and array_col", "a matrix of its own"]),
+    (name_column("library_id"),
+     ['obs["library_id"] names 2 sections (A, B)', "slide1.h5ad#library_id=A"]),
+    (name_column("Sample"), ['obs["Sample"] names 2 sections (A, B)', "slide1.h5ad#Sample=A"]),
+    (name_column("batch"), ['obs["batch"] names 2 sections (A, B)', "slide1.h5ad#batch=A"]),
+    (name_column("orig.ident"),
+     ['obs["orig.ident"] names 2 sections (A, B)', "slide1.h5ad#orig.ident=A"]),
+    (add_stray, ["3 samples", "...-2", "slide1.h5ad#suffix=1"]),
+    (name_libraries, ['uns["spatial"] names 2 sections (A, B)', "a matrix of its own"]),
+    (name_where(name_libraries),
+     ['uns["spatial"] names 2 sections (A, B)', "slide1.h5ad#where=A"]),
+    (name_where(repeat_places),
+     ["18 spots have the array_row and array_col", "slide1.h5ad#where=A"]),
 ])  # fmt: skip
 def test_two_sections_in_one_h5ad_are_refused(tmp_path, capsys, change, words):
     make_h5ad(tmp_path, change)
-    assert_refused(capsys, tmp_path, "slide1.h5ad", "matrix of its own", *words)
+    assert_refused(capsys, tmp_path, "slide1.h5ad", *words)
 
 
 @pytest.mark.parametrize("repeated", [True, False])
@@ -261,7 +356,118 @@ def test_an_aggregated_matrix_is_refused(tmp_path, capsys, repeated):
     second = barcodes[:18] if repeated else barcodes[18:]
     both = barcodes[:18] + [barcode.replace("-1", "-2") for barcode in second]
     path.write_text("\n".join(both) + "\n")
-    assert_refused(capsys, tmp_path, "matrix1", "2 samples (...-1, ...-2)")
+    assert_refused(capsys, tmp_path, "matrix1", "2 samples (...-1, ...-2)", "matrix1#suffix=1")
+
+
+# ------------------------------------------------------------------------ one section of a file
+def make_two_sections(root, name="both.h5ad", **differ):
+    """A data root of two slides whose sections are in one file, on the same places of the array;
+    `differ` are columns of obs with the two values.
+    """
+    make_slides(root)
+    parts = []
+    for number in (1, 2):
+        part = make_anndata(number)
+        part.obs_names = [f"{barcode[:-2]}-{number}" for barcode in part.obs_names]
+        parts.append(part.copy())
+    both = anndata.concat(parts, merge="same")
+    for column, values in differ.items():
+        both.obs[column] = np.repeat(values, 36)
+    both.uns["spatial"] = {"a": {"scalefactors": {"spot_diameter_fullres": 110.0}}, "b": {}}
+    both.write_h5ad(root / name)
+    return both
+
+
+@pytest.mark.parametrize("column, values, written", [
+    ("library_id", ["a", "b"], ["library_id=a", "library_id=b"]),
+    ("orig.ident", ["a", "b"], ["orig.ident=a", "orig_ident=b"]),
+    ("sample", [1, 2], ["sample=1", "sample=2"]),
+    ("sample", [1.0, 2.0], ["sample=1", "sample=2"]),
+    ("where", ["x = 1/2", "#2"], ["where=x = 1/2", "where=#2"]),
+    ("nothing", ["", ""], ["suffix=1", "suffix=-2"]),
+])  # fmt: skip
+def test_a_section_of_an_h5ad_is_chosen(tmp_path, column, values, written):
+    make_two_sections(tmp_path, **{column: values})
+    edit_manifest(tmp_path, positions=["", ""], matrix=[f"both.h5ad#{text}" for text in written])
+    check_two_sections(tmp_path)
+
+
+def check_two_sections(root):
+    """Each of the two slides of make_two_sections has its own counts and places."""
+    for number, slide in enumerate(readers.read_manifest(root), 1):
+        positions, _ = readers.place_spots(slide)
+        spots = readers.read_spots(slide, positions)
+        expected = make_anndata(number)
+        assert np.array_equal(spots.X.toarray(), expected.X.toarray())
+        places = spots.obs[["pxl_col", "pxl_row"]].to_numpy()
+        assert np.array_equal(places, expected.obsm["spatial"])
+
+
+def test_script_19_takes_the_sections_of_a_file(tmp_path):
+    make_two_sections(tmp_path, library_id=["a", "b"])
+    paths = ["both.h5ad#library_id=a", "both.h5ad#library_id=b"]
+    edit_manifest(tmp_path, positions=["", "both.h5ad#suffix=2"], matrix=paths)
+    assert "2 slides can be used" in stdout_of("19", data_root=tmp_path, check=True)
+    printed, table, patches = make_dataset(tmp_path)
+    assert "both.h5ad: 36 spots are taken, those of library_id=b" in printed
+    assert "warning: " not in printed
+    table.obs["barcode"] = table.obs["barcode"].str.replace(r"-\d$", "-1", regex=True)
+    for number in (1, 2):
+        check_spots(table, patches, number, paint(number), 36)
+    common.load_dataset(tmp_path, "lognorm")
+
+
+def test_script_26_takes_a_section_of_a_file(tmp_path):
+    make_two_sections(tmp_path, library_id=["a", "b"])
+    script = load_script("26")
+    script.IMAGE, script.UM_PER_PX = str(tmp_path / "image2.tif"), 0.5
+    script.POSITIONS = script.MATRIX = str(tmp_path / "both.h5ad#library_id=b")
+    slide, _ = script.choose_slide()
+    spots = readers.read_spots(slide, readers.place_spots(slide)[0])
+    assert np.array_equal(spots.X.toarray(), make_anndata(2).X.toarray())
+    script.MATRIX = str(tmp_path / "none.h5ad#library_id=b")
+    with pytest.raises(InputError, match="library_id=b: no such file"):
+        script.choose_slide()
+
+
+@pytest.mark.parametrize("kind", ["h5", "folder", "table"])
+def test_a_sample_of_an_aggregated_matrix_is_chosen(tmp_path, kind):
+    both = make_two_sections(tmp_path)
+    name = {"h5": "aggr.h5", "folder": "aggr", "table": "aggr.csv.gz"}[kind]
+    counts = both.X.toarray().astype(int)
+    if kind == "h5":
+        write_h5(tmp_path / name, counts, GENES, barcodes=both.obs_names)
+    elif kind == "folder":
+        positions = pd.concat([spot_array()] * 2).assign(barcode=both.obs_names)
+        write_slide(tmp_path / "made", "no.tif", positions, counts, GENES)
+        (tmp_path / "made" / "matrix1").rename(tmp_path / name)
+    else:
+        pd.DataFrame(counts, both.obs_names, GENES).to_csv(tmp_path / name)
+    edit_manifest(tmp_path, matrix=[f"{name}#suffix=1", f"{name}#suffix=2"])
+    check_two_sections(tmp_path)
+
+
+@pytest.mark.parametrize("part, words", [
+    ("library=a", ["no column 'library'", "library_id, prefix, suffix"]),
+    ("library_id=c", ["library_id has no value 'c'", "a (36 spots), b (36 spots)"]),
+    ("a", ["no column 'a'", "column=value"]),
+    ("suffix=3", ["suffix has no value '3'", "-1 (36 spots), -2 (36 spots)"]),
+])  # fmt: skip
+def test_a_section_that_is_not_there_is_refused(tmp_path, capsys, part, words):
+    make_two_sections(tmp_path, library_id=["a", "b"])
+    edit_manifest(tmp_path, matrix=[f"both.h5ad#{part}", "matrix2"])
+    assert run_script("19", data_root=tmp_path, check=True) == 2
+    check_one_line(capsys, [f"both.h5ad#{part}", *words])
+
+
+@pytest.mark.parametrize("name", ["both#1.h5ad", "a#b=c.h5ad"])
+def test_a_name_with_the_sign_of_a_section_is_found(tmp_path, name):
+    make_two_sections(tmp_path, name, library_id=["a", "b"])
+    edit_manifest(tmp_path, matrix=[f"{name}#library_id=a", f"{name}#library_id=b"])
+    check_two_sections(tmp_path)
+    make_anndata().write_h5ad(tmp_path / name)
+    edit_manifest(tmp_path, positions=[name, "positions2.csv"], matrix=[name, "matrix2"])
+    check_two_sections(tmp_path)
 
 
 # ------------------------------------------------------------------------------ pixels of an image
@@ -428,8 +634,8 @@ def keep_variable(table):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken'),
-    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken'),
+    (lambda table: correct_depth(table, 430), 'layers["counts"] is taken, whose counts are of 48 genes'),
+    (lambda table: correct_depth(table, 1e6), 'layers["counts"] is taken, whose counts are of 48 genes'),
     (keep_variable, "raw is taken, whose counts are of 48 genes"),
 ])  # fmt: skip
 def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
@@ -440,6 +646,45 @@ def test_the_raw_counts_of_most_genes_are_taken(tmp_path, change, words):
     first = table[table.obs["tissue_index"] == 1]
     places = make_anndata().obs_names.get_indexer(first.obs["barcode"])
     assert np.array_equal(first.obs["n_counts"], expected[places])
+
+
+def few_beside_raw(layer, depth):
+    """X or layers["counts"] of 16 genes beside raw of all, which has one depth or is no counts."""
+
+    def change(table):
+        few = table[:, :16].copy()
+        correct_depth(table, 1e4)
+        if depth is None:
+            table.X.data += 0.5
+        few.raw = table
+        if layer:
+            few.layers["counts"] = few.X.copy()
+            few.X = few.X.log1p()
+        return few
+
+    return change
+
+
+@pytest.mark.parametrize("layer, depth, words", [
+    (False, 1e4, "X is taken, whose counts are of 16 genes; the values of 48 genes in raw have one"),
+    (True, 1e4, 'layers["counts"] is taken, whose counts are of 16 genes; the values of 48 genes '
+     "in raw have one"),
+    (False, None, "X is taken, whose counts are of 16 genes; the values of 48 genes in raw are no"),
+])  # fmt: skip
+def test_counts_of_few_genes_beside_others_are_named(tmp_path, capsys, layer, depth, words):
+    table = few_beside_raw(layer, depth)(make_anndata())
+    table.write_h5ad(tmp_path / "slide1.h5ad")
+    taken = readers.read_matrix(tmp_path / "slide1.h5ad")
+    assert np.array_equal(taken.X.toarray(), make_anndata().X.toarray()[:, :16])
+    assert words in capsys.readouterr().out
+
+
+def test_x_alone_is_taken_without_a_word(tmp_path, capsys):
+    table = make_anndata()
+    table.raw = table.copy()
+    table.write_h5ad(tmp_path / "slide1.h5ad")
+    readers.read_matrix(tmp_path / "slide1.h5ad")
+    assert not capsys.readouterr().out
 
 
 def test_equal_depths_are_warned_of(tmp_path):

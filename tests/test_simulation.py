@@ -66,6 +66,24 @@ def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
     assert np.abs(slides[0] - slides[1]).max() <= 3
 
 
+def test_strips_and_threads_change_no_pixel(tmp_path, monkeypatch):
+    script = load_script("18")
+    monkeypatch.setattr(script, "TILE", 700)
+    table, shape = script.hexagonal_grid(4), (1200, 1300)
+    slides = []
+    for strip, threads in ((32, 1), (700, 1), (32, 3)):
+        monkeypatch.setattr(script, "STRIP", strip)
+        monkeypatch.setattr(script, "MOST_THREADS", threads)
+        monkeypatch.setattr(shell, "count_cores", lambda threads=threads: threads)
+        rng = np.random.default_rng(shell.seed_of(0))
+        path = tmp_path / f"{strip}_{threads}.tif"
+        fields = script.tissue_fields(table, shape, rng)
+        script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
+        slides.append(tifffile.imread(path))
+    np.testing.assert_array_equal(slides[0], slides[1])
+    np.testing.assert_array_equal(slides[0], slides[2])
+
+
 @pytest.mark.slow
 def test_the_ceiling_of_the_default_slides_is_not_easy(tmp_path):
     stdout = stdout_of("18", data_root=tmp_path / "SIMULATED_data")
