@@ -540,7 +540,8 @@ def choose_sets(trained):
 def score_sets(table, sets):
     """AnnData of the scores of the sets {name: genes} on a slide: X, layers["measured"] of a slide
     with counts, and var as that of genes: valid_r, at every scale, and ceiling are the means of the
-    set's `genes`, r is that of the score. The scores also become columns set_<name> of the table's obs.
+    set's `genes`, r is that of the score. The scores also become columns set_<name> of obs of the
+    table.
     """
     inside = np.array([table.var_names.isin(genes) for genes in sets.values()])
     listed = inside.any(axis=0)
