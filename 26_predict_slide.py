@@ -537,8 +537,9 @@ def choose_sets(trained):
 
 def score_sets(table, sets):
     """AnnData of the scores of the sets {name: genes} on a slide: X, layers["measured"] of a slide
-    with counts, and var as that of genes: valid_r and ceiling are the means of the set's `genes`, r
-    is that of the score. The scores also become columns set_<name> of the table's obs.
+    with counts, and var as that of genes: valid_r, at every scale, and ceiling are the means of the
+    set's `genes`, r is that of the score. The scores also become columns set_<name> of obs of the
+    table.
     """
     inside = np.array([table.var_names.isin(genes) for genes in sets.values()])
     listed = inside.any(axis=0)
@@ -546,7 +547,8 @@ def score_sets(table, sets):
     measured = table.layers["measured"][:, listed] if "measured" in table.layers else predicted
     one_slide = np.zeros(table.n_obs)
     scores = gene_sets.find_scores(predicted, measured, one_slide, inside[:, listed].T)
-    var = pd.DataFrame([table.var.loc[genes, FACTS].mean() for genes in sets.values()], [*sets])
+    facts = table.var.filter(regex="^valid_r|^ceiling$")
+    var = pd.DataFrame([facts.loc[genes].mean() for genes in sets.values()], [*sets])
     var.insert(0, "genes", [len(genes) for genes in sets.values()])
     scored = anndata.AnnData(scores[0], table.obs[[]], var)
     if "measured" in table.layers:
@@ -572,7 +574,9 @@ def join_drawn(table, genes, scored):
         uns=table.uns,
         obsm=table.obsm,
     )
-    drawn.var_names = [*genes, *(f"{name} ({scored.var['genes'][name]} genes)" for name in best)]
+    counts = scored.var["genes"]
+    titles = [f"{printing.cut_middle(name, 24)}, score of {counts[name]} genes" for name in best]
+    drawn.var_names = [*genes, *titles]
     for layer in scored.layers:
         drawn.layers[layer] = np.hstack([part.layers[layer] for part in parts])
     return drawn
@@ -692,7 +696,7 @@ def report(slide, table, genes, scored, trained, out):
     if genes:
         tables["Genes drawn"] = of_genes.loc[genes].reset_index()
     if scored is not None:
-        sets = scored.var.rename_axis("set").reset_index()
+        sets = scored.var[["genes", *columns]].rename_axis("set").reset_index()
         tables["Gene sets: mean r and ceiling of their genes, r of their score"] = sets
     for name, content in tables.items():
         title = f"{trained.title}{name} ({slide.image})"

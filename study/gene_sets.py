@@ -127,7 +127,8 @@ class GeneSets:
         sizes = [len(genes) for genes in self.members.values()]
         text = f"{len(sizes)} of {len(self.listed)}"
         if sizes:
-            text += f", of {min(sizes)} to {max(sizes)} genes in the panel"
+            span = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{sizes[0]}"
+            text += f", of {span} genes in the panel"
         if self.left_out:
             names = [f"{name} ({count})" for name, count in self.left_out.items()]
             text += f"; left out, fewer than {LEAST} genes there: {', '.join(names[:NAMED])}"

@@ -426,12 +426,14 @@ def test_maps_have_the_scores_of_sets(tmp_path):
     names = [f"G{i}" for i in range(9)]
     predicted = random.normal(size=(40, 9)).astype(np.float32)
     var = pd.DataFrame({"valid_r": np.linspace(0, 0.8, 9), "ceiling": 0.9}, names)
+    var["valid_r_k7"] = var["valid_r"] + 0.1
     table = anndata.AnnData(predicted, pd.DataFrame(index=[f"{i}" for i in range(40)]), var)
     table.layers["measured"] = (predicted + random.normal(size=(40, 9))).astype(np.float32)
     table.layers["measured"][:, 1] = np.nan  # of a gene that the slide lacks
     table.obsm["spatial"] = random.uniform(0, 500, (40, 2))
     image = np.full((60, 60, 3), 200, np.uint8)
     scales = {"tissue_hires_scalef": 0.1, "spot_diameter_fullres": 40.0}
+    table.uns["scale"] = ""
     table.uns["spatial"] = {"S": {"images": {"hires": image}, "scalefactors": scales}}
     table.var["r"] = common.pearson_per_gene(predicted, table.layers["measured"])
     sets = {"T/NK": names[:5], **{f"S{i}": names[i : i + 3] for i in range(6)}}
@@ -444,12 +446,13 @@ def test_maps_have_the_scores_of_sets(tmp_path):
     facts = found.var.loc["T/NK"]
     assert facts["r"] == pytest.approx(scipy.stats.pearsonr(x, y)[0], abs=1e-9)
     assert facts["valid_r"] == pytest.approx(0.2) and facts["genes"] == 5
+    assert facts["valid_r_k7"] == pytest.approx(0.3)
     drawn = script.join_drawn(table, ["G8", "G0"], found)
-    best = [f"S{i} (3 genes)" for i in (5, 4, 3, 2, 1)]
-    assert drawn.var_names.tolist() == ["G8", "G0", *best, "T/NK (5 genes)"]
+    best = [f"S{i}, score of 3 genes" for i in (5, 4, 3, 2, 1)]
+    assert drawn.var_names.tolist() == ["G8", "G0", *best, "T/NK, score of 5 genes"]
     np.testing.assert_allclose(drawn.X[:, -1], x, atol=1e-6)
     np.testing.assert_array_equal(drawn.X[:, 1], predicted[:, 0])
-    script.draw_maps(tmp_path / "maps.png", drawn, ["G8", "T/NK (5 genes)"], "maps")
+    script.draw_maps(tmp_path / "maps.png", drawn, ["G8", "T/NK, score of 5 genes"], "maps")
     assert (tmp_path / "maps.png").stat().st_size > 10_000
     table.write_h5ad(tmp_path / "predictions.h5ad")
     assert "set_T|NK" in anndata.read_h5ad(tmp_path / "predictions.h5ad").obs

@@ -256,7 +256,7 @@ def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsy
     options = {"weights": weights, "out": tmp_path / "out", "device": "cpu", "gene_sets": path}
     assert run_script("26", *slide_of(simulated), **options) == 0
     out = capsys.readouterr().out
-    assert "gene sets   1 of 2, of 12 to 12 genes in the panel; left out" in out
+    assert "gene sets   1 of 2, of 12 genes in the panel; left out" in out
     assert "FEW (0)" in out
     _, (line,) = printed_table(out, "Gene sets: mean r")
     assert line.split()[:2] == ["A", "12"]
