@@ -5,12 +5,14 @@ Shapes: N spots, F features, G genes. Spots are given by their numbers; of featu
 only theirs are read.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 import torch
+from threadpoolctl import ThreadpoolController
 
 import common
 from study import splitting
@@ -135,13 +137,30 @@ def find_axes(centred, spots, xx=None):
     spots. Axes along which the spots do not vary are left out.
     """
     if xx is not None and len(spots) >= len(xx):
-        sizes, axes = scipy.linalg.eigh(xx, driver="evd")
+        with on_one_core():
+            sizes, axes = scipy.linalg.eigh(xx, driver="evd")
         kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
         return sizes[kept], axes[:, kept]
     x = np.concatenate([x for x, _ in centred.parts(spots)])
-    sizes, turns = scipy.linalg.eigh(x @ x.T, driver="evd")
+    with on_one_core():
+        sizes, turns = scipy.linalg.eigh(x @ x.T, driver="evd")
     kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
     return sizes[kept], x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
+
+
+def on_one_core():
+    """The context in which linear algebra is done by one thread.
+
+    Of many small steps threads save little, and beside a busy process they wait for each other many
+    times as long as they compute.
+    """
+    return find_libraries().limit(limits=1, user_api="blas")
+
+
+@functools.cache  # The search takes longer than a small step.
+def find_libraries():
+    """threadpoolctl's hold on the libraries of linear algebra that are loaded."""
+    return ThreadpoolController()
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):
@@ -152,7 +171,8 @@ def choose_shrinkage(centred, spots, table, full_rank=False):
     gained = 0
     for train, learnt, judged in measure_folds(centred, spots, table):
         axes = find_axes(centred, train, learnt.xx)
-        gained = gained + measure_gains(*axes, learnt.xy, judged, penalties)
+        with on_one_core():
+            gained = gained + measure_gains(*axes, learnt.xy, judged, penalties)
     # What every alpha (row) explains by the first, the first two, ... patterns (columns).
     explained = gained.cumsum(1)
     if full_rank:

@@ -181,6 +181,20 @@ def test_a_folds_sums_are_those_of_the_spots_that_it_learns_on():
     assert any(sizes), "no fold has a margin, so nothing was tested"
 
 
+def test_small_steps_are_one_threads_and_then_there_are_as_many_as_before():
+    libraries = ridges.find_libraries()
+
+    def count_threads():
+        return {
+            library.num_threads for library in libraries.select(user_api="blas").lib_controllers
+        }
+
+    with libraries.limit(limits=2, user_api="blas"):
+        with ridges.on_one_core():
+            assert count_threads() == {1}
+        assert count_threads() == {2}
+
+
 def test_there_is_no_higher_rank_than_features():
     features, target, spots = ridge_problem(width=2, n_genes=12)
     _, told = ridges.fit_ridge(features, target, np.arange(60), spots, np.arange(12))
