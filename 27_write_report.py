@@ -3,7 +3,8 @@
 Question   What came out, on what, and which genes can be believed?
 Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
            20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
-Writes     <RUN>/report.html, one file that needs no network; in a test slide's folders maps.png and
+Writes     <RUN>/report.html, one file that needs no network, with a viewer of one gene at a time of
+           the best network or of the slide of script 26; in a test slide's folders maps.png and
            scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
