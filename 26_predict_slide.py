@@ -35,6 +35,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import safetensors
@@ -342,17 +343,14 @@ def compare_slides(trained, patches):
 
 
 def add_trust(table, trained, distances):
-    """Put the distances of the spots and the intervals of the genes into the AnnData of a slide;
-    with counts var["coverage_80"] and ["coverage_95"], the shares of spots that are in them.
+    """Put the distances of the spots and half the widths of the genes' intervals into the AnnData
+    of a slide; with counts also var["coverage_80"] and ["coverage_95"], the shares of the spots
+    that intervals hold.
     """
     if distances is not None:
         table.obs["distance"] = distances
-    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
     for name, half in trained.half_widths.items():
-        ending = "" if name == "80" else f"_{name}"
         table.var[f"half_width_{name}"] = half
-        low, high = conformal.find_limits(table.X, half, floor)
-        table.layers[f"low{ending}"], table.layers[f"high{ending}"] = low, high
     if "measured" in table.layers:
         measured = table.layers["measured"]
         coverage = conformal.measure_coverage(table.X, measured, trained.half_widths)
@@ -370,6 +368,22 @@ def add_evidence(table, trained, genes):
         judged = trained.judged.drop(columns="r")  # var["valid_r"]
         names = {name: name if name == "believe" else f"valid_{name}" for name in judged}
         table.var = table.var.join(judged.rename(columns=names))
+
+
+def save_predictions(path, table, trained):
+    """Write the AnnData with the intervals' ends as layers: low and high of 80 %, low_95, high_95.
+
+    They are made one at a time, since together they would take four times a prediction's memory.
+    """
+    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+    with shell.whole_file(path) as partial:
+        table.write_h5ad(partial)
+        with h5py.File(partial, "r+") as file:
+            for name, half in trained.half_widths.items():
+                ending = "" if name == "80" else f"_{name}"
+                for end, step in (("low", -half), ("high", half)):
+                    values = conformal.find_limit(table.X, step, floor)
+                    anndata.io.write_elem(file["layers"], f"{end}{ending}", values)
 
 
 # -------------------------------------------------------------------------------- results
@@ -574,8 +588,7 @@ def main():
     add_evidence(table, trained, genes)
     unit = UNITS[trained.recipe["TARGET"]]
     draw_maps(out / "maps.png", table, genes, f"{trained.title}{name}, predicted ({unit})")
-    with shell.whole_file(out / "predictions.h5ad") as path:
-        table.write_h5ad(path)
+    save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
     report(slide, table, genes, trained, out)

@@ -93,11 +93,12 @@ spots those near); and of the scores of all genes on the first two principal com
 prediction. A map whose single spots are noise may hold over more of them. The columns of rows.csv
 are heg_k7, heg_k19, component_1_r and so on."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
-heg_image_ceiling: r of what a simulated slide's image shows. heg_pooled: r over all spots of
-several slides at once. spot_r: over the genes of a spot, mean over spots, after the training mean
-of each gene is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
-r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
-measured expression."""
+heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
+share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
+spots of several slides at once. spot_r: over the genes of a spot, mean over spots, after the
+training mean of each gene is taken away. variance_ratio: of predicted to measured expression.
+r_against_moran and r_against_mean: rank correlation, over genes, of r with Moran's I and with the
+mean of a gene's measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}

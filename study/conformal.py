@@ -67,9 +67,9 @@ def measure_coverage(predicted, truth, half_widths):
     return coverage
 
 
-def find_limits(predicted, half, floor):
-    """((n, G) low, (n, G) high) float32 of intervals around the prediction (n, G), none below
-    `floor`, the least value that expression has.
+def find_limit(predicted, step, floor):
+    """(n, G) float32 ends of the intervals around the prediction (n, G): `step` (G,) away from it,
+    none below `floor`, the least value that expression has.
     """
-    half = np.asarray(half, np.float32)
-    return np.maximum(predicted - half, floor), np.maximum(predicted + half, floor)
+    limit = predicted + np.asarray(step, np.float32)
+    return np.maximum(limit, floor, out=limit)

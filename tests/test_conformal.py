@@ -68,9 +68,10 @@ def test_coverage_counts_spots_and_knows_what_it_cannot_know():
 
 def test_limits_stop_at_the_least_expression():
     predicted = np.array([[1.0, 0.2], [-0.4, 0.2]], np.float32)
-    low, high = conformal.find_limits(predicted, [0.3, np.nan], 0)
+    half = np.array([0.3, np.nan])
+    low = conformal.find_limit(predicted, -half, 0)
     np.testing.assert_allclose(low, [[0.7, np.nan], [0, np.nan]], rtol=1e-6)
+    high = conformal.find_limit(predicted, half, 0)
     np.testing.assert_allclose(high, [[1.3, np.nan], [0, np.nan]], rtol=1e-6)
     assert low.dtype == high.dtype == np.float32
-    low, _ = conformal.find_limits(predicted, [0.3, 0.3], -np.inf)
-    assert low[1, 0] == pytest.approx(-0.7)
+    assert conformal.find_limit(predicted, -half, -np.inf)[1, 0] == pytest.approx(-0.7)
