@@ -72,7 +72,8 @@ spots, variance and variance_predicted are those of measured and predicted expre
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
-the same after Benjamini and Hochberg."""
+the same after Benjamini and Hochberg, coverage_80 and coverage_95 the share of spots that intervals
+of 80 and 95 % by the validation spots hold."""
 ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
 heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
 share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
