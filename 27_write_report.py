@@ -86,7 +86,8 @@ spots, variance and variance_predicted are those of measured and predicted expre
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
-the same after Benjamini and Hochberg."""
+the same after Benjamini and Hochberg, coverage_80 and coverage_95 the share of spots that intervals
+of 80 and 95 % by the validation spots hold."""
 ABOUT_SCALES = """r of single spots; of the means of prediction and measurement over neighbourhoods
 of 7 and 19 spots (9 and 21 where the grid is square, fewer at borders, and of random validation
 spots those near); and of the scores of all genes on the first two principal components of the
