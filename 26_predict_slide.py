@@ -112,7 +112,7 @@ class Trained:
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
     # Weights of an older version lack what follows.
-    training_slides: dict | None = None  # similarity.TrainingSlides
+    training_slides: similarity.TrainingSlides | None = None
     half_width_80: list | None = None  # of the intervals; None where the validation spots are few
     half_width_95: list | None = None
     evidence: dict | None = None  # of evidence.describe_validation
@@ -252,6 +252,13 @@ def check_metadata(path, metadata):
         )
     check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
+    if trained.training_slides is not None:
+        try:
+            trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
+        except TypeError:
+            raise InputError(
+                f"{path}: its training_slides are of another version: {TRAIN_AGAIN}"
+            ) from None
     return trained
 
 
@@ -428,9 +435,9 @@ def compare_slides(trained, patches):
     """
     if trained.training_slides is None:
         return None
-    training = similarity.TrainingSlides(**trained.training_slides)
-    distances = similarity.measure_distances(training, common.colour_statistics(patches))
-    told = similarity.describe_distances(training, distances)
+    colour = common.colour_statistics(patches)
+    distances = similarity.measure_distances(trained.training_slides, colour)
+    told = similarity.describe_distances(trained.training_slides, distances)
     if similarity.is_far(distances):
         inputs.warn(told)
     else:

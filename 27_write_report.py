@@ -3,7 +3,8 @@
 Question   What came out, on what, and which genes can be believed?
 Reads      <RUN>/run.json (title, settings, machine), rows.csv and the folders of its rows (scripts
            20 to 26); the slides' thumbnails in the data root that run.json names (script 19)
-Writes     <RUN>/report.html, one file that needs no network; in a test slide's folders maps.png and
+Writes     <RUN>/report.html, one file that needs no network, with a viewer of one gene at a time of
+           the best network or of the slide of script 26; in a test slide's folders maps.png and
            scores.png, unless they are there
 Prints     the report's path
 Command    python 27_write_report.py --run runs/20_train_effb0_sota_split8020/SIMULATED_data
@@ -96,7 +97,8 @@ spots, variance and variance_predicted are those of measured and predicted expre
 mean squared error, mean the mean measured expression, ceiling the r that counting noise leaves to a
 prediction free of error, image_ceiling the r of what a simulated slide's image shows, moran Moran's
 I of the measured expression, p how often chance gives as high an r to a prediction as smooth, and q
-the same after Benjamini and Hochberg."""
+the same after Benjamini and Hochberg, coverage_80 and coverage_95 the share of spots that intervals
+of 80 and 95 % by the validation spots hold."""
 ABOUT_SCALES = """r of single spots; of the means of prediction and measurement over neighbourhoods
 of 7 and 19 spots (9 and 21 where the grid is square, fewer at borders, and of random validation
 spots those near); and of the scores of all genes on the first two principal components of the

@@ -454,6 +454,10 @@ SPOILT = {
         lambda m, s: m.update(recipe='{"HIDDEN": 16}'),
         ["BACKBONE", "train it again"],
     ),
+    "other training slides": (
+        lambda m, s: m.update(training_slides='{"mean": []}'),
+        ["training_slides", "train it again"],
+    ),
     "no JSON": (lambda m, s: m.update(genes="[A"), ["not a .safetensors file of a run"]),
 }
 
