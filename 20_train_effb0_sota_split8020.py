@@ -50,7 +50,6 @@ HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
-FREEZE_BATCHNORM = False  # true = BatchNorm keeps the averages that it comes with
 STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
 FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
@@ -59,13 +58,11 @@ AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 WARP_BORDER = "reflect"  # what a warp shows beyond the patch: reflect or black
 WARP_ASPECT = "fixed"  # free = a warp scales across and down apart
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
-EPOCHS = 30
+EPOCHS = 30  # 0 = none: a ridge start is what is kept
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam
 SCHEDULE = "cosine"  # of the rates over the epochs: cosine (to zero) or constant
-HEAD_LEARNING_RATE = 0.0  # of the head, with AdamW; 0 = LEARNING_RATE for all
 LOSS = "mse"  # a name of common.LOSSES
-GENE_WEIGHTS = "equal"  # in the loss; predictable = by what a ridge start predicts of each gene
 BEST_EPOCH = "mse"  # by validation: lowest mse, or highest r of heg
 REFIT = False  # true = then refit on training + validation spots, up to that epoch
 TTA = False  # average predictions over the 8 symmetries
@@ -90,9 +87,9 @@ def efficientnet(row):
     """A method: the network is built, trained on the patches, and predicts the scored spots."""
     if not row.recipe["EPOCHS"]:
         return methods.network_of_no_epoch(row)
-    model, loss = methods.start_network(row)
+    model = methods.start_network(row)
     patches = row.place_patches()
-    row.fit(model, patches, loss=loss)
+    row.fit(model, patches)
     return row.predict(model, patches)
 
 

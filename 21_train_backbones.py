@@ -107,9 +107,9 @@ def build_on_meta(recipe, n_genes):
 
 def network(row):
     """A method: the network is built, trained on the patches, and predicts the scored spots."""
-    model, loss = methods.start_network(row)
+    model = methods.start_network(row)
     patches = row.place_patches()
-    row.fit(model, patches, loss=loss)
+    row.fit(model, patches)
     return row.predict(model, patches)
 
 

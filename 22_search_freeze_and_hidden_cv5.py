@@ -163,13 +163,13 @@ def network(row):
     """A method: the network is built, trained, and predicts the scored spots. With no stage to
     train, the head alone is trained, on features.
     """
-    model, loss = methods.start_network(row)
+    model = methods.start_network(row)
     if row.recipe["TRAINABLE_STAGES"] == 0:
         head, spots = use_features(model, row)
-        row.fit(head, spots, model=model, loss=loss, aug="none")
+        row.fit(head, spots, model=model, aug="none")
         return row.predict(head, spots)
     patches = row.place_patches()
-    row.fit(model, patches, loss=loss)
+    row.fit(model, patches)
     return row.predict(model, patches)
 
 

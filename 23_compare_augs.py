@@ -168,10 +168,10 @@ def network(row):
     """A method: the network is built, trained on the patches, and predicts the scored spots. With
     COLOUR, ColourAndBlur stands before it.
     """
-    model, loss = methods.start_network(row)
+    model = methods.start_network(row)
     patches = row.place_patches()
     trained = nn.Sequential(ColourAndBlur(), model) if row.recipe["COLOUR"] else model
-    row.fit(trained, patches, model=model, loss=loss)
+    row.fit(trained, patches, model=model)
     return row.predict(trained, patches)
 
 

@@ -152,28 +152,28 @@ def trained_methods():
 
 
 # ----------------------------------------------------------------------------------------- networks
-def network(row, loss=None, **how):
+def network(row, **how):
     """A method: a network with a head is built, trained on the patches, and predicts the scored
-    spots; `loss` and `how`, of common.fit, are the recipe's unless given.
+    spots; `how`, of common.fit, is the recipe's unless given.
     """
     if not row.recipe["EPOCHS"]:
         return methods.network_of_no_epoch(row)
-    model, loss_of_recipe = methods.start_network(row)
+    model = methods.start_network(row)
     patches = row.place_patches()
-    row.fit(model, patches, loss=loss or loss_of_recipe, **how)
+    row.fit(model, patches, **how)
     return row.predict(model, patches)
 
 
 def stnet(row):
     """A method: ST-Net as published."""
-    return network(row, sum_of_squares, optimise=sgd_with_momentum)
+    return network(row, loss=sum_of_squares, optimise=sgd_with_momentum)
 
 
 def bleep(row):
     """A method: BLEEP's two encoders are trained on the patches and expression of the same spots;
     a scored spot is predicted by the training spots whose expression lies nearest to its image.
     """
-    model, _ = methods.start_network(row)
+    model = methods.start_network(row)
     patches = row.place_patches()
     pair = build_bleep(model, row)
     row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw_at_constant_rate)

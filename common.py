@@ -43,7 +43,7 @@ from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, records and weights; raised when one of them changes
-RESULTS = 5  # raised when the same constants give another number: rows on disk are made anew then
+RESULTS = 6  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -760,8 +760,7 @@ class SpotRegressor(nn.Module):
 
     The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
     POOL_STAGES the head sees sd and mean of every stage's output over the image, and not the last
-    stage's mean alone: colour and texture are still there in early stages. With FREEZE_BATCHNORM
-    training uses the averages that BatchNorm was given, as evaluation does. CHANNELS bgr gives the
+    stage's mean alone: colour and texture are still there in early stages. CHANNELS bgr gives the
     backbone blue as red, as the published scripts do.
     """
 
@@ -769,7 +768,6 @@ class SpotRegressor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.freeze_batchnorm = recipe["FREEZE_BATCHNORM"]
         self.pool_stages = recipe["POOL_STAGES"]
         self.swap_channels = recipe["CHANNELS"] == "bgr"
         for name in ("mean", "std"):  # Of the images that the backbone was pretrained on.
@@ -800,17 +798,10 @@ class SpotRegressor(nn.Module):
             module.requires_grad_(True)
 
     def train(self, mode=True):
-        """Frozen stages stay in evaluation mode: else their BatchNorm would go on averaging.
-
-        With freeze_batchnorm all BatchNorm does, so that training and evaluation are one network.
-        """
+        """Frozen stages stay in evaluation mode: else their BatchNorm would go on averaging."""
         super().train(mode)
         for module in self.frozen:
             module.eval()
-        if self.freeze_batchnorm:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
         return self
 
     def normalise(self, pixels):
@@ -966,27 +957,10 @@ def count_parameters(model):
 LOSSES = {"mse": F.mse_loss}
 
 
-def choose_optimiser(network, recipe):
-    """(optimiser, schedule stepped by the epoch): Adam or, with a HEAD_LEARNING_RATE, AdamW."""
-    if recipe["HEAD_LEARNING_RATE"]:
-        return adamw_with_two_rates(network, recipe)
+def adam(network, recipe):
+    """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
-    return optimiser, schedule_rate(optimiser, recipe)
-
-
-def adamw_with_two_rates(network, recipe):
-    """(optimiser, schedule): AdamW with HEAD_LEARNING_RATE for all but the backbone."""
-    backbone, head = [], []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (backbone if "backbone." in name else head).append(parameter)
-    groups = [
-        {"params": backbone, "lr": recipe["LEARNING_RATE"]},
-        {"params": head, "lr": recipe["HEAD_LEARNING_RATE"]},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     return optimiser, schedule_rate(optimiser, recipe)
 
 
@@ -1017,7 +991,7 @@ def fit(
     recipe,
     *,
     loss=None,
-    optimise=choose_optimiser,
+    optimise=adam,
     stop=None,
     checkpoint=None,
     report=None,
@@ -1025,8 +999,8 @@ def fit(
     """Train; leave the weights of the best epoch in `network`; return the history, a dict an epoch.
 
     patches (N, 3, S, S) uint8. `split` is a study.splitting.Split, whose training spots are learnt
-    from. `loss` and `optimise` are LOSS and choose_optimiser unless given. The best epoch has the
-    lowest validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a
+    from. `loss` and `optimise` are LOSS and adam unless given. The best epoch has the lowest
+     validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a
     ridge is judged before its first epoch, too. With `stop` there is no validation, and training
     ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it
     was made with. report(history, best_epoch) is called after each epoch.
@@ -1087,13 +1061,6 @@ def begin_line(epoch, schedule):
         "images_per_s": None,
         "seconds": 0.0,
     }
-
-
-def weigh_genes(loss, weights, device):
-    """The loss, a mean of squared errors, in which each gene counts as `weights` (G,) say."""
-    # Squaring gives back the weight.
-    factors = torch.from_numpy(np.sqrt(weights)).float().to(device)
-    return lambda predicted, wanted: loss(predicted * factors, wanted * factors)
 
 
 def validate(network, patches, split, dtype):

@@ -25,34 +25,29 @@ from study.shell import InputError
 
 # ----------------------------------------------------------------------------------------- networks
 def start_network(row):
-    """(network before training, its loss): the head starts as HEAD_START says, and the loss weighs
-    genes by GENE_WEIGHTS.
-    """
+    """The network before training; its last layer starts as HEAD_START says."""
     recipe, split = row.recipe, row.split
+    starts_as_ridge = recipe["HEAD_START"] == "ridge"
+    if starts_as_ridge and recipe["HIDDEN"]:
+        raise InputError(
+            f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
+        )
+    if not recipe["EPOCHS"] and not starts_as_ridge:
+        raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
     model = common.build_model(recipe, len(split.data.genes), split.seed)
     model = model.to(row.device, memory_format=torch.channels_last)
-    loss = common.LOSSES[recipe["LOSS"]]
-    starts_as_ridge = recipe["HEAD_START"] == "ridge"
-    if recipe["GENE_WEIGHTS"] == "predictable" and not (
-        starts_as_ridge and recipe["LOSS"] == "mse"
-    ):
-        raise InputError(
-            "--gene-weights predictable: needs --head-start ridge, which says what can be "
-            "predicted, and --loss mse"
-        )
     if recipe["HEAD_START"] == "mean":
         # Through a random last layer the first steps would turn the pretrained backbone before the
         # head knows anything; behind this one it waits, and the first prediction is the mean.
         mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
         nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
-    if not recipe["EPOCHS"] and not starts_as_ridge:
-        raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
     if starts_as_ridge:
-        gene_weights = start_as_ridge(model, row)
-        if gene_weights is not None:
-            loss = common.weigh_genes(loss, gene_weights, row.device)
-    return model, loss
+        features, scale = freeze_features(recipe, split)
+        ridge, shrinkage = fit_ridge(split, features, split.spots("train"))
+        ridges.start_as_ridge(model, ridge, scale)
+        row.note(**shrinkage._asdict())
+    return model
 
 
 def network_of_no_epoch(row):
@@ -60,35 +55,13 @@ def network_of_no_epoch(row):
 
     The features that the data root keeps are those of its backbone, so it sees no patch again.
     """
-    row.model, _ = start_network(row)
+    row.model = start_network(row)
     row.note(weights=name_weights(row.recipe), steps=0)
     row.count_parameters()
     features, _ = freeze_features(row.recipe, row.split)
     head = row.model.head[-1]
     ridge = ridges.Ridge(head.weight.detach().cpu().numpy().T, head.bias.detach().cpu().numpy())
     return ridge.predict(features[row.split.scored()])
-
-
-def start_as_ridge(model, row):
-    """Have the linear head of `model` start as the ridge on the frozen features; returns (G,) how
-    much each gene counts, or None where all count alike.
-    """
-    recipe, split = row.recipe, row.split
-    if recipe["HIDDEN"]:
-        raise InputError(
-            f"--hidden {recipe['HIDDEN']}: a ridge start needs a linear head: add --hidden 0"
-        )
-    data, train = split.data, split.spots("train")
-    features, scale = freeze_features(recipe, split)
-    ridge, shrinkage = fit_ridge(split, features, train)
-    ridges.start_as_ridge(model, ridge, scale)
-    row.note(**shrinkage._asdict())
-    if recipe["GENE_WEIGHTS"] == "equal":
-        return None
-    explained = ridges.explain_genes(
-        features, data.target, train, data.spots, shrinkage, split.reported
-    )
-    return explained / explained.mean() if explained.any() else None
 
 
 # ------------------------------------------------------------------------------------------- ridges

@@ -14,7 +14,6 @@ PAPER = {
     "TRAINABLE_STAGES": -1,  # of the backbone's last ones; -1 = all, 0 = frozen
     "HEAD_START": "mean",  # the last layer: random, mean (0, bias at the training means) or ridge
     "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
-    "FREEZE_BATCHNORM": False,  # BatchNorm keeps the averages of ImageNet
     "STOCHASTIC_DEPTH": 0.0,  # chance that the last block is left out of a step; others less
     "CHANNELS": "rgb",  # bgr = blue is taken for red
     # how
@@ -24,8 +23,6 @@ PAPER = {
     "EPOCHS": 30,  # 0 = none: a ridge start is what is kept
     "LEARNING_RATE": 3e-4,  # Adam
     "SCHEDULE": "cosine",  # of the rates over the epochs: cosine (to zero) or constant
-    "HEAD_LEARNING_RATE": 0.0,  # of the head, with AdamW; 0 = LEARNING_RATE for all
-    "GENE_WEIGHTS": "equal",  # in the loss; predictable = by what the ridge predicts
     # what is kept of it
     "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
     "REFIT": False,  # then train again, on training + validation spots, up to that epoch
@@ -42,17 +39,11 @@ PUBLISHED = PAPER | {
 }
 # How it was chosen: docs/trust.md.
 BEST = PAPER | {
+    "HIDDEN": 0,
     "HEAD_START": "ridge",
     "POOL_STAGES": True,
-    "FREEZE_BATCHNORM": True,
-    "HEAD_LEARNING_RATE": 2e-5,
-    "GENE_WEIGHTS": "predictable",
-    "BEST_EPOCH": "heg",
+    "EPOCHS": 0,
     "REFIT": True,
-    "HIDDEN": 0,
-    "AUG": "stnet",
-    "EPOCHS": 5,
-    "LEARNING_RATE": 6e-5,
     "TTA": True,
 }
 RECIPES = {"paper": PAPER, "published": PUBLISHED, "best": BEST}
@@ -69,9 +60,7 @@ ALLOWED = {
     "WARP_BORDER": ("reflect", "black"),
     "WARP_ASPECT": ("fixed", "free"),
     "SCHEDULE": ("cosine", "constant"),
-    "GENE_WEIGHTS": ("equal", "predictable"),
     "BEST_EPOCH": ("mse", "heg"),
-    "HEAD_LEARNING_RATE": (0, 1),
     "DEVICE": ("auto", "cpu", "cuda"),
     "PRECISION": ("auto", "bf16", "fp16", "fp32"),
     "IMAGE_SIZE": (32, 4096),

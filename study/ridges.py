@@ -252,22 +252,6 @@ def reduce_rank(weight, xx, rank, leading):
     return directions @ (directions.T @ xx @ weight)
 
 
-def explain_genes(features, target, spots, table, shrinkage, leading):
-    """(G,) share of each gene's variance within slides that the ridge predicts out of fold."""
-    slides = table["tissue_index"].to_numpy()
-    features, _ = turn_to_span(features, spots, slides)
-    centred = Centred(features, target, spots, slides)
-    penalty = shrinkage.alpha * centred.mean_squared_length
-    total = sum((y**2).sum(0) for _, y in centred.parts(spots))
-    error = 0
-    for train, held_out in choose_folds(table.iloc[spots]):
-        ridge = solve_ridge(centred, spots[train], penalty, shrinkage.rank, leading)
-        for x, y in centred.parts(spots[held_out]):
-            error = error + ((x @ ridge.weight - y) ** 2).sum(0)
-    varies = total > 1e-12
-    return np.where(varies, 1 - error / np.where(varies, total, 1), 0).clip(0)
-
-
 def choose_folds(table):
     """[(spot numbers to fit, spot numbers held out)]: folds of spatial blocks of the spots of a
     table, with a margin; of single spots where the slides are too small for that.

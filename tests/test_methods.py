@@ -47,7 +47,7 @@ def changed_split(paper_split):
 def bleep_on(split, recipe):
     """(BLEEP's network before training, patches)."""
     row = rows.Row("BLEEP", recipe, split, None)
-    model, _ = methods.start_network(row)
+    model = methods.start_network(row)
     return load_script("25").build_bleep(model, row), row.place_patches()
 
 
@@ -222,8 +222,7 @@ def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split, m
     assert how["optimise"] is script.sgd_with_momentum
     recipe |= {"METHOD": "ST-Net, Adam"}
     how = how_trained(script, rows.Row("", recipe, paper_split, None), monkeypatch)
-    assert how["loss"] is common.LOSSES["mse"]
-    assert "optimise" not in how
+    assert not how.keys() & {"loss", "optimise"}
 
 
 def test_published_stnet_loss_and_optimiser():

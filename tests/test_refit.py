@@ -110,7 +110,7 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_
 
 @pytest.mark.parametrize("after, kept", [(1, "checkpoint.pt"), (3, "checkpoint_refit.pt")])
 def test_a_killed_training_goes_on_where_it_was(paper_split, tmp_path, monkeypatch, after, kept):
-    recipe = RECIPE | {"HEAD_START": "mean", "GENE_WEIGHTS": "equal", "BEST_EPOCH": "mse"}
+    recipe = RECIPE | {"HEAD_START": "mean"}
     recipe |= {"EPOCHS": 2}
     expected, _ = ask(network, recipe, paper_split, tmp_path / "whole")
     with monkeypatch.context() as patched:
