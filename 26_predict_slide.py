@@ -259,6 +259,11 @@ def check_metadata(path, metadata):
             raise InputError(
                 f"{path}: its training_slides are of another version: {TRAIN_AGAIN}"
             ) from None
+    if trained.evidence is not None:
+        try:
+            evidence.read_genes(trained.evidence, trained.genes)
+        except (KeyError, ValueError, TypeError):
+            raise InputError(f"{path}: its evidence is of another version: {TRAIN_AGAIN}") from None
     return trained
 
 

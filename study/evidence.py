@@ -130,18 +130,22 @@ def describe_validation(split, predicted):
 
 
 # ------------------------------------------------------------------------------------ another slide
+COLUMNS = ["r", "low", "high", "p", "q", "r_k7", "r_k19"]  # of judge_genes, beside believe
 MEANS = {"r": "single spots", "r_k7": "means over 7 spots", "r_k19": "means over 19 spots"}
 
 
 def read_genes(described, genes):
     """The table of judge_genes, its lines named by `genes`, of what describe_validation gave; None
-    of weights that hold none.
+    of weights that hold none. KeyError, ValueError or TypeError where another version gave it.
     """
-    if not described or "genes" not in described:
+    if described is None:
+        return None
+    if "claim" not in described:
+        raise KeyError("claim")
+    if "genes" not in described:
         return None
     table = pd.DataFrame(described["genes"], genes)
-    believe = table.pop("believe")
-    return table.astype(np.float64).assign(believe=believe)
+    return table[COLUMNS].astype(np.float64).assign(believe=table["believe"].astype(bool))
 
 
 def choose_scale(judged, candidates):

@@ -449,6 +449,11 @@ SPOILT = {
     "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
+    "no evidence": (lambda m, s: m.update(evidence="{}"), ["evidence is of another version"]),
+    "other evidence": (
+        lambda m, s: m.update(evidence='{"claim": "", "genes": {"r": [0.3]}}'),
+        ["evidence is of another version", "train it again"],
+    ),
     "no recipe": (lambda m, s: m.update(recipe="[]"), ["recipe", "train it again"]),
     "half a recipe": (
         lambda m, s: m.update(recipe='{"HIDDEN": 16}'),
