@@ -229,7 +229,7 @@ def rank_settings(rows):
     over the seeds. A setting whose r of HEG is undefined, or defined for fewer genes than
     another's, is left out.
     """
-    table = recording.select_records(runs.lines_of(rows), "oof", TARGET)
+    table = recording.select_lines(runs.lines_of(rows), "oof", TARGET)
     table = table.astype({"heg": float, "hvg": float})
     table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean()
     table = table.dropna(subset="heg")
@@ -246,8 +246,8 @@ def describe_folds(trained, joined):
     """{setting: {column: text}}: mean±sd over the folds of HEG's and HVG's r, against the
     target.
     """
-    folds = recording.select_records(runs.lines_of(trained), "valid", TARGET)
-    lines = recording.select_records(runs.lines_of(joined), "oof", TARGET)
+    folds = recording.select_lines(runs.lines_of(trained), "valid", TARGET)
+    lines = recording.select_lines(runs.lines_of(joined), "oof", TARGET)
     columns = {}
     for setting, group in lines.groupby("setting"):
         of_setting = folds[folds["setting"] == setting]
@@ -262,7 +262,7 @@ def describe_folds(trained, joined):
 
 def draw_figure(path, title, rows):
     """Out-of-fold HEG r of the grid, against the target."""
-    table = recording.select_records(runs.lines_of(rows), "oof", TARGET).astype({"heg": float})
+    table = recording.select_lines(runs.lines_of(rows), "oof", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
     hiddens = choose_hiddens()
     values = np.array([[grid[name_setting(k, h)] for h in hiddens] for k in STAGES])

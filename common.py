@@ -42,7 +42,7 @@ from study import shell, weight_files
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
-FORMAT = 4  # of script 19's files, records and weights; raised when one of them changes
+FORMAT = 4  # of script 19's files, rows and weights; raised when one of them changes
 RESULTS = 6  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
@@ -504,7 +504,7 @@ def draw_augmentation(n, aug, generator, aspect="fixed"):
 
 
 def describe_augmentation(aug):
-    """[all that the draws of an augmentation follow from], for what a record was made with."""
+    """[all that the draws of an augmentation follow from], for what a row is made with."""
     return [*asdict(AUGMENTATIONS[aug]).values(), SHIFT, *SCALE, ROTATION, STRENGTH]
 
 

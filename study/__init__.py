@@ -1,1 +1,1 @@
-"""A run of a script: its constants, splits, methods, records, tables and report."""
+"""A run of a script: its constants, splits, methods, rows, tables and report."""

@@ -301,20 +301,20 @@ def add_scores(row, sets):
 
 
 # -------------------------------------------------------------------------------------------- table
-def describe_sets(records, names, out):
-    """[{column: text}], a line a setting and set, of these records of one role and truth: for each
+def describe_sets(lines, names, out):
+    """[{column: text}], a line a setting and set, of these lines of one role and truth: for each
     of the sets `names` and for HEG, HVG and MG mean r of the genes, its interval and its share of
     the ceiling, and r of the score.
     """
-    lines = []
-    for setting, group in records.groupby("setting", sort=False):
+    table = []
+    for setting, group in lines.groupby("setting", sort=False):
         intervals = find_mean_intervals(group, names, out)
         for name in (*GROUPS, *names):
             key = PREFIX + name if name in names else name.lower()
             column = key + ("" if name in names else recording.headline_of(group).ending)
             if not group[f"{key}_n"].any():
                 continue
-            lines.append(
+            table.append(
                 {
                     "setting": setting,
                     "set": name,
@@ -328,39 +328,39 @@ def describe_sets(records, names, out):
                     "its [95 %]": intervals.get(f"{key}_score", "-"),
                 }
             )
-    return lines
+    return table
 
 
-def mean_of_units(records, column):
+def mean_of_units(lines, column):
     """A column's mean of each slide, or of each training where there is one slide, as the table of
     scores has it.
     """
-    headline = recording.headline_of(records)
-    units = headline.unit if records[headline.unit].nunique() > 1 else ["seed", "fold"]
-    return records.astype({column: float}).groupby(units)[column].mean()
+    headline = recording.headline_of(lines)
+    units = headline.unit if lines[headline.unit].nunique() > 1 else ["seed", "fold"]
+    return lines.astype({column: float}).groupby(units)[column].mean()
 
 
-def find_mean_intervals(records, names, out):
+def find_mean_intervals(lines, names, out):
     """{key of a set or group, or <key>_score: text of the interval of its mean over slides} of a
-    setting's records; {} of spots that are not tested on, or against another truth.
+    setting's lines; {} of spots that are not tested on, or against another truth.
     """
-    headline = recording.headline_of(records)
-    if (records["split"] != "test").any() or (records["truth"] != headline.truth).any():
+    headline = recording.headline_of(lines)
+    if (lines["split"] != "test").any() or (lines["truth"] != headline.truth).any():
         return {}
     groups = [group.lower() for group in GROUPS]
     sets = [PREFIX + name for name in names]
     columns = [*sets, *(f"{key}_score" for key in [*groups, *sets])]
     influence, places = recording.join_columns(
-        records, out, INFLUENCE, dict(zip(columns, columns, strict=True))
+        lines, out, INFLUENCE, dict(zip(columns, columns, strict=True))
     )
-    of_groups, same_places = recording.join_influence(records, out)
+    of_groups, same_places = recording.join_influence(lines, out)
     assert places.equals(same_places)
     influence = influence.join(of_groups[groups])
     errors, freedoms = recording.measure_errors(influence, places)
     texts = {}
     for key, error, freedom in zip(influence, errors, freedoms, strict=True):
         column = f"{key}{headline.ending}" if key in groups else key
-        value = records.groupby(headline.unit)[column].mean().mean()
+        value = lines.groupby(headline.unit)[column].mean().mean()
         interval = common.find_interval(value, error, freedom)
         texts[key] = printing.format_interval(*interval or (np.nan, np.nan))
     return texts

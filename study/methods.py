@@ -179,7 +179,7 @@ def order_by_fold_file(split):
 
 
 def name_network(backbone):
-    """What a record of a network is called: the backbone that was trained."""
+    """What a row of a network is called: the backbone that was trained."""
     return "EfficientNet-B0" if backbone == "efficientnet_b0" else backbone
 
 

@@ -84,12 +84,12 @@ def format_share(r, ceiling):
     return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
 
 
-def format_group(records, group, size):
+def format_group(lines, group, size):
     """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
-    mean = records[group].mean()
+    mean = lines[group].mean()
     if np.isnan(mean):
         return "-"
-    n_genes = int(records[f"{group}_n"].min())
+    n_genes = int(lines[f"{group}_n"].min())
     return f"{mean:.3f}/{n_genes}" if n_genes < size else f"{mean:.3f}"
 
 
@@ -135,12 +135,12 @@ def describe_hest(lines, interval, n_genes):
     return columns | describe_counts(lines)
 
 
-def describe_counts(records):
+def describe_counts(lines):
     """{column: text} of one setting's mean numbers of genes that are told from chance, which test
     spots have, and of the optimiser's steps, which what learns by epochs has.
     """
-    steps = records.get("steps", pd.Series(dtype=float))
-    return {"q<.05": format_count(records["n_genes_q05"]), "steps": format_count(steps, "{:,.0f}")}
+    steps = lines.get("steps", pd.Series(dtype=float))
+    return {"q<.05": format_count(lines["n_genes_q05"]), "steps": format_count(steps, "{:,.0f}")}
 
 
 def format_count(counts, form="{:.0f}"):
@@ -173,28 +173,28 @@ def describe_differences(table, settings, headline=recipes.HEG):
     return justify_left(pd.Series(texts, name=name))
 
 
-def describe_scored(records):
+def describe_scored(lines):
     """Which spots and which truth a table of scores is about."""
-    slides = records["slide"].unique()
+    slides = lines["slide"].unique()
     roles = {"test": "test slide", "oof": "out of fold, slide", "valid": "validation, slide"}
     truths = {
         "lognorm": "log-normalised counts",
         "harmony": "Harmony's values",
         "log1p": "log1p of raw counts",
     }
-    first = records.drop_duplicates(["slide", "fold"])
+    first = lines.drop_duplicates(["slide", "fold"])
     n_spots = first.groupby("slide")["n_spots"].max().sum()
-    n_trainings = len(records.drop_duplicates(["seed", "fold"]))
+    n_trainings = len(lines.drop_duplicates(["seed", "fold"]))
     slides = ",".join(slides)
-    role = roles[records["split"].iloc[0]] + ("s" if "," in slides else "")
+    role = roles[lines["split"].iloc[0]] + ("s" if "," in slides else "")
     where = f"{role} {slides} ({n_spots} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
-    return f"{where}, {truths[records['truth'].iloc[0]]}, {trainings}"
+    return f"{where}, {truths[lines['truth'].iloc[0]]}, {trainings}"
 
 
-def describe_freedom(records):
-    """How many independent places the intervals of these records rest on, as a test slide has."""
-    freedoms = records["interval_df"].dropna() if "interval_df" in records else []
+def describe_freedom(lines):
+    """How many independent places the intervals of these lines rest on, as a test slide has."""
+    freedoms = lines["interval_df"].dropna() if "interval_df" in lines else []
     if not len(freedoms):
         return ""
     low, high = round(min(freedoms)), round(max(freedoms))
@@ -206,7 +206,7 @@ def describe_freedom(records):
 def print_published(root):
     """Print five columns of the published numbers beside a data root, if there are any.
 
-    Returns the whole table for the report, {caption: records}.
+    Returns the whole table for the report, {caption: lines}.
     """
     path = root / "published_results.csv"
     if not path.is_file():

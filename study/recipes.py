@@ -99,19 +99,19 @@ class Headline:
     """The number by which a protocol compares settings."""
 
     name: str  # head of its column
-    truth: str  # of the records that hold it
+    truth: str  # of the lines that hold it
     group: str  # of the genes
-    ending: str  # of the columns <group><ending> of records and draws
-    unit: str  # column of the records: their mean within it, then over it
+    ending: str  # of the columns <group><ending> of lines and draws
+    unit: str  # column of the lines: their mean within it, then over it
 
     @property
     def column(self):
-        """The column of the records that holds it."""
+        """The column of the lines that holds it."""
         return f"{self.group.lower()}{self.ending}"
 
     @property
     def ceiling(self):
-        """The column of the records that holds its ceiling."""
+        """The column of the lines that holds its ceiling."""
         return f"{self.group.lower()}_ceiling"
 
 

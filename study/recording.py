@@ -17,7 +17,7 @@ from study import conformal, recipes, scales, shell, splitting
 SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
 
 
-# ------------------------------------------------------------------------------------------ records
+# ------------------------------------------------------------------------------------------- rows
 def name_folder(setting, made_with):
     """<setting>-<hash of what it was made with>, in letters that every file system takes."""
     content = json.dumps([setting, made_with], sort_keys=True)
@@ -48,7 +48,7 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     """Score a setting's prediction and write its folder."""
     data = split.data
     scored = split.scored()
-    records, per_gene, influence = score_split(setting, recipe, split, predicted, more)
+    lines, per_gene, influence = score_split(setting, recipe, split, predicted, more)
     roles = pd.DataFrame({"id": data.spots["id"], "role": split.roles, "fold": split.fold})
     obs = data.spots.iloc[scored].set_index("id").assign(role=split.roles[scored])
     table = anndata.AnnData(predicted, obs, per_gene.set_index("gene"))
@@ -62,7 +62,7 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     with shell.whole_file(folder / "predictions.h5ad") as path:
         table.write_h5ad(path)
     shell.save_json(folder / "recipe.json", made_with)
-    shell.save_json(folder / "rows.json", records)
+    shell.save_json(folder / "rows.json", lines)
 
 
 def read_prediction(folder):
@@ -76,7 +76,7 @@ def read_prediction(folder):
 
 
 def score_split(setting, recipe, split, predicted, more):
-    """([a record a role and truth], per-gene table, influence of the test spots) of the prediction
+    """([a line a role and truth], per-gene table, influence of the test spots) of the prediction
     of split.scored().
     """
     data = split.data
@@ -87,7 +87,7 @@ def score_split(setting, recipe, split, predicted, more):
     usual = {
         truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
     }
-    records, influence = [], place_spots(data.spots.iloc[split.spots("test")])
+    lines, influence = [], place_spots(data.spots.iloc[split.spots("test")])
     per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
     for role, (truth, values) in itertools.product(roles, truths.items()):
         at = split.roles[scored] == role
@@ -100,25 +100,25 @@ def score_split(setting, recipe, split, predicted, more):
             half_widths = conformal.find_half_widths(split, predicted, values)
             genes = genes.assign(**conformal.measure_coverage(x, y, half_widths))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
-        record = {"setting": setting, "split": role}
-        record["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
-        record |= {"fold": split.fold, "seed": split.seed}
-        record |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
-        record["recipe"] = recipe.get("RECIPE")
-        record["refit"] = bool(splitting.is_refitted(recipe, split))
-        record |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
-        record |= summarise_genes(genes, split.members)
-        record["spot_r"] = common.correlate_spots(x, y, usual[truth])
-        record |= scales.describe_scales(x, y, spots, data.genes, split.members)
+        line = {"setting": setting, "split": role}
+        line["slide"] = ",".join(map(str, np.unique(spots["tissue_index"])))
+        line |= {"fold": split.fold, "seed": split.seed}
+        line |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
+        line["recipe"] = recipe.get("RECIPE")
+        line["refit"] = bool(splitting.is_refitted(recipe, split))
+        line |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
+        line |= summarise_genes(genes, split.members)
+        line["spot_r"] = common.correlate_spots(x, y, usual[truth])
+        line |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
             moved = common.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
                 pooled = common.find_influence(x, y, spots, data.genes, split.members, pooled=True)
                 moved = moved.join(pooled.add_suffix("_pooled"))
-            record |= describe_intervals(record, moved, influence)
+            line |= describe_intervals(line, moved, influence)
             influence = influence.join(moved.add_prefix(f"{truth}_"))
-        records.append({name: shell.none_for_nan(value) for name, value in record.items()})
-    return records, per_gene.reset_index(), influence
+        lines.append({name: shell.none_for_nan(value) for name, value in line.items()})
+    return lines, per_gene.reset_index(), influence
 
 
 PLACE = ["tissue_index", "column", "row"]  # of influence.csv: where a spot lies, in pitches
@@ -136,14 +136,14 @@ def part_places(places):
     return places[PLACE[0]].to_numpy(), places[PLACE[1:]].to_numpy(np.float64)
 
 
-def describe_intervals(record, influence, places):
-    """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a record, by the influence
+def describe_intervals(line, influence, places):
+    """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a line, by the influence
     (n, k) of its test spots at `places`.
     """
     errors, freedoms = measure_errors(influence, places)
     found = {}
     for key, error, freedom in zip(influence, errors, freedoms, strict=True):
-        value = np.nan if record[key] is None else record[key]
+        value = np.nan if line[key] is None else line[key]
         found[f"{key}_ci"] = common.find_interval(value, error, freedom)
     return found | {"interval_df": freedoms[0]}
 
@@ -183,8 +183,8 @@ def score_genes(data, predicted, truth, spots, ceilings):
 
 
 def summarise_genes(genes, members):
-    """A record's means over the genes that have an r, by group; <group>_n is how many have one."""
-    record = {
+    """A line's means over the genes that have an r, by group; <group>_n is how many have one."""
+    line = {
         "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
         "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
         "mse": genes["mse"].mean(),
@@ -196,27 +196,27 @@ def summarise_genes(genes, members):
     for key, group in members.items():
         inside = defined.index.isin(group)
         mean = defined[inside].mean()
-        record |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
-        record[f"{key}_pooled"] = mean["r_pooled"]
-        record |= {f"{key}_{name}": mean[name] for name in averaged}
+        line |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
+        line[f"{key}_pooled"] = mean["r_pooled"]
+        line |= {f"{key}_{name}": mean[name] for name in averaged}
     order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
-    record["r_against_moran"] = order["moran"]
-    record["r_against_mean"] = order["mean"]
-    return record
+    line["r_against_moran"] = order["moran"]
+    line["r_against_mean"] = order["mean"]
+    return line
 
 
 # -------------------------------------------------------------------------------------- differences
-def headline_of(records):
-    """The recipes.Headline of these records, dicts or a table, all of one protocol."""
-    protocols = pd.DataFrame(records)["protocol"]
+def headline_of(lines):
+    """The recipes.Headline of these lines, dicts or a table, all of one protocol."""
+    protocols = pd.DataFrame(lines)["protocol"]
     return recipes.headline_of(next(iter(protocols), None))
 
 
-def select_records(records, role="test", truth=None):
-    """Table of the records of this role and truth, by default the headline's, in the order of the
+def select_lines(lines, role="test", truth=None):
+    """Table of the lines of this role and truth, by default the headline's, in the order of the
     trainings.
     """
-    table = pd.DataFrame(records)
+    table = pd.DataFrame(lines)
     truth = truth or headline_of(table).truth
     chosen = (table["split"] == role) & (table["truth"] == truth)
     table = table[chosen].copy()
@@ -225,23 +225,23 @@ def select_records(records, role="test", truth=None):
     return table
 
 
-def join_influence(records, out):
+def join_influence(lines, out):
     """(table (n, 4) heg, hvg, mg, all of the influence of every test spot on a setting's mean over
     its test slides, or over the folds of HEST-Benchmark; their table PLACE).
 
     Of several trainings on one of them a spot's influence is the mean.
     """
-    headline = headline_of(records)
+    headline = headline_of(lines)
     keys = [group.lower() for group in (*GROUPS, "all")]
     columns = {f"{headline.truth}_{key}{headline.ending}": key for key in keys}
-    return join_columns(records, out, "influence.csv", columns)
+    return join_columns(lines, out, "influence.csv", columns)
 
 
-def join_columns(records, out, name, columns):
+def join_columns(lines, out, name, columns):
     """As join_influence, of the `columns` {column: what to call it} of the file `name` in each of
-    the records' folders.
+    the lines' folders.
     """
-    units = records.groupby(headline_of(records).unit)["folder"]
+    units = lines.groupby(headline_of(lines).unit)["folder"]
     parts = []
     for _, folders in units:
         for folder in folders:
@@ -253,14 +253,14 @@ def join_columns(records, out, name, columns):
     return joined[keys], joined[PLACE]
 
 
-def find_mean_interval(records, out, group):
+def find_mean_interval(lines, out, group):
     """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
     undefined.
     """
-    headline = headline_of(records)
-    influence, places = join_influence(records, out)
+    headline = headline_of(lines)
+    influence, places = join_influence(lines, out)
     (error,), (freedom,) = measure_errors(influence[[group]], places)
-    value = records.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
+    value = lines.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
     return common.find_interval(value, error, freedom), freedom
 
 
@@ -274,15 +274,15 @@ def find_headline_interval(lines, out):
     return interval or [np.nan, np.nan]
 
 
-def pair_differences(records, out, minus):
+def pair_differences(lines, out, minus):
     """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
     against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).
 
     NaN where r is not defined for equally many genes.
     """
-    table = select_records(records).sort_values(["seed", "fold"])
-    ending = headline_of(records).ending
-    lines = []
+    table = select_lines(lines).sort_values(["seed", "fold"])
+    ending = headline_of(lines).ending
+    differences = []
     for setting, other in minus.items():
         ones = table[table["setting"] == setting].reset_index()
         others = table[table["setting"] == other].reset_index()
@@ -290,13 +290,13 @@ def pair_differences(records, out, minus):
         errors, freedoms = measure_errors(influence - join_influence(others, out)[0], places)
         for place, group in enumerate((*GROUPS, "all")):
             key = group.lower()
-            line = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
-            line |= {"difference": np.nan, "low": np.nan, "high": np.nan}
+            pair = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
+            pair |= {"difference": np.nan, "low": np.nan, "high": np.nan}
             same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
             if same_genes and ones[f"{key}_n"].all():
-                line["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
-                interval = common.find_interval(line["difference"], errors[place], freedoms[place])
-                line["low"], line["high"] = interval or (np.nan, np.nan)
-            lines.append(line)
+                pair["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
+                interval = common.find_interval(pair["difference"], errors[place], freedoms[place])
+                pair["low"], pair["high"] = interval or (np.nan, np.nan)
+            differences.append(pair)
     columns = ["setting", "minus", "group", "n", "difference", "low", "high"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.DataFrame(differences, columns=columns)

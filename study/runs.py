@@ -173,7 +173,7 @@ class Run:
 
     def tested(self):
         """Table of the lines of all rows on test slides, against the headline's truth."""
-        return recording.select_records(lines_of(self.rows))
+        return recording.select_lines(lines_of(self.rows))
 
     def find(self, setting, split):
         """The row of a setting that learnt from this split."""
@@ -214,25 +214,25 @@ class Run:
         pair_differences with `minus` {setting: another} is saved, and its headline shown.
         `columns` {setting: {name: text}} are shown as well, and others are to `leave_out`.
         """
-        records = lines_of(self.rows if rows is None else rows)
-        chosen = recording.select_records(records, role, truth)
+        lines = lines_of(self.rows if rows is None else rows)
+        chosen = recording.select_lines(lines, role, truth)
         sizes = printing.group_sizes(self.splits[0])
         headline = recording.headline_of(chosen)
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
-        lines = []
+        table = []
         for setting, group in chosen.groupby("setting", sort=False):
             line = {"setting": printing.cut_middle(setting, 30)}
             interval = recording.find_headline_interval(group, self.out)
             line |= printing.describe_scores(group, interval, sizes, len(self.data.genes))
             for name in leave_out:
                 line.pop(name, None)
-            lines.append(line | (columns[setting] if columns else {}))
-        table = pd.DataFrame(lines)
+            table.append(line | (columns[setting] if columns else {}))
+        table = pd.DataFrame(table)
         shown = [printing.justify_left(table.pop("setting")), table]
         differences = None
         if minus:
-            differences = recording.pair_differences(records, self.out, minus)
+            differences = recording.pair_differences(lines, self.out, minus)
             shell.save_csv(self.out / "paired_differences.csv", differences)
             settings = chosen["setting"].unique()
             shown.append(printing.describe_differences(differences, settings, headline))
@@ -240,9 +240,9 @@ class Run:
         title = f"{title}: {scored} ({self.data.root})"
         printing.print_table(self.title(title), pd.concat(shown, axis=1))
         if self.sets.members and not RANK:
-            lines = gene_sets.describe_sets(chosen, self.sets.members, self.out)
-            gene_sets.print_sets(self.title(f"gene sets: {scored} ({self.data.root})"), lines)
-            self.set_tables[f"Gene sets, {scored}"] = lines
+            scores = gene_sets.describe_sets(chosen, self.sets.members, self.out)
+            gene_sets.print_sets(self.title(f"gene sets: {scored} ({self.data.root})"), scores)
+            self.set_tables[f"Gene sets, {scored}"] = scores
         return differences
 
     def finish(self, tables=None):

@@ -89,9 +89,9 @@ def correlate_components(predicted, truth):
     return r
 
 
-# ----------------------------------------------------------------------------------------- records
+# ----------------------------------------------------------------------------------------- lines
 def describe_scales(predicted, truth, spots, genes, members):
-    """{<group>_k7, <group>_k19, component_1_r, ...: r} for a record of the prediction and the truth
+    """{<group>_k7, <group>_k19, component_1_r, ...: r} for a line of the prediction and the truth
     (n, G) of the table `spots`; <group>_k7 is the mean over the genes of `members` that have one.
     """
     slides = spots["tissue_index"].to_numpy()

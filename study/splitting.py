@@ -76,7 +76,7 @@ class Split:
         return float(pd.Series(r, self.data.genes)[self.members["heg"]].mean())
 
     def made_with(self, recipe):
-        """{name: value} of all that a record of this split follows from."""
+        """{name: value} of all that a row of this split follows from."""
         # Where it lies, and what the hash of the roles below stands for, takes no part.
         elsewhere = ("OUT", "QUICK", "DATA_ROOT", "SEEDS", "ONLY", "COMPARE_TARGETS", "GENE_SETS")
         elsewhere += ("TRAIN_SLIDES", "TEST_SLIDE", "VALID_FRACTION")

@@ -390,7 +390,7 @@ def test_the_interval_of_two_seeds_is_of_their_mean(paper_split, tmp_path):
     run = start(paper_split, tmp_path, members)
     second = dataclasses.replace(paper_split, seed=43)
     run.fill(run.row("noisy", second), predict_with_noise)
-    records = recording.select_records(runs.lines_of(run.rows))
+    records = recording.select_lines(runs.lines_of(run.rows))
     parts = [pd.read_csv(row.folder / "set_influence.csv") for row in run.rows]
     mean = (parts[0] + parts[1]) / 2
     place = mean[["tissue_index", "column", "row"]]

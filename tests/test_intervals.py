@@ -184,7 +184,7 @@ def test_a_paired_difference_is_narrower_than_either_interval(written):
         r[record["setting"]].append(record["heg"])
     assert line["difference"] == pytest.approx(np.mean(r["b"]) - np.mean(r["a"]))
     assert line["low"] < line["difference"] < line["high"]
-    table = recording.select_records(records)
+    table = recording.select_lines(records)
     (low, high), freedom = recording.find_mean_interval(table[table["setting"] == "a"], out, "heg")
     assert high - low > 2 * (line["high"] - line["low"])
     assert 3 < freedom < 144
