@@ -5,8 +5,8 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
            folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
            covered with a grid; MATRIX, or the counts in outs/
-Writes     <OUT>/predictions.h5ad, predictions.csv, maps.png, report.html; correlations.csv if the
-           slide has counts
+Writes     <OUT>/predictions.h5ad, predictions.csv, predictions.geojson (for QuPath), maps.png,
+           report.html; correlations.csv if the slide has counts
 Prints     how the slide is read; mean r of HEG, HVG, MG and all genes in validation, and on this
            slide if it has counts; the same of the genes drawn
 Command    python 26_predict_slide.py --run runs/20_train_effb0_sota_split8020/HER2ST_data
@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, readers, space_ranger
-from study import printing, runs, shell
+from study import exports, printing, runs, shell
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -401,7 +401,7 @@ def report(slide, table, genes, trained, out):
     heg = groups["r in validation"][0]
     if np.isnan(heg) or heg < LEAST_R:
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
-    files = "predictions.h5ad and .csv, maps.png, report.html"
+    files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
     tables["Trained with"] = made_with
@@ -439,6 +439,9 @@ def main():
         table.write_h5ad(path)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
+    shown = exports.choose_measurements(table.to_df(), genes, trained.groups, table.var["valid_r"])
+    diameter = SPOT / slide.um_per_px
+    exports.write_geojson(out / "predictions.geojson", table.obsm["spatial"], diameter, shown)
     report(slide, table, genes, trained, out)
 
 

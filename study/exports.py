@@ -1,0 +1,61 @@
+"""Predictions as other programs read them: GeoJSON for QuPath."""
+
+import json
+
+import numpy as np
+
+from study import shell
+from study.shell import InputError
+
+MOST_MEASUREMENTS = 50  # a spot; QuPath shows them as a list
+CORNERS = 32  # of the polygon that stands for a round spot
+
+
+def write_geojson(path, centres, diameter, table):
+    """Write a detection a spot, as QuPath 0.4 and later read them (File > Import objects).
+
+    `centres` (n, 2) are x and y in px of the full-resolution image and `diameter` is in px; `table`
+    has a line a spot, whose index names it, and a column a measurement, MOST_MEASUREMENTS at most.
+    A measurement that is not finite is left out of its spot, since JSON has no NaN. QuPath keeps
+    round shapes as polygons in GeoJSON
+    (https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html); measurements
+    are an object {name: number} since 0.4 (qupath-core, QuPathTypeAdapters). InputError for too
+    many measurements.
+    """
+    if table.shape[1] > MOST_MEASUREMENTS:
+        raise InputError(
+            f"{path}: {table.shape[1]} measurements a spot; expected {MOST_MEASUREMENTS} at most"
+        )
+    if len(centres) != len(table):
+        raise InputError(f"{path}: {len(centres)} centres for {len(table)} spots")
+    angles = np.linspace(0, 2 * np.pi, CORNERS + 1)
+    circle = diameter / 2 * np.column_stack([np.cos(angles), np.sin(angles)])
+    circle[-1] = circle[0]  # A ring ends where it begins (RFC 7946).
+    features = []
+    for name, centre, values in zip(table.index, centres, table.to_numpy(float), strict=True):
+        features.append(describe_spot(str(name), centre + circle, table.columns, values))
+    collection = {"type": "FeatureCollection", "features": features}
+    with shell.whole_file(path) as partial:
+        partial.write_text(json.dumps(collection, allow_nan=False), encoding="utf-8")
+
+
+def describe_spot(name, ring, columns, values):
+    """A spot as a GeoJSON feature: its ring (corners, 2) in px and its measurements."""
+    measured = {
+        str(column): round(float(value), 6)
+        for column, value in zip(columns, values, strict=True)
+        if np.isfinite(value)
+    }
+    properties = {"objectType": "detection", "name": name, "measurements": measured}
+    geometry = {"type": "Polygon", "coordinates": [ring.round(2).tolist()]}
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+def choose_measurements(predicted, drawn, groups, valid_r):
+    """The columns of `predicted` (a table spots x genes) for write_geojson: the genes `drawn`, then
+    those of the gene `groups` {name: genes} HEG and HVG, best in validation first.
+    """
+    candidates = {*groups.get("heg", []), *groups.get("hvg", [])} & {*predicted.columns}
+    order = valid_r.reindex(sorted(candidates)).sort_values(ascending=False, kind="stable")
+    chosen = list(dict.fromkeys([*drawn, *order.index]))
+    return predicted[chosen[:MOST_MEASUREMENTS]]
