@@ -290,12 +290,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    scales = {
-        "tissue_hires_scalef": 1 / thumbnail.step,
-        "spot_diameter_fullres": SPOT / slide.um_per_px,
-    }
-    images = {"hires": thumbnail.pixels()}
-    shown = {"images": images, "scalefactors": scales, "metadata": {}}
+    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, SPOT / slide.um_per_px)
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)

@@ -1,4 +1,4 @@
-"""Predictions as other programs read them: GeoJSON for QuPath."""
+"""Slides as other programs read them: GeoJSON for QuPath, uns["spatial"] for scanpy and squidpy."""
 
 import json
 
@@ -37,6 +37,21 @@ def write_geojson(path, centres, diameter, table):
     collection = {"type": "FeatureCollection", "features": features}
     with shell.whole_file(path) as partial:
         partial.write_text(json.dumps(collection, allow_nan=False), encoding="utf-8")
+
+
+def name_library(name):
+    """A slide's name as a key of uns, in which HDF5 takes a slash for a group."""
+    return name.replace("/", "_")
+
+
+def describe_library(image, step, diameter):
+    """What uns["spatial"] holds of a slide for scanpy.pl.spatial and squidpy.pl.spatial_scatter.
+
+    Its `image` (h, w, 3) uint8, of which a px is `step` px of the slide, and the spots' diameter in
+    px of the slide.
+    """
+    scales = {"tissue_hires_scalef": 1 / step, "spot_diameter_fullres": float(diameter)}
+    return {"images": {"hires": image}, "scalefactors": scales, "metadata": {}}
 
 
 def describe_spot(name, ring, columns, values):

@@ -1,10 +1,14 @@
 """Predictions as other programs read them."""
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy
+from matplotlib import pyplot
+from test_files import edit_manifest, make_dataset, make_slides
 
 from study import exports
 from study.shell import InputError
@@ -59,3 +63,46 @@ def test_drawn_genes_come_first_and_then_the_best_in_validation():
     groups = {"heg": [*table.columns[:40]], "hvg": [*table.columns[30:70]], "mg": ["GENE79"]}
     chosen = [*exports.choose_measurements(table, ["GENE75", "GENE3"], groups, valid_r)]
     assert chosen == ["GENE75", "GENE3", *[f"GENE{number}" for number in range(69, 21, -1)]]
+
+
+def test_scanpy_draws_counts_h5ad_without_options(tmp_path):
+    """Each slide by itself: its image, its spots on it and as wide as they are."""
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, name=["S1", "S/2"])
+    _, table, _ = make_dataset(tmp_path)
+    assert [*table.uns["spatial"]] == ["S1", "S_2"]
+    names = table.obs["tissue_index"].map({1: "S1", 2: "S_2"})
+    assert (table.obs["library_id"] == names).all()
+    for name in ("S1", "S_2"):
+        part = table[table.obs["library_id"] == name].copy()
+        part.uns["spatial"] = {name: table.uns["spatial"][name]}
+        check_drawn(part)
+    part = table[table.obs["library_id"] == "S_2"]  # as docs/running.md says
+    with warnings.catch_warnings(action="ignore"):
+        (axes,) = scanpy.pl.spatial(part, library_id="S_2", color="HAL", show=False)
+    image = table.uns["spatial"]["S_2"]["images"]["hires"]
+    assert np.array_equal(axes.images[0].get_array(), image)
+    pyplot.close(axes.figure)
+
+
+def check_drawn(table):
+    """scanpy, and squidpy where it is there, draw an AnnData of one slide without options."""
+    (facts,) = table.uns["spatial"].values()
+    high, wide, _ = facts["images"]["hires"].shape
+    places = table.obsm["spatial"] * facts["scalefactors"]["tissue_hires_scalef"]
+    assert (places > 0).all() and (places < [wide, high]).all()
+    with warnings.catch_warnings(action="ignore"):  # of its deprecation
+        (axes,) = scanpy.pl.spatial(table, color=table.var_names[0], show=False)
+    assert axes.images and np.array_equal(axes.images[0].get_array(), facts["images"]["hires"])
+    drawn = [spot.get_extents() for spot in axes.collections[0].get_paths()]
+    middles = [(box.x0 + box.width / 2, box.y0 + box.height / 2) for box in drawn]
+    assert np.allclose(sorted(middles), sorted(map(tuple, places)), atol=0.01)  # by value there
+    width = facts["scalefactors"]["spot_diameter_fullres"]
+    width *= facts["scalefactors"]["tissue_hires_scalef"]
+    assert np.allclose([box.width for box in drawn], width, rtol=0.02)
+    pyplot.close(axes.figure)
+    try:
+        import squidpy
+    except ImportError:
+        return
+    squidpy.pl.spatial_scatter(table, color=table.var_names[0])
