@@ -5,8 +5,9 @@ Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it
 Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, lognorm.npy and, with
            Harmony or log1p, target.npy (N, G) float32 (what is learnt), dataset.csv (the same as a
            table), counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the
-           counting-noise ceiling and Moran's I of each gene; colour statistics of the patches),
-           meta.json, contact_sheet.png, thumbnail_<slide>.png
+           counting-noise ceiling and Moran's I of each gene; colour statistics of the patches;
+           thumbnails, as scanpy and squidpy draw them), meta.json, contact_sheet.png,
+           thumbnail_<slide>.png
 Prints     per slide: spots, image and how it is read, patches over its border; panel and target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
@@ -48,7 +49,7 @@ import common
 from common import PATCH_SIZE
 from slides import hest, imaging, inputs, readers, space_ranger
 from slides.cutting import check_pixels, cut_spots
-from study import splitting
+from study import exports, splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
 
@@ -86,6 +87,7 @@ WRITTEN = (
     "meta.json",
 )
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
+SPOT_WIDTH = 0.55  # of the pitch, as Visium's spots are drawn
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
 LOST_GENES = 20  # genes of a panel that a warning names at most
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
@@ -654,7 +656,25 @@ def write_expression(root, out, tables, manifest):
     annotations = anndata.AnnData(obs=obs, var=var)
     annotations.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     annotations.obsm["colour"] = common.colour_statistics(patches)
+    annotations.uns["spatial"] = describe_libraries(out, manifest, obs)
+    names = {slide.tissue_index: exports.name_library(slide.name) for slide in manifest}
+    annotations.obs["library_id"] = obs["tissue_index"].map(names).to_numpy()
     write_counts(out / "counts.h5ad", annotations, tables)
+
+
+def describe_libraries(out, manifest, obs):
+    """uns["spatial"] of counts.h5ad: exports.describe_library of the slides with a thumbnail."""
+    libraries = {}
+    for slide in manifest:
+        path = out / f"thumbnail_{slide.tissue_index}.png"
+        if path.is_file():
+            pitch = obs["pitch"][obs["tissue_index"] == slide.tissue_index].iloc[0]
+            with Image.open(path) as image:
+                pixels = np.asarray(image)
+            step = imaging.thumbnail_step(slide)
+            name = exports.name_library(slide.name)
+            libraries[name] = exports.describe_library(pixels, step, SPOT_WIDTH * pitch)
+    return libraries
 
 
 def write_lognorm(root, path, tables, panel):

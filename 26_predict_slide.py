@@ -8,8 +8,8 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            embeddings, whose patches are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
-           validation says of a gene), predictions.csv, maps.png, report.html; correlations.csv if
-           the slide has counts
+           validation says of a gene), predictions.csv, predictions.geojson (for QuPath), maps.png,
+           report.html; correlations.csv if the slide has counts
 Prints     how many genes pass in validation, and what it can claim; how the slide is read, and how
            far it is from the training slides; mean r of HEG, HVG, MG and all genes in validation,
            and on this slide if it has counts; the same of the genes drawn
@@ -53,6 +53,7 @@ from study import (
     conformal,
     embeddings,
     evidence,
+    exports,
     gene_sets,
     printing,
     runs,
@@ -478,12 +479,17 @@ def add_evidence(table, trained, genes):
         table.var = table.var.join(judged.rename(columns=names))
 
 
+def floor_of(trained):
+    """The least value that measured expression can have."""
+    return -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+
+
 def save_predictions(path, table, trained):
     """Write the AnnData with the intervals' ends as layers: low and high of 80 %, low_95, high_95.
 
     They are made one at a time, since together they would take four times a prediction's memory.
     """
-    floor = -np.inf if trained.recipe["TARGET"] == "harmony" else 0
+    floor = floor_of(trained)
     with shell.whole_file(path) as partial:
         table.write_h5ad(partial)
         with h5py.File(partial, "r+") as file:
@@ -510,12 +516,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    factors = {
-        "tissue_hires_scalef": 1 / thumbnail.step,
-        "spot_diameter_fullres": SPOT / slide.um_per_px,
-    }
-    images = {"hires": thumbnail.pixels()}
-    shown = {"images": images, "scalefactors": factors, "metadata": {}}
+    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, SPOT / slide.um_per_px)
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -716,7 +717,7 @@ def report(slide, table, genes, scored, trained, out):
     heg = groups["r in validation"][0]
     if np.isnan(heg) or heg < LEAST_R:
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
-    files = "predictions.h5ad and .csv, maps.png, report.html"
+    files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
     if judged is not None:
@@ -770,6 +771,10 @@ def main():
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
+    measurements = exports.choose_measurements(table, genes, floor_of(trained))
+    diameter = SPOT / slide.um_per_px
+    path = out / "predictions.geojson"
+    exports.write_geojson(path, table.obsm["spatial"], diameter, measurements)
     report(slide, table, genes, scored, trained, out)
 
 

@@ -535,14 +535,17 @@ def explain(error):
     """What outside this program an exception comes from: a full disk, a quota or limit that is
     used up, a process that ended; else None.
     """
-    first = error  # torch and HDF5 raise others on top of the disk's own
-    while first.__context__ is not None:
-        first = first.__context__
+    chain = [error]  # torch, HDF5 and Pillow raise others before or after the disk's own
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    for raised in reversed(chain):
+        if isinstance(raised, OSError):
+            for number, reason in LIMITS.items():
+                # HDF5 gives no number.
+                if number == raised.errno or os.strerror(number) in str(raised):
+                    return reason
+    first = chain[-1]
     message = str(first)
-    if isinstance(first, OSError):
-        for number, reason in LIMITS.items():
-            if number == first.errno or os.strerror(number) in message:  # HDF5 gives no number.
-                return reason
     if isinstance(first, MemoryError) or any(words in message for words in NO_MEMORY):
         return f"{LIMITS[errno.ENOMEM].removesuffix(' and')} ({message or 'MemoryError'}) and"
     distributed = sys.modules.get("torch.distributed")  # If it is not loaded, it raised nothing.

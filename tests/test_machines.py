@@ -4,6 +4,7 @@ others than torchrun, systems that cannot reserve disk space.
 
 import errno
 import fcntl
+import io
 import mmap
 import os
 import re
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, flags_of, run_script
+from PIL import Image
 from test_interruptions import SCRIPTS, start
 from test_patches import make_root
 
@@ -432,3 +434,26 @@ def test_a_busy_process_is_counted():
 def test_where_the_load_is_not_told_nobody_is_busy(monkeypatch):
     monkeypatch.setattr(shell.Path, "read_text", lambda path: "0.1 0.2")
     assert shell.count_busy() == 0
+
+
+def test_a_disk_that_fills_while_a_picture_is_written_is_told(tmp_path):
+    """Pillow raises an error of its own first, and the disk's while it handles that."""
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(Full(), format="png")
+    assert "no space left" in shell.explain(caught.value)
+    try:
+        try:
+            raise AttributeError("'_idat' object has no attribute 'fileno'")
+        except AttributeError:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: B904
+    except OSError as error:
+        assert "no space left" in shell.explain(error)
+    assert shell.explain(AttributeError("another")) is None

@@ -1,0 +1,92 @@
+"""Slides as other programs read them: GeoJSON for QuPath, uns["spatial"] for scanpy and squidpy."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from study import shell
+from study.shell import InputError
+
+MOST_MEASUREMENTS = 50  # a spot; QuPath shows them as a list
+CORNERS = 32  # of the polygon that stands for a round spot
+
+
+def write_geojson(path, centres, diameter, table):
+    """Write a detection a spot, as QuPath 0.4 and later read them (File > Import objects).
+
+    `centres` (n, 2) are x and y in px of the full-resolution image and `diameter` is in px; `table`
+    has a line a spot, whose index names it, and a column a measurement, MOST_MEASUREMENTS at most.
+    A measurement that is not finite is left out of its spot, since JSON has no NaN. QuPath keeps
+    round shapes as polygons in GeoJSON
+    (https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html); measurements
+    are an object {name: number} since 0.4 (qupath-core, QuPathTypeAdapters). InputError for too
+    many measurements.
+    """
+    if table.shape[1] > MOST_MEASUREMENTS:
+        raise InputError(
+            f"{path}: {table.shape[1]} measurements a spot; expected {MOST_MEASUREMENTS} at most"
+        )
+    if len(centres) != len(table):
+        raise InputError(f"{path}: {len(centres)} centres for {len(table)} spots")
+    angles = np.linspace(0, 2 * np.pi, CORNERS + 1)
+    circle = diameter / 2 * np.column_stack([np.cos(angles), np.sin(angles)])
+    circle[-1] = circle[0]  # A ring ends where it begins (RFC 7946).
+    features = []
+    for name, centre, values in zip(table.index, centres, table.to_numpy(float), strict=True):
+        features.append(describe_spot(str(name), centre + circle, table.columns, values))
+    collection = {"type": "FeatureCollection", "features": features}
+    with shell.whole_file(path) as partial:
+        partial.write_text(json.dumps(collection, allow_nan=False), encoding="utf-8")
+
+
+def name_library(name):
+    """A slide's name as a key of uns, in which HDF5 takes a slash for a group."""
+    return name.replace("/", "_")
+
+
+def describe_library(image, step, diameter):
+    """What uns["spatial"] holds of a slide for scanpy.pl.spatial and squidpy.pl.spatial_scatter.
+
+    Its `image` (h, w, 3) uint8, of which a px is `step` px of the slide, and the spots' diameter in
+    px of the slide.
+    """
+    scales = {"tissue_hires_scalef": 1 / step, "spot_diameter_fullres": float(diameter)}
+    return {"images": {"hires": image}, "scalefactors": scales, "metadata": {}}
+
+
+def describe_spot(name, ring, columns, values):
+    """A spot as a GeoJSON feature: its ring (corners, 2) in px and its measurements."""
+    measured = {
+        str(column): round(float(value), 6)
+        for column, value in zip(columns, values, strict=True)
+        if np.isfinite(value)
+    }
+    properties = {"objectType": "detection", "name": name, "measurements": measured}
+    geometry = {"type": "Polygon", "coordinates": [ring.round(2).tolist()]}
+    return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+
+def choose_measurements(table, drawn, floor):
+    """Table of the measurements of write_geojson, of 26's AnnData: the distance, the scores of gene
+    sets, then genes with their intervals of 80 %, none of which ends below `floor`: those `drawn`
+    and those that pass in validation, or are of HEG and HVG where that is not known, best first.
+    """
+    columns = {}
+    if "distance" in table.obs:
+        columns["distance"] = table.obs["distance"].to_numpy()
+    for name in table.obs.filter(regex="^set_(?!.*_measured$)"):
+        columns[name] = table.obs[name].to_numpy()
+    passes = table.var["believe"] if "believe" in table.var else table.var["heg"] | table.var["hvg"]
+    best = table.var["valid_r"][passes].sort_values(ascending=False, kind="stable").index
+    for gene in dict.fromkeys([*drawn, *best]):
+        values = table.X[:, table.var_names.get_loc(gene)]
+        found = {gene: values}
+        half = table.var["half_width_80"][gene] if "half_width_80" in table.var else np.nan
+        if np.isfinite(half):
+            found[f"{gene} low"] = np.maximum(values - half, floor)
+            found[f"{gene} high"] = values + half
+        if len(columns) + len(found) > MOST_MEASUREMENTS:
+            break
+        columns |= found
+    return pd.DataFrame(columns, table.obs_names)
