@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
