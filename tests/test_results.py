@@ -28,7 +28,7 @@ def table_above(name):
 def test_a_table_says_what_its_rows_say(path):
     rows = pd.read_csv(path)
     lines = table_above(path.name)
-    assert len(lines) > 10
+    assert lines
     for method, steps, heg, of_ceiling, hvg, *_ in lines:
         for short, name in SHORT.items():
             method = method.replace(short, name)
