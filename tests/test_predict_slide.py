@@ -640,7 +640,8 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     check_one_line(capsys, ["none.tif", "no such file"])
     assert notes.read_text() == "mine"
     assert inside.read_bytes() == pixels
-    made = {"predictions.h5ad", "predictions.csv", "maps.png", "run.json", ".lock"}
+    made = {"predictions.h5ad", "predictions.csv", "predictions.geojson"}
+    made |= {"maps.png", "run.json", ".lock"}
     assert {path.name for path in out.iterdir()} == made | {"slide", "B.tif"}, "patches do not stay"
 
 
