@@ -18,7 +18,7 @@ TIFF, so files come by sample.
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)
 
 

@@ -24,7 +24,7 @@ a time. How slides are read is in slides/readers.py, their pixels in imaging.py.
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("PANEL", "FROM_HEST"), manifest=True)
 
 

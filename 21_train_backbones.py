@@ -9,7 +9,7 @@ Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table with parameters, speed and memory
 Command    python 21_train_backbones.py --data-root GSE240429_data
 Override   python 21_train_backbones.py --data-root HER2ST_data --test-slide 4 --only resnet18
-           python 21_train_backbones.py --quick      (three small backbones: no evidence)
+           python 21_train_backbones.py --quick      (a smoke test, not a result)
 Time       --quick: 80 s, slides included; HER2ST, README's small budget: 23 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's comparison, which left ResNet frozen; the row "resnet50 frozen" shows what
@@ -18,7 +18,7 @@ Source     the paper's comparison, which left ResNet frozen; the row "resnet50 f
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 

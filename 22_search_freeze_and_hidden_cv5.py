@@ -9,14 +9,14 @@ Prints     header, the table of out-of-fold r with mean and sd over the folds, t
            the test slide
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
-           python 22_search_freeze_and_hidden_cv5.py --quick      (small grid: no evidence)
+           python 22_search_freeze_and_hidden_cv5.py --quick      (a smoke test, not a result)
 Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network
 
 The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen
-on its validation spots, so out-of-fold r flatters a little, every setting alike.) The chosen one is
-trained once on all training spots, up to the epoch that was best over the folds. A frozen stage
+on its validation spots, so out-of-fold r is a little optimistic for every setting.) The chosen one
+is trained once on all training spots, up to the epoch that was best over the folds. A frozen stage
 keeps its BatchNorm, parameters and statistics alike; with all of them frozen, features are computed
 once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, one of which a spot
 draws in each epoch.
@@ -24,7 +24,7 @@ draws in each epoch.
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 

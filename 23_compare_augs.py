@@ -8,7 +8,7 @@ Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table of mean r and sd over the seeds with differences to MPA
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --seeds 42,43
-           python 23_compare_augs.py --quick      (one seed on simulated slides: no evidence)
+           python 23_compare_augs.py --quick      (a smoke test, not a result)
 Time       --quick: 85 s, slides included; HER2ST, README's small budget: 20 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color is what its
@@ -21,7 +21,7 @@ Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 

@@ -10,7 +10,7 @@ Prints     header, the grid of weights with its cluster scores, the table of r w
            differences
 Command    python 24_cluster_id.py --data-root GSE240429_data
 Override   python 24_cluster_id.py --data-root HER2ST_data --test-slide 4 --features ""
-           python 24_cluster_id.py --quick      (small budget: no evidence)
+           python 24_cluster_id.py --quick      (a smoke test, not a result)
 Time       --quick: 85 s, slides included; HER2ST, README's small budget: 14 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's cluster-id experiment
@@ -24,7 +24,7 @@ never looked at. The shuffled ids are the same ids in another order within each 
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 

@@ -7,7 +7,7 @@ Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv
 Prints     header, the table with parameters, minutes, variance ratio and gain over BLEEP
 Command    python 25_compare_prior_methods.py --data-root GSE240429_data
 Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLEEP
-           python 25_compare_prior_methods.py --quick      (small budget: no evidence)
+           python 25_compare_prior_methods.py --quick      (a smoke test, not a result)
            python 25_compare_prior_methods.py --data-root IDC --protocol hest --target log1p
            python 25_compare_prior_methods.py --features embeddings      (a folder a model)
 Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
@@ -25,7 +25,7 @@ control uses what no image model may: the test spots' own depth, or expression m
 
 from study import recipes, shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 

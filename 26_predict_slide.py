@@ -27,7 +27,7 @@ Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,4
 
 from study import shell
 
-if __name__ == "__main__":  # Mistakes are told before the imports, which take long.
+if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES", "GENE_SETS"))
 
 

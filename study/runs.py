@@ -116,7 +116,7 @@ class Run:
         """
         note = ""
         if self.recipe["QUICK"] and not self.name.startswith("20"):
-            note = "quick budget, no evidence: "
+            note = "smoke test, not a result: "
         return f"{self.data.label}{note}{text}"
 
     def chosen(self, settings):

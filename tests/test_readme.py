@@ -182,7 +182,7 @@ def check_first_look(script, stdout, rows):
     evidence.
     """
     if not script.startswith("20"):
-        assert "SIMULATED slides: quick budget, no evidence: " in stdout
+        assert "SIMULATED slides: smoke test, not a result: " in stdout
         assert rows["setting"].nunique() == N_SETTINGS[script[:2]]
         assert rows["heg"].notna().all() or script.startswith("25"), "the training mean has no r"
         return
