@@ -393,7 +393,7 @@ def check_one_line(capsys, words):
         (["--epoch", "3", "--nonsense"], ["--epoch", "--nonsense", "--help"]),
         (["--nonsense", "3"], ["--nonsense", "--help"]),
         (["--epochs", "three"], ["--epochs", "invalid int value: 'three'"]),
-        (["--epochs", "0"], ["--epochs 0", "from 1"]),
+        (["--epochs", "0"], ["--epochs 0", "needs --head-start ridge"]),
         (["--epochs"], ["--epochs"]),
         (["--batch-size", "1"], ["--batch-size 1", "from 2"]),
         (["--target", "raw"], ["--target raw", "harmony, lognorm"]),

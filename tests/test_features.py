@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import run_script, stdout_of
+from conftest import ask, run_script, stdout_of
 from test_weights import SMALL, pretend
 
 import common
@@ -222,9 +222,9 @@ def test_what_a_killed_process_left_is_removed_and_what_one_writes_now_is_not(tm
 
 def test_ridges_on_kept_features_are_those_on_computed_ones(paper_split, data, recipe):
     split = dataclasses.replace(paper_split, data=data)
-    computed, _ = methods.ridge_on_features(recipe, split, None)
+    computed, _ = ask(methods.ridge_on_features, recipe, split)
     features.encode_patches.cache_clear()
-    read, _ = methods.ridge_on_features(recipe, split, None)
+    read, _ = ask(methods.ridge_on_features, recipe, split)
     np.testing.assert_array_equal(computed, read)
     assert len(list_kept(data)) == 1
 

@@ -368,7 +368,7 @@ def test_help_loads_no_package(number):
         ("19", ["--um-per-px", "99"], "--um-per-px 99.0: expected a number from 0 to 20"),
         ("19", ["--panel", "nowhere.csv"], "--panel nowhere.csv: no such file or folder"),
         ("19", ["--from-hest", "nowhere"], "--from-hest nowhere: no such file or folder"),
-        ("20", ["--epochs", "0"], "--epochs 0: expected a number from 1 to 1000000"),
+        ("20", ["--epochs", "-1"], "--epochs -1: expected a number from 0 to 1000000"),
         ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
         ("22", ["--folds", "1"], "--folds 1: expected a number from 2 to 1000000"),
         ("25", ["--micro-batch", "2"], "--micro-batch 2: expected a number from 3 to 999"),
@@ -390,9 +390,8 @@ def test_where_script_19_writes_slides_csv_it_need_not_be_there(monkeypatch, tmp
     shell.check_command(COMMANDS["19"], files=("FROM_HEST",), manifest=True)
 
 
-@pytest.mark.parametrize("number", ["17", "27"])
-def test_scripts_that_need_no_torch_do_not_load_it(number):
-    code = f"import sys, runpy; runpy.run_path({str(COMMANDS[number])!r}); print(*sys.modules)"
+def test_script_17_does_not_load_torch():
+    code = f"import sys, runpy; runpy.run_path({str(COMMANDS['17'])!r}); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

@@ -329,7 +329,7 @@ def test_simulated_slides_are_named(trained):
 
 
 FILES = """per_gene.csv split.csv genes.csv recipe.json history.csv predictions.h5ad
-weights.safetensors influence.csv rows.json"""
+weights.safetensors influence.csv rows.json set_scores.json set_influence.csv"""
 
 
 def test_the_folder_of_a_row_is_complete(trained):
