@@ -43,6 +43,7 @@ import numpy as np
 import pandas as pd
 import safetensors
 import torch
+from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 import common
@@ -83,7 +84,7 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # What a recipe must say of a network, and of a ridge on embeddings.
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
-SPOT = 55.0  # um, the diameter that is drawn
+SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
@@ -516,7 +517,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, SPOT / slide.um_per_px)
+    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, diameter_of(table))
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -596,57 +597,83 @@ def join_drawn(table, genes, scored):
 
 
 def draw_maps(path, table, genes, title):
-    """Rows of H&E and three genes' predicted expression; its means over neighbourhoods, where they
-    hold better, and what was measured, below.
+    """Rows of three genes' predicted expression; its means over neighbourhoods, where they hold
+    better, and what was measured, below. The column before them has the H&E and the distance.
     """
     ((name, slide),) = table.uns["spatial"].items()
-    image, scale = slide["images"]["hires"], slide["scalefactors"]["tissue_hires_scalef"]
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds if kind]
     lines = lines or [((), "predicted")]
     if len(lines) == 1 and "distance" in table.obs:
         lines.append(((), "predicted"))  # room for the distance
-    height = 2.9 * image.shape[0] / image.shape[1] + 0.4  # inches a row
+    (left, right), (top, bottom) = view_of(table)
+    height = 2.9 * min(1.6, max(0.4, (bottom - top) / (right - left))) + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
-    diameter = slide["scalefactors"]["spot_diameter_fullres"] * scale  # px of the thumbnail
-    points = 0.9 * diameter * 2.6 * 72 / image.shape[1]  # on axes of about 2.6 inches
     rows = figure.subplots(len(lines), 4, squeeze=False)
     for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
         for ax in axes:
             ax.set_axis_off()
-        shows_distance = number == 1 and "distance" in table.obs
-        axes[0].imshow(image, alpha=0.25 if shows_distance else 1)
-        axes[0].set_title(name, size=9)
-        if shows_distance:
-            draw_distance(axes[0], table, scale, max(points**2, 0.5))
+        if number == 0:
+            show_tissue(axes[0], table, slide, alpha=1)
+            axes[0].set_title(name, size=9)
+        if number == 1 and "distance" in table.obs:
+            show_tissue(axes[0], table, slide, alpha=0.25)
+            draw_distance(axes[0], table)
         for ax, gene in zip(axes[1:], three, strict=False):
-            ax.imshow(image, alpha=0.25)
-            draw_map(ax, table, gene, kind, scale, max(points**2, 0.5))
+            show_tissue(ax, table, slide, alpha=0.25)
+            draw_map(ax, table, gene, kind)
     figure.suptitle(title)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
-def draw_distance(ax, table, scale, size):
+def diameter_of(table):
+    """A spot's diameter, in px of the slide."""
+    return SPOT * table.obs["pitch"].iloc[0]
+
+
+def view_of(table):
+    """((left, right), (top, bottom)) of the part of the slide that holds the spots, in px."""
+    margin = table.obs["pitch"].iloc[0]
+    low = table.obsm["spatial"].min(0) - margin
+    high = table.obsm["spatial"].max(0) + margin
+    return tuple(zip(low, high, strict=True))
+
+
+def show_tissue(ax, table, slide, alpha):
+    """The H&E around the spots, in px of the slide."""
+    image = slide["images"]["hires"]
+    height, width = np.array(image.shape[:2]) / slide["scalefactors"]["tissue_hires_scalef"]
+    ax.imshow(image, extent=(0, width, height, 0), alpha=alpha)
+    (left, right), (top, bottom) = view_of(table)
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+
+
+def draw_spots(ax, table, values, **colours):
+    """Values (n,) of the spots, in circles of their size, with a colour bar."""
+    sizes = [diameter_of(table)], [diameter_of(table)], [0]
+    places = {"offsets": table.obsm["spatial"], "offset_transform": ax.transData}
+    spots = EllipseCollection(*sizes, units="x", array=values, linewidths=0, **places, **colours)
+    ax.add_collection(spots)
+    return spots
+
+
+def draw_distance(ax, table):
     """How far each spot's patch is from the training slides; as draw_map."""
-    x, y = (table.obsm["spatial"] * scale).T
-    limits = {"vmin": 0, "vmax": 2 * similarity.ALARM}
-    points = ax.scatter(x, y, c=table.obs["distance"], s=size, linewidths=0, cmap="magma", **limits)
+    points = draw_spots(ax, table, table.obs["distance"], cmap="magma")
+    points.set_clim(0, 2 * similarity.ALARM)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
     ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
 
 
-def draw_map(ax, table, gene, kind, scale, size):
-    """One gene's predicted or measured expression, or means of a scale of scales.RADII, in spots of
-    `size` pt^2 on a thumbnail.
-    """
+def draw_map(ax, table, gene, kind):
+    """One gene's predicted or measured expression, or means of a scale of scales.RADII."""
     values = table.layers["measured"] if kind == "measured" else table.X
-    x, y = (table.obsm["spatial"] * scale).T
     shown = values[:, table.var_names.get_loc(gene)]
     if kind in scales.RADII:
         places = common.places_in_pitches(table.obs).to_numpy(np.float64)
         shown = scales.average_neighbours(shown, places, kind)
-    points = ax.scatter(x, y, c=shown, s=size, linewidths=0)
+    points = draw_spots(ax, table, shown)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
     facts = table.var.loc[gene]
     if kind == "measured":
@@ -772,9 +799,8 @@ def main():
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
     measurements = exports.choose_measurements(table, genes, floor_of(trained))
-    diameter = SPOT / slide.um_per_px
     path = out / "predictions.geojson"
-    exports.write_geojson(path, table.obsm["spatial"], diameter, measurements)
+    exports.write_geojson(path, table.obsm["spatial"], diameter_of(table), measurements)
     report(slide, table, genes, scored, trained, out)
 
 

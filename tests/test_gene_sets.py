@@ -30,7 +30,7 @@ def shuffled_columns(text):
     "name, content",
     [
         ("sets.gmt", GMT.encode()),
-        ("sets.gmt.gz", gzip.compress(GMT.encode())),
+        ("sets.gmt.gz", gzip.compress(GMT.encode(), mtime=0)),
         ("sets.gmt", GMT.replace("\n", "\r\n").encode()),
         ("sets.gmt", GMT.replace("\n", "\r").encode()),
         ("sets.gmt", GMT.encode("utf-8-sig")),
@@ -47,7 +47,7 @@ def shuffled_columns(text):
         ("sets.csv", CSV.replace(",", " , ").encode()),
         ("sets.csv", CSV.replace("\nT", "\n\nT").encode()),
         ("sets.csv", shuffled_columns(CSV).encode()),
-        ("sets.csv.gz", gzip.compress(CSV.encode())),
+        ("sets.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
     ],
 )
 def test_a_file_of_sets_is_read_by_its_content(tmp_path, name, content):
@@ -69,7 +69,7 @@ BAD = {
     "a cell too few": (b"group,gene\nA,ALB\nA\n", ["line 3", "group, gene"]),
     "no group": (b"group,gene\nA,ALB\n,HAL\n", ["line 3", "group, gene"]),
     "a spreadsheet": (b"PK\x03\x04\x14\x00\x00\x00", ["no text"]),
-    "half a .gz": (gzip.compress(GMT.encode())[:-9], ["cannot be read as text"]),
+    "half a .gz": (gzip.compress(GMT.encode(), mtime=0)[:-9], ["cannot be read as text"]),
     "a column's name": (b"A\t-\tALB\nA_score\t-\tHAL\n", ["rename the set A_score"]),
 }
 
@@ -427,7 +427,8 @@ def test_maps_have_the_scores_of_sets(tmp_path):
     predicted = random.normal(size=(40, 9)).astype(np.float32)
     var = pd.DataFrame({"valid_r": np.linspace(0, 0.8, 9), "ceiling": 0.9}, names)
     var["valid_r_k7"] = var["valid_r"] + 0.1
-    table = anndata.AnnData(predicted, pd.DataFrame(index=[f"{i}" for i in range(40)]), var)
+    obs = pd.DataFrame({"pitch": 60.0}, [f"{i}" for i in range(40)])
+    table = anndata.AnnData(predicted, obs, var)
     table.layers["measured"] = (predicted + random.normal(size=(40, 9))).astype(np.float32)
     table.layers["measured"][:, 1] = np.nan  # of a gene that the slide lacks
     table.obsm["spatial"] = random.uniform(0, 500, (40, 2))
