@@ -309,7 +309,10 @@ def tell_evidence(trained):
     """Print what validation says of the genes, and what weights of an older version lack."""
     lacking = [text for name, text in LACKING.items() if getattr(trained, name) is None]
     if lacking:
-        print(f"weights     of an older version, without {', '.join(lacking)}: {TRAIN_AGAIN}")
+        print(
+            f"weights     of an older version, or of a fold of 22, without {', '.join(lacking)}: "
+            f"{TRAIN_AGAIN}"
+        )
     if trained.evidence is None:
         return
     lines = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)

@@ -84,11 +84,12 @@ SCALES = (
 )
 SHOWN_ELSEWHERE |= {column for column, _ in SCALES}
 ABOUT_SCORES = """HEG, HVG and MG are the most highly expressed, the most variable and the marker
-genes, all is the whole panel. [95 %] is an interval of HEG over blocks of spots. Of ceiling is HEG
-divided by the best r that counting noise allows."""
+genes, all is the whole panel. [95 %] is HEG's interval on other tissue like that of the slide. Of
+ceiling is HEG divided by the best r that counting noise allows. r>=.30 counts genes, q<.05 those
+that are told from chance, steps are the optimiser's."""
 ABOUT_HEST = """HEST r is the mean over the genes of Pearson's r over all test spots of a
-fold at once; its mean over the folds is what the benchmark's tables hold. [95 %] is an interval
-over blocks of spots, in slides the mean over the test slides of r on each. Of ceiling is HEST r
+fold at once; its mean over the folds is what the benchmark's tables hold. [95 %] is its
+interval, in slides the mean over the test slides of r on each. Of ceiling is HEST r
 divided by the best r that counting noise allows."""
 ABOUT_GENES = """Each per_gene.csv has a line a gene and columns that begin with split and truth
 (test_lognorm_: the test slide, against log-normalised counts), in which r and spearman are

@@ -211,9 +211,10 @@ def save_weights(path, model, split, made_with, predicted):
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
         "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
         "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
-        "evidence": evidence.describe_validation(split, predicted[valid]),
         **describe_trust(split, made_with, predicted),
     }
+    if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
+        metadata["evidence"] = evidence.describe_validation(split, predicted[valid])
     if isinstance(model, ridges.Ridge):
         state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
     else:
