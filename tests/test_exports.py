@@ -130,3 +130,13 @@ def check_drawn(table):
     except ImportError:
         return
     squidpy.pl.spatial_scatter(table, color=table.var_names[0])
+
+
+def test_spatialdata_takes_what_scanpy_draws():
+    spatialdata_io = pytest.importorskip("spatialdata_io", reason="spatialdata-io is not installed")
+    table = judged_slide()
+    table.obsm["spatial"] = np.float64([[10, 20], [30, 20]])
+    image = np.zeros((40, 40, 3), np.uint8)
+    table.uns["spatial"] = {"S1": exports.describe_library(image, step=1, diameter=5)}
+    converted = spatialdata_io.experimental.from_legacy_anndata(table)
+    assert len(converted.images) == 1 and len(converted.tables) == 1
