@@ -284,7 +284,7 @@ def compare_training(folder):
     fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=True, workers=os.cpu_count())
     plain = torch.optim.Adam(slow.parameters(), TRAINED_BY["LEARNING_RATE"])
-    optimiser, _ = common.choose_optimiser(fast, TRAINED_BY)
+    optimiser, _ = common.adam(fast, TRAINED_BY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss = common.LOSSES[TRAINED_BY["LOSS"]]
     step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)
