@@ -11,7 +11,7 @@ ROUNDS = 10  # of common.LAID, for genes that chance hardly reaches
 # What the r of validation spots can claim, by where they lie.
 CLAIMS = {
     "none": "no spot validated, so nothing is known of any gene",
-    "among": "validation spots lie among training spots of their slides: r flatters, and says "
+    "among": "validation spots lie among training spots of their slides: r is optimistic, and says "
     "nothing of another slide",
     "apart": "validation spots lie apart from training spots, but on the same slides: r says "
     "nothing of another slide",
