@@ -2,12 +2,14 @@
 
 import json
 import warnings
+from importlib.util import find_spec
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import tifffile
 from matplotlib import pyplot
 from test_files import edit_manifest, make_dataset, make_slides
 
@@ -125,18 +127,33 @@ def check_drawn(table):
     width *= facts["scalefactors"]["tissue_hires_scalef"]
     assert np.allclose([box.width for box in drawn], width, rtol=0.02)
     pyplot.close(axes.figure)
-    try:
-        import squidpy
-    except ImportError:
-        return
-    squidpy.pl.spatial_scatter(table, color=table.var_names[0])
+    if find_spec("squidpy"):
+        with warnings.catch_warnings(action="ignore"):  # of squidpy's own, from its import on
+            import squidpy
+
+            squidpy.pl.spatial_scatter(table, color=table.var_names[0])
+        pyplot.close("all")
 
 
 def test_spatialdata_takes_what_scanpy_draws():
-    spatialdata_io = pytest.importorskip("spatialdata_io", reason="spatialdata-io is not installed")
+    io = pytest.importorskip("spatialdata_io.experimental", reason="spatialdata-io not installed")
     table = judged_slide()
     table.obsm["spatial"] = np.float64([[10, 20], [30, 20]])
     image = np.zeros((40, 40, 3), np.uint8)
     table.uns["spatial"] = {"S1": exports.describe_library(image, step=1, diameter=5)}
-    converted = spatialdata_io.experimental.from_legacy_anndata(table)
+    converted = io.from_legacy_anndata(table)
     assert len(converted.images) == 1 and len(converted.tables) == 1
+
+
+def test_lazyslide_takes_the_spots_that_qupath_takes(tmp_path):
+    lazyslide = pytest.importorskip("lazyslide", reason="LazySlide is not installed")
+    tifffile.imwrite(tmp_path / "slide.tif", np.zeros((512, 512, 3), np.uint8), tile=(256, 256))
+    centres = np.array([[100.0, 200], [300, 50], [400, 400]])
+    exports.write_geojson(tmp_path / "spots.geojson", centres, 60, make_table())
+    slide = lazyslide.open_wsi(tmp_path / "slide.tif")
+    with warnings.catch_warnings(action="ignore"):  # geopandas's, of what LazySlide does
+        lazyslide.io.load_annotations(slide, tmp_path / "spots.geojson")
+    spots = slide.shapes["annotations"]
+    assert len(spots) == 3
+    middles = np.column_stack([spots.centroid.x, spots.centroid.y])
+    np.testing.assert_allclose(np.sort(middles, 0), np.sort(centres, 0), atol=0.01)
