@@ -19,7 +19,7 @@ Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lo
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. Counts are in memory one slide at
-a time. How slides are read is in slides/readers.py, their pixels in imaging.py.
+a time. Files are read in slides/: manifest, positions, counts, spots and, of pixels, imaging.
 """
 
 from study import shell
@@ -47,8 +47,18 @@ from scipy.spatial import cKDTree
 
 import common
 from common import PATCH_SIZE
-from slides import hest, imaging, inputs, readers, space_ranger
+from slides import hest, imaging, inputs, space_ranger
+from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import check_pixels, cut_spots
+from slides.manifest import (
+    describe_row,
+    list_files,
+    name_file,
+    read_manifest,
+    warn_of_magnifications,
+)
+from slides.positions import measure_pitch, place_spots
+from slides.spots import read_spots
 from study import exports, splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
@@ -121,7 +131,7 @@ def published_panel(root, tables, genes):
 
 
 def listed_by_all(genes):
-    """(G,) bool: the genes of readers.join_genes's table that every slide lists."""
+    """(G,) bool: the genes of join_genes's table that every slide lists."""
     return genes.filter(like="listed_").all(axis=1)
 
 
@@ -250,7 +260,7 @@ def read_harmony(slide, obs, published):
     The file holds the published genes x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
-    barcodes = readers.read_barcodes(readers.find_part(slide.matrix, "barcodes.tsv"))
+    barcodes = read_barcodes(find_part(slide.matrix, "barcodes.tsv"))
     expected = len(published), len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
@@ -614,8 +624,8 @@ class StoredSpots:
         return StoredSpots(self.path, table[table.obs_names.isin(ids)].copy())
 
     def take(self, genes):
-        """The same with these genes alone, as readers.take_genes."""
-        return StoredSpots(self.path, readers.take_genes(self.read(), genes))
+        """The same with these genes alone, as take_genes."""
+        return StoredSpots(self.path, take_genes(self.read(), genes))
 
 
 def write_expression(root, out, tables, manifest):
@@ -625,7 +635,7 @@ def write_expression(root, out, tables, manifest):
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_patches(patches, obs.index)
-    genes = readers.join_genes(
+    genes = join_genes(
         (slide.tissue_index, table.read_features())
         for slide, table in zip(manifest, tables, strict=True)
     )
@@ -634,7 +644,7 @@ def write_expression(root, out, tables, manifest):
     for slide, stored in zip(manifest, tables, strict=True):
         table = stored.read()
         check_counts(seen, table)
-        check_counts(seen, readers.take_genes(table, shared))
+        check_counts(seen, take_genes(table, shared))
         # By the slide's own genes alone, so that no other slide changes them.
         chosen = table.var_names[find_variable_genes(table)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
@@ -743,13 +753,13 @@ def write_meta(root, out, manifest, target, over_border):
 def describe_slide(root, slide):
     """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files."""
     files = {}
-    for path in readers.list_files(slide):
-        files[readers.name_file(root, path)] = describe_file(path)
-    return readers.describe_row(root, slide) | {"files": files}
+    for path in list_files(slide):
+        files[name_file(root, path)] = describe_file(path)
+    return describe_row(root, slide) | {"files": files}
 
 
 def describe_file(path):
-    """Size and SHA-256 of a file, and the hash by which readers.check_sources compares it."""
+    """Size and SHA-256 of a file, and the hash by which check_sources compares it."""
     return {
         "bytes": path.stat().st_size,
         "sha256": shell.hash_file(path),
@@ -774,7 +784,7 @@ def check_slides(root, manifest):
         print()
         numbers = [slide.tissue_index for slide in manifest]
         features = [table.var for table in tables]
-        check_genes(root, readers.join_genes(zip(numbers, features, strict=True)))
+        check_genes(root, join_genes(zip(numbers, features, strict=True)))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(describe_size(sum(table.n_obs for table in tables)))
@@ -784,10 +794,10 @@ def check_slides(root, manifest):
 def check_slide(slide, named):
     """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots."""
     image = check_image(slide)
-    positions, _ = readers.place_spots(slide)
-    pitch = readers.measure_pitch(positions)
+    positions, _ = place_spots(slide)
+    pitch = measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    table = readers.read_spots(slide, positions, GENOME, named)
+    table = read_spots(slide, positions, GENOME, named)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
@@ -940,7 +950,7 @@ def main():
         images = split_paths("--images", IMAGES)
         space_ranger.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
-    manifest = readers.read_manifest(root)
+    manifest = read_manifest(root)
     if not CHECK:  # It writes nothing, and may look at what it cannot write to.
         shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
@@ -950,7 +960,7 @@ def main():
             "use two data roots"
         )
     if not UM_PER_PX:
-        readers.warn_of_magnifications(manifest)
+        warn_of_magnifications(manifest)
     if CHECK:
         check_slides(root, manifest)
         return
@@ -959,8 +969,8 @@ def main():
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
         tables, thumbnails, named = [], {}, read_named(root)
         for slide in manifest:
-            positions, thumbnails[slide.name] = readers.place_spots(slide)
-            table = readers.read_spots(slide, positions, GENOME, named)
+            positions, thumbnails[slide.name] = place_spots(slide)
+            table = read_spots(slide, positions, GENOME, named)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
             check_task(root, manifest, tables)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
-from slides import readers  # noqa: E402
+from slides.manifest import MANIFEST  # noqa: E402
 from study import recipes, rows, shell, splitting  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
@@ -190,7 +190,7 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
     scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
-    table = pd.DataFrame([row], columns=readers.MANIFEST)
+    table = pd.DataFrame([row], columns=MANIFEST)
     if (root / "slides.csv").exists():
         table = pd.concat([pd.read_csv(root / "slides.csv"), table])
     table.to_csv(root / "slides.csv", index=False)

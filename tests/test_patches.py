@@ -15,7 +15,9 @@ from conftest import NETWORK, SHARED, run_script, write_slide
 from PIL import Image
 
 import common
-from slides import imaging, readers
+from slides import imaging
+from slides.counts import join_genes, read_matrix
+from slides.positions import lay_blocks, measure_pitch, read_positions
 from study import shell
 
 HEIGHT, WIDTH = 700, 900
@@ -299,14 +301,14 @@ def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
 def test_blocks_are_squares_five_pitches_wide():
     rows, cols = (axis.ravel() for axis in np.mgrid[:12, :11])
     spots = pd.DataFrame({"pxl_row": rows * 80, "pxl_col": cols * 80})
-    pitch = readers.measure_pitch(spots)
-    blocks = readers.lay_blocks(spots, pitch, 7)
+    pitch = measure_pitch(spots)
+    blocks = lay_blocks(spots, pitch, 7)
     assert pitch == 80 and blocks[0] == "7:0:0" and blocks[-1] == "7:2:2" and len(set(blocks)) == 9
     assert pd.Series(blocks).value_counts().max() == 25
     alone = spots.iloc[:1]
-    assert readers.measure_pitch(alone) == 1.0, "a spot alone"
-    assert readers.lay_blocks(alone, 1.0, 7) == ["7:0:0"]
-    assert readers.measure_pitch(spots.iloc[[3, 3, 3]]) == 1.0, "three in one place"
+    assert measure_pitch(alone) == 1.0, "a spot alone"
+    assert lay_blocks(alone, 1.0, 7) == ["7:0:0"]
+    assert measure_pitch(spots.iloc[[3, 3, 3]]) == 1.0, "three in one place"
 
 
 def test_red_stays_red_from_slide_to_network(tmp_path):
@@ -353,14 +355,14 @@ def test_both_position_formats(tmp_path, header):
             "pxl_col_in_fullres",
         ]
         spots.to_csv(tmp_path / "positions1.csv", index=False)
-    table = readers.read_positions(tmp_path / "positions1.csv")
+    table = read_positions(tmp_path / "positions1.csv")
     assert list(table.columns) == common.POSITION_COLUMNS[1:] and len(table) == 7
     assert table.loc["A0-1"].tolist() == spots.iloc[0, 1:].tolist()
 
 
 def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
     make_root(tmp_path)
-    plain = readers.read_matrix(tmp_path / "matrix1")
+    plain = read_matrix(tmp_path / "matrix1")
     packed = tmp_path / "packed"
     packed.mkdir()
     for path in (tmp_path / "matrix1").iterdir():
@@ -382,10 +384,7 @@ def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
         )
         features["feature_type"] = np.array(["Gene Expression"] * plain.n_vars, "S")
         features["genome"] = np.array(["GRCh38"] * plain.n_vars, "S")
-    for other in (
-        readers.read_matrix(packed),
-        readers.read_matrix(tmp_path / "filtered_feature_bc_matrix.h5"),
-    ):
+    for other in (read_matrix(packed), read_matrix(tmp_path / "filtered_feature_bc_matrix.h5")):
         assert (
             other.obs_names.tolist() == plain.obs_names.tolist()
             and other.var_names.tolist() == plain.var_names.tolist()
@@ -506,7 +505,7 @@ def test_outputs_are_the_same_when_made_again(tmp_path):
 @pytest.mark.data
 @pytest.mark.skipif(not (SHARED / "gse240429").is_dir(), reason="shared/gse240429 is not there")
 def test_real_positions_and_features_are_read():
-    table = readers.read_positions(
+    table = read_positions(
         SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv"
     )
     barcodes = (
@@ -524,8 +523,8 @@ def test_symbols_do_not_depend_on_the_order_of_the_slides():
     """The first slide may have ids where symbols should be, and another one the symbols."""
     ids = ["ENSG2", "ENSG1"]
     features = {1: gene_table(ids, ids), 2: gene_table(ids, ["ALB", "HAL"])}
-    forth = readers.join_genes(features.items())
-    back = readers.join_genes(reversed(features.items()))
+    forth = join_genes(features.items())
+    back = join_genes(reversed(features.items()))
     assert forth.index.tolist() == back.index.tolist() == ["HAL", "ALB"]
     assert forth["gene_ids"].tolist() == ["ENSG1", "ENSG2"]
 
@@ -537,4 +536,4 @@ def test_slides_without_a_shared_gene_are_refused_by_name():
         7: gene_table(["B"], ["B"]),
     }
     with pytest.raises(shell.InputError, match="slide 7 shares no gene id"):
-        readers.join_genes(features.items())
+        join_genes(features.items())

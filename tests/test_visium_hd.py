@@ -16,7 +16,9 @@ from conftest import stdout_of, write_slide
 from PIL import Image
 from test_files import GENES, paint, refuse
 
-from slides import readers, space_ranger, visium_hd
+from slides import space_ranger, visium_hd
+from slides.positions import measure_pitch, read_positions
+from slides.spots import read_spots
 
 BIN_PX = 16  # of 8 um at 0.5 um/px
 ROWS, COLUMNS = 38, 45  # bins: five whole spots of 7 x 7 and three rows more, six and three columns
@@ -170,7 +172,7 @@ def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
     write_slide(tmp_path / "made", "no.tif", table, counts, GENES)
     (tmp_path / "made" / "matrix1").rename(binned / "filtered_feature_bc_matrix")
     slide, positions = space_ranger.read_space_ranger(outs, image, bin_um=112.0)
-    spots = readers.read_spots(slide, positions)
+    spots = read_spots(slide, positions)
     assert slide.um_per_px == 1.0 and set(spots.obs["pitch"]) == {7 * BIN_PX}
     whole = counts.sum(1).reshape(ROWS, COLUMNS)[7:14, :7]
     assert spots.obs.loc["1_s_112um_00001_00000-1", "n_counts"] == whole.sum()
@@ -182,7 +184,7 @@ def test_positions_may_be_a_parquet(tmp_path):
     write_parquet(path, table.astype({"in_tissue": bool}))
     text = tmp_path / "positions.csv"
     table.to_csv(text, index=False)
-    pd.testing.assert_frame_equal(readers.read_positions(path), readers.read_positions(text))
+    pd.testing.assert_frame_equal(read_positions(path), read_positions(text))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -255,7 +257,7 @@ def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, capsys, size
     refuse(capsys, tmp_path / "mine", words, from_spaceranger=outs, images=image)
     slide, positions = space_ranger.read_space_ranger(folder, image, bin_um=float(fit))
     assert slide.um_per_px == size / BIN_PX
-    assert readers.measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
+    assert measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
 
 
 @pytest.mark.parametrize("bin_um, fix", [(50.0, "give 48"), (4.0, "give 8")])
