@@ -27,41 +27,40 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
     them, or among all where none is named. To `use_patches`, the files of patches stand in
     place of the images, and the positions are scaled to them.
     """
-    path = root / "slides.csv"
     metadata = read_hest_metadata(folder)
-    samples = samples or list(metadata)
-    chosen = choose_hest_samples(folder, metadata, samples, filters)
-    made = [
-        read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
-        for number, sample in enumerate(chosen, 1)
-    ]
-    linked = [
-        space_ranger.name_links(slide, "positions_patches.csv" if use_patches else None)
-        for slide in made
-    ]
+    chosen = choose_hest_samples(folder, metadata, samples or list(metadata), filters)
+    slides = []
+    for number, sample in enumerate(chosen, 1):
+        row = metadata.get(sample, {})
+        slides.append(read_hest_sample(folder, number, sample, row, use_patches))
+    positions = [None] * len(slides)  # They are in the .h5ad, in px of the whole image.
     if use_patches:
-        linked = [replace(links, um_per_px=HEST_UM_PER_PX) for links in linked]
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    space_ranger.check_manifest_is_new(path, table, "--from-hest")
-    positions = [None] * len(made)  # They are in the .h5ad, in px of the whole image.
-    if use_patches:
-        for number, slide in enumerate(made):
+        for number, slide in enumerate(slides):
             scale = slide.um_per_px / HEST_UM_PER_PX
             positions[number] = space_ranger.scale_positions(read_positions(slide.matrix), scale)
-    place_slides(root, made, linked, positions)
+        slides = [replace(slide, um_per_px=HEST_UM_PER_PX) for slide in slides]
+    table = link_slides(root, slides, positions)
+    path = root / "slides.csv"
     shell.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
 
 
-def place_slides(root, made, linked, positions):
-    """Make the links of a data root to the files of slides, and the files of their positions, where
-    these are not None.
+def link_slides(root, slides, positions):
+    """Make links in a data root to the files of slides, and the files of their positions where
+    these are not None; returns the slides.csv that names them.
     """
-    for slide, links, places in zip(made, linked, positions, strict=True):
+    linked = []
+    for slide, places in zip(slides, positions, strict=True):
+        name = None if places is None else "positions_patches.csv"
+        linked.append(space_ranger.name_links(slide, name))
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
+    for slide, links, places in zip(slides, linked, positions, strict=True):
         space_ranger.place_link(root / links.image, slide.image)
         space_ranger.place_link(root / links.matrix, slide.matrix)
         if places is not None:
             shell.save_csv(root / links.positions, places.reset_index())
+    return table
 
 
 def read_hest_metadata(folder):
@@ -178,17 +177,13 @@ def write_task(root, folder):
     splits = read_splits(folder)
     genes = read_task_genes(folder)
     metadata = read_hest_metadata(folder)
-    made, linked = [], []
     rows = splits.drop_duplicates("sample_id").sort_values("sample_id").to_dict("records")
+    slides = []
     for number, row in enumerate(rows, 1):
-        slide = read_task_sample(folder, number, row, metadata)
-        made.append(slide)
-        linked.append(space_ranger.name_links(slide, "positions_patches.csv"))
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
-    positions = [read_task_positions(slide) for slide in made]  # Refused before a link is made.
-    place_slides(root, made, linked, positions)
-    numbers = {slide.name: slide.tissue_index for slide in made}
+        slides.append(read_task_sample(folder, number, row, metadata))
+    positions = [read_task_positions(slide) for slide in slides]  # Refused before a link is made.
+    table = link_slides(root, slides, positions)
+    numbers = {slide.name: slide.tissue_index for slide in slides}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
     shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
     shell.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])

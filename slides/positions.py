@@ -127,7 +127,7 @@ def check_places(path, table, texts):
     same = twins[(twins["pxl_row"] == row) & (twins["pxl_col"] == column)]["barcode"]
     raise InputError(
         f"{path}: the spots {same.iloc[0]} and {same.iloc[1]} lie on one pixel, pxl_row {row} and "
-        f"pxl_col {column}: mend the positions"
+        f"pxl_col {column}: fix the positions"
     )
 
 

@@ -129,11 +129,6 @@ def spoil_tile(root):
     (root / "slide.tif").write_bytes(damaged)
 
 
-def swap_out_of_the_image(spots):
-    rows, columns = spots["pxl_col"].tolist(), spots["pxl_row"].tolist()
-    return spots.assign(pxl_row=[WIDTH - 9, *rows[1:]], pxl_col=[9, *columns[1:]])
-
-
 LZW = {"photometric": "rgb", "tile": (128, 128), "compression": "lzw"}
 COLOURS = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
 DAMAGED_GZIP = gzip.compress(b"x" * 99)[:-12] + b"no" * 9
@@ -174,9 +169,6 @@ CASES = {
     "spot outside the image": (
         positioned(lambda spots: spots.assign(pxl_row=spots["pxl_row"] + HEIGHT)),
         ["slide.tif", "outside the image", f"{HEIGHT} x {WIDTH}"],
-    ),
-    "row and column swapped, out of the image": (
-        positioned(swap_out_of_the_image), ["slide.tif", "A0-1", "pxl_row and pxl_col swapped"],
     ),
     "barcode twice": (positioned(lambda spots: pd.concat([spots, spots[:1]])), ["positions1.csv", "A0-1", "twice"]),
     "positions with five columns": (positioned(lambda spots: spots.drop(columns="in_tissue")), ["positions1.csv", "5 columns"]),

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import load_script, run_script, stdout_of, write_slide
+from conftest import load_script, run_script, stdout_of, write_h5, write_slide
 from PIL import Image
 from test_bad_input import check_one_line
 from test_files import (
@@ -25,7 +25,6 @@ from test_files import (
     make_slides,
     paint,
     spot_array,
-    write_h5,
 )
 from test_hest import make_anndata, make_h5ad
 

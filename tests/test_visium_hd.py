@@ -5,14 +5,13 @@ takes as it takes Visium's; what does not fit together is refused in one line.
 import json
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import polars
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import stdout_of, write_slide
+from conftest import stdout_of, write_h5, write_slide
 from PIL import Image
 from test_files import GENES, paint, refuse
 
@@ -43,21 +42,6 @@ def make_bins():
     return pd.DataFrame(table), counts
 
 
-def write_matrix(path, barcodes, counts):
-    """A filtered_feature_bc_matrix.h5 of counts (bins, genes)."""
-    matrix = scipy.sparse.csr_matrix(counts)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("matrix")
-        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
-        group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape[::-1])
-        group["barcodes"] = np.array(list(barcodes), "S")
-        features = {"id": [f"ID{gene}" for gene in GENES], "name": GENES}
-        features["feature_type"] = ["Gene Expression"] * len(GENES)
-        features["genome"] = ["GRCh38"] * len(GENES)
-        for name, cells in features.items():
-            group[f"features/{name}"] = np.array(cells, "S")
-
-
 def write_parquet(path, table):
     polars.DataFrame({name: table[name].to_list() for name in table}).write_parquet(path)
 
@@ -70,7 +54,7 @@ def make_hd(folder):
     write_parquet(binned / "spatial" / "tissue_positions.parquet", table)
     tissue = table["in_tissue"] == 1
     matrix = binned / "filtered_feature_bc_matrix.h5"
-    write_matrix(matrix, table["barcode"][tissue], counts[tissue])
+    write_h5(matrix, counts[tissue], GENES, barcodes=table["barcode"][tissue])
     (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(SCALES))
     image = paint(1, 900, 960)
     small = Image.fromarray(image).resize((240, 225), Image.Resampling.BOX)
@@ -217,7 +201,7 @@ def leave_no_tissue(binned):
 def name_other_bins(binned):
     table, counts = make_bins()
     names = table["barcode"].str.replace("008um", "016um")
-    write_matrix(binned / "filtered_feature_bc_matrix.h5", names, counts)
+    write_h5(binned / "filtered_feature_bc_matrix.h5", counts, GENES, barcodes=names)
 
 
 def drop_bin_size(binned):
