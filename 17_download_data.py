@@ -29,7 +29,6 @@ import http.client
 import json
 import re
 import shutil
-import struct
 import time
 import urllib.error
 import urllib.parse
@@ -40,9 +39,9 @@ from pathlib import Path
 import pandas as pd
 import scipy.io
 import scipy.sparse
-import tifffile
 from tqdm import tqdm
 
+from slides.imaging import open_image
 from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
@@ -68,15 +67,6 @@ HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
 ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
 CHUNK = 1 << 20  # bytes that are read at once
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
-DAMAGED_TIFF = (
-    tifffile.TiffFileError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ZeroDivisionError,
-    struct.error,
-    OSError,
-)
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -136,25 +126,21 @@ def read_listing(url):
 
 def parse_listing(text, url):
     """Entries of GitHub's contents API (JSON) or of a web server's index page (GEO: its links)."""
-    if text.lstrip().startswith("["):
-        entries = [entry for entry in json.loads(text) if entry["type"] == "file"]
-        return {entry["name"]: describe_entry(entry) for entry in entries}
     files = {}
+    if text.lstrip().startswith("["):
+        for entry in json.loads(text):
+            if entry["type"] != "file":
+                continue
+            address, size, sha = entry["download_url"], entry["size"], entry["sha"]
+            if "media.githubusercontent" in address:  # Listed are size and hash of LFS's pointer.
+                size = sha = None
+            files[entry["name"]] = {"url": address, "size": size, "sha": sha}
+        return files
     for link in re.findall(r'href="([^"?#/]+)"', text):
         name = urllib.parse.unquote(link)
         address = urllib.parse.urljoin(url, urllib.parse.quote(name))
         files[name] = {"url": address, "size": None, "sha": None}
     return files
-
-
-def describe_entry(entry):
-    """{"url", "size", "sha"} of an entry of GitHub's listing.
-
-    A file in Git LFS is served from elsewhere, and the size and hash listed are its pointer's.
-    """
-    if "media.githubusercontent" in entry["download_url"]:
-        return {"url": entry["download_url"], "size": None, "sha": None}
-    return {"url": entry["download_url"], "size": entry["size"], "sha": entry["sha"]}
 
 
 def remote_size(entry):
@@ -291,7 +277,7 @@ def prepare_gse240429(root):
     else:
         copy_gse240429(root, slides, Path(SOURCE))
     for image in slides["image"]:
-        check_tiff(root / image)
+        open_image(root / image)  # InputError where it is cut short.
     if root.resolve() != PUBLISHED.resolve():
         for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):
             copy_whole(PUBLISHED / name, root / name)
@@ -386,22 +372,6 @@ def unpack(path):
         path.unlink()
         raise InputError(f"{path}: {error}; it was removed: run the same command again") from None
     path.unlink()
-
-
-def check_tiff(path):
-    """Raise InputError where a TIFF's own index points beyond its end."""
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages[0]
-            held = tiff.filehandle.size
-            strips = zip(page.dataoffsets, page.databytecounts, strict=True)
-            needed = max(offset + count for offset, count in strips)
-    except DAMAGED_TIFF as error:
-        raise InputError(
-            f"{path}: not a TIFF ({error}); remove it and run the same command again"
-        ) from None
-    if needed > held:
-        raise InputError(f"{path}: truncated at its source: {held:,} of at least {needed:,} bytes")
 
 
 def copy_gse240429(root, slides, source):

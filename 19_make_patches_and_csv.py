@@ -19,7 +19,7 @@ Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lo
 
 A slide is never read into memory: contiguous TIFFs are memory-mapped, tiles and strips are decoded
 once each. JPEG and PNG have no such access and are decoded whole. Counts are in memory one slide at
-a time. How slides are read is in slides/readers.py, their pixels in imaging.py.
+a time. Files are read in slides/: manifest, positions, counts, spots and, of pixels, imaging.
 """
 
 from study import shell
@@ -43,12 +43,22 @@ import pandas as pd
 import scipy.sparse
 import torch
 from PIL import Image
-from scipy.spatial import cKDTree
 
 import common
 from common import PATCH_SIZE
-from slides import hest, imaging, inputs, readers, space_ranger
+from slides import hest, imaging, inputs, space_ranger
+from slides.ceilings import counting_ceiling, morans_i
+from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import check_pixels, cut_spots
+from slides.manifest import (
+    describe_row,
+    list_files,
+    name_file,
+    read_manifest,
+    warn_of_magnifications,
+)
+from slides.positions import measure_pitch, place_spots
+from slides.spots import read_spots
 from study import exports, splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
@@ -121,7 +131,7 @@ def published_panel(root, tables, genes):
 
 
 def listed_by_all(genes):
-    """(G,) bool: the genes of readers.join_genes's table that every slide lists."""
+    """(G,) bool: the genes of join_genes's table that every slide lists."""
     return genes.filter(like="listed_").all(axis=1)
 
 
@@ -250,7 +260,7 @@ def read_harmony(slide, obs, published):
     The file holds the published genes x spots, in the order of barcodes.tsv.
     """
     path = slide.matrix / "harmony_matrix.npy"
-    barcodes = readers.read_barcodes(readers.find_part(slide.matrix, "barcodes.tsv"))
+    barcodes = read_barcodes(find_part(slide.matrix, "barcodes.tsv"))
     expected = len(published), len(barcodes)
     try:
         matrix = np.load(path, allow_pickle=False)
@@ -316,7 +326,7 @@ def refuse_twin(seen, spot, kind, content):
     found = f"the spots {twin} and {spot} have the same {kind}"
     if twin.split("_")[0] == spot.split("_")[0]:
         cause = {"pixels": "their positions or the image", "counts": "a part of the matrix"}[kind]
-        raise InputError(f"{found}, and are of one slide: mend {cause}, which is there twice")
+        raise InputError(f"{found}, and are of one slide: fix {cause}, which is there twice")
     if kind == "counts":
         raise InputError(
             f"{found}, on two slides: give each slide in slides.csv a matrix of its own"
@@ -325,91 +335,6 @@ def refuse_twin(seen, spot, kind, content):
         f"a leak: {found}, so a split could learn from one and be scored on the other; is a slide "
         "in slides.csv twice?"
     )
-
-
-def counting_ceiling(counts, totals):
-    """The r that knowing every spot's own rate would give, (G,): NaN for a constant gene.
-
-    It is the r of measured log-normalised expression and that of the rates, from (n, G) counts of
-    one slide and (n,) totals over all genes. All that varies between spots, but for Poisson noise,
-    counts as signal, so this is an upper bound. Deterministic.
-
-    The fit gives some spread to genes of one rate as well: what it gives them, c0, is taken off, as
-    (c^6 - c0^6)^(1/6). That rule is empirical: it leaves simulated genes with little variation the
-    least bias and changes next to nothing of others (docs/trust.md).
-    """
-    counts, totals = np.asarray(counts), np.asarray(totals, np.float64)
-    noise = ceiling_of_noise(counts.sum(0), totals) ** 6
-    sixth = (fit_ceilings(counts, totals) ** 6 - noise) / (1 - noise)
-    return sixth.clip(0) ** (1 / 6)
-
-
-def ceiling_of_noise(gene_totals, totals, levels=16, draws=32):
-    """(G,) what fit_ceilings gives to genes that have one rate in all spots and these counts (G,)
-    in all: mean and half a standard deviation of drawn ones, at `levels` between which it is
-    interpolated.
-    """
-    # The levels are the slide's, so that a gene's ceiling does not depend on the other genes.
-    level = np.geomspace(1, max(totals.sum() / 2, 2), levels)
-    share = np.repeat(level, draws) / totals.sum()
-    random = np.random.default_rng(shell.seed_of("ceiling of noise"))
-    drawn = random.poisson(totals[:, None] * share)
-    # Where no count was drawn, there is nothing to find.
-    found = np.nan_to_num(fit_ceilings(drawn, totals)).reshape(levels, draws)
-    usual = found.mean(1) + found.std(1) / 2
-    return np.interp(np.log(np.maximum(gene_totals, 1)), np.log(level), usual)
-
-
-def fit_ceilings(counts, totals):
-    """As counting_ceiling, with what the fit gives to genes that do not vary."""
-    counts = np.ascontiguousarray(np.asarray(counts, np.float32).T)
-    totals = torch.from_numpy(np.asarray(totals, np.float32))
-    groups = torch.from_numpy(counts).split(16)  # whose likelihoods stay in the processor's cache
-    return torch.cat([ceiling_of_genes(genes, totals) for genes in groups]).double().numpy()
-
-
-def ceiling_of_genes(counts, totals, levels=24, steps=50):
-    """As fit_ceilings, of (genes, n) counts and (n,) totals, as tensors.
-
-    A gene's rates are taken to come from an unknown distribution over `levels` values, which is
-    fitted to its counts by maximum likelihood under Poisson noise (Laird, JASA 1978; EM, stopped
-    after `steps`, before it falls into atoms).
-    """
-    measured = torch.log1p(1e4 * counts / totals)
-    low, high = measured.aminmax(dim=1, keepdim=True)
-    level = low + (high - low) * torch.linspace(0, 1, levels)  # (genes, levels), log-normalised
-    level = level.clamp_min(1e-3)
-    rate = torch.expm1(level) / 1e4
-    likelihood = counts[:, :, None] * rate.log()[:, None] - totals[:, None] * rate[:, None]
-    # (genes, n, levels); a factor of a spot's own does not matter.
-    likelihood = (likelihood - likelihood.amax(2, keepdim=True)).exp_()
-    weight = torch.full_like(level, 1 / levels)
-    for _ in range(steps):
-        evidence = torch.bmm(likelihood, weight[:, :, None])
-        weight = weight * torch.bmm((1 / evidence).mT, likelihood)[:, 0] / len(totals)
-    evidence = torch.bmm(likelihood, weight[:, :, None])
-    expected = torch.bmm(likelihood, (weight * level)[:, :, None]) / evidence
-    centred = measured - measured.mean(1, keepdim=True)
-    covariance = (expected[:, :, 0] * centred).mean(1)
-    variance = (weight * level**2).sum(1) - (weight * level).sum(1) ** 2
-    r = covariance / (variance * measured.var(1, correction=0)).sqrt()
-    varies = (high > low)[:, 0]
-    return torch.where(varies, r.clamp(0, 1), torch.nan)
-
-
-def morans_i(values, centres, pitch):
-    """Moran's I, (G,), of (n, G) values at (n, 2) centres.
-
-    A spot's neighbours are those within 1.3 pitches. NaN for a constant gene, and where no spot has
-    a neighbour.
-    """
-    pairs = cKDTree(centres).query_pairs(1.3 * pitch, output_type="ndarray")
-    size = len(values), len(values)
-    neighbours = scipy.sparse.coo_matrix((np.ones(len(pairs)), pairs.T), size).tocsr()
-    values = values.astype(np.float64) - values.mean(0, np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        variance = np.where(np.ptp(values, axis=0) > 0, (values**2).mean(0), np.nan)
-        return (values * (neighbours @ values)).sum(0) / len(pairs) / variance
 
 
 def describe_genes(root, counts, lognorm):
@@ -449,15 +374,6 @@ def describe_folds(root, tables):
     return columns
 
 
-def read_log_counts(tables):
-    """log1p of raw counts, (N, G) float32: the target of HEST-Benchmark."""
-    parts = []
-    for table in tables:
-        counts = table.read().X.toarray().astype(np.float64)
-        parts.append(np.log1p(counts).astype(np.float32))
-    return np.concatenate(parts)
-
-
 def has_folds(root):
     """Whether the slides of a data root are a task of HEST-Benchmark."""
     return (root / common.TASK_FOLDS).is_file()
@@ -480,7 +396,12 @@ def whole_folder(folder):
     """
     folder = folder.resolve()
     was_there = folder.exists()
-    make_folder(folder)
+    if was_there and not folder.is_dir():
+        raise InputError(f"{folder}: a file, where the dataset's folder belongs: move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in find_written(folder):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder, where a file of this script belongs: move it away")
     work = folder / ".new"  # of a run that was killed, perhaps
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(exist_ok=True)
@@ -491,16 +412,6 @@ def whole_folder(folder):
         shutil.rmtree(work, ignore_errors=True)
         if not was_there and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def make_folder(folder):
-    """Make a folder for the files of this script. InputError where something is in their place."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: a file, where the dataset's folder belongs: move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in find_written(folder):
-        if path.is_dir():
-            raise InputError(f"{path}: a folder, where a file of this script belongs: move it away")
 
 
 def find_written(folder):
@@ -584,8 +495,8 @@ def draw_contact_sheet(patches, tissue_index):
     border = (2, 2), (2, 2), (0, 0)
     rows = []
     for slide in np.unique(tissue_index):
-        at = np.flatnonzero(tissue_index == slide)
-        chosen = at[np.linspace(0, len(at) - 1, 8).astype(int)]
+        numbers = np.flatnonzero(tissue_index == slide)
+        chosen = numbers[np.linspace(0, len(numbers) - 1, 8).astype(int)]
         framed = [np.pad(patches[number], border, constant_values=255) for number in chosen]
         rows.append(np.concatenate(framed, axis=1))
     sheet = Image.fromarray(np.concatenate(rows))
@@ -614,8 +525,8 @@ class StoredSpots:
         return StoredSpots(self.path, table[table.obs_names.isin(ids)].copy())
 
     def take(self, genes):
-        """The same with these genes alone, as readers.take_genes."""
-        return StoredSpots(self.path, readers.take_genes(self.read(), genes))
+        """The same with these genes alone, as take_genes."""
+        return StoredSpots(self.path, take_genes(self.read(), genes))
 
 
 def write_expression(root, out, tables, manifest):
@@ -625,7 +536,7 @@ def write_expression(root, out, tables, manifest):
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
     check_patches(patches, obs.index)
-    genes = readers.join_genes(
+    genes = join_genes(
         (slide.tissue_index, table.read_features())
         for slide, table in zip(manifest, tables, strict=True)
     )
@@ -634,7 +545,7 @@ def write_expression(root, out, tables, manifest):
     for slide, stored in zip(manifest, tables, strict=True):
         table = stored.read()
         check_counts(seen, table)
-        check_counts(seen, readers.take_genes(table, shared))
+        check_counts(seen, take_genes(table, shared))
         # By the slide's own genes alone, so that no other slide changes them.
         chosen = table.var_names[find_variable_genes(table)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
@@ -645,7 +556,8 @@ def write_expression(root, out, tables, manifest):
     values = common.map_array(out / "lognorm.npy")
     if has_folds(root):
         var = var.assign(**describe_folds(root, tables))
-        values = read_log_counts(tables)
+        counts = (table.read().X.toarray().astype(np.float64) for table in tables)
+        values = np.concatenate([np.log1p(part).astype(np.float32) for part in counts])
         np.save(out / "target.npy", values)
     elif TARGET == "harmony":
         values = harmonise(values, obs, panel, manifest, published)
@@ -687,10 +599,10 @@ def write_lognorm(root, path, tables, panel):
     first, columns = 0, {}
     for table in tables:
         counts = table.read()
-        own = common.log_normalise(counts.X, counts.obs["n_counts"])
-        lognorm[first : first + len(own)] = own
-        first += len(own)
-        columns |= describe_genes(root, counts, own)
+        part = common.log_normalise(counts.X, counts.obs["n_counts"])
+        lognorm[first : first + len(part)] = part
+        first += len(part)
+        columns |= describe_genes(root, counts, part)
     lognorm.flush()
     return panel.assign(**columns)
 
@@ -741,20 +653,17 @@ def write_meta(root, out, manifest, target, over_border):
 
 
 def describe_slide(root, slide):
-    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files."""
+    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files, of
+    which check_sources compares `blocks`.
+    """
     files = {}
-    for path in readers.list_files(slide):
-        files[readers.name_file(root, path)] = describe_file(path)
-    return readers.describe_row(root, slide) | {"files": files}
-
-
-def describe_file(path):
-    """Size and SHA-256 of a file, and the hash by which readers.check_sources compares it."""
-    return {
-        "bytes": path.stat().st_size,
-        "sha256": shell.hash_file(path),
-        "blocks": shell.hash_blocks(path),
-    }
+    for path in list_files(slide):
+        files[name_file(root, path)] = {
+            "bytes": path.stat().st_size,
+            "sha256": shell.hash_file(path),
+            "blocks": shell.hash_blocks(path),
+        }
+    return describe_row(root, slide) | {"files": files}
 
 
 # -------------------------------------------------------------------------------- check
@@ -774,7 +683,11 @@ def check_slides(root, manifest):
         print()
         numbers = [slide.tissue_index for slide in manifest]
         features = [table.var for table in tables]
-        check_genes(root, readers.join_genes(zip(numbers, features, strict=True)))
+        genes = join_genes(zip(numbers, features, strict=True))
+        markers = genes.index.isin(common.MARKER_GENES).sum()
+        print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
+        if named:
+            warn_of_lost_genes(find_panel(root), named, set(genes.index))
     if errors:
         raise InputError(f"{len(errors)} of {len(manifest)} slides cannot be used: {errors[0]}")
     print(describe_size(sum(table.n_obs for table in tables)))
@@ -784,10 +697,10 @@ def check_slides(root, manifest):
 def check_slide(slide, named):
     """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots."""
     image = check_image(slide)
-    positions, _ = readers.place_spots(slide)
-    pitch = readers.measure_pitch(positions)
+    positions, _ = place_spots(slide)
+    pitch = measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
-    table = readers.read_spots(slide, positions, GENOME, named)
+    table = read_spots(slide, positions, GENOME, named)
     inside = np.ones(table.n_obs, bool)
     if image is not None:
         imaging.check_centres(slide.image, table.obs, image.shape)
@@ -829,15 +742,6 @@ def describe_tags(path):
         return "its tags say nothing"
 
 
-def check_genes(root, genes):
-    """Print how many markers the slides have, and warn of genes of the panel that they lack."""
-    markers = genes.index.isin(common.MARKER_GENES).sum()
-    print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
-    path = find_panel(root)
-    if path:
-        warn_of_lost_genes(path, read_panel(Path(path)), set(genes.index))
-
-
 # -------------------------------------------------------------------------------- start
 
 
@@ -868,8 +772,8 @@ def link_hest(root):
         raise InputError(
             "--from-hest and --from-spaceranger: give one of them; both write slides.csv"
         )
-    wanted = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
-    filters = {column: value for column, value in wanted.items() if value}
+    filters = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
+    filters = {column: value for column, value in filters.items() if value}
     named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
     if hest.has_splits(folder):
         if named or filters:
@@ -940,7 +844,7 @@ def main():
         images = split_paths("--images", IMAGES)
         space_ranger.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
-    manifest = readers.read_manifest(root)
+    manifest = read_manifest(root)
     if not CHECK:  # It writes nothing, and may look at what it cannot write to.
         shell.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
@@ -950,7 +854,7 @@ def main():
             "use two data roots"
         )
     if not UM_PER_PX:
-        readers.warn_of_magnifications(manifest)
+        warn_of_magnifications(manifest)
     if CHECK:
         check_slides(root, manifest)
         return
@@ -959,8 +863,8 @@ def main():
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
         tables, thumbnails, named = [], {}, read_named(root)
         for slide in manifest:
-            positions, thumbnails[slide.name] = readers.place_spots(slide)
-            table = readers.read_spots(slide, positions, GENOME, named)
+            positions, thumbnails[slide.name] = place_spots(slide)
+            table = read_spots(slide, positions, GENOME, named)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
             check_task(root, manifest, tables)

@@ -48,8 +48,13 @@ from matplotlib.figure import Figure
 
 import common
 from common import PATCH_SIZE
-from slides import imaging, inputs, readers, space_ranger
+from slides import imaging, inputs, space_ranger
+from slides.counts import join_genes, take_genes
 from slides.cutting import cut_spots
+from slides.manifest import Slide
+from slides.positions import place_spots
+from slides.sections import split_part
+from slides.spots import read_spots
 from study import (
     conformal,
     embeddings,
@@ -326,7 +331,7 @@ def tell_evidence(trained):
 def choose_slide():
     """(Slide, its positions where they are known by now, else None) of IMAGE, POSITIONS, MATRIX."""
     for flag, path in (("image", IMAGE), ("positions", POSITIONS), ("matrix", MATRIX)):
-        if path and not readers.split_part(Path(path))[0].exists():
+        if path and not split_part(Path(path))[0].exists():
             raise InputError(f"--{flag} {path}: no such file")
     if POSITIONS and Path(POSITIONS).is_dir():
         return choose_sample()
@@ -335,7 +340,7 @@ def choose_slide():
     if MATRIX and not POSITIONS:
         raise InputError(f"--matrix {MATRIX}: needs the --positions of its spots")
     image = check_image()
-    slide = readers.Slide(
+    slide = Slide(
         tissue_index=1,
         name=image.stem,
         donor=image.stem,
@@ -389,8 +394,8 @@ def read_slide(slide, positions, um_per_px, scratch):
     if FEATURES and positions is None and slide.positions is None:
         positions = embeddings.place_patches(Path(FEATURES))
     elif positions is None:
-        positions, thumbnail = readers.place_spots(slide)
-    spots = readers.read_spots(slide, positions, GENOME)
+        positions, thumbnail = place_spots(slide)
+    spots = read_spots(slide, positions, GENOME)
     patches = imaging.map_scratch(scratch, (spots.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
     makes = thumbnail is None
     cut = cut_spots(slide, spots.obs, patches, um_per_px, scratch, thumbnail=makes)
@@ -530,13 +535,13 @@ def assemble(slide, spots, predicted, thumbnail, trained):
 
 def measure(slide, spots, genes):
     """Log-normalised counts of the genes, (n, G) float32; NaN for genes that the slide lacks."""
-    measured = readers.join_genes([(slide.tissue_index, spots.var)])
+    measured = join_genes([(slide.tissue_index, spots.var)])
     known = measured.index.isin(genes)
     if not known.any():
         raise InputError(
             f"{slide.matrix}: holds none of the model's {len(genes)} genes, as {genes[0]}"
         )
-    counts = readers.take_genes(spots, measured[known])
+    counts = take_genes(spots, measured[known])
     values = common.log_normalise(counts.X, counts.obs["n_counts"])
     table = pd.DataFrame(values, columns=counts.var_names)
     return table.reindex(columns=genes).to_numpy(np.float32)

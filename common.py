@@ -66,10 +66,6 @@ READ_AHEAD = 2  # batches that are read while one is used
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
 GENES_AT_ONCE = 512
 
-# HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
-# it: files get their name when they are whole, and hold_folder keeps other runs out.
-h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
-
 
 # ------------------------------------------------------------------------------------------- device
 def choose_device(recipe):

@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from slides import imaging, readers
+from slides import imaging
+from slides.positions import read_positions
 from study import recipes, ridges, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
@@ -116,7 +117,7 @@ def make_row(stage, unit, pairs, amount, target):
 def spot_corners():
     """(n, 2) rows and columns of the patches' upper left corners."""
     if POSITIONS:
-        table = readers.read_positions(Path(POSITIONS))
+        table = read_positions(Path(POSITIONS))
         return table[["pxl_row", "pxl_col"]].to_numpy() - common.PATCH_SIZE // 2
     rows, columns = (axis.ravel() for axis in np.mgrid[0:90, 0:64])
     places = np.stack([1000 + rows * 285, 1500 + columns * 329 + rows % 2 * 164], axis=1)

@@ -7,10 +7,13 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 import common
-from slides import imaging, inputs, readers, space_ranger
+from slides import imaging, inputs, space_ranger
+from slides.manifest import NO_FILE, Slide
+from slides.positions import read_positions
 from study import shell
 from study.shell import InputError
 
+NUMBERS = re.compile(r"\d+").findall
 HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
 
 
@@ -24,50 +27,46 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
     them, or among all where none is named. To `use_patches`, the files of patches stand in
     place of the images, and the positions are scaled to them.
     """
-    path = root / "slides.csv"
     metadata = read_hest_metadata(folder)
-    samples = samples or list(metadata)
-    chosen = choose_hest_samples(folder, metadata, samples, filters)
-    made = [
-        read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
-        for number, sample in enumerate(chosen, 1)
-    ]
-    linked = [
-        space_ranger.name_links(slide, "positions_patches.csv" if use_patches else None)
-        for slide in made
-    ]
+    chosen = choose_hest_samples(folder, metadata, samples or list(metadata), filters)
+    slides = []
+    for number, sample in enumerate(chosen, 1):
+        row = metadata.get(sample, {})
+        slides.append(read_hest_sample(folder, number, sample, row, use_patches))
+    positions = [None] * len(slides)  # They are in the .h5ad, in px of the whole image.
     if use_patches:
-        linked = [replace(links, um_per_px=HEST_UM_PER_PX) for links in linked]
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    space_ranger.check_manifest_is_new(path, table, "--from-hest")
-    positions = [None] * len(made)  # They are in the .h5ad.
-    if use_patches:
-        positions = [scale_to_patches(slide) for slide in made]
-    place_slides(root, made, linked, positions)
+        for number, slide in enumerate(slides):
+            scale = slide.um_per_px / HEST_UM_PER_PX
+            positions[number] = space_ranger.scale_positions(read_positions(slide.matrix), scale)
+        slides = [replace(slide, um_per_px=HEST_UM_PER_PX) for slide in slides]
+    table = link_slides(root, slides, positions)
+    path = root / "slides.csv"
     shell.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
 
 
-def scale_to_patches(slide):
-    """The positions of a sample in px of its patches' resolution."""
-    positions = readers.read_positions(slide.matrix)
-    return space_ranger.scale_positions(positions, slide.um_per_px / HEST_UM_PER_PX)
-
-
-def place_slides(root, made, linked, positions):
-    """Make the links of a data root to the files of slides, and the files of their positions, where
-    these are not None.
+def link_slides(root, slides, positions):
+    """Make links in a data root to the files of slides, and the files of their positions where
+    these are not None; returns the slides.csv that names them.
     """
-    for slide, links, places in zip(made, linked, positions, strict=True):
+    linked = []
+    for slide, places in zip(slides, positions, strict=True):
+        name = None if places is None else "positions_patches.csv"
+        linked.append(space_ranger.name_links(slide, name))
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
+    for slide, links, places in zip(slides, linked, positions, strict=True):
         space_ranger.place_link(root / links.image, slide.image)
         space_ranger.place_link(root / links.matrix, slide.matrix)
         if places is not None:
             shell.save_csv(root / links.positions, places.reset_index())
+    return table
 
 
 def read_hest_metadata(folder):
     """{sample: {column: text}} of the newest table HEST_v*.csv in HEST's folder; {} without one."""
-    tables = sorted(folder.glob("HEST_v*.csv"), key=number_version)
+    # v1_10_0 follows v1_9_0.
+    tables = sorted(folder.glob("HEST_v*.csv"), key=lambda path: [*map(int, NUMBERS(path.stem))])
     if not tables:
         return {}
     table = inputs.read_table(tables[-1], {"id": ("id",)})
@@ -75,11 +74,6 @@ def read_hest_metadata(folder):
         raise InputError(f"{tables[-1]}: no column id among {', '.join(map(str, table))}")
     inputs.check_unique(table["id"], "sample", tables[-1])
     return table.set_index("id").to_dict("index")
-
-
-def number_version(path):
-    """The numbers in a file's name, by which v1_10_0 follows v1_9_0."""
-    return [int(number) for number in re.findall(r"\d+", path.stem)]
 
 
 def choose_hest_samples(folder, metadata, samples, filters):
@@ -125,10 +119,10 @@ def read_hest_sample(folder, number, sample, row, use_patches):
                 "other samples with --samples"
             )
     facts = row | read_hest_json(folder, sample, row)
-    if facts.get("patient", "").strip() in readers.NO_FILE:
+    if facts.get("patient", "").strip() in NO_FILE:
         inputs.warn(
             f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
-            "mend donor in slides.csv where two samples are of one person"
+            "fix donor in slides.csv where two samples are of one person"
         )
     um_per_px = pd.to_numeric(facts.get("pixel_size_um_estimated"), errors="coerce")
     if um_per_px is None or not 0.05 <= um_per_px <= 20:
@@ -137,13 +131,13 @@ def read_hest_sample(folder, number, sample, row, use_patches):
             f"{facts.get('pixel_size_um_estimated')}; expected a number from 0.05 to 20"
         )
     donor = name_donor(sample, facts)
-    return readers.Slide(number, sample, donor, image, float(um_per_px), None, matrix)
+    return Slide(number, sample, donor, image, float(um_per_px), None, matrix)
 
 
 def name_donor(sample, facts):
     """The patient that the metadata {name: text} of a sample name, or else the sample."""
     patient = facts.get("patient", "").strip()
-    if patient in readers.NO_FILE:
+    if patient in NO_FILE:
         return sample
     return f"{facts.get('dataset_title', '')} {patient}".strip()
 
@@ -155,9 +149,7 @@ def read_hest_json(folder, sample, row):
         return {}
     try:
         facts = json.loads(inputs.decode_text(path.read_bytes()))
-        return {
-            name: str(value) for name, value in facts.items() if str(value) not in readers.NO_FILE
-        }
+        return {name: str(value) for name, value in facts.items() if str(value) not in NO_FILE}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path}: no metadata of sample {sample} ({error}): fetch it, or the table HEST_v*.csv"
@@ -185,17 +177,13 @@ def write_task(root, folder):
     splits = read_splits(folder)
     genes = read_task_genes(folder)
     metadata = read_hest_metadata(folder)
-    made, linked = [], []
     rows = splits.drop_duplicates("sample_id").sort_values("sample_id").to_dict("records")
+    slides = []
     for number, row in enumerate(rows, 1):
-        slide = read_task_sample(folder, number, row, metadata)
-        made.append(slide)
-        linked.append(space_ranger.name_links(slide, "positions_patches.csv"))
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
-    positions = [read_task_positions(slide) for slide in made]  # Refused before a link is made.
-    place_slides(root, made, linked, positions)
-    numbers = {slide.name: slide.tissue_index for slide in made}
+        slides.append(read_task_sample(folder, number, row, metadata))
+    positions = [read_task_positions(slide) for slide in slides]  # Refused before a link is made.
+    table = link_slides(root, slides, positions)
+    numbers = {slide.name: slide.tissue_index for slide in slides}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
     shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
     shell.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])
@@ -268,7 +256,7 @@ def read_task_sample(folder, number, row, metadata):
             )
     known = {"id": sample} | metadata.get(sample, {})
     donor = name_donor(sample, known | read_hest_json(folder, sample, known))
-    return readers.Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
+    return Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
 
 
 def read_task_positions(slide):
@@ -277,7 +265,7 @@ def read_task_positions(slide):
     Those spots count as tissue that have a patch. The others are left out by read_spots, for the
     reason that the .h5ad gives, or as those that have none.
     """
-    positions = readers.read_positions(slide.matrix)
+    positions = read_positions(slide.matrix)
     with imaging.open_hest_patches(slide.image) as (barcodes, _):
         lost = barcodes[~barcodes.isin(positions.index)]
         if len(lost):

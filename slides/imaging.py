@@ -37,6 +37,7 @@ THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
+SWAPPED = {"pxl_row": "pxl_col", "pxl_col": "pxl_row"}
 LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more
 LEAST_COLOUR = 40.0  # of 255, from the least to the most of red, green and blue: glass has less
 GLASS = 180  # of 255: glass is brighter, in the brightest of its channels
@@ -103,7 +104,7 @@ def open_image(path):
         )
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return open_tiff(path)
-    return open_picture(path)
+    return open_picture(path, start)
 
 
 def check_orientation(path, orientation):
@@ -121,8 +122,10 @@ def check_orientation(path, orientation):
 Image.MAX_IMAGE_PIXELS = 4_000_000_000  # a whole slide is no decompression bomb
 
 
-def open_picture(path):
-    """A JPEG or PNG, which gives no access to its parts and is decoded whole."""
+def open_picture(path, start):
+    """A JPEG or PNG, which gives no access to its parts and is decoded whole; `start` are its first
+    bytes.
+    """
     try:
         with Image.open(path) as image:
             check_orientation(path, image.getexif().get(ExifTags.Base.Orientation))
@@ -132,13 +135,12 @@ def open_picture(path):
                 raise InputError(
                     f"{path}: a {image.mode} image; expected 8-bit RGB, RGBA or grey: convert it"
                 )
-            if image.format == "PNG" and read_png_depth(path) == 16:
-                raise InputError(
-                    f"{path}: 16 bits a channel; expected 8 bits a channel: "
-                    "convert the image to 8-bit RGB"
+            if image.format == "PNG" and start[24] == 16:  # Pillow drops the lower half of 16 bits.
+                raise InputError(f"{path}: 16 bits a channel; expected 8: convert it to 8-bit RGB")
+            if image.format == "JPEG" and JPEG_END not in path.read_bytes()[-JPEG_TAIL:]:
+                raise InputError(  # Its decoder fills what is lost with a colour.
+                    f"{path}: the JPEG has no end: the file is damaged; fetch or export it again"
                 )
-            if image.format == "JPEG":
-                check_jpeg_end(path)
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(
@@ -146,22 +148,6 @@ def open_picture(path):
         ) from None
     regions = partial(cut_bands, [pixels], partial(as_rgb, path=path))
     return SlideImage("decoded whole", pixels.shape[:2], regions)
-
-
-def check_jpeg_end(path):
-    """InputError for a JPEG that ends in zeros: its decoder fills what is lost with a colour."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - JPEG_TAIL))
-        if JPEG_END not in file.read():
-            raise InputError(
-                f"{path}: the JPEG has no end: the file is damaged; fetch or export it again"
-            )
-
-
-def read_png_depth(path):
-    """Bits a channel of a PNG, by its header; Pillow drops the lower half of 16."""
-    with open(path, "rb") as file:
-        return file.read(25)[24]
 
 
 def open_tiff(path):
@@ -211,26 +197,20 @@ def choose_series(tiff):
 
     A grey image is taken where those in colour are so much smaller that they are its thumbnails.
     """
+
+    def count_pixels(series):
+        return series.keyframe.imagelength * series.keyframe.imagewidth
+
     largest = max(tiff.series, key=count_pixels)
-    coloured = [
-        series
-        for series in tiff.series
-        if is_coloured(series) and 4 * count_pixels(series) >= count_pixels(largest)
-    ]
+    coloured = []
+    for series in tiff.series:
+        grey = series.keyframe.photometric.name in ("MINISBLACK", "MINISWHITE")
+        colours = not grey or len(series.pages) == 3  # which may be three grey pages
+        if colours and 4 * count_pixels(series) >= count_pixels(largest):
+            coloured.append(series)
     return max(coloured, key=count_pixels, default=largest)
 
 
-def count_pixels(series):
-    """px of an image of a TIFF at its full resolution."""
-    return series.keyframe.imagelength * series.keyframe.imagewidth
-
-
-def is_coloured(series):
-    """Whether an image of a TIFF has colours, which may be three grey pages."""
-    return len(series.pages) == 3 or series.keyframe.photometric.name not in GREY
-
-
-GREY = ("MINISBLACK", "MINISWHITE")
 # Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
 JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.ALT_JPEG)
 JPEG_END = b"\xff\xd9"
@@ -279,7 +259,9 @@ def order_colours(path, tiff, series):
             "or stains: export the one that is the slide as 8-bit RGB"
         )
     pages = [frame.aspage() for frame in series.pages]
-    names = read_channel_names(tiff, page)
+    pixels = find_ome_pixels(tiff, page)
+    channels = [] if pixels is None else pixels.iterfind("{*}Channel")
+    names = [channel.get("Name", "").lower() for channel in channels]
     colours = [name[:1] for name in names if name in ("red", "green", "blue", "r", "g", "b")]
     if sorted(colours) == ["b", "g", "r"]:
         return [pages[colours.index(colour)] for colour in "rgb"]
@@ -289,14 +271,6 @@ def order_colours(path, tiff, series):
         f"{path}: its channels are {', '.join(names)}; expected red, green and blue: "
         "export the H&E image as 8-bit RGB"
     )
-
-
-def read_channel_names(tiff, page):
-    """Names, in lower case, of the channels of the page's image in OME's metadata."""
-    pixels = find_ome_pixels(tiff, page)
-    if pixels is None:
-        return []
-    return [channel.get("Name", "").lower() for channel in pixels.iterfind("{*}Channel")]
 
 
 def find_ome_pixels(tiff, page):
@@ -365,12 +339,6 @@ def compose_on_white(colours, alpha, premultiplied):
     return np.minimum(composed, 255).astype(np.uint8)
 
 
-def convert_ycbcr(pixels):
-    """(h, w, 3) uint8 RGB of YCbCr as in JPEG."""
-    size = pixels.shape[1::-1]
-    return np.asarray(Image.frombytes("YCbCr", size, pixels.tobytes()).convert("RGB"))
-
-
 def cut_bands(planes, convert, needed):
     """Regions of an image that lies open as arrays (h, w, ...), of whose channels it is made."""
     height, width = planes[0].shape[:2]
@@ -436,7 +404,10 @@ def decode_segment(page, number):
     pixels, _, shape = page.decode(data or None, number, **tables)
     if pixels is None:  # a sparse file holds no background
         return np.full(shape[1:], 255, page.dtype)
-    return convert_ycbcr(pixels[0]) if holds_ycbcr(page) else pixels[0]
+    if holds_ycbcr(page):
+        image = Image.frombytes("YCbCr", pixels[0].shape[1::-1], pixels[0].tobytes())
+        return np.asarray(image.convert("RGB"))
+    return pixels[0]
 
 
 def read_resolution(path):
@@ -454,18 +425,8 @@ def read_resolution(path):
     return found
 
 
-UM_PER_UNIT = {
-    "nm": 1e-3,
-    "µm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "inch": 25_400.0,
-    "in": 25_400.0,
-}
+UM_PER_UNIT = {"nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "inch": 25_400.0, "in": 25_400.0}
+UM_PER_UNIT |= dict.fromkeys(("µm", "um", "micron", "microns"), 1.0)
 RESOLUTION_UNITS = {2: "inch", 3: "cm"}  # of TIFF's own tags; 1 is none
 
 
@@ -537,11 +498,6 @@ def thumbnail_step(slide):
     return max(1, round(THUMBNAIL_UM / slide.um_per_px))
 
 
-def read_thumbnail(slide):
-    """The Thumbnail of a slide, of which all pixels are read."""
-    return make_thumbnail(open_image(inputs.unpack(slide.image)), thumbnail_step(slide))
-
-
 def make_thumbnail(image, step):
     """The Thumbnail of a SlideImage, of squares of `step` px, of which all pixels are read."""
     thumbnail = Thumbnail(image.shape, step)
@@ -584,7 +540,7 @@ def check_centres(path, spots, shape):
         return
     barcode = spots["barcode"].iloc[np.flatnonzero(outside)[0]]
     size = f"{shape[0]} x {shape[1]} px"
-    swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})
+    swapped = spots.rename(columns=SWAPPED)
     swapped_fits = find_inside(swapped, shape).all()
     if outside.mean() < 0.5 and not (swapped_fits and lies_mirrored(spots)):
         inputs.warn(
@@ -658,17 +614,12 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     side = max(1, round(size * um_per_px / slide.um_per_px))
     native = map_scratch(scratch, (len(spots), side, side, 3))
     image, thumbnail = read_patches(slide.image, spots, native, step)
-    for part in np.array_split(np.arange(len(spots)), math.ceil(len(spots) / 64)):
-        patches[part] = resize(native[part], size)
+    for start in range(0, len(spots), 64):
+        images = torch.from_numpy(native[start : start + 64]).permute(0, 3, 1, 2)
+        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        patches[start : start + 64] = images.permute(0, 2, 3, 1).numpy()
     how = f"{image.how}; resampled from {slide.um_per_px:g} to {um_per_px:g} um/px"
     return image._replace(how=how), thumbnail, count_over_border(spots, image.shape, side)
-
-
-def resize(patches, size):
-    """(n, S, S, 3) uint8 -> (n, size, size, 3), with antialiasing."""
-    images = torch.from_numpy(patches).permute(0, 3, 1, 2)
-    images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-    return images.permute(0, 2, 3, 1).numpy()
 
 
 def map_scratch(folder, shape):
@@ -694,11 +645,12 @@ def warn_of_swap(slide, spots, patches, shape):
     spots, patches = spots[inside], patches[inside]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
         return
-    some = np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
-    swapped = spots.iloc[some].rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})
+    some = choose_some(spots)
+    swapped = spots.iloc[some].rename(columns=SWAPPED)
     others = np.empty((len(some), *patches.shape[1:]), np.uint8)
     read_patches(slide.image, swapped, others)
-    here, there = mean_saturation(patches[some]), mean_saturation(others)
+    # From 0 to 1: the largest less the smallest of red, green and blue.
+    here, there = (np.ptp(cut, axis=3).mean() / 255 for cut in (patches[some], others))
     if there > 1.25 * here:
         inputs.warn(
             f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
@@ -712,11 +664,6 @@ def lies_mirrored(spots):
     places = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     affine = np.linalg.lstsq(array.astype(np.float64), places)[0]
     return np.linalg.det(affine[:2]) < 0
-
-
-def mean_saturation(patches):
-    """From 0 to 1: the largest less the smallest of red, green and blue."""
-    return np.ptp(patches, axis=3).mean() / 255
 
 
 # -------------------------------------------------------------------------------- blank patches
@@ -775,7 +722,13 @@ def report_blank(slide, spots, centres, shape):
             f"{slide.image}: all {len(spots)} spots are of one colour, {centres[0, 0, 0]}: nothing "
             "is there, or its alpha is 0 everywhere: export it as RGB without alpha"
         )
-    warn_of_other_stain(slide, centres)
+    some = centres[:, ::8, ::8]
+    stain = "grey" if not np.ptp(some, axis=3).any() else "nearly black"
+    if len(centres) and (stain == "grey" or np.median(some) < DARK_SLIDE):
+        inputs.warn(
+            f"{slide.image}: its spots are {stain}: no H&E? It may be fluorescence or one channel: "
+            "give the H&E image as 8-bit RGB"
+        )
     blank = find_blank(centres)
     if not blank.any():
         return
@@ -800,25 +753,16 @@ def report_blank(slide, spots, centres, shape):
         print(counted)
 
 
-def warn_of_other_stain(slide, centres):
-    """Warn where all spots are grey, or most are dark, as fluorescence and other channels are."""
-    some, cause = centres[:, ::8, ::8], ""
-    if not np.ptp(some, axis=3).any():
-        cause = "grey"
-    elif np.median(some) < DARK_SLIDE:
-        cause = "nearly black"
-    if len(centres) and cause:
-        inputs.warn(
-            f"{slide.image}: its spots are {cause}: no H&E? It may be fluorescence or one channel: "
-            "give the H&E image as 8-bit RGB"
-        )
+def choose_some(spots):
+    """SWAP_SAMPLE of the spots at most, evenly over the table."""
+    return np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
 
 
 def find_turns(slide, spots, share, shape):
     """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue; those
     first that the array's rows and columns speak for.
     """
-    some = spots.iloc[np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)]
+    some = spots.iloc[choose_some(spots)]
     rows, columns = some[PLACE].to_numpy().T
     turned = {
         name: some.assign(**dict(zip(PLACE, turn(rows, columns, *shape), strict=True)))

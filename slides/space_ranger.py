@@ -14,11 +14,16 @@ from PIL import Image
 
 import common
 from common import PATCH_SIZE
-from slides import imaging, inputs, readers, visium_hd
+from slides import imaging, inputs, visium_hd
+from slides.counts import find_part
+from slides.manifest import Slide
+from slides.positions import SPOT_PITCH, measure_pitch, read_positions
 from study import shell
 from study.shell import InputError
 
 ARRAY = ["array_row", "array_col"]
+HIRES_IMAGE = "tissue_hires_image.png"
+HIRES_SCALE = "tissue_hires_scalef"  # px of it a px of the full-resolution image
 BIN_UM = 56.0  # um, the spots to which the bins of Visium HD are summed
 SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side reach 0.8
 VIEW = 64  # px, the side of the views by which two images are compared
@@ -42,16 +47,16 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     name = name_sample(folder)
     if is_binned(outs):
         positions_file, matrix = visium_hd.make_spots(outs, name, bin_um)
-        positions = readers.read_positions(positions_file)
+        positions = read_positions(positions_file)
         um_per_px = read_scale(outs, "microns_per_pixel")
     else:
         positions_file = find_spatial(outs, "tissue_positions.csv", "tissue_positions_list.csv")
         matrix = find_matrix(outs)
-        positions = readers.read_positions(positions_file)
-        um_per_px = readers.SPOT_PITCH / readers.measure_pitch(positions)
+        positions = read_positions(positions_file)
+        um_per_px = SPOT_PITCH / measure_pitch(positions)
     if image is None:
-        image = find_spatial(outs, "tissue_hires_image.png")
-        scale = read_hires_scale(outs)
+        image = find_spatial(outs, HIRES_IMAGE)
+        scale = read_scale(outs, HIRES_SCALE)
         positions = scale_positions(positions, scale)
         um_per_px /= scale
         width = f"{PATCH_SIZE} px of it are {PATCH_SIZE * um_per_px:.0f} um"
@@ -59,7 +64,7 @@ def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     elif check:
         check_images("the image", [folder], [image])
     um_per_px = round(um_per_px, 4)
-    return readers.Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
+    return Slide(1, name, name, image, um_per_px, positions_file, matrix), positions
 
 
 def scale_positions(positions, scale):
@@ -117,9 +122,9 @@ def find_spatial(outs, *names):
 
 
 def find_output(folder, *names):
-    """The first of the names in one of Space Ranger's folders, as readers.find_part finds it."""
+    """The first of the names in one of Space Ranger's folders, as find_part finds it."""
     try:
-        return readers.find_part(folder, *names)
+        return find_part(folder, *names)
     except InputError as error:
         raise InputError(f"{error}; {folder} is to lie in a folder outs/ of Space Ranger") from None
 
@@ -130,11 +135,6 @@ def name_sample(folder):
     if place.parent.name == "binned_outputs":
         place = place.parent.parent
     return (place.parent if place.name == "outs" else place).resolve().name
-
-
-def read_hires_scale(outs):
-    """px of the hires image a full-resolution px, as Space Ranger's scalefactors_json.json says."""
-    return read_scale(outs, "tissue_hires_scalef")
 
 
 def read_scale(outs, name):
@@ -175,10 +175,10 @@ def view_thumbnail(path, thumbnail, scale=1.0):
 
 
 def view_hires(folder):
-    """The View of Space Ranger's hires image; None, and a warning, where it cannot be had."""
+    """The View of Space Ranger's hires image; None, and a warning, where it is not available."""
     outs = find_outs(folder)
     try:
-        image, scale = find_spatial(outs, "tissue_hires_image.png"), read_hires_scale(outs)
+        image, scale = find_spatial(outs, HIRES_IMAGE), read_scale(outs, HIRES_SCALE)
     except InputError as error:
         inputs.warn(f"{folder}: whether its image fits cannot be told ({error})")
         return None
@@ -193,12 +193,11 @@ def check_hires(slide, shape, thumbnail=None):
     if slide.positions is None:
         return
     spatial = slide.positions.resolve().parent
-    names = "tissue_hires_image.png", "scalefactors_json.json"
-    if not all((spatial / name).exists() for name in names):
+    if not all((spatial / name).exists() for name in (HIRES_IMAGE, "scalefactors_json.json")):
         return
-    if slide.image.samefile(spatial / names[0]):
+    if slide.image.samefile(spatial / HIRES_IMAGE):
         return
-    hires = view_image(spatial / names[0], read_hires_scale(spatial))
+    hires = view_image(spatial / HIRES_IMAGE, read_scale(spatial, HIRES_SCALE))
     view = View(slide.image, np.array(shape), hires.grey)
     if thumbnail is not None:
         view = view_thumbnail(slide.image, thumbnail)
@@ -294,7 +293,7 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
         else:
             shell.save_csv(root / links.positions, positions.reset_index())
     shell.save_csv(path, table)
-    print(f"wrote {path}: each slide is taken for another donor's; mend that there if it is not so")
+    print(f"wrote {path}: each slide is taken for another donor's; fix that there if it is not so")
 
 
 def check_manifest_is_new(path, table, flag):

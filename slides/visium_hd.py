@@ -11,7 +11,9 @@ import pandas as pd
 import scipy.sparse
 
 from common import POSITION_COLUMNS
-from slides import imaging, inputs, readers, space_ranger
+from slides import imaging, inputs, space_ranger
+from slides.counts import check_counts, find_genomes, read_matrix_file
+from slides.positions import read_positions
 from study import shell
 from study.shell import InputError
 
@@ -32,15 +34,15 @@ def make_spots(outs, name, bin_um):
         space_ranger.find_spatial(outs, BIN_POSITIONS),
         space_ranger.find_matrix(outs),
     )
-    bins = readers.read_positions(positions_file)
+    bins = read_positions(positions_file)
     spots, spot_of_bin = group_bins(bins, side, bin_um)
     tissue = (spots["in_tissue"] == 1).to_numpy()
     if not tissue.any():
         raise InputError(
             f"{positions_file}: no spot of {bin_um:g} um has half of its bins in_tissue"
         )
-    table = readers.read_matrix_file(matrix)
-    readers.check_counts(table, matrix)
+    table = read_matrix_file(matrix)
+    check_counts(table, matrix)
     rows = bins.index.get_indexer(table.obs_names)
     if (rows < 0).any():
         raise InputError(
@@ -114,9 +116,9 @@ def sum_bins(counts, spot_of_bin, kept):
 
 
 def write_h5_matrix(path, table):
-    """Write counts (spots x genes, CSR), as readers.read_h5_matrix gives them, as such a file."""
+    """Write counts (spots x genes, CSR), as read_h5_matrix gives them, as such a file."""
     table.X.sort_indices()
-    genomes = readers.find_genomes(table)
+    genomes = find_genomes(table)
     if genomes.empty:
         genomes = [""] * table.n_vars
     features = {

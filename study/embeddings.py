@@ -165,7 +165,7 @@ def embed_spots(path, slide, spots):
 
 
 def place_patches(path):
-    """The positions of a file's patches, as readers.read_positions gives those of spots.
+    """The positions of a file's patches, as read_positions gives those of spots.
 
     InputError where it holds barcodes in place of coords.
     """

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from slides import readers
+from slides.manifest import check_sources
 from study import gene_sets, printing, recipes, recording, shell, splitting, weight_files
 from study.rows import Row
 from study.shell import RANK, RANKS, InputError
@@ -397,7 +397,7 @@ def open_run(script, *, validate=True):
         make_simulated_slides(root, recipe["TARGET"])
     listed = gene_sets.read_all_sets(recipe["GENE_SETS"], root)
     data = common.load_dataset(root, recipe["TARGET"])
-    readers.check_sources(root, data.meta)
+    check_sources(root, data.meta)
     splits = []
     for seed in recipe["SEEDS"]:
         split = splitting.split_spots if validate else splitting.split_off_test

@@ -37,6 +37,11 @@ BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
 RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
 
+# HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
+# it: files get their name when they are whole, and hold_folder keeps other runs out. The variable
+# is read when h5py is loaded; every script imports this room first.
+os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+
 
 class InputError(Exception):
     """The user's input is at fault. Its one line names the file or value, what was expected and the

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 # Read when numpy and torch are loaded, here and in the processes that tests start.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
-from slides import readers  # noqa: E402
+from slides.manifest import MANIFEST  # noqa: E402
 from study import recipes, rows, shell, splitting  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
@@ -190,10 +191,25 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
     scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
-    table = pd.DataFrame([row], columns=readers.MANIFEST)
+    table = pd.DataFrame([row], columns=MANIFEST)
     if (root / "slides.csv").exists():
         table = pd.concat([pd.read_csv(root / "slides.csv"), table])
     table.to_csv(root / "slides.csv", index=False)
+
+
+def write_h5(path, counts, genes, genomes=None, barcodes=()):
+    """A filtered_feature_bc_matrix.h5 of counts (spots, genes)."""
+    matrix = scipy.sparse.csr_matrix(counts)
+    features = {"id": [f"ID{gene}" for gene in genes], "name": genes}
+    features["feature_type"] = ["Gene Expression"] * len(genes)
+    features["genome"] = genomes or ["GRCh38"] * len(genes)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("matrix")
+        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
+        group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape[::-1])
+        group["barcodes"] = np.array([*barcodes], "S")
+        for name, cells in features.items():
+            group[f"features/{name}"] = np.array(cells, "S")
 
 
 # ----------------------------------------------------------------------------------------- fixtures

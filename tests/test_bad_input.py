@@ -16,14 +16,17 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import TINY, TINY_SEARCH, flags_of, run_script, write_slide
+from conftest import AT_RANDOM, TINY, TINY_SEARCH, flags_of, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture, spot_table
 
 import common
-from slides import inputs, readers
+from slides import inputs
+from slides.counts import check_counts, read_matrix
+from slides.manifest import MANIFEST, read_manifest
+from slides.positions import read_positions
 from study import runs, shell
 from study.shell import InputError
 
@@ -35,35 +38,60 @@ def edit_manifest(root, **values):
     table.to_csv(root / "slides.csv", index=False)
 
 
-def truncate(path, keep=0.5):
-    data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data))])
+# Each of these gives a function that spoils a data root.
+def without(name):
+    return lambda root: (root / name).unlink()
 
 
-def tiles_lzw(path, image):
-    tifffile.imwrite(path, image, photometric="rgb", tile=(128, 128), compression="lzw")
+def edited(**columns):
+    return lambda root: edit_manifest(root, **columns)
 
 
-def replace_image(root, write):
-    write(root / "slide.tif")
+def written(name, content):
+    content = content if isinstance(content, bytes) else content.encode()
+    return lambda root: (root / name).write_bytes(content)
 
 
-def write_text(path, text):
-    path.write_text(text)
+def changed(name, change):
+    """The text of a file is what `change` makes of it."""
+
+    def spoil(root):
+        (root / name).write_text(change((root / name).read_text()))
+
+    return spoil
 
 
-def write_bytes(path, content):
-    path.write_bytes(content)
+def cut(name, keep=0.5):
+    def spoil(root):
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[: int(keep * len(content))])
+
+    return spoil
 
 
-def append_positions(root, change):
-    spots = spot_table()
-    change(spots).to_csv(root / "positions1.csv", header=False, index=False)
+def positioned(change):
+    """The positions are what `change` makes of their table."""
+
+    def spoil(root):
+        change(spot_table()).to_csv(root / "positions1.csv", header=False, index=False)
+
+    return spoil
 
 
-def spoil_count(root, value):
-    """The first count of matrix.mtx becomes another number."""
-    keep_counts(root, lambda lines: [" ".join([*lines[0].split()[:2], value]), *lines[1:]], "real")
+def tiff(pixels, **options):
+    return lambda root: tifffile.imwrite(root / "slide.tif", pixels, **options)
+
+
+def pillow(pixels, kind, change=lambda image: image):
+    return lambda root: change(Image.fromarray(pixels)).save(root / "slide.tif", kind)
+
+
+def both(*spoils):
+    def spoil(root):
+        for part in spoils:
+            part(root)
+
+    return spoil
 
 
 def keep_counts(root, change, kind="integer"):
@@ -71,313 +99,131 @@ def keep_counts(root, change, kind="integer"):
     path = root / "matrix1" / "matrix.mtx"
     lines = [line for line in path.read_text().splitlines() if not line.startswith("%")]
     entries = change(lines[1:])
-    head = [
-        f"%%MatrixMarket matrix coordinate {kind} general",
-        " ".join([*lines[0].split()[:2], str(len(entries))]),
-    ]
-    path.write_text("\n".join([*head, *entries]) + "\n")
+    head = f"%%MatrixMarket matrix coordinate {kind} general"
+    sizes = " ".join([*lines[0].split()[:2], str(len(entries))])
+    path.write_text("\n".join([head, sizes, *entries]) + "\n")
 
+
+def counted(change, kind="integer"):
+    return lambda root: keep_counts(root, change, kind)
+
+
+def with_first_count(value):
+    """The first count of matrix.mtx becomes another number."""
+    return counted(lambda lines: [" ".join([*lines[0].split()[:2], value]), *lines[1:]], "real")
+
+
+def repeat_first_slide(text):
+    return text + text.split("\n")[1] + "\n"
+
+
+def rename_first_slide(text):
+    return text + text.split("\n")[1].replace("1,", "2,", 1) + "\n"
+
+
+def spoil_tile(root):
+    tiles = {"photometric": "rgb", "tile": (128, 128), "compression": "zlib"}
+    tifffile.imwrite(root / "slide.tif", picture(), **tiles)
+    content = (root / "slide.tif").read_bytes()
+    damaged = content[:3000] + b"\xff" * 60_000 + content[63_000:]
+    (root / "slide.tif").write_bytes(damaged)
+
+
+LZW = {"photometric": "rgb", "tile": (128, 128), "compression": "lzw"}
+COLOURS = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
+DAMAGED_GZIP = gzip.compress(b"x" * 99)[:-12] + b"no" * 9
+CLASH = "".join(f"I{g}\t{'barcode' if g == 3 else g}\tGene Expression\n" for g in range(12))
 
 # name: (what is spoilt, words that the message must hold)
 CASES = {
-    "no manifest": (lambda r: (r / "slides.csv").unlink(), ["slides.csv", "17_download_data.py"]),
-    "empty manifest": (lambda r: write_text(r / "slides.csv", ""), ["slides.csv"]),
-    "manifest without a column": (
-        lambda r: write_text(r / "slides.csv", "tissue_index,name\n1,A\n"),
-        ["slides.csv", "donor"],
-    ),
-    "manifest with one slide twice": (
-        lambda r: write_text(
-            r / "slides.csv",
-            "".join(
-                [
-                    (r / "slides.csv").read_text(),
-                    (r / "slides.csv").read_text().split("\n")[1],
-                    "\n",
-                ]
-            ),
-        ),
-        ["slides.csv", "tissue_index"],
-    ),
-    "missing slide": (
-        lambda r: (r / "slide.tif").unlink(),
-        ["slides.csv", "slide.tif", "does not exist"],
-    ),
-    "path out of the data root": (
-        lambda r: edit_manifest(r, image="../slide.tif"),
-        ["../slide.tif", "outside"],
-    ),
-    "matrix without positions": (
-        lambda r: edit_manifest(r, positions=np.nan),
-        ["slides.csv", "slide 1 has a matrix and no positions"],
-    ),
-    "slide without an image": (
-        lambda r: edit_manifest(r, image=np.nan),
-        ["slides.csv", "slide 1 has no image"],
-    ),
-    "um_per_px of zero": (lambda r: edit_manifest(r, um_per_px=0), ["um_per_px"]),
-    "truncated contiguous TIFF": (
-        lambda r: truncate(r / "slide.tif"),
-        ["slide.tif", "truncated", "fetch it again"],
-    ),
-    "truncated tiled TIFF": (
-        lambda r: (tiles_lzw(r / "slide.tif", picture()), truncate(r / "slide.tif", 0.9)),
-        ["slide.tif", "fetch"],
-    ),
-    "corrupt tile": (
-        lambda r: (
-            tifffile.imwrite(
-                r / "slide.tif", picture(), photometric="rgb", tile=(128, 128), compression="zlib"
-            ),
-            (r / "slide.tif").write_bytes(
-                b"".join(
-                    [
-                        (r / "slide.tif").read_bytes()[:3000],
-                        b"\xff" * 60_000,
-                        (r / "slide.tif").read_bytes()[63_000:],
-                    ]
-                )
-            ),
-        ),
-        ["slide.tif"],
-    ),
-    "text for an image": (
-        lambda r: write_text(r / "slide.tif", "not an image"),
-        ["slide.tif", "not a readable image"],
-    ),
-    "empty image file": (lambda r: write_text(r / "slide.tif", ""), ["slide.tif"]),
-    "truncated JPEG": (
-        lambda r: (
-            Image.fromarray(picture()).save(r / "slide.tif", "JPEG"),
-            truncate(r / "slide.tif"),
-        ),
-        ["slide.tif", "the JPEG has no end"],
-    ),
-    "16-bit image": (
-        lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture().astype(np.uint16), photometric="rgb")
-        ),
-        ["slide.tif", "uint16", "8-bit"],
-    ),
-    "palette TIFF": (
-        lambda r: replace_image(
-            r,
-            lambda p: tifffile.imwrite(
-                p, picture()[..., 0], photometric="palette", colormap=np.zeros((3, 256), np.uint16)
-            ),
-        ),
-        ["slide.tif", "PALETTE", "RGB"],
-    ),
+    "no manifest": (without("slides.csv"), ["slides.csv", "17_download_data.py"]),
+    "empty manifest": (written("slides.csv", ""), ["slides.csv"]),
+    "manifest without a column": (written("slides.csv", "tissue_index,name\n1,A\n"), ["slides.csv", "donor"]),
+    "no slide in the manifest": (written("slides.csv", ",".join(MANIFEST) + "\n"), ["slides.csv", "tissue_index"]),
+    "one slide twice": (changed("slides.csv", repeat_first_slide), ["slides.csv", "tissue_index"]),
+    "two slides of one name": (changed("slides.csv", rename_first_slide), ["slides.csv", "name"]),
+    "missing slide": (without("slide.tif"), ["slides.csv", "slide.tif", "does not exist"]),
+    "path out of the data root": (edited(image="../slide.tif"), ["../slide.tif", "outside"]),
+    "an absolute path": (edited(image="/etc/hostname"), ["/etc/hostname", "outside"]),
+    "a folder for an image": (edited(image="matrix1"), ["matrix1", "does not exist"]),
+    "matrix without positions": (edited(positions=np.nan), ["slides.csv", "slide 1 has a matrix and no positions"]),
+    "slide without an image": (edited(image=np.nan), ["slides.csv", "slide 1 has no image"]),
+    "slide without a donor": (edited(donor=np.nan), ["slides.csv", "S1", "no donor"]),
+    "um_per_px of zero": (edited(um_per_px=0), ["um_per_px"]),
+    "um_per_px that is no number": (edited(um_per_px="half"), ["um_per_px"]),
+    "tissue_index that is no number": (edited(tissue_index="first"), ["tissue_index"]),
+    "truncated contiguous TIFF": (cut("slide.tif"), ["slide.tif", "truncated", "fetch it again"]),
+    "truncated tiled TIFF": (both(tiff(picture(), **LZW), cut("slide.tif", 0.9)), ["slide.tif", "fetch"]),
+    "corrupt tile": (spoil_tile, ["slide.tif"]),
+    "text for an image": (written("slide.tif", "no image"), ["slide.tif", "not a readable image"]),
+    "empty image file": (written("slide.tif", ""), ["slide.tif"]),
+    "cut within the TIFF header": (written("slide.tif", b"II*\0\x08\0"), ["slide.tif"]),
+    "truncated JPEG": (both(pillow(picture(), "JPEG"), cut("slide.tif")), ["slide.tif", "the JPEG has no end"]),
+    "16-bit image": (tiff(picture().astype(np.uint16), photometric="rgb"), ["slide.tif", "uint16", "8-bit"]),
+    "one-bit image": (tiff(picture()[..., 0] > 99, photometric="minisblack"), ["slide.tif", "bool", "8-bit"]),
+    "palette TIFF": (tiff(picture()[..., 0], **COLOURS), ["slide.tif", "PALETTE", "RGB"]),
+    "16-bit PNG": (pillow(picture()[..., 0].astype(np.uint16) * 257, "PNG"), ["slide.tif", "I;16", "8-bit"]),
+    "palette PNG": (pillow(picture(), "PNG", lambda image: image.quantize(16)), ["slide.tif", "P image", "8-bit"]),
+    "CMYK": (pillow(picture(), "TIFF", lambda image: image.convert("CMYK")), ["slide.tif", "SEPARATED"]),
+    "two grey pages of one size": (tiff(picture()[..., :2].transpose(2, 0, 1)), ["slide.tif", "2 images of one size", "export"]),
     "spot outside the image": (
-        lambda r: append_positions(r, lambda t: t.assign(pxl_row=t["pxl_row"] + HEIGHT)),
+        positioned(lambda spots: spots.assign(pxl_row=spots["pxl_row"] + HEIGHT)),
         ["slide.tif", "outside the image", f"{HEIGHT} x {WIDTH}"],
     ),
-    "position that is no number": (
-        lambda r: append_positions(
-            r, lambda t: t.assign(pxl_col=["x"] + t["pxl_col"].tolist()[1:])
-        ),
-        ["positions1.csv", "A0-1"],
+    "barcode twice": (positioned(lambda spots: pd.concat([spots, spots[:1]])), ["positions1.csv", "A0-1", "twice"]),
+    "positions with five columns": (positioned(lambda spots: spots.drop(columns="in_tissue")), ["positions1.csv", "5 columns"]),
+    "most barcodes without a position": (positioned(lambda spots: spots[4:]), ["positions1.csv", "A0-1", "4 of 7", "not of one slide"]),
+    "no matrix in the folder": (without("matrix1/matrix.mtx"), ["matrix.mtx", "matrix1"]),
+    "matrix of another shape than its barcodes": (
+        written("matrix1/barcodes.tsv", "A0-1\nC1-1\n"), ["matrix.mtx", "12 genes x 7 spots", "2 barcodes"],
     ),
-    "barcode twice": (
-        lambda r: append_positions(r, lambda t: pd.concat([t, t[:1]])),
-        ["positions1.csv", "A0-1", "twice"],
-    ),
-    "positions with five columns": (
-        lambda r: append_positions(r, lambda t: t.drop(columns="in_tissue")),
-        ["positions1.csv", "5 columns"],
-    ),
-    "most barcodes without a position": (
-        lambda r: append_positions(r, lambda t: t[4:]),
-        ["positions1.csv", "A0-1", "4 of 7", "not of one slide"],
-    ),
-    "positions whose columns are unknown": (
-        lambda r: write_text(r / "positions1.csv", "spot_x,spot_y,other\nA0-1,3,4\n"),
-        ["positions1.csv", "spot_x, spot_y, other", "not known"],
-    ),
-    "positions with x and y": (
-        lambda r: (
-            spot_table()
-            .rename(columns={"pxl_row": "y", "pxl_col": "x"})
-            .to_csv(r / "positions1.csv", index=False)
-        ),
-        ["positions1.csv", "pxl_row", "y, x"],
-    ),
-    "in_tissue of two": (
-        lambda r: append_positions(r, lambda t: t.assign(in_tissue=2)),
-        ["positions1.csv", "A0-1", "in_tissue", "0 or 1"],
-    ),
-    "a slide without a donor": (
-        lambda r: edit_manifest(r, donor=np.nan),
-        ["slides.csv", "S1", "no donor"],
-    ),
-    "no slide in the manifest": (
-        lambda r: write_text(r / "slides.csv", ",".join(readers.MANIFEST) + "\n"),
-        ["slides.csv", "tissue_index"],
-    ),
-    "no matrix in the folder": (
-        lambda r: (r / "matrix1/matrix.mtx").unlink(),
-        ["matrix.mtx", "matrix1"],
-    ),
-    "matrix whose shape disagrees with its barcodes": (
-        lambda r: write_text(r / "matrix1/barcodes.tsv", "A0-1\nC1-1\n"),
-        ["matrix.mtx", "12 genes x 7 spots", "2 barcodes"],
-    ),
-    "truncated matrix": (lambda r: truncate(r / "matrix1/matrix.mtx"), ["matrix.mtx", "whole"]),
-    "negative counts": (
-        lambda r: write_text(
-            r / "matrix1/matrix.mtx",
-            (r / "matrix1/matrix.mtx").read_text().replace("\n1 1 ", "\n1 1 -"),
-        ),
-        ["matrix1", "no counts"],
-    ),
-    "no h5": (
-        lambda r: (write_text(r / "m.h5", "text"), edit_manifest(r, matrix="m.h5")),
-        ["m.h5", "10x"],
-    ),
-    "two grey pages of one size": (
-        lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture()[..., :2].transpose(2, 0, 1))
-        ),
-        ["slide.tif", "2 images of one size", "export"],
-    ),
-    "CMYK": (
-        lambda r: replace_image(
-            r, lambda p: Image.fromarray(picture()).convert("CMYK").save(p, "TIFF")
-        ),
-        ["slide.tif", "SEPARATED"],
-    ),
-    "cut within the TIFF header": (
-        lambda r: write_bytes(r / "slide.tif", (r / "slide.tif").read_bytes()[:6]),
-        ["slide.tif"],
-    ),
-    "a folder for an image": (
-        lambda r: edit_manifest(r, image="matrix1"),
-        ["matrix1", "does not exist"],
-    ),
-    "empty barcodes": (lambda r: write_text(r / "matrix1/barcodes.tsv", ""), ["barcodes.tsv"]),
-    "ragged features": (
-        lambda r: write_text(r / "matrix1/features.tsv", "a\nb\tc\td\te\n"),
-        ["features.tsv"],
-    ),
-    "corrupt gzip": (
-        lambda r: (
-            (r / "matrix1/matrix.mtx").unlink(),
-            write_bytes(r / "matrix1/matrix.mtx.gz", gzip.compress(b"x" * 99)[:-12] + b"no" * 9),
-        ),
-        ["matrix.mtx.gz"],
-    ),
-    "two slides of one name": (
-        lambda r: write_text(
-            r / "slides.csv",
-            (r / "slides.csv").read_text()
-            + (r / "slides.csv").read_text().split("\n")[1].replace("1,", "2,", 1)
-            + "\n",
-        ),
-        ["slides.csv", "name"],
-    ),
-    "a position of NaN": (
-        lambda r: append_positions(
-            r, lambda t: t.assign(pxl_col=[np.nan] + t["pxl_col"].tolist()[1:])
-        ),
-        ["positions1.csv", "A0-1", "not a number"],
-    ),
-    "row and column swapped, out of the image": (
-        lambda r: append_positions(
-            r,
-            lambda t: t.assign(
-                pxl_row=[WIDTH - 9, *t["pxl_col"][1:]], pxl_col=[9, *(t["pxl_row"][1:])]
-            ),
-        ),
-        ["slide.tif", "A0-1", "pxl_row and pxl_col swapped"],
-    ),
+    "truncated matrix": (cut("matrix1/matrix.mtx"), ["matrix.mtx", "whole"]),
+    "no h5": (both(written("m.h5", "text"), edited(matrix="m.h5")), ["m.h5", "10x"]),
+    "empty barcodes": (written("matrix1/barcodes.tsv", ""), ["barcodes.tsv"]),
+    "ragged features": (written("matrix1/features.tsv", "a\nb\tc\td\te\n"), ["features.tsv"]),
+    "corrupt gzip": (both(without("matrix1/matrix.mtx"), written("matrix1/matrix.mtx.gz", DAMAGED_GZIP)), ["matrix.mtx.gz"]),
     "a zero byte in the matrix": (
-        lambda r: keep_counts(r, lambda lines: [*lines[:-1], lines[-1] + "\0"]),
-        ["matrix.mtx", "zero byte", "fetch it again"],
+        counted(lambda lines: [*lines[:-1], lines[-1] + "\0"]), ["matrix.mtx", "zero byte", "fetch it again"],
     ),
-    "a count beyond all numbers": (
-        lambda r: keep_counts(r, lambda lines: [lines[0] + "0" * 30, *lines[1:]]),
-        ["matrix.mtx", "out of range"],
-    ),
-    "NaN counts": (lambda r: spoil_count(r, "nan"), ["matrix1", "no counts"]),
-    "fractional counts": (lambda r: spoil_count(r, "1.5"), ["matrix1", "no counts", "raw counts"]),
-    "infinite counts": (lambda r: spoil_count(r, "inf"), ["matrix1", "no counts"]),
-    "all counts zero": (
-        lambda r: keep_counts(r, lambda lines: []),
-        ["matrix1", "no spot has a count"],
-    ),
+    "a count beyond all numbers": (counted(lambda lines: [lines[0] + "0" * 30, *lines[1:]]), ["matrix.mtx", "out of range"]),
+    "negative counts": (with_first_count("-2"), ["matrix1", "no counts"]),
+    "NaN counts": (with_first_count("nan"), ["matrix1", "no counts"]),
+    "fractional counts": (with_first_count("1.5"), ["matrix1", "no counts", "raw counts"]),
+    "infinite counts": (with_first_count("inf"), ["matrix1", "no counts"]),
+    "all counts zero": (counted(lambda lines: []), ["matrix1", "no spot has a count"]),
     "a barcode twice in the matrix": (
-        lambda r: write_text(
-            r / "matrix1/barcodes.tsv",
-            (r / "matrix1/barcodes.tsv").read_text().replace("C1-1", "A0-1"),
-        ),
-        ["matrix1", "A0-1", "twice"],
+        changed("matrix1/barcodes.tsv", lambda text: text.replace("C1-1", "A0-1")), ["matrix1", "A0-1", "twice"],
     ),
     "a gene id twice": (
-        lambda r: write_text(
-            r / "matrix1/features.tsv",
-            "".join([(r / "matrix1/features.tsv").read_text().split("\n")[0] + "\n"] * 12),
-        ),
-        ["matrix1", "gene id", "twice"],
+        changed("matrix1/features.tsv", lambda text: 12 * (text.split("\n")[0] + "\n")), ["matrix1", "gene id", "twice"],
     ),
-    "a gene called as a column": (
-        lambda r: write_text(
-            r / "matrix1/features.tsv",
-            "".join(f"I{g}\t{'barcode' if g == 3 else g}\tGene Expression\n" for g in range(12)),
-        ),
-        ["'barcode'", "rename it"],
-    ),
-    "um_per_px that is no number": (lambda r: edit_manifest(r, um_per_px="half"), ["um_per_px"]),
-    "tissue_index that is no number": (
-        lambda r: edit_manifest(r, tissue_index="first"),
-        ["tissue_index"],
-    ),
-    "an absolute path": (
-        lambda r: edit_manifest(r, image="/etc/hostname"),
-        ["/etc/hostname", "outside"],
-    ),
-    "pixels as floats": (
-        lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture().astype(np.float32), photometric="rgb")
-        ),
-        ["slide.tif", "float32", "8-bit"],
-    ),
-    "16-bit PNG": (
-        lambda r: replace_image(
-            r, lambda p: Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(p, "PNG")
-        ),
-        ["slide.tif", "I;16", "8-bit"],
-    ),
-    "palette PNG": (
-        lambda r: replace_image(
-            r, lambda p: Image.fromarray(picture()).quantize(16).save(p, "PNG")
-        ),
-        ["slide.tif", "P image", "8-bit"],
-    ),
-    "one-bit image": (
-        lambda r: replace_image(
-            r, lambda p: tifffile.imwrite(p, picture()[..., 0] > 99, photometric="minisblack")
-        ),
-        ["slide.tif", "bool", "8-bit"],
-    ),
-    "one slide for harmony": (lambda r: None, ["harmony", "--target lognorm"]),
-}
+    "a gene called as a column": (written("matrix1/features.tsv", CLASH), ["'barcode'", "rename it"]),
+    "one slide for harmony": (lambda root: None, ["harmony", "--target lognorm"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset_files(tmp_path_factory):
+    """{name: content} of what script 19 makes of the root that is spoilt."""
+    root = tmp_path_factory.mktemp("before")
+    make_root(root)
+    assert run_script("19", data_root=root, target="lognorm") == 0
+    return {path.name: path.read_bytes() for path in (root / "dataset").iterdir()}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_script_19_refuses(tmp_path, case, capsys):
+def test_script_19_refuses(tmp_path, dataset_files, case, capsys):
     spoil, words = CASES[case]
     make_root(tmp_path)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
-    capsys.readouterr()
+    (tmp_path / "dataset").mkdir()
+    for name, content in dataset_files.items():
+        (tmp_path / "dataset" / name).write_bytes(content)
     spoil(tmp_path)
     target = "harmony" if "harmony" in case else "lognorm"
-    assert run_script("19", "--data-root", tmp_path, "--target", target) == 2
+    assert run_script("19", data_root=tmp_path, target=target) == 2
     check_one_line(capsys, words)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()} == before, (
-        "the old one is whole"
-    )
-    assert not list(tmp_path.glob("dataset/.new")) and not list(tmp_path.glob("dataset/.partial*"))
+    left = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
+    assert left == dataset_files, "the old one is whole, and nothing lies beside it"
 
 
 def check_one_line(capsys, words):
@@ -421,12 +267,8 @@ def check_one_line(capsys, words):
 )
 def test_script_20_refuses(simulated, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert (
-        run_script(
-            "20", "--data-root", simulated, "--out", tmp_path / "out", *flags_of(TINY), *arguments
-        )
-        == 2
-    )
+    out = tmp_path / "out"
+    assert run_script("20", *flags_of(TINY | {"data_root": simulated, "out": out}), *arguments) == 2
     check_one_line(capsys, words)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
 
@@ -480,20 +322,16 @@ def test_spots_without_counts_are_left_out_and_said(tmp_path, capsys):
                                             ("gene\nNONE\n", ["panel.csv", "hold none", "NONE"])])  # fmt: skip
 def test_a_panel_without_genes(tmp_path, capsys, content, words):
     make_root(tmp_path)
-    write_text(tmp_path / "panel.csv", content)
-    assert (
-        run_script(
-            "19", "--data-root", tmp_path, "--target", "lognorm", "--panel", tmp_path / "panel.csv"
-        )
-        == 2
-    )
+    (tmp_path / "panel.csv").write_text(content)
+    panel = tmp_path / "panel.csv"
+    assert run_script("19", data_root=tmp_path, target="lognorm", panel=panel) == 2
     check_one_line(capsys, words)
     assert not (tmp_path / "dataset").exists()
 
 
 def test_positions_without_tissue(tmp_path, capsys):
     make_root(tmp_path)
-    append_positions(tmp_path, lambda t: t.assign(in_tissue=0))
+    positioned(lambda spots: spots.assign(in_tissue=0))(tmp_path)
     edit_manifest(tmp_path, matrix=np.nan)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 2
     check_one_line(capsys, ["positions1.csv", "no spot is in_tissue"])
@@ -505,18 +343,15 @@ def test_positions_without_tissue(tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
     shutil.copytree(simulated / "dataset", tmp_path / "dataset")
-    path = tmp_path / "dataset" / name
-    if damage == "cut":
-        write_bytes(path, path.read_bytes()[: path.stat().st_size // 2])
-    else:
-        path.unlink()
+    spoil = cut if damage == "cut" else without
+    spoil(name)(tmp_path / "dataset")
     with pytest.raises(shell.InputError, match=r"19_make_patches_and_csv\.py --data-root"):
         common.load_dataset(tmp_path, "harmony")
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
 def test_results_cannot_go_into_a_file(simulated, tmp_path, capsys, out):
-    write_text(tmp_path / "file", "mine")
+    (tmp_path / "file").write_text("mine")
     assert run_script("20", "--data-root", simulated, "--out", tmp_path / out, *flags_of(TINY)) == 2
     check_one_line(capsys, [out, "no folder to write to"])
     assert (tmp_path / "file").read_text() == "mine"
@@ -547,23 +382,11 @@ def test_pretrained_weights_without_a_network_name_the_way_out(
 ):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(
-        constants, "HF_HUB_OFFLINE", True
-    )  # as HF_HUB_OFFLINE=1 does: the client would retry for a minute
+    # As HF_HUB_OFFLINE=1 does: the client would retry for a minute.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert (
-        run_script(
-            "20",
-            "--data-root",
-            simulated,
-            "--out",
-            tmp_path / "out",
-            *flags_of(TINY),
-            "--pretrained",
-            "true",
-        )
-        == 2
-    )
+    options = TINY | {"data_root": simulated, "out": tmp_path / "out", "pretrained": True}
+    assert run_script("20", **options) == 2
     check_one_line(capsys, ["efficientnet_b0", "--pretrained false"])
 
 
@@ -663,18 +486,8 @@ def two_slides(root, spots=(7, 7), genes=(12, 12)):
 
 
 def network_of(root, *arguments):
-    code = run_script(
-        "20",
-        "--data-root",
-        root,
-        "--out",
-        root / "out",
-        *flags_of(TINY | {"target": "lognorm"}),
-        # Behind a head that starts at 0, so few steps leave most predictions constant.
-        "--head-start",
-        "random",
-        *arguments,
-    )
+    options = TINY | AT_RANDOM | {"target": "lognorm", "data_root": root, "out": root / "out"}
+    code = run_script("20", *flags_of(options), *arguments)
     return code, sorted((root / "out").glob("EfficientNet-B0-*/rows.json"))
 
 
@@ -747,21 +560,7 @@ FUZZ = settings(
 )
 CELL = st.one_of(
     st.sampled_from(
-        [
-            "1",
-            "0",
-            "-1",
-            "1e9",
-            "1e400",
-            "nan",
-            "",
-            "A0-1",
-            "slide.tif",
-            "positions1.csv",
-            "matrix1",
-            "..",
-            '"',
-        ]
+        ["1", "0", "-1", "1e9", "1e400", "nan", "", "A0-1", "slide.tif", "matrix1", "..", '"']
     ),
     st.text(max_size=6),
 )
@@ -790,8 +589,8 @@ def whole_root(tmp_path_factory):
 
 
 READERS = {
-    "slides.csv": lambda root: readers.read_manifest(root),
-    "positions1.csv": lambda root: readers.read_positions(root / "positions1.csv"),
+    "slides.csv": lambda root: read_manifest(root),
+    "positions1.csv": lambda root: read_positions(root / "positions1.csv"),
     "matrix1/matrix.mtx": lambda root: read_checked(root / "matrix1"),
     "matrix1/barcodes.tsv": lambda root: read_checked(root / "matrix1"),
     "matrix1/features.tsv": lambda root: read_checked(root / "matrix1"),
@@ -804,8 +603,8 @@ READERS = {
 
 
 def read_checked(folder):
-    table = readers.read_matrix(folder)
-    readers.check_counts(table, folder)
+    table = read_matrix(folder)
+    check_counts(table, folder)
 
 
 @pytest.mark.parametrize("name", READERS)

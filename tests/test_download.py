@@ -13,8 +13,11 @@ import pandas as pd
 import pytest
 import tifffile
 from conftest import SHARED, load_script, run_script
+from PIL import Image
 
-from slides import readers
+from slides.manifest import read_manifest
+from slides.positions import read_positions
+from slides.spots import read_spots
 from study import shell
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
@@ -36,11 +39,9 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             return self.answer(page.encode()) if names else self.answer(b"none", 404)
         if "/contents/" in path and path not in server.files:
             inside = {n: v for n, v in server.files.items() if n.rpartition("/")[0] == path}
-            return (
-                self.answer(json.dumps([self.entry(*item) for item in inside.items()]).encode())
-                if inside
-                else self.answer(b"", 404)
-            )
+            if not inside:
+                return self.answer(b"", 404)
+            return self.answer(json.dumps([self.entry(*item) for item in inside.items()]).encode())
         if path not in server.files:
             return self.answer(b"gone", 404)
         return self.send_file(path)
@@ -106,10 +107,8 @@ def mirror():
 
 
 def tiff_bytes(seed):
-    file = io.BytesIO()
-    tifffile.imwrite(
-        file, np.random.default_rng(seed).integers(0, 256, (90, 80, 3), np.uint8), photometric="rgb"
-    )
+    file, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (90, 80, 3), np.uint8)
+    tifffile.imwrite(file, pixels, photometric="rgb")
     return file.getvalue()
 
 
@@ -120,20 +119,17 @@ def liver(mirror):
     for i, (sample, name) in enumerate(SAMPLES.items(), 1):
         images[name] = tiff_bytes(i)
         path = f"/geo/samples/GSM7697nnn/{sample}/suppl/{sample}_GEX_C73_{name}_Merged.tiff"
-        mirror.files |= (
-            {f"{path}.gz": gzip.compress(images[name])} if i % 2 else {path: images[name]}
-        )
+        packed = {f"{path}.gz": gzip.compress(images[name])}
+        mirror.files |= packed if i % 2 else {path: images[name]}
         mirror.files[f"/geo/samples/GSM7697nnn/{sample}/suppl/{sample}_barcodes.tsv.gz"] = b"other"
         base = "/repos/bowang-lab/BLEEP/contents/GSE240429_data/data"
-        mirror.files[f"{base}/tissue_pos_matrices/tissue_positions_list_{i}.csv"] = (
-            b"A-1,1,0,0,40,40\n"
-        )
+        positions = f"{base}/tissue_pos_matrices/tissue_positions_list_{i}.csv"
+        mirror.files[positions] = b"A-1,1,0,0,40,40\n"
+        base += "/filtered_expression_matrices"
         for part in ("barcodes.tsv", "features.tsv", "matrix.mtx"):
-            mirror.files[f"{base}/filtered_expression_matrices/{i}/{part}"] = (
-                f"{part} {i}\n".encode() * 50
-            )
-        mirror.files[f"{base}/filtered_expression_matrices/hvg_union.npy"] = b"array"
-        mirror.files[f"{base}/filtered_expression_matrices/notes.txt"] = b"not asked for"
+            mirror.files[f"{base}/{i}/{part}"] = f"{part} {i}\n".encode() * 50
+        mirror.files[f"{base}/hvg_union.npy"] = b"array"
+        mirror.files[f"{base}/notes.txt"] = b"not asked for"
     return images
 
 
@@ -188,11 +184,8 @@ def test_a_cut_connection_is_taken_up_again(mirror, liver, tmp_path, fault):
     assert mirror.cut == set(paths)
     for name, content in liver.items():
         assert (tmp_path / "image" / f"GEX_C73_{name}_Merged.tiff").read_bytes() == content
-    resumed = [
-        wanted
-        for path, wanted in mirror.seen
-        if path in paths and wanted not in (None, "bytes=0-0")
-    ]
+    asked = [wanted for path, wanted in mirror.seen if path in paths]
+    resumed = [wanted for wanted in asked if wanted not in (None, "bytes=0-0")]
     assert len(resumed) == 4 and "bytes=0-" not in resumed
 
 
@@ -290,17 +283,13 @@ def test_only_https_is_fetched(url):
 
 
 def her2st_files():
-    counts = "\tG1\tG2\tG3\n" + "".join(
-        f"{x}x{y}\t{x}\t{y}\t{x + y}\n" for x in (1, 2) for y in (3, 4)
-    )
+    counts = "\tG1\tG2\tG3\n"
+    for x, y in ((1, 3), (1, 4), (2, 3), (2, 4)):
+        counts += f"{x}x{y}\t{x}\t{y}\t{x + y}\n"
     spots = "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y\tselected\n"
-    spots += "".join(
-        f"{x}\t{y}\t{x}\t{y}\t{100 * x}.4\t{50 * y}.6\t1\n"
-        for x, y in ((2, 4), (1, 3), (1, 4), (7, 7))
-    )
+    for x, y in ((2, 4), (1, 3), (1, 4), (7, 7)):
+        spots += f"{x}\t{y}\t{x}\t{y}\t{100 * x}.4\t{50 * y}.6\t1\n"
     spots += "2\t3\t2\t3\t200\t150\t0\n"
-    from PIL import Image
-
     image = io.BytesIO()
     Image.new("RGB", (400, 300), (200, 120, 160)).save(image, "JPEG")
     return {
@@ -324,28 +313,14 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             (source / path).write_bytes(content)
     root = tmp_path / "HER2ST_data"
-    assert (
-        run_script(
-            "17", "--dataset", "HER2ST", "--source", source, "--sections", "C2", "--data-root", root
-        )
-        == 0
-    )
-    manifest = pd.read_csv(root / "slides.csv")
-    assert manifest[["tissue_index", "name", "donor", "um_per_px"]].values.tolist() == [
-        [1, "C2", "C", 0.69]
-    ]
-    (slide,) = readers.read_manifest(root)
-    table = readers.read_spots(slide, readers.read_positions(slide.positions))
-    assert table.obs["barcode"].tolist() == [
-        "1x3",
-        "1x4",
-        "2x4",
-    ]  # counts and a selected position both
-    assert table.obs[["array_row", "array_col", "pxl_row", "pxl_col"]].values.tolist() == [
-        [3, 1, 151, 100],
-        [4, 1, 201, 100],
-        [4, 2, 201, 200],
-    ]
+    assert run_script("17", dataset="HER2ST", source=source, sections="C2", data_root=root) == 0
+    (slide,) = read_manifest(root)
+    assert (slide.tissue_index, slide.name, slide.donor, slide.um_per_px) == (1, "C2", "C", 0.69)
+    table = read_spots(slide, read_positions(slide.positions))
+    places = table.obs[["array_row", "array_col", "pxl_row", "pxl_col"]]
+    # Those that have both counts and a selected position.
+    assert table.obs["barcode"].tolist() == ["1x3", "1x4", "2x4"]
+    assert places.values.tolist() == [[3, 1, 151, 100], [4, 1, 201, 100], [4, 2, 201, 200]]
     assert table.X.toarray().tolist() == [[1, 3, 4], [1, 4, 5], [2, 4, 6]]
 
 
@@ -370,12 +345,7 @@ def test_her2st_refusals(tmp_path, monkeypatch, capsys, arguments, words):
 def test_real_her2st_section(tmp_path):
     root = tmp_path / "HER2ST_data"
     source = SHARED / "her2st"
-    assert (
-        run_script(
-            "17", "--dataset", "HER2ST", "--source", source, "--sections", "C5", "--data-root", root
-        )
-        == 0
-    )
+    assert run_script("17", dataset="HER2ST", source=source, sections="C5", data_root=root) == 0
     assert run_script("19", "--data-root", root, "--target", "lognorm") == 0
     rows = pd.read_csv(root / "dataset" / "dataset.csv", usecols=range(7))
     assert len(rows) == 181

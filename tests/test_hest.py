@@ -25,7 +25,8 @@ from test_files import (
     spot_array,
 )
 
-from slides import readers
+from slides.counts import read_matrix
+from slides.positions import read_positions
 
 
 # ---------------------------------------------------------------------------------- invented slides
@@ -39,15 +40,17 @@ def make_anndata(seed=1, rows=6):
     return table
 
 
-def make_root(root, change=lambda table: table):
-    """A data root of two slides, the first of which is an .h5ad that `change` has changed."""
+def make_h5ad(root, change=lambda table: table):
+    """A data root of two slides, the first of which is an .h5ad that `change` has changed, or what
+    it returns.
+    """
     make_slides(root)
     # The genes are called by one name in both slides.
-    (root / "matrix2" / "features.tsv").write_text(
-        "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
-    )
-    changed = change(make_anndata())
-    changed.write_h5ad(root / "slide1.h5ad")
+    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
+    (root / "matrix2" / "features.tsv").write_text(features)
+    table = make_anndata()
+    table = change(table) or table
+    table.write_h5ad(root / "slide1.h5ad")
     edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad", "matrix2"])
     return root
 
@@ -81,19 +84,16 @@ def make_hest(folder, samples=("NCBI1", "NCBI2", "MEND3"), **changes):
 # ------------------------------------------------------------------------------------------ AnnData
 def as_dense(table):
     table.X = table.X.toarray()
-    return table
 
 
 def in_a_layer(table):
     table.layers["counts"] = table.X.copy()
     table.X = table.X * 0.5
-    return table
 
 
 def in_raw(table):
     table.raw = table.copy()
     table.X = table.X * 0.5
-    return table
 
 
 def with_gene_ids(table):
@@ -113,12 +113,12 @@ def without_array(table):
     "change", [lambda t: t, as_dense, in_a_layer, in_raw, with_gene_ids, without_array]
 )
 def test_an_h5ad_gives_the_pixels_and_counts_of_its_spots(tmp_path, change):
-    _, table, patches = make_dataset(make_root(tmp_path / "mine", change))
+    _, table, patches = make_dataset(make_h5ad(tmp_path / "mine", change))
     check_spots(table, patches, 1, paint(1), 36)
 
 
 def test_an_h5ad_may_be_packed(tmp_path):
-    root = make_root(tmp_path / "mine")
+    root = make_h5ad(tmp_path / "mine")
     pack(root / "slide1.h5ad")
     edit_manifest(root, matrix=["slide1.h5ad.gz", "matrix2"])
     _, table, patches = make_dataset(root)
@@ -128,14 +128,14 @@ def test_an_h5ad_may_be_packed(tmp_path):
 def test_symbols_of_an_h5ad_name_the_genes(tmp_path):
     path = tmp_path / "slide.h5ad"
     with_gene_ids(make_anndata()).write_h5ad(path)
-    genes = readers.read_matrix(path).var["name"]
+    genes = read_matrix(path).var["name"]
     assert genes[GENES[0]] == f"symbol of {GENES[0]}"
 
 
 def test_where_the_array_is_not_named_no_two_spots_share_a_place_on_it(tmp_path):
     path = tmp_path / "slide.h5ad"
     without_array(make_anndata(rows=12)).write_h5ad(path)
-    positions = readers.read_positions(path)
+    positions = read_positions(path)
     assert not positions[["array_row", "array_col"]].duplicated().any()
     assert (positions["array_col"] == spot_array(12)["array_col"].to_numpy()).all()
 
@@ -143,18 +143,16 @@ def test_where_the_array_is_not_named_no_two_spots_share_a_place_on_it(tmp_path)
 def test_a_spot_that_an_h5ad_calls_outside_the_tissue_is_left_out(tmp_path):
     def change(table):
         table.obs["in_tissue"] = pd.Categorical(["False"] + ["True"] * 35)
-        return table
 
-    _, table, patches = make_dataset(make_root(tmp_path / "mine", change))
+    _, table, patches = make_dataset(make_h5ad(tmp_path / "mine", change))
     check_spots(table, patches, 1, paint(1), 35)
 
 
 def test_a_file_of_positions_wins_over_an_h5ad(tmp_path):
     def change(table):
         table.obsm["spatial"] = table.obsm["spatial"] + 7
-        return table
 
-    root = make_root(tmp_path / "mine", change)
+    root = make_h5ad(tmp_path / "mine", change)
     edit_manifest(root, positions=["positions1.csv", "positions2.csv"])
     _, table, patches = make_dataset(root)
     check_spots(table, patches, 1, paint(1), 36)
@@ -167,32 +165,26 @@ def normalised(table):
 
 def without_counts(table):
     table.X = None
-    return table
 
 
 def without_places(table):
     del table.obsm["spatial"]
-    return table
 
 
 def with_nan(table):
     table.obsm["spatial"][3, 1] = np.nan
-    return table
 
 
 def with_three_axes(table):
     table.obsm["spatial"] = np.zeros((36, 3))
-    return table
 
 
 def with_a_barcode_twice(table):
     table.obs_names = [table.obs_names[1], *table.obs_names[1:]]
-    return table
 
 
 def with_a_gene_twice(table):
     table.var_names = [GENES[1], *GENES[1:]]
-    return table
 
 
 @pytest.mark.filterwarnings("ignore:(Observation|Variable) names are not unique")
@@ -209,7 +201,7 @@ def with_a_gene_twice(table):
     ],
 )
 def test_an_h5ad_in_doubt_is_refused(tmp_path, capsys, change, words):
-    refuse(capsys, make_root(tmp_path / "mine", change), *words)
+    refuse(capsys, make_h5ad(tmp_path / "mine", change), *words)
 
 
 def in_other_layers(table):
@@ -241,17 +233,17 @@ def beside_raw(table):
     ],
 )
 def test_of_an_h5ad_without_counts_the_layers_are_named(tmp_path, capsys, change, words):
-    refuse(capsys, make_root(tmp_path / "mine", change), "slide1.h5ad", *words)
+    refuse(capsys, make_h5ad(tmp_path / "mine", change), "slide1.h5ad", *words)
 
 
 def test_a_file_that_is_no_h5ad_is_refused(tmp_path, capsys):
-    root = make_root(tmp_path / "mine")
+    root = make_h5ad(tmp_path / "mine")
     (root / "slide1.h5ad").write_bytes(b"not HDF5")
     refuse(capsys, root, "slide1.h5ad", "not a whole .h5ad")
 
 
 def test_of_a_zarr_folder_the_conversion_is_named(tmp_path, capsys):
-    root = make_root(tmp_path / "mine")
+    root = make_h5ad(tmp_path / "mine")
     (root / "slide1.zarr").mkdir()
     edit_manifest(root, matrix=["slide1.zarr", "matrix2"])
     refuse(capsys, root, "slide1.zarr", "to_legacy_anndata", "write_h5ad")

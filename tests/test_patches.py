@@ -5,17 +5,18 @@ import json
 import shutil
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse
 import tifffile
-from conftest import NETWORK, SHARED, run_script, write_slide
+import torch
+from conftest import NETWORK, SHARED, run_script, write_h5, write_slide
 from PIL import Image
 
 import common
-from slides import imaging, readers
+from slides import imaging
+from slides.counts import join_genes, read_matrix
+from slides.positions import lay_blocks, measure_pitch, read_positions
 from study import shell
 
 HEIGHT, WIDTH = 700, 900
@@ -29,61 +30,35 @@ def spot_table(n=7, seed=0):
     return table
 
 
-def picture(seed=0):
+def picture():
     """Smooth in every channel, so that JPEG keeps it, and different at every place."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    return np.stack(
-        [y * 255 // HEIGHT, x * 255 // WIDTH, (x + y) * 255 // (HEIGHT + WIDTH)], -1
-    ).astype(np.uint8)
+    channels = [y * 255 // HEIGHT, x * 255 // WIDTH, (x + y) * 255 // (HEIGHT + WIDTH)]
+    return np.stack(channels, -1).astype(np.uint8)
 
 
-def save_planes(path, image, **options):
-    tifffile.imwrite(
-        path, np.moveaxis(image, -1, 0), photometric="rgb", planarconfig="separate", **options
-    )
+def tiff(**options):
+    return lambda path, image: tifffile.imwrite(path, image, photometric="rgb", **options)
 
 
-WRITERS = {
-    "contiguous.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb"),
-    "big-endian.tif": lambda p, i: tifffile.imwrite(
-        p, i, photometric="rgb", byteorder=">", bigtiff=True
-    ),
-    "strips.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", rowsperstrip=37),
-    "strips-lzw.tif": lambda p, i: tifffile.imwrite(
-        p, i, photometric="rgb", rowsperstrip=37, compression="lzw"
-    ),
-    "one-strip-deflate.tif": lambda p, i: tifffile.imwrite(
-        p, i, photometric="rgb", rowsperstrip=HEIGHT, compression="zlib"
-    ),
-    "tiles.tif": lambda p, i: tifffile.imwrite(p, i, photometric="rgb", tile=(128, 256)),
-    "tiles-lzw-predictor.tif": lambda p, i: tifffile.imwrite(
-        p, i, photometric="rgb", tile=(64, 64), compression="lzw", predictor=True
-    ),
-    "tiles-jpeg.svs": lambda p, i: tifffile.imwrite(
-        p, i, photometric="rgb", tile=(256, 256), compression="jpeg", compressionargs={"level": 97}
-    ),
-    "tiles-ycbcr.tif": lambda p, i: tifffile.imwrite(
-        p,
-        i,
-        photometric="rgb",
-        tile=(128, 128),
-        compression="jpeg",
-        compressionargs={"level": 97, "outcolorspace": "ycbcr"},
-    ),
-    "planes.tif": save_planes,
-    "planes-tiles.tif": lambda p, i: save_planes(p, i, tile=(128, 128), compression="zlib"),
-    "opaque.tif": lambda p, i: tifffile.imwrite(
-        p,
-        np.dstack([i, np.full_like(i[..., :1], 255)]),
-        photometric="rgb",
-        extrasamples=["unassalpha"],
-        tile=(128, 128),
-    ),
-    "pyramid.ome.tif": lambda p, i: write_pyramid(p, i),
-    "photo.jpg": lambda p, i: Image.fromarray(i).save(p, quality=97, subsampling=0),
-    "photo.png": lambda p, i: Image.fromarray(i).save(p),
-    "opaque.png": lambda p, i: Image.fromarray(i).convert("RGBA").save(p),
-}
+def planes(**options):
+    """One plane a channel."""
+    options |= {"photometric": "rgb", "planarconfig": "separate"}
+    return lambda path, image: tifffile.imwrite(path, np.moveaxis(image, -1, 0), **options)
+
+
+def save_opaque(path, image):
+    opaque = np.dstack([image, np.full_like(image[..., :1], 255)])
+    tiff(extrasamples=["unassalpha"], tile=(128, 128))(path, opaque)
+
+
+def jpeg_tiles(side, **arguments):
+    arguments |= {"level": 97}
+    return tiff(tile=(side, side), compression="jpeg", compressionargs=arguments)
+
+
+def save_picture(path, image):
+    Image.fromarray(image).save(path, quality=97, subsampling=0)
 
 
 def write_pyramid(path, image):
@@ -92,17 +67,39 @@ def write_pyramid(path, image):
         tiff.write(image[::2, ::2], photometric="rgb", tile=(128, 128), subfiletype=1)
 
 
-def make_root(
-    tmp_path, image="slide.tif", writer=None, pixels=None, spots=None, counts=None, genes=None
-):
+WRITERS = {
+    "contiguous.tif": tiff(),
+    "big-endian.tif": tiff(byteorder=">", bigtiff=True),
+    "strips.tif": tiff(rowsperstrip=37),
+    "strips-lzw.tif": tiff(rowsperstrip=37, compression="lzw"),
+    "one-strip-deflate.tif": tiff(rowsperstrip=HEIGHT, compression="zlib"),
+    "tiles.tif": tiff(tile=(128, 256)),
+    "tiles-lzw-predictor.tif": tiff(tile=(64, 64), compression="lzw", predictor=True),
+    "tiles-jpeg.svs": jpeg_tiles(256),
+    "tiles-ycbcr.tif": jpeg_tiles(128, outcolorspace="ycbcr"),
+    "planes.tif": planes(),
+    "planes-tiles.tif": planes(tile=(128, 128), compression="zlib"),
+    "opaque.tif": save_opaque,
+    "pyramid.ome.tif": write_pyramid,
+    "photo.jpg": save_picture,
+    "photo.png": save_picture,
+    "opaque.png": lambda path, image: Image.fromarray(image).convert("RGBA").save(path),
+}
+
+
+def make_root(tmp_path, image="slide.tif", writer=None, pixels=None, spots=None, counts=None):
+    """A data root of one slide; returns its (spots, counts)."""
     spots = spot_table() if spots is None else spots
-    counts = (
-        np.random.default_rng(1).poisson(3.0, (len(spots), 12)) + 1 if counts is None else counts
-    )
-    genes = [f"G{i}" for i in range(np.shape(counts)[1])] if genes is None else genes
+    if counts is None:
+        counts = np.random.default_rng(1).poisson(3.0, (len(spots), 12)) + 1
+    genes = [f"G{i}" for i in range(np.shape(counts)[1])]
     (writer or WRITERS["contiguous.tif"])(tmp_path / image, picture() if pixels is None else pixels)
     write_slide(tmp_path, image, spots, counts, genes)
     return spots, np.asarray(counts)
+
+
+def read_meta(root):
+    return json.loads((root / "dataset" / "meta.json").read_text())
 
 
 def expected_patch(image, row, col):
@@ -222,15 +219,8 @@ def test_a_new_format_is_one_function(tmp_path, monkeypatch):
 def test_a_sparse_tiff_is_white_where_it_has_no_tiles(tmp_path):
     tile = picture()[:128, :128]
     tiles = iter([tile, None, None, tile])
-    tifffile.imwrite(
-        tmp_path / "s.tif",
-        tiles,
-        shape=(256, 256, 3),
-        dtype=np.uint8,
-        photometric="rgb",
-        tile=(128, 128),
-        compression="zlib",
-    )
+    sparse = tiff(shape=(256, 256, 3), dtype=np.uint8, tile=(128, 128), compression="zlib")
+    sparse(tmp_path / "s.tif", tiles)
     spots = pd.DataFrame({"barcode": ["A"], "pxl_row": [128], "pxl_col": [128]})
     patches = np.zeros((1, 224, 224, 3), np.uint8)
     imaging.read_patches(tmp_path / "s.tif", spots, patches)
@@ -240,31 +230,22 @@ def test_a_sparse_tiff_is_white_where_it_has_no_tiles(tmp_path):
     assert np.array_equal(patches[0], expected)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "contiguous.tif",
-        "tiles-lzw-predictor.tif",
-        "strips-lzw.tif",
-        "planes-tiles.tif",
-        "photo.png",
-    ],
-)
+SOME = ["contiguous.tif", "tiles-lzw-predictor.tif", "strips-lzw.tif", "planes-tiles.tif"]
+
+
+@pytest.mark.parametrize("kind", [*SOME, "photo.png"])
 def test_the_thumbnail_averages_squares_and_is_made_in_the_same_pass(tmp_path, monkeypatch, kind):
     opened, original = [], imaging.open_image
     monkeypatch.setattr(imaging, "open_image", lambda path: opened.append(path) or original(path))
     make_root(tmp_path, kind, WRITERS[kind])
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     assert len(opened) == 1, "the image is read once"
-    meta = json.loads((tmp_path / "dataset" / "meta.json").read_text())
+    meta = read_meta(tmp_path)
     assert meta["px_per_thumbnail_px"] == {"S1": 16} and meta["slides"][0]["um_per_px"] == 0.5
     with Image.open(tmp_path / "dataset" / "thumbnail_1.png") as image:
         thumbnail = np.asarray(image)
-    assert thumbnail.shape == (
-        44,
-        57,
-        3,
-    )  # of 700 x 900 px, the last row 12 px high, the last column 4 px wide
+    # Of 700 x 900 px: the last row is 12 px high, the last column 4 px wide.
+    assert thumbnail.shape == (44, 57, 3)
     for row, column in ((0, 0), (20, 30), (43, 56), (43, 0)):
         square = picture()[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
         assert np.array_equal(thumbnail[row, column], np.rint(square.mean((0, 1))))
@@ -272,12 +253,9 @@ def test_the_thumbnail_averages_squares_and_is_made_in_the_same_pass(tmp_path, m
 
 def test_without_thumbnails_none_is_written(tmp_path):
     make_root(tmp_path)
-    assert (
-        run_script("19", "--data-root", tmp_path, "--target", "lognorm", "--thumbnail", "false")
-        == 0
-    )
+    assert run_script("19", data_root=tmp_path, target="lognorm", thumbnail=False) == 0
     assert not list((tmp_path / "dataset").glob("thumbnail*"))
-    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["px_per_thumbnail_px"] == {}
+    assert read_meta(tmp_path)["px_per_thumbnail_px"] == {}
 
 
 def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
@@ -291,22 +269,20 @@ def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
     white = [(patch == 255).mean() for patch in by_spot]
     assert white == [0.75, 0, 1 - (113 / 224) ** 2, 1 / 224]
     assert (by_spot[0][112:, 112:] == 0).all() and (by_spot[0][:112] == 255).all()
-    assert json.loads((tmp_path / "dataset" / "meta.json").read_text())["padded_at_border"] == {
-        "S1": 3
-    }
+    assert read_meta(tmp_path)["padded_at_border"] == {"S1": 3}
 
 
 def test_blocks_are_squares_five_pitches_wide():
     rows, cols = (axis.ravel() for axis in np.mgrid[:12, :11])
     spots = pd.DataFrame({"pxl_row": rows * 80, "pxl_col": cols * 80})
-    pitch = readers.measure_pitch(spots)
-    blocks = readers.lay_blocks(spots, pitch, 7)
+    pitch = measure_pitch(spots)
+    blocks = lay_blocks(spots, pitch, 7)
     assert pitch == 80 and blocks[0] == "7:0:0" and blocks[-1] == "7:2:2" and len(set(blocks)) == 9
     assert pd.Series(blocks).value_counts().max() == 25
     alone = spots.iloc[:1]
-    assert readers.measure_pitch(alone) == 1.0, "a spot alone"
-    assert readers.lay_blocks(alone, 1.0, 7) == ["7:0:0"]
-    assert readers.measure_pitch(spots.iloc[[3, 3, 3]]) == 1.0, "three in one place"
+    assert measure_pitch(alone) == 1.0, "a spot alone"
+    assert lay_blocks(alone, 1.0, 7) == ["7:0:0"]
+    assert measure_pitch(spots.iloc[[3, 3, 3]]) == 1.0, "three in one place"
 
 
 def test_red_stays_red_from_slide_to_network(tmp_path):
@@ -321,88 +297,38 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     seen = []
     model = common.build_model(NETWORK | {"HIDDEN": 0}, 2, 0)
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    import torch
-
+    mean, sd = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = ([1, 0, 0] - mean) / sd
     for size in (224, 32):
-        common.predict(
-            model,
-            common.place_patches(data.patches, size, torch.device("cpu")),
-            [0],
-            dtype=torch.float32,
-        )
+        patches = common.place_patches(data.patches, size, torch.device("cpu"))
+        common.predict(model, patches, [0], dtype=torch.float32)
         centre = seen.pop()[0, :, size // 2, size // 2]
-        expected = [
-            (value - mean) / std
-            for value, mean, std in zip(
-                (1, 0, 0), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True
-            )
-        ]
         np.testing.assert_allclose(centre, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("header", [False, True])
-def test_both_position_formats(tmp_path, header):
-    spots, _ = make_root(tmp_path)
-    if header:
-        spots.columns = [
-            "barcode",
-            "in_tissue",
-            "array_row",
-            "array_col",
-            "pxl_row_in_fullres",
-            "pxl_col_in_fullres",
-        ]
-        spots.to_csv(tmp_path / "positions1.csv", index=False)
-    table = readers.read_positions(tmp_path / "positions1.csv")
-    assert list(table.columns) == common.POSITION_COLUMNS[1:] and len(table) == 7
-    assert table.loc["A0-1"].tolist() == spots.iloc[0, 1:].tolist()
 
 
 def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
     make_root(tmp_path)
-    plain = readers.read_matrix(tmp_path / "matrix1")
+    plain = read_matrix(tmp_path / "matrix1")
     packed = tmp_path / "packed"
     packed.mkdir()
     for path in (tmp_path / "matrix1").iterdir():
         with open(path, "rb") as source, gzip.open(packed / f"{path.name}.gz", "wb") as target:
             shutil.copyfileobj(source, target)
-    with h5py.File(tmp_path / "filtered_feature_bc_matrix.h5", "w") as file:
-        group, counts = file.create_group("matrix"), scipy.sparse.csc_matrix(plain.X.T)
-        for name, values in (
-            ("data", counts.data.astype(np.int32)),
-            ("indices", counts.indices),
-            ("indptr", counts.indptr),
-        ):
-            group[name] = values
-        group["shape"], group["barcodes"] = np.array(counts.shape), np.array(plain.obs_names, "S")
-        features = group.create_group("features")
-        features["id"], features["name"] = (
-            np.array(plain.var_names, "S"),
-            np.array(plain.var["name"], "S"),
+    h5, names = tmp_path / "filtered_feature_bc_matrix.h5", [*plain.var["name"]]
+    write_h5(h5, plain.X.toarray(), names, barcodes=plain.obs_names)
+    for other in (read_matrix(packed), read_matrix(h5)):
+        pd.testing.assert_frame_equal(
+            other.to_df(), plain.to_df(), check_dtype=False, check_names=False
         )
-        features["feature_type"] = np.array(["Gene Expression"] * plain.n_vars, "S")
-        features["genome"] = np.array(["GRCh38"] * plain.n_vars, "S")
-    for other in (
-        readers.read_matrix(packed),
-        readers.read_matrix(tmp_path / "filtered_feature_bc_matrix.h5"),
-    ):
-        assert (
-            other.obs_names.tolist() == plain.obs_names.tolist()
-            and other.var_names.tolist() == plain.var_names.tolist()
-        )
-        assert (
-            other.var["name"].tolist() == plain.var["name"].tolist()
-            and (other.X != plain.X).nnz == 0
-        )
+        assert other.var["name"].tolist() == names
 
 
 def test_genes_are_aligned_by_id_and_those_of_one_slide_kept(tmp_path, capsys):
     make_root(tmp_path, "one.tif")
     counts = np.random.default_rng(2).poisson(3.0, (7, 11)) + 1
     WRITERS["contiguous.tif"](tmp_path / "two.tif", picture())
-    order = [
-        f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)
-    ]  # G10 is missing, the order another one
+    # G10 is missing, the order another one.
+    order = [f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)]
     write_slide(tmp_path, "two.tif", spot_table(seed=5), counts, order, slide=2)
     assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
     assert "12 genes, 11 of them in every slide" in capsys.readouterr().out
@@ -460,11 +386,8 @@ def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
 
 def test_colour_statistics_tell_what_they_say():
     patches = np.empty((3, 224, 224, 3), np.uint8)
-    patches[0], patches[1], patches[2] = (
-        255,
-        (200, 100, 50),
-        np.random.default_rng(0).integers(0, 256, (224, 224, 3)),
-    )
+    patches[0], patches[1] = 255, (200, 100, 50)
+    patches[2] = np.random.default_rng(0).integers(0, 256, (224, 224, 3))
     values = common.colour_statistics(patches)
     assert values.shape == (3, 40) and np.isfinite(values).all()
     np.testing.assert_allclose(values[1, :3], np.array([200, 100, 50]) / 255, rtol=1e-5)
@@ -485,28 +408,29 @@ def test_panel_is_the_union_of_each_slides_variable_genes_and_the_markers(simula
 def test_harmony_takes_the_slide_effect_out(simulated):
     data = common.load_dataset(simulated, "harmony")
     slides = data.spots["tissue_index"].to_numpy()
-    between = lambda x: np.var([x[slides == s].mean(0) for s in (1, 2, 3, 4)], axis=0).mean()  # noqa: E731
+
+    def between(values):
+        means = [values[slides == slide].mean(0) for slide in (1, 2, 3, 4)]
+        return np.var(means, axis=0).mean()
+
     assert between(data.target) < 0.8 * between(data.lognorm)
 
 
 def test_outputs_are_the_same_when_made_again(tmp_path):
     make_root(tmp_path)
+    made = []
     for _ in range(2):
-        assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-        files = {
-            p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"
-        }
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert files == {
-        p.name: p.read_bytes() for p in (tmp_path / "dataset").iterdir() if p.suffix != ".h5ad"
-    }
+        assert run_script("19", data_root=tmp_path, target="lognorm") == 0
+        paths = [path for path in (tmp_path / "dataset").iterdir() if path.suffix != ".h5ad"]
+        made.append({path.name: path.read_bytes() for path in paths})
+    assert made[0] == made[1]
     assert not list((tmp_path / "dataset").glob(".partial*"))
 
 
 @pytest.mark.data
 @pytest.mark.skipif(not (SHARED / "gse240429").is_dir(), reason="shared/gse240429 is not there")
 def test_real_positions_and_features_are_read():
-    table = readers.read_positions(
+    table = read_positions(
         SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv"
     )
     barcodes = (
@@ -524,17 +448,14 @@ def test_symbols_do_not_depend_on_the_order_of_the_slides():
     """The first slide may have ids where symbols should be, and another one the symbols."""
     ids = ["ENSG2", "ENSG1"]
     features = {1: gene_table(ids, ids), 2: gene_table(ids, ["ALB", "HAL"])}
-    forth = readers.join_genes(features.items())
-    back = readers.join_genes(reversed(features.items()))
+    forth = join_genes(features.items())
+    back = join_genes(reversed(features.items()))
     assert forth.index.tolist() == back.index.tolist() == ["HAL", "ALB"]
     assert forth["gene_ids"].tolist() == ["ENSG1", "ENSG2"]
 
 
 def test_slides_without_a_shared_gene_are_refused_by_name():
-    features = {
-        1: gene_table(["A"], ["A"]),
-        2: gene_table(["A"], ["A"]),
-        7: gene_table(["B"], ["B"]),
-    }
+    first, other = gene_table(["A"], ["A"]), gene_table(["B"], ["B"])
+    features = {1: first, 2: first, 7: other}
     with pytest.raises(shell.InputError, match="slide 7 shares no gene id"):
-        readers.join_genes(features.items())
+        join_genes(features.items())

@@ -11,7 +11,9 @@ from conftest import run_script
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture
 
-from slides import imaging, readers
+from slides import imaging
+from slides.manifest import Slide
+from slides.positions import place_spots
 from study import shell
 
 TILES = {"tile": (128, 128), "compression": "zlib"}
@@ -327,8 +329,8 @@ def test_black_where_nothing_was_scanned_is_no_tissue(tmp_path, black):
     image[:, :left] = noise if black == "dark current" else dark[black]
     options = {"compression": "jpeg"} if black == "dark current" else {"compression": "zlib"}
     tifffile.imwrite(tmp_path / "s.tif", image, photometric="rgb", tile=(256, 256), **options)
-    slide = readers.Slide(1, "S", "D", tmp_path / "s.tif", 0.5, positions=None, matrix=None)
-    spots, _ = readers.place_spots(slide)
+    slide = Slide(1, "S", "D", tmp_path / "s.tif", 0.5, positions=None, matrix=None)
+    spots, _ = place_spots(slide)
     assert (spots["pxl_col"] > left).all()
     assert len(spots) == pytest.approx(tissue.sum() / (200**2 * 0.75**0.5), rel=0.1)
 

@@ -20,7 +20,10 @@ from test_report import Page
 from test_similarity import blur, fold, glass, ink
 
 import common
-from slides import imaging, readers
+from slides import imaging
+from slides.counts import read_matrix
+from slides.manifest import MANIFEST, Slide
+from slides.positions import place_spots, read_positions
 from study import shell
 
 
@@ -75,7 +78,7 @@ def painted(simulated, folder):
     """
     image_option, positions_option, *others = slide_of(simulated)
     image = tifffile.imread(image_option.removeprefix("--image="))
-    positions = readers.read_positions(Path(positions_option.removeprefix("--positions=")))
+    positions = read_positions(Path(positions_option.removeprefix("--positions=")))
     spots = positions[positions["in_tissue"] == 1].sort_values(["array_row", "array_col"])
     for number, (row, col) in enumerate(spots[["pxl_row", "pxl_col"]].to_numpy(int)[:4]):
         part = image[row - 112 : row + 112, col - 112 : col + 112]
@@ -331,8 +334,8 @@ def ellipse(height=3200, width=3800):
 def grid_of(tmp_path, image, um_per_px, **options):
     path = tmp_path / f"{um_per_px}.tif"
     tifffile.imwrite(path, image, photometric="rgb", **options)
-    slide = readers.Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
-    return readers.place_spots(slide)[0]
+    slide = Slide(1, "S", "D", path, um_per_px, positions=None, matrix=None)
+    return place_spots(slide)[0]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +371,7 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
         root.mkdir()
         tifffile.imwrite(root / "slide.tif", image if um == 0.5 else half, photometric="rgb")
         row = [1, "S", "D", "slide.tif", um, "", ""]
-        pd.DataFrame([row], columns=readers.MANIFEST).to_csv(root / "slides.csv", index=False)
+        pd.DataFrame([row], columns=MANIFEST).to_csv(root / "slides.csv", index=False)
         assert run_script("19", "--data-root", root, "--um-per-px", 0.5, "--target", "lognorm") == 0
         table = pd.read_csv(root / "dataset" / "dataset.csv").set_index("barcode")
         made = np.load(root / "dataset" / "patches.npy")
@@ -528,7 +531,7 @@ def space_ranger(folder, simulated, number, kind):
     )
     header = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
     named = positions.set_axis([*common.POSITION_COLUMNS[:4], *header], axis=1)
-    matrix = readers.read_matrix(simulated / row["matrix"])
+    matrix = read_matrix(simulated / row["matrix"])
     if kind == "old":
         positions.to_csv(outs / "spatial" / "tissue_positions_list.csv", header=False, index=False)
         shutil.copytree(simulated / row["matrix"], outs / "filtered_feature_bc_matrix",
@@ -684,9 +687,7 @@ def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(
     assert run_script("26", *options) == 0
     assert "hires image, 1.2" in capsys.readouterr().out
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
-    truth = readers.read_positions(outs / "spatial" / "tissue_positions.csv").loc[
-        table.obs["barcode"]
-    ]
+    truth = read_positions(outs / "spatial" / "tissue_positions.csv").loc[table.obs["barcode"]]
     assert np.abs(table.obs["pxl_row"].to_numpy() - truth["pxl_row"].to_numpy() / 4).max() <= 0.5
     assert list(table.uns["spatial"]) == ["sample3"] and "measured" in table.layers
 

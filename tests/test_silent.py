@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import load_script, run_script, stdout_of, write_slide
+from conftest import load_script, run_script, stdout_of, write_h5, write_slide
 from PIL import Image
 from test_bad_input import check_one_line
 from test_files import (
@@ -25,12 +25,15 @@ from test_files import (
     make_slides,
     paint,
     spot_array,
-    write_h5,
 )
-from test_hest import make_anndata
+from test_hest import make_anndata, make_h5ad
 
 import common
-from slides import hest, imaging, readers
+from slides import hest, imaging
+from slides.counts import CONTROLS, read_matrix
+from slides.manifest import check_sources, read_manifest
+from slides.positions import place_spots
+from slides.spots import read_spots
 from study import shell
 from study.shell import InputError
 
@@ -205,7 +208,7 @@ def test_the_flags_of_19_are_in_its_command(tmp_path, capsys):
     with open(outs[0] / "spatial" / "tissue_positions.csv", "a") as file:
         file.write("\n")
     with pytest.raises(InputError) as caught:
-        readers.check_sources(root, meta)
+        check_sources(root, meta)
     command = str(caught.value).split(": run ")[1].removesuffix(" again")
     words = shlex.split(command)
     assert words[2:6] == ["--data-root", str(root), "--target", "lognorm"]
@@ -213,11 +216,11 @@ def test_the_flags_of_19_are_in_its_command(tmp_path, capsys):
     assert run_script("19", *words[2:]) == 0
     edit_manifest(root, donor=["D1", "D1"])
     with pytest.raises(InputError, match="donor of slide 1 is D1") as caught:
-        readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
+        check_sources(root, common.load_dataset(root, "lognorm").meta)
     assert "--from-spaceranger" not in str(caught.value) and "--images" not in str(caught.value)
     words = shlex.split(str(caught.value).split(": run ")[1].removesuffix(" again"))
     assert run_script("19", *words[2:]) == 0
-    readers.check_sources(root, common.load_dataset(root, "lognorm").meta)
+    check_sources(root, common.load_dataset(root, "lognorm").meta)
 
 
 def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):
@@ -245,17 +248,6 @@ def refuse_training(capsys, root, *words):
 
 
 # ------------------------------------------------------------------------------- frames of an .h5ad
-def make_h5ad(root, change):
-    """A data root of two slides, the first of which is an .h5ad that `change` has changed."""
-    make_slides(root)
-    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
-    (root / "matrix2" / "features.tsv").write_text(features)
-    table = make_anndata()
-    table = change(table) or table
-    table.write_h5ad(root / "slide1.h5ad")
-    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad", "matrix2"])
-
-
 def name_scales(table, by, **scales):
     table.obsm["spatial"] = table.obsm["spatial"] * by
     table.uns["spatial"] = {"S1": {"scalefactors": {"spot_diameter_fullres": 110.0, **scales}}}
@@ -394,9 +386,9 @@ def test_a_section_of_an_h5ad_is_chosen(tmp_path, column, values, written):
 
 def check_two_sections(root):
     """Each of the two slides of make_two_sections has its own counts and places."""
-    for number, slide in enumerate(readers.read_manifest(root), 1):
-        positions, _ = readers.place_spots(slide)
-        spots = readers.read_spots(slide, positions)
+    for number, slide in enumerate(read_manifest(root), 1):
+        positions, _ = place_spots(slide)
+        spots = read_spots(slide, positions)
         expected = make_anndata(number)
         assert np.array_equal(spots.X.toarray(), expected.X.toarray())
         places = spots.obs[["pxl_col", "pxl_row"]].to_numpy()
@@ -423,7 +415,7 @@ def test_script_26_takes_a_section_of_a_file(tmp_path):
     script.IMAGE, script.UM_PER_PX = str(tmp_path / "image2.tif"), 0.5
     script.POSITIONS = script.MATRIX = str(tmp_path / "both.h5ad#library_id=b")
     slide, _ = script.choose_slide()
-    spots = readers.read_spots(slide, readers.place_spots(slide)[0])
+    spots = read_spots(slide, place_spots(slide)[0])
     assert np.array_equal(spots.X.toarray(), make_anndata(2).X.toarray())
     script.MATRIX = str(tmp_path / "none.h5ad#library_id=b")
     with pytest.raises(InputError, match="library_id=b: no such file"):
@@ -544,7 +536,7 @@ def test_a_jpeg_tile_that_is_cut_is_refused(tmp_path, capsys, left):
 def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names, same):
     make_slides(tmp_path)
     edit_manifest(tmp_path, donor=names)
-    readers.read_manifest(tmp_path)
+    read_manifest(tmp_path)
     printed = capsys.readouterr().out
     assert (f"donors {names[0]!r} and {names[1]!r}" in printed) == same
     assert ("warning" in printed) == same
@@ -556,9 +548,9 @@ def test_a_blank_patient_is_missing():
 
 
 # ------------------------------------------------------------------------------------------ counts
-CONTROLS = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0001", "Blank-1",
-            "UnassignedCodeword_0001", "DeprecatedCodeword_0002", "antisense_ENSG1", "Negative3",
-            "NegPrb2", "SystemControl7"]  # fmt: skip
+CONTROL_NAMES = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0001", "Blank-1",
+                 "UnassignedCodeword_0001", "DeprecatedCodeword_0002", "antisense_ENSG1", "Negative3",
+                 "NegPrb2", "SystemControl7"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9])
@@ -588,7 +580,7 @@ def with_controls(table):
     controls = anndata.AnnData(
         scipy.sparse.csr_matrix(np.full((36, 10), 500, np.float32)),
         obs=table.obs,
-        var=pd.DataFrame(index=CONTROLS),
+        var=pd.DataFrame(index=CONTROL_NAMES),
     )
     made = anndata.concat([table, controls], axis=1, merge="same")
     made.obsm["spatial"] = table.obsm["spatial"]
@@ -616,7 +608,7 @@ def test_a_panel_that_names_a_control_gets_it(tmp_path):
 
 def test_genes_are_no_controls():
     names = ["NEGR1", "BLNK", "BLANKET", "NELFA", "UNC5A", "DEPDC1", "INTS1", "SYS1", "ANTXR1"]
-    assert not any(re.match(readers.CONTROLS, name) for name in names)
+    assert not any(re.match(CONTROLS, name) for name in names)
 
 
 def correct_depth(table, depth):
@@ -674,7 +666,7 @@ def few_beside_raw(layer, depth):
 def test_counts_of_few_genes_beside_others_are_named(tmp_path, capsys, layer, depth, words):
     table = few_beside_raw(layer, depth)(make_anndata())
     table.write_h5ad(tmp_path / "slide1.h5ad")
-    taken = readers.read_matrix(tmp_path / "slide1.h5ad")
+    taken = read_matrix(tmp_path / "slide1.h5ad")
     assert np.array_equal(taken.X.toarray(), make_anndata().X.toarray()[:, :16])
     assert words in capsys.readouterr().out
 
@@ -683,7 +675,7 @@ def test_x_alone_is_taken_without_a_word(tmp_path, capsys):
     table = make_anndata()
     table.raw = table.copy()
     table.write_h5ad(tmp_path / "slide1.h5ad")
-    readers.read_matrix(tmp_path / "slide1.h5ad")
+    read_matrix(tmp_path / "slide1.h5ad")
     assert not capsys.readouterr().out
 
 

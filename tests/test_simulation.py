@@ -10,7 +10,8 @@ import tifffile
 from conftest import REPOSITORY, SHARED, load_script, stdout_of
 
 import common
-from slides.readers import read_matrix, read_positions
+from slides.counts import read_matrix
+from slides.positions import read_positions
 from study import shell
 
 

@@ -29,6 +29,7 @@ from conftest import (
 from scipy.spatial.distance import cdist
 
 import common
+from slides.ceilings import fit_ceilings
 from study import printing, shell, splitting
 
 
@@ -102,7 +103,7 @@ def test_ceilings_of_genes_with_little_variation(per_spot, variation, most):
     script = load_script("19")
     assert abs((script.counting_ceiling(counts, totals) - truth).mean()) < most
     if truth.mean() < 0.1:
-        assert (script.fit_ceilings(counts, totals) - truth).mean() > 2 * most
+        assert (fit_ceilings(counts, totals) - truth).mean() > 2 * most
 
 
 def test_the_mean_ceiling_of_many_kinds_of_genes_is_near_the_truth():
@@ -118,7 +119,7 @@ def test_the_mean_ceiling_of_many_kinds_of_genes_is_near_the_truth():
     truth = np.nanmean(common.pearson_per_gene(measured, np.log1p(1e4 * rate)))
     script = load_script("19")
     assert np.nanmean(script.counting_ceiling(counts, totals)) == pytest.approx(truth, abs=0.03)
-    assert np.nanmean(script.fit_ceilings(counts, totals)) > truth + 0.08
+    assert np.nanmean(fit_ceilings(counts, totals)) > truth + 0.08
 
 
 def test_no_share_of_a_ceiling_of_nothing():

@@ -5,18 +5,19 @@ takes as it takes Visium's; what does not fit together is refused in one line.
 import json
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import polars
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import stdout_of, write_slide
+from conftest import stdout_of, write_h5, write_slide
 from PIL import Image
 from test_files import GENES, paint, refuse
 
-from slides import readers, space_ranger, visium_hd
+from slides import space_ranger, visium_hd
+from slides.positions import measure_pitch, read_positions
+from slides.spots import read_spots
 
 BIN_PX = 16  # of 8 um at 0.5 um/px
 ROWS, COLUMNS = 38, 45  # bins: five whole spots of 7 x 7 and three rows more, six and three columns
@@ -41,21 +42,6 @@ def make_bins():
     return pd.DataFrame(table), counts
 
 
-def write_matrix(path, barcodes, counts):
-    """A filtered_feature_bc_matrix.h5 of counts (bins, genes)."""
-    matrix = scipy.sparse.csr_matrix(counts)
-    with h5py.File(path, "w") as file:
-        group = file.create_group("matrix")
-        group["data"], group["indices"] = matrix.data.astype(np.int32), matrix.indices
-        group["indptr"], group["shape"] = matrix.indptr, np.array(matrix.shape[::-1])
-        group["barcodes"] = np.array(list(barcodes), "S")
-        features = {"id": [f"ID{gene}" for gene in GENES], "name": GENES}
-        features["feature_type"] = ["Gene Expression"] * len(GENES)
-        features["genome"] = ["GRCh38"] * len(GENES)
-        for name, cells in features.items():
-            group[f"features/{name}"] = np.array(cells, "S")
-
-
 def write_parquet(path, table):
     polars.DataFrame({name: table[name].to_list() for name in table}).write_parquet(path)
 
@@ -68,7 +54,7 @@ def make_hd(folder):
     write_parquet(binned / "spatial" / "tissue_positions.parquet", table)
     tissue = table["in_tissue"] == 1
     matrix = binned / "filtered_feature_bc_matrix.h5"
-    write_matrix(matrix, table["barcode"][tissue], counts[tissue])
+    write_h5(matrix, counts[tissue], GENES, barcodes=table["barcode"][tissue])
     (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(SCALES))
     image = paint(1, 900, 960)
     small = Image.fromarray(image).resize((240, 225), Image.Resampling.BOX)
@@ -170,7 +156,7 @@ def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
     write_slide(tmp_path / "made", "no.tif", table, counts, GENES)
     (tmp_path / "made" / "matrix1").rename(binned / "filtered_feature_bc_matrix")
     slide, positions = space_ranger.read_space_ranger(outs, image, bin_um=112.0)
-    spots = readers.read_spots(slide, positions)
+    spots = read_spots(slide, positions)
     assert slide.um_per_px == 1.0 and set(spots.obs["pitch"]) == {7 * BIN_PX}
     whole = counts.sum(1).reshape(ROWS, COLUMNS)[7:14, :7]
     assert spots.obs.loc["1_s_112um_00001_00000-1", "n_counts"] == whole.sum()
@@ -182,7 +168,7 @@ def test_positions_may_be_a_parquet(tmp_path):
     write_parquet(path, table.astype({"in_tissue": bool}))
     text = tmp_path / "positions.csv"
     table.to_csv(text, index=False)
-    pd.testing.assert_frame_equal(readers.read_positions(path), readers.read_positions(text))
+    pd.testing.assert_frame_equal(read_positions(path), read_positions(text))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -215,7 +201,7 @@ def leave_no_tissue(binned):
 def name_other_bins(binned):
     table, counts = make_bins()
     names = table["barcode"].str.replace("008um", "016um")
-    write_matrix(binned / "filtered_feature_bc_matrix.h5", names, counts)
+    write_h5(binned / "filtered_feature_bc_matrix.h5", counts, GENES, barcodes=names)
 
 
 def drop_bin_size(binned):
@@ -255,7 +241,7 @@ def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, capsys, size
     refuse(capsys, tmp_path / "mine", words, from_spaceranger=outs, images=image)
     slide, positions = space_ranger.read_space_ranger(folder, image, bin_um=float(fit))
     assert slide.um_per_px == size / BIN_PX
-    assert readers.measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
+    assert measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
 
 
 @pytest.mark.parametrize("bin_um, fix", [(50.0, "give 48"), (4.0, "give 8")])

@@ -1,0 +1,439 @@
+"""Counts of slides, spots x genes, from what holds them; and the genes of all slides, joined."""
+
+import io
+import re
+import warnings
+import zlib
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.io
+import scipy.sparse
+
+import common
+from slides import inputs
+from slides.sections import check_one_sample, find_part_spots, is_anndata, read_anndata, split_part
+from study.shell import InputError
+
+MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
+ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
+FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
+# What Xenium, CosMx and MERSCOPE count beside genes.
+CONTROLS = (
+    r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
+    r"unassigned|deprecated|intergenic_?region|blank[_-]?\d|antisense_)"
+)
+FEATURE_SPELLINGS = {
+    "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
+    "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
+    "kind": ("feature_type", "feature_types", "kind", "type"),
+}
+
+
+def read_matrix(path, genome="", named=()):
+    """Counts of one slide from a 10x folder or .h5, an .h5ad or a plain table, as AnnData (spots x
+    genes, CSR).
+
+    Controls of imaging panels are left out, but for those `named`, by symbol or id.
+
+    var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
+    chooses one; without it, genes of all are taken, and that is warned of.
+    """
+    table = read_matrix_file(path)
+    file, part = split_part(path)
+    if part:
+        print(f"{file}: {table.n_obs} spots are taken, those of {part}")
+    check_one_sample(path, table.obs)
+    return leave_out_controls(choose_genome(table, path, genome), path, named)
+
+
+def leave_out_controls(table, path, named):
+    """The table without the features that are no genes by their symbol or id, counted in a line."""
+    symbols, ids = table.var["name"].astype(str), table.var_names.to_series().astype(str)
+    controls = symbols.str.match(CONTROLS).to_numpy() | ids.str.match(CONTROLS).to_numpy()
+    controls &= ~(symbols.isin(named).to_numpy() | ids.isin(named).to_numpy())
+    if not controls.any():
+        return table
+    example = symbols[controls].iloc[0]
+    print(f"{path}: {controls.sum()} controls are left out, as {example}: they are no genes")
+    return table[:, ~controls].copy()
+
+
+def read_matrix_file(path):
+    """As read_matrix, of the genes of all genomes."""
+    if is_anndata(path):
+        return read_anndata_matrix(path)
+    file, part = split_part(path)
+    if file.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
+        table = read_dense_matrix(file)
+    elif file.is_file():
+        table = read_h5_matrix(file)
+    else:
+        table = read_matrix_folder(file)
+    chosen = find_part_spots(file, part, table.obs)
+    return table if chosen.all() else table[chosen].copy()
+
+
+def choose_genome(table, path, genome):
+    """The genes of one genome, without the prefix that 10x sets before ids and symbols then."""
+    genomes = find_genomes(table)
+    counted = genomes.value_counts()
+    found = " and ".join(f"{name} ({count} genes)" for name, count in counted.items())
+    if not genome:
+        if len(counted) > 1:
+            inputs.warn(
+                f"{path}: {found} are read together: choose one with --genome {counted.index[0]}"
+            )
+        return table
+    if genome not in counted:
+        raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
+    table = table[:, (genomes == genome).to_numpy()].copy()
+    prefix = rf"^{re.escape(genome)}_+"
+    table.var["name"] = table.var["name"].astype(str).str.replace(prefix, "", regex=True)
+    table.var_names = table.var_names.str.replace(prefix, "", regex=True)
+    return table
+
+
+def find_genomes(table):
+    """The genome of each gene: as the file says, or by a prefix that ids and symbols share."""
+    if "genome" in table.var:
+        return table.var["genome"].astype(str)
+    ids = pd.Series(table.var_names).str.extract(r"^(.+?)_", expand=False)
+    symbols = table.var["name"].reset_index(drop=True).str.extract(r"^(.+?)_", expand=False)
+    if not len(ids) or ids.isna().any() or ids.nunique() > MOST_GENOMES or (ids != symbols).any():
+        return pd.Series(dtype=str)
+    return ids
+
+
+def read_dense_matrix(path):
+    """Counts in a plain table, spots x genes or genes x spots, as read_matrix gives them.
+
+    The first line and the first column are names; those that look like barcodes are the spots'.
+    Genes have one name there, which is both id and symbol.
+    """
+    names, table = inputs.read_dense_table(path)
+    of_rows, of_columns = (look_like_barcodes(part) for part in (table.index, names))
+    if of_rows == of_columns:
+        raise InputError(
+            f"{path}: neither rows, as {table.index[0]}, nor columns, as {names[0]}, are spots "
+            "alone: name the spots of one of them by their barcodes, as AAACAAGTATCTCCCA-1 or 10x13"
+        )
+    counts, barcodes, genes = table.to_numpy(), table.index, names
+    if of_columns:
+        counts, barcodes, genes = counts.T, names, table.index
+    inputs.check_unique(barcodes, "barcode", path)
+    inputs.check_unique(genes, "gene", path)
+    var = pd.DataFrame({"name": [*genes]}, index=[*genes])
+    return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
+
+
+def look_like_barcodes(names):
+    """Whether most names are barcodes: letters as 10x has, or ST's place on the array, 10x13."""
+    pattern = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
+    return pd.Series(names).str.fullmatch(pattern).mean() > 0.5
+
+
+def read_h5_matrix(path):
+    """A filtered_feature_bc_matrix.h5, as read_matrix gives it."""
+    import scanpy  # Here, because numba takes seconds to load.
+
+    try:
+        # Names that several genes share are warned of; join_genes makes them unique.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            table = scanpy.read_10x_h5(inputs.unpack(path), gex_only=False)
+    except InputError:
+        raise
+    except Exception as error:  # h5py raises what it likes; the cause goes into the message
+        raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
+    genes = are_genes(table.var)
+    if not genes.all():  # Else a copy would double the memory, of Visium HD by 1.5 GB.
+        table = table[:, genes].copy()
+    inputs.check_unique(table.obs_names, "barcode", path)
+    inputs.check_unique(table.var["gene_ids"], "gene id", path)
+    table.var["name"] = table.var_names
+    table.var_names = table.var["gene_ids"].astype(str)
+    return table
+
+
+def are_genes(var):
+    """(features,) bool: which features of a matrix are genes; CytAssist's hold other kinds too."""
+    if "feature_types" not in var:
+        return np.ones(len(var), bool)
+    return (var["feature_types"] == "Gene Expression").to_numpy()
+
+
+def read_anndata_matrix(path):
+    """The counts in an .h5ad, as read_matrix gives them.
+
+    They are X, or layers["counts"] or raw where X is not of counts. Gene ids are a column of var,
+    as gene_ids, or else the var_names; so are the symbols.
+    """
+    stored = read_anndata(path)
+    table = choose_counts(stored, path)
+    check_layers(stored, table, path)
+    var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
+    genes = are_genes(var)
+    if not genes.all():
+        table, var = table[:, genes], var[genes]
+    ids = find_gene_names(var, ("gene_ids", *FEATURE_SPELLINGS["id"]))
+    names = find_gene_names(var, FEATURE_SPELLINGS["name"])
+    inputs.check_unique(ids, "gene id", path)
+    features = pd.DataFrame({"name": names.to_numpy()}, index=ids.to_numpy())
+    if "genome" in var:
+        features["genome"] = var["genome"].astype(str).to_numpy()
+    counts = scipy.sparse.csr_matrix(table.X)
+    return anndata.AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=features)
+
+
+def choose_counts(table, path):
+    """The AnnData whose X is the raw counts among layers["counts"], X and raw.
+
+    Counts of one depth, as SCTransform and counts per million have, give way to others, and those
+    of few genes to those of most. Where none holds counts, X is as it stands, for check_counts to
+    refuse.
+    """
+    found = {}
+    if "counts" in table.layers:
+        found['layers["counts"]'] = table.layers["counts"]
+    found["X"] = table.X
+    if table.raw is not None:
+        found["raw"] = table.raw.X
+    found = {name: counts for name, counts in found.items() if counts is not None}
+    usable = {name: counts for name, counts in found.items() if holds_counts(counts)}
+    if not usable:
+        if table.X is None:
+            raise InputError(f"{path}: holds no X; raw counts are needed")
+        return table
+    # Of equals max() takes the first.
+    name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
+    say_what_is_taken(path, name, found, usable)
+    if name == "raw":
+        return table.raw.to_adata()
+    if name != "X":
+        table.X = table.layers["counts"]
+    return table
+
+
+def say_what_is_taken(path, name, found, usable):
+    """Print which counts of an .h5ad are taken, unless they are X and nothing else has more genes;
+    `found` {name: values} holds all there are, `usable` those that are counts.
+    """
+    n_genes = found[name].shape[1]
+    larger = [other for other in found if found[other].shape[1] > n_genes]
+    if name == "X" and not larger:
+        return
+    line = f"{path}: {name} is taken, whose counts are of {n_genes} genes"
+    for other in larger:
+        cause = "are no counts"
+        if other in usable:
+            cause = "have one depth in all spots, as raw counts never do"
+        line += f"; the values of {found[other].shape[1]} genes in {other} {cause}"
+    print(line)
+
+
+def has_one_depth(counts):
+    """Whether all spots have about as many counts, which the tissue never gives."""
+    depth = np.asarray(counts.sum(1), np.float64).ravel()
+    return len(depth) >= FEW_DEPTHS and depth.std() < ONE_DEPTH * depth.mean()
+
+
+def check_layers(stored, table, path):
+    """InputError that names the layers of an .h5ad, where it has some and `table`, what
+    choose_counts took of it, holds no counts.
+    """
+    if not len(stored.layers) or holds_counts(table.X):
+        return
+    counts = [name for name in stored.layers if holds_counts(stored.layers[name])]
+    fix = f'copy that of raw counts, as {counts[0]}, to layers["counts"]' if counts else "add them"
+    raise InputError(
+        f'{path}: raw counts are needed, and neither X nor layers["counts"] nor raw holds them; of '
+        f"the layers {', '.join(stored.layers)} these hold counts: "
+        f"{', '.join(counts) or '-'}: {fix}"
+    )
+
+
+def find_gene_names(var, spellings):
+    """The first whole column of var that is spelt so, as texts; its index where there is none."""
+    for spelling in spellings:
+        if spelling in var and var[spelling].notna().all():
+            return var[spelling].astype(str)
+    return pd.Series(var.index.astype(str))
+
+
+def read_matrix_folder(folder):
+    """matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as read_matrix gives them."""
+    paths = find_parts(folder, ("barcodes.tsv",), ("features.tsv", "genes.tsv"), ("matrix.mtx",))
+    barcodes = read_barcodes(paths[0])
+    features = inputs.read_table(paths[1], FEATURE_SPELLINGS, row_names="name")
+    if "id" not in features:
+        raise InputError(f"{paths[1]}: no column id among {', '.join(features)}")
+    counts = scipy.sparse.csr_matrix(read_market_matrix(paths[2]).T)
+    if counts.shape != (len(barcodes), len(features)):
+        raise InputError(
+            f"{paths[2]}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are "
+            f"{len(features)} features and {len(barcodes)} barcodes: the three files are not of "
+            "one slide"
+        )
+    if "kind" in features:  # CytAssist's and multi-modal folders hold other kinds too
+        genes = (features["kind"] == "Gene Expression").to_numpy()
+        counts, features = counts[:, genes], features[genes]
+    inputs.check_unique(barcodes, "barcode", folder)
+    inputs.check_unique(features["id"], "gene id", folder)
+    symbols = features.get("name", features["id"])
+    var = pd.DataFrame({"name": symbols.to_numpy()}, index=features["id"].to_numpy())
+    return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
+
+
+def read_barcodes(path):
+    """The barcodes of a 10x folder, in the order of its matrix."""
+    return inputs.read_table(path, {"barcode": ("barcode", "barcodes", "x")}, "barcode")["barcode"]
+
+
+def find_part(folder, *names):
+    """The file of one of these names in a folder; it may be gzipped, and its name have a prefix.
+
+    The first name that is there counts, plain before gzipped before prefixed. GEO sets a sample's
+    accession before every name. Raises InputError for none, and for several samples.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                return path
+    for name in names:
+        # Hidden files are a Mac's ._NAME beside every file, or a program's own.
+        pattern = re.compile(rf"[^.].*[_.-]{re.escape(name)}(\.gz)?")
+        found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
+        if len(found) > 1:
+            raise InputError(
+                f"{folder}: {found[0].name} and {found[1].name} are of two samples: "
+                "give each a folder of its own"
+            )
+        if found:
+            return found[0]
+    raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}")
+
+
+def find_parts(folder, *kinds):
+    """A path for each of the kinds, which are tuples of names: files of one sample in a folder."""
+    paths = [find_part(folder, *names) for names in kinds]
+    prefixes = []
+    for path, names in zip(paths, kinds, strict=True):
+        ends = "|".join(map(re.escape, names))
+        prefixes.append(re.sub(rf"({ends})(\.gz)?$", "", path.name))
+    for path, prefix in zip(paths, prefixes, strict=True):
+        if prefix != prefixes[0]:
+            raise InputError(
+                f"{folder}: {paths[0].name} and {path.name} are of two samples: "
+                "give each a folder of its own"
+            )
+    return paths
+
+
+def read_market_matrix(path):
+    """The sparse matrix of a matrix.mtx, plain or .gz.
+
+    scipy's reader ends the process at a zero byte, and at a number with which the file breaks off.
+    """
+    try:
+        content = inputs.read_bytes(path)
+        if b"\0" in content:
+            raise ValueError("a zero byte in it")
+        return scipy.io.mmread(io.BytesIO(content + b"\n"))
+    except (ValueError, OverflowError, OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: not a whole file of this kind ({error}); fetch it again"
+        ) from None
+
+
+def check_counts(table, path):
+    """InputError unless the counts are finite whole numbers from 0 on."""
+    if not holds_counts(table.X):
+        raise InputError(
+            f"{path}: holds values that are no counts (negative, fractional or NaN); "
+            "raw counts are needed"
+        )
+
+
+def holds_counts(matrix):
+    """Whether a matrix, sparse or dense, holds finite whole numbers from 0 on alone."""
+    values = matrix.data if scipy.sparse.issparse(matrix) else np.asarray(matrix)
+    for start in range(0, len(values), 2**16):  # In parts, since the answers take as much memory.
+        part = values[start : start + 2**16]
+        if not ((part >= 0) & (part < np.inf) & (part == np.rint(part))).all():
+            return False
+    return True
+
+
+def join_genes(features):
+    """The genes of all slides, joined by id and in the order of the ids: a table gene_ids, name and
+    a column of bool a slide, listed_<key>, by the symbols, made unique.
+
+    `features` gives (key, var) of every slide, one at a time. Of several symbols of an id the first
+    of the alphabet is taken, and one that only repeats the id gives way to any other, so that the
+    order of the slides does not matter. InputError for a slide that shares no id with the others.
+    """
+    symbols, listed = pd.Series(dtype=str), {}
+    for key, var in features:
+        listed[key] = var.index
+        found = var["name"].astype(str).set_axis(var.index)
+        symbols = pd.concat([symbols, found])
+    table = symbols.rename_axis("id").rename("name").reset_index()
+    table["repeats"] = table["id"] == table["name"]
+    table = table.sort_values(["id", "repeats", "name"]).drop_duplicates("id")
+    ids = pd.Index(table["id"])
+    genes = pd.DataFrame({"gene_ids": ids, "name": table["name"].to_numpy()})
+    genes.index = name_genes(genes["name"])
+    for key, found in listed.items():
+        genes[f"listed_{key}"] = ids.isin(found)
+    report_missing_genes(genes, list(listed))
+    return genes
+
+
+def report_missing_genes(genes, keys):
+    """Print how many genes there are and how many of them a slide does not list; InputError for a
+    slide that shares none with the others.
+    """
+    listed = genes[[f"listed_{key}" for key in keys]]
+    print(f"{len(genes):,} genes, {listed.all(axis=1).sum():,} of them in every slide")
+    by_others = listed.sum(axis=1)
+    for key in keys:
+        own = genes[f"listed_{key}"]
+        if len(keys) > 1 and not (own & (by_others > 1)).any():
+            raise InputError(
+                f"slide {key} shares no gene id with the others: are they of one species and one "
+                "annotation?"
+            )
+        if not own.all():
+            print(f"  slide {key} does not list {(~own).sum():,} of them: no counts there")
+
+
+def take_genes(table, genes):
+    """The spots of one slide with these genes, a part of join_genes's table; no counts of one that
+    the slide does not list.
+    """
+    places = pd.Index(genes["gene_ids"]).get_indexer(table.var_names)
+    found = np.flatnonzero(places >= 0)
+    shape = table.n_vars, len(genes)
+    ones = np.ones(len(found), table.X.dtype)
+    chosen = scipy.sparse.csr_matrix((ones, (found, places[found])), shape)
+    counts = scipy.sparse.csr_matrix(table.X @ chosen)
+    counts.sort_indices()
+    return anndata.AnnData(counts, table.obs, genes)
+
+
+def name_genes(symbols):
+    """Symbols as an index in which each is unique; InputError where one is a column's name."""
+    names = pd.Index(symbols)
+    twice = names[names.duplicated()]
+    if len(twice):
+        print(
+            f"{len(twice)} gene names stand for several ids and were made unique, as {twice[0]}-1"
+        )
+    clash = sorted(set(common.ID_COLUMNS) & set(names))
+    if clash:
+        raise InputError(
+            f"a gene is called {clash[0]!r}, as a column of dataset.csv: "
+            "rename it in the features table"
+        )
+    return anndata.utils.make_index_unique(names)

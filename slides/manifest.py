@@ -1,0 +1,265 @@
+"""The manifest: which slides there are and where their files lie, as slides.csv says; and whether
+that is still so after script 19. What cannot be read raises InputError.
+"""
+
+import os
+import re
+import shlex
+import unicodedata
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from common import PATCH_SIZE
+from slides import inputs
+from slides.sections import is_anndata, split_part
+from study import shell
+from study.shell import InputError
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One slide, as a row of slides.csv names it."""
+
+    tissue_index: int
+    name: str
+    donor: str
+    image: Path  # or an .h5 of HEST-1k's patches
+    um_per_px: float
+    positions: Path | None  # None: a grid is laid over the tissue
+    matrix: Path | None  # a 10x folder or .h5, an .h5ad or a table; None: no counts
+
+
+NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
+MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
+PATHS = ("image", "positions", "matrix")
+# With these script 19 writes slides.csv, which is not done again once a person has edited it.
+MANIFEST_FLAGS = (
+    "--from-spaceranger",
+    "--images",
+    "--use-hires",
+    "--bin-um",
+    "--from-hest",
+    "--samples",
+    "--organ",
+    "--species",
+    "--technology",
+    "--hest-patches",
+)
+
+
+def read_manifest(root, need_files=True):
+    """The list of slides that root/slides.csv names, by tissue_index; their paths are absolute.
+
+    Raises InputError for a missing column, a value out of range, or a file that lies outside `root`
+    or, to `need_files`, is missing.
+    """
+    path = shell.find_manifest(root)
+    table = inputs.read_table(path, {column: (column,) for column in MANIFEST})
+    missing = [column for column in MANIFEST if column not in table or not table.attrs["named"]]
+    if missing:
+        raise InputError(
+            f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}"
+        )
+    separator = table.attrs["separator"]
+    table = table[MANIFEST].copy()
+    for column in ("tissue_index", "um_per_px"):
+        table[column] = inputs.parse_numbers(table[column], separator)
+    check_manifest(path, table)
+    table["tissue_index"] = table["tissue_index"].astype(int)
+    rows = table.sort_values("tissue_index").to_dict("records")
+    warn_of_spellings(path, table["donor"].unique())
+    return [read_manifest_row(root, row, need_files) for row in rows]
+
+
+def warn_of_spellings(path, donors):
+    """Warn where donors differ in upper and lower case, signs or zeros before a number alone."""
+    seen = {}
+    for donor in donors:
+        text = unicodedata.normalize("NFKC", donor).casefold()
+        words = re.findall(r"[^\W\d_]+|\d+", text)
+        key = tuple(word.lstrip("0") for word in words) or donor
+        other = seen.setdefault(key, donor)
+        if other != donor:
+            inputs.warn(
+                f"{path}: donors {other!r} and {donor!r} are taken for two people: a leak where "
+                "they are one: spell them alike"
+            )
+
+
+def warn_of_magnifications(manifest):
+    """Warn where slides of one data root differ in um per px, and so in what a patch shows."""
+    finest = min(manifest, key=lambda slide: slide.um_per_px)
+    coarsest = max(manifest, key=lambda slide: slide.um_per_px)
+    if coarsest.um_per_px < 1.05 * finest.um_per_px:
+        return
+    inputs.warn(
+        f"slides.csv: um_per_px is {finest.um_per_px:g} of {finest.name} and "
+        f"{coarsest.um_per_px:g} of {coarsest.name}, so that patches show "
+        f"{PATCH_SIZE * finest.um_per_px:.0f} and {PATCH_SIZE * coarsest.um_per_px:.0f} um: "
+        f"give --um-per-px {coarsest.um_per_px:g}"
+    )
+
+
+def check_manifest(path, table):
+    """InputError unless every slide has a number and a name of its own, a donor and a resolution
+    that can be.
+    """
+    numbers, resolutions = table["tissue_index"], table["um_per_px"]
+    whole = (numbers == np.rint(numbers)) & (numbers.abs() < 2**31)
+    if table.empty or not whole.all() or numbers.duplicated().any():
+        raise InputError(
+            f"{path}: tissue_index must be a different whole number for every slide, "
+            "and one at least"
+        )
+    if not resolutions.between(0.05, 20).all():
+        raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
+    names, donors = table["name"], table["donor"]
+    if (names == "").any() or names.duplicated().any():
+        raise InputError(f"{path}: every slide needs a name of its own")
+    if (donors == "").any():
+        raise InputError(
+            f"{path}: slide {names[donors == ''].iloc[0]} has no donor: give every person a name, "
+            "since slides of one person are left out together"
+        )
+
+
+def read_manifest_row(root, row, need_files):
+    """A Slide from a row of slides.csv, a dict by column."""
+    paths = {column: find_named(root, row, column, need_files) for column in PATHS}
+    if paths["image"] is None:
+        raise InputError(f"{root / 'slides.csv'}: slide {row['tissue_index']} has no image")
+    if paths["matrix"] is not None and paths["matrix"].suffix == ".zarr":
+        raise InputError(
+            f"{paths['matrix']}: a .zarr folder is not read: convert SpatialData with "
+            "spatialdata_io.experimental.to_legacy_anndata and its write_h5ad, and name the .h5ad"
+        )
+    if paths["positions"] is None and is_anndata(paths["matrix"]):
+        paths["positions"] = paths["matrix"]  # It holds them in obsm["spatial"].
+    if paths["positions"] is None and paths["matrix"] is not None:
+        raise InputError(
+            f"{root / 'slides.csv'}: slide {row['tissue_index']} has a matrix and no positions: "
+            "name them, or leave the matrix out"
+        )
+    return Slide(
+        tissue_index=row["tissue_index"],
+        name=row["name"],
+        donor=row["donor"],
+        um_per_px=row["um_per_px"],
+        **paths,
+    )
+
+
+def spell_path(path):
+    """The path, with the separators of Windows as well, as file systems may spell it.
+
+    A Mac's disk has accents as characters of their own, and archives of Windows have bytes of
+    Latin-1.
+    """
+    for spelling in (path, path.replace("\\", "/")):
+        yield spelling
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, spelling)
+        composed = unicodedata.normalize("NFC", spelling)
+        yield os.fsdecode(composed.encode("cp1252", "replace"))
+
+
+def find_named(root, row, column, need_files=True):
+    """The absolute path in a column of a row of slides.csv; None where the column is empty."""
+    value, manifest = row[column], root / "slides.csv"
+    if value in NO_FILE:
+        return None
+    spellings = (
+        spelling for spelling in spell_path(value) if split_part(root / spelling)[0].exists()
+    )
+    value = next(spellings, value.replace("\\", "/"))
+    # Links are not followed: they may lead out of the data root, since the user made them.
+    path = Path(os.path.abspath(root / value))  # noqa: PTH100
+    if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
+        raise InputError(
+            f"{manifest}: {column} {value!r} lies outside {root}; "
+            "copy or link it into the data root"
+        )
+    file, _ = split_part(path)
+    found = file.exists() if column == "matrix" else file.is_file()
+    if need_files and not found:
+        raise InputError(
+            f"{manifest}: {column} {value!r} of slide {row['tissue_index']} does not exist: "
+            "fetch it with 17_download_data.py or fix the path"
+        )
+    return path
+
+
+def describe_row(root, slide):
+    """{column of slides.csv: value} of a Slide, whose paths are relative to `root`."""
+    values = {column: getattr(slide, column) for column in MANIFEST}
+    for column in PATHS:
+        if values[column] is not None:
+            values[column] = name_file(root, values[column])
+    return values
+
+
+def name_file(root, path):
+    """What meta.json calls a file: its path in the data root, since folders may share names."""
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def list_files(slide):
+    """The paths of the files that a slide is read from; those in a folder each, if they exist."""
+    paths = []
+    named = [path for path in (slide.image, slide.positions, slide.matrix) if path is not None]
+    for path in dict.fromkeys(split_part(path)[0] for path in named):
+        paths += sorted(path.iterdir()) if path.is_dir() else [path]
+    return [path for path in paths if path.is_file()]
+
+
+def check_sources(root, meta):
+    """InputError where slides.csv, or a file that it names, is no more as script 19 described it in
+    meta.json.
+
+    A file that is gone is not compared: the patches are there, and images take much disk. Of large
+    files some blocks are compared, so that no start of a script waits.
+    """
+    if not (root / "slides.csv").is_file():
+        return
+    manifest = read_manifest(root, need_files=False)
+    then = {row["tissue_index"]: row for row in meta["slides"]}
+    command = name_command(root, meta, without=MANIFEST_FLAGS)
+    if sorted(then) != [slide.tissue_index for slide in manifest]:
+        raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
+    for slide in manifest:
+        row = then[slide.tissue_index]
+        for column, value in describe_row(root, slide).items():
+            if row.get(column, value) != value:
+                raise InputError(
+                    f"{root / 'slides.csv'}: {column} of slide {slide.tissue_index} is {value}, "
+                    f"and was {row[column]} when the dataset was made: run {command} again"
+                )
+        for path in list_files(slide):
+            check_source(path, row["files"].get(name_file(root, path), {}), root, meta)
+
+
+def check_source(path, described, root, meta):
+    """InputError where a file is no more as a part of meta.json describes it."""
+    size = path.stat().st_size
+    command = name_command(root, meta)
+    if size != described.get("bytes", size):
+        raise InputError(
+            f"{path}: {size:,} bytes, and {described['bytes']:,} when the dataset was made: run "
+            f"{command} again"
+        )
+    if "blocks" in described and described["blocks"] != shell.hash_blocks(path):
+        raise InputError(
+            f"{path}: its content is not as it was when the dataset was made: run {command} again"
+        )
+
+
+def name_command(root, meta, without=()):
+    """The command of script 19 that made a dataset, by its meta.json, less the flags `without`."""
+    usual = {"--target": "lognorm"} if meta["target"] == "lognorm" else {}
+    words = ["python", "19_make_patches_and_csv.py", "--data-root", str(root)]
+    for flag, value in meta.get("flags", usual).items():
+        if flag not in without:
+            words += [flag, value]
+    return shlex.join(words)
