@@ -2,10 +2,11 @@
 
 Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
-           validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
-           folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
-           covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
-           embeddings, whose patches are the spots where no positions are given
+           validation r of HEG is taken, of those that have not learnt from the slide if it is one
+           of the run's; or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a folder outs/ of
+           Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid;
+           MATRIX, or the counts in outs/; FEATURES, of a model that takes embeddings, whose patches
+           are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
            validation says of a gene), predictions.csv, predictions.geojson (for QuPath), maps.png,
@@ -21,6 +22,7 @@ Override   python 26_predict_slide.py --weights weights.safetensors --image slid
            --um-per-px 0.25 --genes ALB,GLUL
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --features embeddings/slide.h5
+           --gene-sets FILE in any of them saves the scores of sets, and draws the best six
 Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores
            of an AMD EPYC, 2026-11-24)
 """
@@ -91,6 +93,7 @@ UNITS = {
     "log1p": "log1p of counts",
 }
 FACTS = ["valid_r", "ceiling"]  # of a gene, by the model's metadata
+LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 # What is not known with weights of an older version, by the field of Trained that they lack.
@@ -139,11 +142,12 @@ class Trained:
         return {name: np.array(half, np.float64) for name, half in found.items() if half}
 
 
-def choose_weights():
+def choose_weights(image):
     """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
     networks or, where FEATURES is given, of its ridges on embeddings.
 
-    The test slide chooses nothing.
+    A model that has learnt from the slide in the file `image` is taken where there is no other, and
+    a warning says so. The test slide chooses nothing.
     """
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
@@ -151,16 +155,61 @@ def choose_weights():
             "folder"
         )
     if WEIGHTS:
-        return Path(WEIGHTS)
+        path = Path(WEIGHTS)
+        folder = path if path.is_dir() else path.parent
+        warn_of_learnt(image, role_of_slide(folder, find_slide(folder.parent, image)))
+        return path
     path = Path(RUN, "rows.csv")
     if not path.is_file():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
     judged = keep_fitting(judged).sort_values("heg", kind="stable")
-    chosen = judged.iloc[-1]
+    slide = find_slide(Path(RUN), image)
+    roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
+    unseen = judged[[role not in LEARNT for role in roles]]
+    if unseen.empty:
+        warn_of_learnt(image, roles[-1])
+    chosen = (judged if unseen.empty else unseen).iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
+
+
+def find_slide(run, image):
+    """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
+    root) of the data root of a run; None where none has, or the run or its data root is not there.
+    """
+    try:
+        data_root = json.loads((run / "run.json").read_text())["data_root"]
+        content = Path(data_root, "dataset", "meta.json").read_bytes()
+    except OSError:
+        return None
+    for slide in json.loads(content)["slides"]:
+        described = slide["files"].get(slide["image"], {})
+        same_size = described.get("bytes") == image.stat().st_size
+        if same_size and described.get("blocks") == shell.hash_blocks(image):
+            return slide["tissue_index"], shell.fingerprint_of(content)
+    return None
+
+
+def role_of_slide(folder, slide):
+    """What the spots of a slide of find_slide did for the model in a row's folder: "train" or
+    "valid" if any did, else "test" or None. None, too, of a row that was made on another data root.
+    """
+    if slide is None or not (folder / "split.csv").is_file():
+        return None
+    number, fingerprint = slide
+    if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
+        return None
+    table = shell.read_csv(folder / "split.csv", ("id", "role"))
+    roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
+    return next((role for role in (*LEARNT, "test") if role in roles), None)
+
+
+def warn_of_learnt(image, role):
+    """Warn of a model that has learnt from the slide that it predicts."""
+    if role in LEARNT:
+        inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
 
 
 def keep_fitting(judged):
@@ -772,10 +821,10 @@ def report(slide, table, genes, scored, trained, out):
 
 def main():
     inputs.WARNINGS.clear()
-    model, trained = read_weights(choose_weights())
+    slide, positions = choose_slide()
+    model, trained = read_weights(choose_weights(slide.image))
     tell_evidence(trained)
     genes, sets = choose_genes(trained), choose_sets(trained)
-    slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name)
     shell.hold_folder(out)

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import tifffile
 import torch
-from conftest import printed_table, rows_of, run_script
+from conftest import TINY, load_script, printed_table, rows_of, run_script
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
@@ -497,22 +497,56 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     check_one_line(capsys, ["no rows.csv"])
 
 
+def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
+    simulated, weights, tmp_path, monkeypatch, capsys
+):
+    """Under protocol loso every slide trained most networks, the best in validation among them."""
+    run = tmp_path / "run"
+    options = TINY | {"epochs": 1, "target": "lognorm", "protocol": "loso"}
+    assert run_script("20", data_root=simulated, out=run, **options) == 0
+    rows = pd.read_csv(run / "rows.csv", dtype={"slide": str}).query("setting == 'EfficientNet-B0'")
+    heg = dict(zip(rows["folder"], np.linspace(0.1, 0.4, len(rows)), strict=True))
+    rows.assign(heg=rows["folder"].map(heg)).to_csv(run / "rows.csv", index=False)  # all known
+    tests = rows[rows["split"] == "test"].set_index("slide")["folder"]
+    images = pd.read_csv(simulated / "slides.csv").set_index("tissue_index")["image"]
+    script = load_script("26")
+    script.RUN = str(run)
+    capsys.readouterr()
+    for number, image in images.items():
+        copied = tmp_path / f"another name {number}.tif"
+        shutil.copy(simulated / image, copied)
+        assert script.choose_weights(copied) == run / tests[str(number)]
+    assert "no test" not in capsys.readouterr().out
+    script.RUN = ""
+    for number, image in images.items():
+        script.WEIGHTS = str(run / tests["3"] / "weights.safetensors")
+        script.choose_weights(simulated / image)
+        role = {3: "", 4: "validated"}.get(number, "trained")
+        told = capsys.readouterr().out
+        assert (f"this slide {role} the model: its r here is no test" in told) == (number != 3)
+    # Of another data root nothing is known; where all have learnt from it, the best is taken.
+    script.RUN, script.WEIGHTS = str(run), ""
+    rows[rows["folder"] != tests["1"]].to_csv(run / "rows.csv", index=False)
+    script.choose_weights(simulated / images[1])
+    assert "no test" in capsys.readouterr().out
+    facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
+    (run / "run.json").write_text(json.dumps(facts))
+    script.choose_weights(simulated / images[1])
+    assert "no test" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--weights", "nowhere"], ["nowhere", "no such file"]),
     (["--weights", __file__], ["test_predict_slide.py", "not a .safetensors"]),
+    (["--image", ""], ["--image", "which slide"]),
+    (["--image", "no.tif"], ["no.tif", "no such file"]),
 ])  # fmt: skip
-def test_weights_that_are_none(tmp_path, capsys, arguments, words):
-    assert run_script("26", *arguments, "--out", tmp_path / "out") == 2
+def test_script_26_refuses_what_is_not_there(
+    simulated, weights, tmp_path, capsys, arguments, words
+):
+    options = ["--weights", weights, *slide_of(simulated), "--out", tmp_path / "out"]
+    assert run_script("26", *options, *arguments) == 2
     check_one_line(capsys, words)
-
-
-def test_script_26_refuses_what_is_not_there(weights, tmp_path, capsys):
-    for arguments, words in [
-        ([], ["--image", "which slide"]),
-        (["--image", tmp_path / "no.tif"], ["no.tif", "no such file"]),
-    ]:
-        assert run_script("26", "--weights", weights, *arguments, "--out", tmp_path / "out") == 2
-        check_one_line(capsys, words)
 
 
 # ---------------------------------------------------------------------------------------------- Space Ranger
