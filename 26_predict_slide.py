@@ -45,7 +45,6 @@ import numpy as np
 import pandas as pd
 import safetensors
 import torch
-from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 import common
@@ -54,6 +53,7 @@ from slides import imaging, inputs, readers, space_ranger
 from slides.cutting import cut_spots
 from study import (
     conformal,
+    drawing,
     embeddings,
     evidence,
     exports,
@@ -86,7 +86,6 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # What a recipe must say of a network, and of a ridge on embeddings.
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
-SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
@@ -303,28 +302,23 @@ def check_metadata(path, metadata):
         )
     check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
-    if trained.training_slides is not None:
-        try:
+    try:
+        if trained.training_slides is not None:
             trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
-        except TypeError:
-            raise InputError(
-                f"{path}: its training_slides are of another version: {TRAIN_AGAIN}"
-            ) from None
-    if trained.evidence is not None:
-        try:
-            evidence.read_genes(trained.evidence, trained.genes)
-        except (KeyError, ValueError, TypeError):
-            raise InputError(f"{path}: its evidence is of another version: {TRAIN_AGAIN}") from None
+        evidence.read_genes(trained.evidence, trained.genes)
+    except (KeyError, ValueError, TypeError):
+        raise InputError(
+            f"{path}: its training_slides or evidence are of another version: {TRAIN_AGAIN}"
+        ) from None
     return trained
 
 
 def check_features(path, recipe):
     """InputError where weights of this recipe need FEATURES that is not given, or the reverse."""
-    if not embeddings.is_ridge(recipe):
-        if FEATURES:
-            raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
-        return
-    if not FEATURES:
+    takes_embeddings = embeddings.is_ridge(recipe)
+    if FEATURES and not takes_embeddings:
+        raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
+    if takes_embeddings and not FEATURES:
         raise InputError(
             f"{path}: a ridge on embeddings by {recipe['BACKBONE']}, {recipe['WIDTH']} numbers a "
             f"spot: give --features, an .h5 of this slide's; {embeddings.HOW_TO}"
@@ -362,28 +356,29 @@ def tell_evidence(trained):
             f"weights     of an older version, or of a fold of 22, without {', '.join(lacking)}: "
             f"{TRAIN_AGAIN}"
         )
-    if trained.evidence is None:
-        return
-    lines = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
-    for word, text in lines:
-        print(f"{word:11} {text}")
+    if trained.evidence is not None:
+        told = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
+        for word, text in told:
+            print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
 
 
 def choose_slide():
-    """(Slide, its positions where they are known by now, else None) of IMAGE, POSITIONS, MATRIX."""
+    """(Slide, its positions if they are read already, else None) of IMAGE, POSITIONS, MATRIX."""
     for flag, path in (("image", IMAGE), ("positions", POSITIONS), ("matrix", MATRIX)):
         if path and not readers.split_part(Path(path))[0].exists():
             raise InputError(f"--{flag} {path}: no such file")
+    if IMAGE and Path(IMAGE).is_dir():
+        raise InputError(f"--image {IMAGE}: a folder; expected a file")
     if POSITIONS and Path(POSITIONS).is_dir():
         return choose_sample()
     if not IMAGE:
         raise InputError("--image: which slide?")
     if MATRIX and not POSITIONS:
         raise InputError(f"--matrix {MATRIX}: needs the --positions of its spots")
-    image = check_image()
+    image = Path(IMAGE)
     slide = readers.Slide(
         tissue_index=1,
         name=image.stem,
@@ -405,15 +400,7 @@ def choose_sample():
             f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, by its spots 100 um apart or, of "
             "Visium HD, by microns_per_pixel; leave it out"
         )
-    image = check_image() if IMAGE else None
-    return space_ranger.read_space_ranger(Path(POSITIONS), image)
-
-
-def check_image():
-    """IMAGE as a path; InputError where it is no file."""
-    if not Path(IMAGE).is_file():
-        raise InputError(f"--image {IMAGE}: no such file")
-    return Path(IMAGE)
+    return space_ranger.read_space_ranger(Path(POSITIONS), Path(IMAGE) if IMAGE else None)
 
 
 def choose_folder(slide, name):
@@ -569,7 +556,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, diameter_of(table))
+    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, drawing.diameter_of(table))
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -659,8 +646,7 @@ def draw_maps(path, table, genes, title):
     lines = lines or [((), "predicted")]
     if len(lines) == 1 and "distance" in table.obs:
         lines.append(((), "predicted"))  # room for the distance
-    (left, right), (top, bottom) = view_of(table)
-    height = 2.9 * min(1.6, max(0.4, (bottom - top) / (right - left))) + 0.4  # inches a row
+    height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     rows = figure.subplots(len(lines), 4, squeeze=False)
     for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
@@ -679,40 +665,18 @@ def draw_maps(path, table, genes, title):
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
-def diameter_of(table):
-    """A spot's diameter, in px of the slide."""
-    return SPOT * table.obs["pitch"].iloc[0]
-
-
-def view_of(table):
-    """((left, right), (top, bottom)) of the part of the slide that holds the spots, in px."""
-    margin = table.obs["pitch"].iloc[0]
-    low = table.obsm["spatial"].min(0) - margin
-    high = table.obsm["spatial"].max(0) + margin
-    return tuple(zip(low, high, strict=True))
-
-
 def show_tissue(ax, table, slide, alpha):
     """The H&E around the spots, in px of the slide."""
     image = slide["images"]["hires"]
     height, width = np.array(image.shape[:2]) / slide["scalefactors"]["tissue_hires_scalef"]
     ax.imshow(image, extent=(0, width, height, 0), alpha=alpha)
-    (left, right), (top, bottom) = view_of(table)
+    (left, right), (top, bottom) = drawing.view_of(table)
     ax.set(xlim=(left, right), ylim=(bottom, top))
-
-
-def draw_spots(ax, table, values, **colours):
-    """Values (n,) of the spots, in circles of their size, with a colour bar."""
-    sizes = [diameter_of(table)], [diameter_of(table)], [0]
-    places = {"offsets": table.obsm["spatial"], "offset_transform": ax.transData}
-    spots = EllipseCollection(*sizes, units="x", array=values, linewidths=0, **places, **colours)
-    ax.add_collection(spots)
-    return spots
 
 
 def draw_distance(ax, table):
     """How far each spot's patch is from the training slides; as draw_map."""
-    points = draw_spots(ax, table, table.obs["distance"], cmap="magma")
+    points = drawing.draw_circles(ax, table, table.obs["distance"], cmap="magma")
     points.set_clim(0, 2 * similarity.ALARM)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
     ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
@@ -725,7 +689,7 @@ def draw_map(ax, table, gene, kind):
     if kind in scales.RADII:
         places = common.places_in_pitches(table.obs).to_numpy(np.float64)
         shown = scales.average_neighbours(shown, places, kind)
-    points = draw_spots(ax, table, shown)
+    points = drawing.draw_circles(ax, table, shown)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
     facts = table.var.loc[gene]
     if kind == "measured":
@@ -852,7 +816,7 @@ def main():
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
     measurements = exports.choose_measurements(table, genes, floor_of(trained))
     path = out / "predictions.geojson"
-    exports.write_geojson(path, table.obsm["spatial"], diameter_of(table), measurements)
+    exports.write_geojson(path, table.obsm["spatial"], drawing.diameter_of(table), measurements)
     report(slide, table, genes, scored, trained, out)
 
 

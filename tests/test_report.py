@@ -168,8 +168,6 @@ def test_the_scales_of_every_row_stand_in_one_table(report):
         for value in rows[column].dropna():
             assert f"<td>{value:.3f}</td>" in text
         assert f">{column}</th>" not in text
-    older = [{"heg": 0.3}]
-    assert load_script("27").show_scales(older) == []
 
 
 def test_rows_of_an_earlier_start_are_left_out(report):
