@@ -91,7 +91,6 @@ UNITS = {
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
-FACTS = ["valid_r", "ceiling"]  # of a gene, by the model's metadata
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
@@ -128,6 +127,11 @@ class Trained:
         The best of all genes in validation would be those that chance favoured.
         """
         return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
+
+    @property
+    def floor(self):
+        """The least value that measured expression can have."""
+        return -np.inf if self.recipe["TARGET"] == "harmony" else 0
 
     @functools.cached_property
     def judged(self):
@@ -335,7 +339,7 @@ def choose_genes(trained):
             )
     judged = trained.judged
     if asked:
-        failed = [] if judged is None else [gene for gene in asked if not judged["believe"][gene]]
+        failed = [gene for gene in asked if judged is not None and not judged["believe"][gene]]
         if failed:
             print(f"genes       drawn as asked, but failing in validation: {', '.join(failed)}")
         return asked
@@ -519,24 +523,18 @@ def add_evidence(table, trained, genes):
         table.var = table.var.join(judged.rename(columns=names))
 
 
-def floor_of(trained):
-    """The least value that measured expression can have."""
-    return -np.inf if trained.recipe["TARGET"] == "harmony" else 0
-
-
 def save_predictions(path, table, trained):
     """Write the AnnData with the intervals' ends as layers: low and high of 80 %, low_95, high_95.
 
     They are made one at a time, since together they would take four times a prediction's memory.
     """
-    floor = floor_of(trained)
     with shell.whole_file(path) as partial:
         table.write_h5ad(partial)
         with h5py.File(partial, "r+") as file:
             for name, half in trained.half_widths.items():
                 ending = "" if name == "80" else f"_{name}"
                 for end, step in (("low", -half), ("high", half)):
-                    values = conformal.find_limit(table.X, step, floor)
+                    values = conformal.find_limit(table.X, step, trained.floor)
                     anndata.io.write_elem(file["layers"], f"{end}{ending}", values)
 
 
@@ -742,7 +740,7 @@ def report(slide, table, genes, scored, trained, out):
     if measured:
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    columns = [*FACTS, "r"] if measured else FACTS
+    columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
     judged = trained.judged
     of_genes = table.var[columns].rename_axis("gene")
     if judged is not None:
@@ -814,7 +812,7 @@ def main():
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
-    measurements = exports.choose_measurements(table, genes, floor_of(trained))
+    measurements = exports.choose_measurements(table, genes, trained.floor)
     path = out / "predictions.geojson"
     exports.write_geojson(path, table.obsm["spatial"], drawing.diameter_of(table), measurements)
     report(slide, table, genes, scored, trained, out)

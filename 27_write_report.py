@@ -378,7 +378,7 @@ def read_row_thumbnail(folder, table, data_root):
 
 def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
-    if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
+    if (folder / "maps.png").is_file() and (folder / "scores.png").is_file():
         return
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
     genes = read_test_genes(folder, row)
@@ -437,7 +437,6 @@ def alignment(values):
 
 
 def as_paragraph(text):
-    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -453,14 +452,6 @@ def as_image(content, text):
     encoded = base64.b64encode(content).decode()
     text = html.escape(text, quote=True)
     return f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"></figure>'
-
-
-def show_settings(rows, label):
-    """The picture of draw_settings inside the page."""
-    figure, text = draw_settings(rows, label)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    return as_image(buffer.getvalue(), text)
 
 
 def read_rows(run, folders):
@@ -503,19 +494,16 @@ def list_scales(row):
 
 
 def list_metrics(row):
-    """{heading: value} of a row's line in the table of further metrics."""
-    further = {name: value for name, value in row.items() if is_further(name)}
-    return {name: row[name] for name in KEYS} | further
-
-
-def is_further(column):
-    """Whether a column of rows.csv is neither in the tables of scores nor of a gene set or another
-    gene group than HEG, of which the number of genes alone is told.
+    """{heading: value} of a row's line in the table of further metrics: what no other table has,
+    of HEG, and of the other gene groups the number of genes alone.
     """
-    other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
-    if column.startswith("set_"):
-        return False
-    return not other_group and not column.endswith("_ci") and column not in SHOWN_ELSEWHERE
+    line = {name: row[name] for name in KEYS}
+    for column, value in row.items():
+        other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
+        elsewhere = column in SHOWN_ELSEWHERE or column.startswith("set_")
+        if not (other_group or elsewhere or column.endswith("_ci")):
+            line[column] = value
+    return line
 
 
 def is_headline(row):
@@ -575,8 +563,7 @@ def choose_viewed(run, rows):
 def show_viewer(run, facts, rows):
     """The gene viewer of a run's best network, or of script 26's slide, as the parts of a page."""
     if (run / "predictions.h5ad").is_file():
-        parts = viewer.show_slide(run / "predictions.h5ad")
-        return ["<h2>Gene by gene</h2>", *parts] if parts else []
+        return ["<h2>Gene by gene</h2>", *viewer.show_slide(run / "predictions.h5ad")]
     row = choose_viewed(run, rows)
     if row is None:
         return []
@@ -619,7 +606,10 @@ def write_report(run, facts):
     ]
     scored = [row for row in rows if is_headline(row)]
     if scored:
-        parts.append(show_settings(scored, facts["label"]))
+        figure, text = draw_settings(scored, facts["label"])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=100)
+        parts.append(as_image(buffer.getvalue(), text))
     parts += [as_picture(path) for path in sorted(run.glob("[!.]*.png"))]
     if facts.get("warnings"):
         lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in facts["warnings"])
