@@ -530,13 +530,6 @@ def write_10x_folder(folder, counts, barcodes, names):
     scipy.io.mmwrite(folder / "matrix.mtx", counts.T.tocoo(), field="integer")
 
 
-def write_constants(path):
-    """Write what the slides follow from as JSON: the constants above but the folder."""
-    names = ["GEOMETRY", "SPOTS", "SLIDES", "SEED", "DEPTH", "DEPTH_SD"]
-    names += ["VISIBLE_SD", "HIDDEN_SD", "DISPERSION", "SLIDE_SD"]
-    shell.save_json(path, {name: globals()[name] for name in names})
-
-
 def main():
     root = Path(DATA_ROOT)
     if (root / "slides.csv").exists():
@@ -556,7 +549,9 @@ def main():
     for slide, table in zip(slides, tables, strict=True):
         rng = np.random.default_rng(shell.seed_of(SEED, "slide", slide["tissue_index"]))
         best.append(write_slide(root, slide, table, names, genes, rng))
-    write_constants(root / "simulation.json")
+    constants = {name: globals()[name] for name in shell.read_comments(globals())}
+    del constants["DATA_ROOT"]
+    shell.save_json(root / "simulation.json", constants)
     shell.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
     ceiling, image_ceiling = np.mean(best, axis=0)
     what = "best mean r of the 50 highest expressed genes, per slide"

@@ -9,6 +9,7 @@ Prints     header, the table of mean r and sd over the seeds with differences to
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --seeds 42,43
            python 23_compare_augs.py --quick      (a smoke test, not a result)
+           python 23_compare_augs.py --gene-sets FILE      (scores of sets)
 Time       --quick: 85 s, slides included; HER2ST, README's small budget: 20 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color is what its

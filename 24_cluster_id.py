@@ -11,6 +11,7 @@ Prints     header, the grid of weights with its cluster scores, the table of r w
 Command    python 24_cluster_id.py --data-root GSE240429_data
 Override   python 24_cluster_id.py --data-root HER2ST_data --test-slide 4 --features ""
            python 24_cluster_id.py --quick      (a smoke test, not a result)
+           python 24_cluster_id.py --gene-sets FILE      (scores of sets)
 Time       --quick: 85 s, slides included; HER2ST, README's small budget: 14 min (two Intel Xeon
            cores, 2026-11-23)
 Source     the paper's cluster-id experiment

@@ -2,10 +2,11 @@
 
 Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
-           validation r of HEG is taken, or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a
-           folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is found and
-           covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that takes
-           embeddings, whose patches are the spots where no positions are given
+           validation r of HEG is taken, of those that have not learnt from the slide if it is one
+           of the run's; or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a folder outs/ of
+           Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid;
+           MATRIX, or the counts in outs/; FEATURES, of a model that takes embeddings, whose patches
+           are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
            validation says of a gene), predictions.csv, predictions.geojson (for QuPath), maps.png,
@@ -21,6 +22,7 @@ Override   python 26_predict_slide.py --weights weights.safetensors --image slid
            --um-per-px 0.25 --genes ALB,GLUL
            python 26_predict_slide.py --weights weights.safetensors --image slide.tif
            --features embeddings/slide.h5
+           --gene-sets FILE in any of them saves the scores of sets, and draws the best six
 Time       75 s and 0.9 GB of memory for 26,000 x 25,400 px, 4,919 spots and 3,467 genes (two cores
            of an AMD EPYC, 2026-11-24)
 """
@@ -43,7 +45,6 @@ import numpy as np
 import pandas as pd
 import safetensors
 import torch
-from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 
 import common
@@ -57,6 +58,7 @@ from slides.sections import split_part
 from slides.spots import read_spots
 from study import (
     conformal,
+    drawing,
     embeddings,
     evidence,
     exports,
@@ -89,13 +91,12 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # What a recipe must say of a network, and of a ridge on embeddings.
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
-SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
-FACTS = ["valid_r", "ceiling"]  # of a gene, by the model's metadata
+LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 # What is not known with weights of an older version, by the field of Trained that they lack.
@@ -132,6 +133,11 @@ class Trained:
         """
         return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
 
+    @property
+    def floor(self):
+        """The least value that measured expression can have."""
+        return -np.inf if self.recipe["TARGET"] == "harmony" else 0
+
     @functools.cached_property
     def judged(self):
         """Table of what validation says of each gene, see evidence.judge_genes, or None."""
@@ -144,11 +150,12 @@ class Trained:
         return {name: np.array(half, np.float64) for name, half in found.items() if half}
 
 
-def choose_weights():
+def choose_weights(image):
     """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
     networks or, where FEATURES is given, of its ridges on embeddings.
 
-    The test slide chooses nothing.
+    A model that has learnt from the slide in the file `image` is taken where there is no other, and
+    a warning says so. The test slide chooses nothing.
     """
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
@@ -156,16 +163,61 @@ def choose_weights():
             "folder"
         )
     if WEIGHTS:
-        return Path(WEIGHTS)
+        path = Path(WEIGHTS)
+        folder = path if path.is_dir() else path.parent
+        warn_of_learnt(image, role_of_slide(folder, find_slide(folder.parent, image)))
+        return path
     path = Path(RUN, "rows.csv")
     if not path.is_file():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
     judged = keep_fitting(judged).sort_values("heg", kind="stable")
-    chosen = judged.iloc[-1]
+    slide = find_slide(Path(RUN), image)
+    roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
+    unseen = judged[[role not in LEARNT for role in roles]]
+    if unseen.empty:
+        warn_of_learnt(image, roles[-1])
+    chosen = (judged if unseen.empty else unseen).iloc[-1]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
+
+
+def find_slide(run, image):
+    """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
+    root) of the data root of a run; None where none has, or the run or its data root is not there.
+    """
+    try:
+        data_root = json.loads((run / "run.json").read_text())["data_root"]
+        content = Path(data_root, "dataset", "meta.json").read_bytes()
+    except OSError:
+        return None
+    for slide in json.loads(content)["slides"]:
+        described = slide["files"].get(slide["image"], {})
+        same_size = described.get("bytes") == image.stat().st_size
+        if same_size and described.get("blocks") == shell.hash_blocks(image):
+            return slide["tissue_index"], shell.fingerprint_of(content)
+    return None
+
+
+def role_of_slide(folder, slide):
+    """What the spots of a slide of find_slide did for the model in a row's folder: "train" or
+    "valid" if any did, else "test" or None. None, too, of a row that was made on another data root.
+    """
+    if slide is None or not (folder / "split.csv").is_file():
+        return None
+    number, fingerprint = slide
+    if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
+        return None
+    table = shell.read_csv(folder / "split.csv", ("id", "role"))
+    roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
+    return next((role for role in (*LEARNT, "test") if role in roles), None)
+
+
+def warn_of_learnt(image, role):
+    """Warn of a model that has learnt from the slide that it predicts."""
+    if role in LEARNT:
+        inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
 
 
 def keep_fitting(judged):
@@ -259,28 +311,23 @@ def check_metadata(path, metadata):
         )
     check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
-    if trained.training_slides is not None:
-        try:
+    try:
+        if trained.training_slides is not None:
             trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
-        except TypeError:
-            raise InputError(
-                f"{path}: its training_slides are of another version: {TRAIN_AGAIN}"
-            ) from None
-    if trained.evidence is not None:
-        try:
-            evidence.read_genes(trained.evidence, trained.genes)
-        except (KeyError, ValueError, TypeError):
-            raise InputError(f"{path}: its evidence is of another version: {TRAIN_AGAIN}") from None
+        evidence.read_genes(trained.evidence, trained.genes)
+    except (KeyError, ValueError, TypeError):
+        raise InputError(
+            f"{path}: its training_slides or evidence are of another version: {TRAIN_AGAIN}"
+        ) from None
     return trained
 
 
 def check_features(path, recipe):
     """InputError where weights of this recipe need FEATURES that is not given, or the reverse."""
-    if not embeddings.is_ridge(recipe):
-        if FEATURES:
-            raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
-        return
-    if not FEATURES:
+    takes_embeddings = embeddings.is_ridge(recipe)
+    if FEATURES and not takes_embeddings:
+        raise InputError(f"--features {FEATURES}: {path} is a network, which sees the image")
+    if takes_embeddings and not FEATURES:
         raise InputError(
             f"{path}: a ridge on embeddings by {recipe['BACKBONE']}, {recipe['WIDTH']} numbers a "
             f"spot: give --features, an .h5 of this slide's; {embeddings.HOW_TO}"
@@ -297,7 +344,7 @@ def choose_genes(trained):
             )
     judged = trained.judged
     if asked:
-        failed = [] if judged is None else [gene for gene in asked if not judged["believe"][gene]]
+        failed = [gene for gene in asked if judged is not None and not judged["believe"][gene]]
         if failed:
             print(f"genes       drawn as asked, but failing in validation: {', '.join(failed)}")
         return asked
@@ -318,28 +365,29 @@ def tell_evidence(trained):
             f"weights     of an older version, or of a fold of 22, without {', '.join(lacking)}: "
             f"{TRAIN_AGAIN}"
         )
-    if trained.evidence is None:
-        return
-    lines = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
-    for word, text in lines:
-        print(f"{word:11} {text}")
+    if trained.evidence is not None:
+        told = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
+        for word, text in told:
+            print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
 
 
 def choose_slide():
-    """(Slide, its positions where they are known by now, else None) of IMAGE, POSITIONS, MATRIX."""
+    """(Slide, its positions if they are read already, else None) of IMAGE, POSITIONS, MATRIX."""
     for flag, path in (("image", IMAGE), ("positions", POSITIONS), ("matrix", MATRIX)):
         if path and not split_part(Path(path))[0].exists():
             raise InputError(f"--{flag} {path}: no such file")
+    if IMAGE and Path(IMAGE).is_dir():
+        raise InputError(f"--image {IMAGE}: a folder; expected a file")
     if POSITIONS and Path(POSITIONS).is_dir():
         return choose_sample()
     if not IMAGE:
         raise InputError("--image: which slide?")
     if MATRIX and not POSITIONS:
         raise InputError(f"--matrix {MATRIX}: needs the --positions of its spots")
-    image = check_image()
+    image = Path(IMAGE)
     slide = Slide(
         tissue_index=1,
         name=image.stem,
@@ -361,15 +409,7 @@ def choose_sample():
             f"--um-per-px {UM_PER_PX}: {POSITIONS} tells it, by its spots 100 um apart or, of "
             "Visium HD, by microns_per_pixel; leave it out"
         )
-    image = check_image() if IMAGE else None
-    return space_ranger.read_space_ranger(Path(POSITIONS), image)
-
-
-def check_image():
-    """IMAGE as a path; InputError where it is no file."""
-    if not Path(IMAGE).is_file():
-        raise InputError(f"--image {IMAGE}: no such file")
-    return Path(IMAGE)
+    return space_ranger.read_space_ranger(Path(POSITIONS), Path(IMAGE) if IMAGE else None)
 
 
 def choose_folder(slide, name):
@@ -488,24 +528,18 @@ def add_evidence(table, trained, genes):
         table.var = table.var.join(judged.rename(columns=names))
 
 
-def floor_of(trained):
-    """The least value that measured expression can have."""
-    return -np.inf if trained.recipe["TARGET"] == "harmony" else 0
-
-
 def save_predictions(path, table, trained):
     """Write the AnnData with the intervals' ends as layers: low and high of 80 %, low_95, high_95.
 
     They are made one at a time, since together they would take four times a prediction's memory.
     """
-    floor = floor_of(trained)
     with shell.whole_file(path) as partial:
         table.write_h5ad(partial)
         with h5py.File(partial, "r+") as file:
             for name, half in trained.half_widths.items():
                 ending = "" if name == "80" else f"_{name}"
                 for end, step in (("low", -half), ("high", half)):
-                    values = conformal.find_limit(table.X, step, floor)
+                    values = conformal.find_limit(table.X, step, trained.floor)
                     anndata.io.write_elem(file["layers"], f"{end}{ending}", values)
 
 
@@ -525,7 +559,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     for group, genes in trained.groups.items():
         table.var[group] = table.var_names.isin(genes)
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, diameter_of(table))
+    shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, drawing.diameter_of(table))
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained.genes)
@@ -615,8 +649,7 @@ def draw_maps(path, table, genes, title):
     lines = lines or [((), "predicted")]
     if len(lines) == 1 and "distance" in table.obs:
         lines.append(((), "predicted"))  # room for the distance
-    (left, right), (top, bottom) = view_of(table)
-    height = 2.9 * min(1.6, max(0.4, (bottom - top) / (right - left))) + 0.4  # inches a row
+    height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     rows = figure.subplots(len(lines), 4, squeeze=False)
     for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
@@ -635,40 +668,18 @@ def draw_maps(path, table, genes, title):
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
-def diameter_of(table):
-    """A spot's diameter, in px of the slide."""
-    return SPOT * table.obs["pitch"].iloc[0]
-
-
-def view_of(table):
-    """((left, right), (top, bottom)) of the part of the slide that holds the spots, in px."""
-    margin = table.obs["pitch"].iloc[0]
-    low = table.obsm["spatial"].min(0) - margin
-    high = table.obsm["spatial"].max(0) + margin
-    return tuple(zip(low, high, strict=True))
-
-
 def show_tissue(ax, table, slide, alpha):
     """The H&E around the spots, in px of the slide."""
     image = slide["images"]["hires"]
     height, width = np.array(image.shape[:2]) / slide["scalefactors"]["tissue_hires_scalef"]
     ax.imshow(image, extent=(0, width, height, 0), alpha=alpha)
-    (left, right), (top, bottom) = view_of(table)
+    (left, right), (top, bottom) = drawing.view_of(table)
     ax.set(xlim=(left, right), ylim=(bottom, top))
-
-
-def draw_spots(ax, table, values, **colours):
-    """Values (n,) of the spots, in circles of their size, with a colour bar."""
-    sizes = [diameter_of(table)], [diameter_of(table)], [0]
-    places = {"offsets": table.obsm["spatial"], "offset_transform": ax.transData}
-    spots = EllipseCollection(*sizes, units="x", array=values, linewidths=0, **places, **colours)
-    ax.add_collection(spots)
-    return spots
 
 
 def draw_distance(ax, table):
     """How far each spot's patch is from the training slides; as draw_map."""
-    points = draw_spots(ax, table, table.obs["distance"], cmap="magma")
+    points = drawing.draw_circles(ax, table, table.obs["distance"], cmap="magma")
     points.set_clim(0, 2 * similarity.ALARM)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
     ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
@@ -681,7 +692,7 @@ def draw_map(ax, table, gene, kind):
     if kind in scales.RADII:
         places = common.places_in_pitches(table.obs).to_numpy(np.float64)
         shown = scales.average_neighbours(shown, places, kind)
-    points = draw_spots(ax, table, shown)
+    points = drawing.draw_circles(ax, table, shown)
     ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
     facts = table.var.loc[gene]
     if kind == "measured":
@@ -734,7 +745,7 @@ def report(slide, table, genes, scored, trained, out):
     if measured:
         caption += ", and r against this slide's own log-normalised counts"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    columns = [*FACTS, "r"] if measured else FACTS
+    columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
     judged = trained.judged
     of_genes = table.var[columns].rename_axis("gene")
     if judged is not None:
@@ -777,10 +788,10 @@ def report(slide, table, genes, scored, trained, out):
 
 def main():
     inputs.WARNINGS.clear()
-    model, trained = read_weights(choose_weights())
+    slide, positions = choose_slide()
+    model, trained = read_weights(choose_weights(slide.image))
     tell_evidence(trained)
     genes, sets = choose_genes(trained), choose_sets(trained)
-    slide, positions = choose_slide()
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name)
     shell.hold_folder(out)
@@ -806,9 +817,9 @@ def main():
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
-    measurements = exports.choose_measurements(table, genes, floor_of(trained))
+    measurements = exports.choose_measurements(table, genes, trained.floor)
     path = out / "predictions.geojson"
-    exports.write_geojson(path, table.obsm["spatial"], diameter_of(table), measurements)
+    exports.write_geojson(path, table.obsm["spatial"], drawing.diameter_of(table), measurements)
     report(slide, table, genes, scored, trained, out)
 
 

@@ -30,13 +30,12 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from study import printing, viewer
+from study import drawing, printing, viewer
 from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
@@ -44,7 +43,6 @@ RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 # --------------------------------------------------------------------------------------------------
 
 NEEDED = {"title", "label", "tables", "folders", "settings", "machine", "data_root"}  # of run.json
-SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 PALE = 0.6  # opacity of the H&E beneath the spots
 HISTORY = ("epoch", "train_loss", "valid_mse")  # the columns of history.csv that are drawn
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
@@ -58,19 +56,8 @@ or was made anew"""
 KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
 # is of the measured expression alone.
-SHOWN_ELSEWHERE = {
-    *KEYS,
-    "n_spots",
-    "n_genes_r30",
-    "n_genes_q05",
-    "steps",
-    "heg",
-    "target",
-    "protocol",
-    "recipe",
-    "refit",
-}
-SHOWN_ELSEWHERE |= {"gene_lists", "folder", "heg_moran"}
+SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "n_genes_q05", "steps", "heg", "heg_moran"}
+SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "gene_lists", "folder"}
 # What the table of scales shows: (a column of a row, its heading).
 SCALES = (
     ("heg", "HEG, spots"),
@@ -177,8 +164,7 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     gives.
     """
     genes = choose_drawn_genes(table.var["r"], groups)
-    (left, right), (top, bottom) = view_of(table)
-    shape = min(1.6, max(0.4, (bottom - top) / (right - left)))  # height of a map over its width
+    shape = drawing.shape_of(table)
     columns = 1 + len(genes)
     figure = Figure(figsize=(2.8 * columns, 0.8 + 5 * shape), layout="compressed")
     ((tissue, *measured), (agreement, *predicted)) = figure.subplots(2, columns, squeeze=False)
@@ -233,20 +219,12 @@ def save_picture(path, figure, description):
         reduced.save(partial, pnginfo=information, optimize=True)
 
 
-def view_of(table):
-    """((left, right), (top, bottom)) of the part of the slide that holds the spots, in px."""
-    margin = table.obs["pitch"].iloc[0]
-    low = table.obsm["spatial"].min(0) - margin
-    high = table.obsm["spatial"].max(0) + margin
-    return tuple(zip(low, high, strict=True))
-
-
 def draw_tissue(ax, table, thumbnail, pale=False):
     """The H&E around the spots, in px of the slide; white where there is no thumbnail.
 
     Pale is grey, too, so that in a map all colour is the spots'.
     """
-    (left, right), (top, bottom) = view_of(table)
+    (left, right), (top, bottom) = drawing.view_of(table)
     ax.set_axis_off()
     ax.set_anchor("N")
     if thumbnail is not None:
@@ -263,18 +241,7 @@ def draw_tissue(ax, table, thumbnail, pale=False):
 def draw_spots(ax, table, thumbnail, values):
     """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar."""
     draw_tissue(ax, table, thumbnail, pale=True)
-    diameter = SPOT * table.obs["pitch"].iloc[0]
-    spots = EllipseCollection(
-        [diameter],
-        [diameter],
-        [0],
-        units="x",
-        offsets=table.obsm["spatial"],
-        offset_transform=ax.transData,
-        array=values,
-        linewidths=0,
-    )
-    ax.add_collection(spots)
+    spots = drawing.draw_circles(ax, table, values)
     ax.figure.colorbar(spots, ax=ax, shrink=0.8, format="{x:.4g}", ticks=MaxNLocator(4))
 
 
@@ -369,17 +336,9 @@ def draw_losses(ax, history, selected_epoch):
 
 def lay_legend(ax):
     """A legend above the axes, where it hides nothing."""
-    ax.legend(
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.2,
-        ncols=5,
-        fontsize=8,
-        markerscale=1.5,
-        columnspacing=0.9,
-        handletextpad=0.3,
-    )
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "ncols": 5}
+    spaces = {"markerscale": 1.5, "columnspacing": 0.9, "handletextpad": 0.3}
+    ax.legend(frameon=False, fontsize=8, **place, **spaces)
 
 
 def read_test_slide(path):
@@ -419,7 +378,7 @@ def read_row_thumbnail(folder, table, data_root):
 
 def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
-    if all((folder / name).is_file() for name in ("maps.png", "scores.png")):
+    if (folder / "maps.png").is_file() and (folder / "scores.png").is_file():
         return
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
     genes = read_test_genes(folder, row)
@@ -478,7 +437,6 @@ def alignment(values):
 
 
 def as_paragraph(text):
-    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -494,14 +452,6 @@ def as_image(content, text):
     encoded = base64.b64encode(content).decode()
     text = html.escape(text, quote=True)
     return f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"></figure>'
-
-
-def show_settings(rows, label):
-    """The picture of draw_settings inside the page."""
-    figure, text = draw_settings(rows, label)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    return as_image(buffer.getvalue(), text)
 
 
 def read_rows(run, folders):
@@ -544,27 +494,16 @@ def list_scales(row):
 
 
 def list_metrics(row):
-    """{heading: value} of a row's line in the table of further metrics."""
-    further = {name: value for name, value in row.items() if is_further(name)}
-    return {name: row[name] for name in KEYS} | further
-
-
-def is_further(column):
-    """Whether a column of rows.csv is neither in the tables of scores nor of a gene set or another
-    gene group than HEG, of which the number of genes alone is told.
+    """{heading: value} of a row's line in the table of further metrics: what no other table has,
+    of HEG, and of the other gene groups the number of genes alone.
     """
-    other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
-    if column.startswith("set_"):
-        return False
-    return not other_group and not column.endswith("_ci") and column not in SHOWN_ELSEWHERE
-
-
-def show_warnings(warnings):
-    """What the run warned of, a list of strings, as the parts of a page; none for an empty list."""
-    if not warnings:
-        return []
-    lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
-    return [f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>"]
+    line = {name: row[name] for name in KEYS}
+    for column, value in row.items():
+        other_group = column.startswith(("hvg", "mg", "all")) and not column.endswith("_n")
+        elsewhere = column in SHOWN_ELSEWHERE or column.startswith("set_")
+        if not (other_group or elsewhere or column.endswith("_ci")):
+            line[column] = value
+    return line
 
 
 def is_headline(row):
@@ -588,9 +527,7 @@ def show_scores(rows):
 
 
 def show_scales(rows):
-    """r of every row by scale, as the parts of a page; none of rows of an older version."""
-    if all(row.get("heg_k7") is None for row in rows):
-        return []
+    """r of every row by scale, as the parts of a page."""
     caption = "At which scale: mean Pearson r over single spots, neighbourhoods and components"
     return [as_table(caption, map(list_scales, rows)), as_paragraph(ABOUT_SCALES)]
 
@@ -616,21 +553,17 @@ def choose_viewed(run, rows):
     None without a network that has tested.
     """
     trained = {row["folder"]: row for row in rows if row["split"] == "valid" and row["heg"]}
-    trained = {name: row for name, row in trained.items() if is_network(run / name)}
+    for folder in [*trained]:
+        if not (run / folder / "weights.safetensors").is_file():
+            del trained[folder]
     tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
     return max(tested, key=lambda row: trained[row["folder"]]["heg"], default=None)
-
-
-def is_network(folder):
-    """Whether a row's folder is a network's."""
-    return (folder / "weights.safetensors").is_file()
 
 
 def show_viewer(run, facts, rows):
     """The gene viewer of a run's best network, or of script 26's slide, as the parts of a page."""
     if (run / "predictions.h5ad").is_file():
-        parts = viewer.show_slide(run / "predictions.h5ad")
-        return ["<h2>Gene by gene</h2>", *parts] if parts else []
+        return ["<h2>Gene by gene</h2>", *viewer.show_slide(run / "predictions.h5ad")]
     row = choose_viewed(run, rows)
     if row is None:
         return []
@@ -673,9 +606,14 @@ def write_report(run, facts):
     ]
     scored = [row for row in rows if is_headline(row)]
     if scored:
-        parts.append(show_settings(scored, facts["label"]))
+        figure, text = draw_settings(scored, facts["label"])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=100)
+        parts.append(as_image(buffer.getvalue(), text))
     parts += [as_picture(path) for path in sorted(run.glob("[!.]*.png"))]
-    parts += show_warnings(facts.get("warnings", []))
+    if facts.get("warnings"):
+        lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in facts["warnings"])
+        parts.append(f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>")
     if rows:
         parts += show_scores(rows)
         parts += show_scales(rows)

@@ -291,9 +291,8 @@ def compare_training(folder):
     step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)
     truth = torch.from_numpy(target).to(device)
 
-    split = SimpleNamespace(
-        seed=42, spots=lambda role: np.arange(count), data=SimpleNamespace(target=target)
-    )
+    data = SimpleNamespace(target=target)
+    split = SimpleNamespace(seed=42, spots=lambda role: np.arange(count), data=data)
 
     def conventionally():
         conventional.train_epoch(slow, loader, plain, device)
@@ -326,13 +325,8 @@ def compare_prediction(folder):
     images, device, dtype = place(patches)
     fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=False, workers=os.cpu_count())
-
-    def conventionally():
-        conventional.predict(slow, loader, device)
-
-    def here():
-        common.predict(fast, images, np.arange(count), dtype=dtype)
-
+    conventionally = functools.partial(conventional.predict, slow, loader, device)
+    here = functools.partial(common.predict, fast, images, np.arange(count), dtype=dtype)
     pairs = alternate(REPEATS, conventionally, here)
     name = f"prediction, {str(dtype).removeprefix('torch.')}"
     return [make_row(name, "images/s", pairs, count, ">= 2")]
@@ -404,12 +398,8 @@ def compare_table(folder):
     spots = spots.astype({"id": str, "barcode": str})
     whole = spots.join(pd.DataFrame(values, columns=genes))
 
-    def write_conventionally():
-        whole.to_csv(path, index=False)
-
-    def write_here():
-        common.save_expression(path, spots, values, genes)
-
+    write_conventionally = functools.partial(whole.to_csv, path, index=False)
+    write_here = functools.partial(common.save_expression, path, spots, values, genes)
     np.save(folder / "lognorm.npy", values)
 
     def read_conventionally():

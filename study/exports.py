@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from study import shell
-from study.shell import InputError
 
 MOST_MEASUREMENTS = 50  # a spot; QuPath shows them as a list
 CORNERS = 32  # of the polygon that stands for a round spot
@@ -16,19 +15,12 @@ def write_geojson(path, centres, diameter, table):
     """Write a detection a spot, as QuPath 0.4 and later read them (File > Import objects).
 
     `centres` (n, 2) are x and y in px of the full-resolution image and `diameter` is in px; `table`
-    has a line a spot, whose index names it, and a column a measurement, MOST_MEASUREMENTS at most.
+    has a line a spot, whose index names it, and a column a measurement.
     A measurement that is not finite is left out of its spot, since JSON has no NaN. QuPath keeps
     round shapes as polygons in GeoJSON
     (https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html); measurements
-    are an object {name: number} since 0.4 (qupath-core, QuPathTypeAdapters). InputError for too
-    many measurements.
+    are an object {name: number} since 0.4 (qupath-core, QuPathTypeAdapters).
     """
-    if table.shape[1] > MOST_MEASUREMENTS:
-        raise InputError(
-            f"{path}: {table.shape[1]} measurements a spot; expected {MOST_MEASUREMENTS} at most"
-        )
-    if len(centres) != len(table):
-        raise InputError(f"{path}: {len(centres)} centres for {len(table)} spots")
     angles = np.linspace(0, 2 * np.pi, CORNERS + 1)
     circle = diameter / 2 * np.column_stack([np.cos(angles), np.sin(angles)])
     circle[-1] = circle[0]  # A ring ends where it begins (RFC 7946).

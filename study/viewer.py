@@ -214,9 +214,9 @@ def show_row(table, groups, thumbnail):
         column = table.var_names.get_loc(gene)
         facts = table.var.iloc[column]
         caption = describe_r(facts["r"])
-        caption += "".join(
-            f", {name} {facts[name]:.2g}" for name in ("q", "ceiling") if facts.get(name, 0) > 0
-        )
+        for name in ("q", "ceiling"):
+            if facts.get(name, 0) > 0:
+                caption += f", {name} {facts[name]:.2g}"
         measured = Map("measured", table.layers["target"][:, column], "")
         genes[gene] = [measured, Map("predicted", table.X[:, column], caption)]
     members = {
@@ -275,13 +275,11 @@ def map_slide_gene(facts, predicted, layers, means):
 
 
 def show_slide(path):
-    """as_viewer of predictions.h5ad of script 26; nothing of an older version's."""
+    """as_viewer of predictions.h5ad of script 26."""
     from study import scales  # Here, since it imports torch, which takes long.
 
     with h5py.File(path) as file:
         obs, var, uns = (anndata.io.read_elem(file[name]) for name in ("obs", "var", "uns"))
-        if "drawn" not in var:
-            return []
         places = file["obsm/spatial"][:]
         genes = choose_genes(var)
         members = {name: var.index[var[name]] for name in GROUPS if name in var}
@@ -293,8 +291,7 @@ def show_slide(path):
     (slide,) = uns["spatial"].values()
     thumbnail = slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"]
     tissue = Tissue(places, float(obs["pitch"].iloc[0]), thumbnail)
-    means = {}
-    scale = uns["scale"]
+    means, scale = {}, uns["scale"]
     if scale:
         means[scale] = scales.average_neighbours(predicted, places / tissue.pitch, scale)
     shown = {}

@@ -20,7 +20,7 @@ def load_benchmark(name):
     return module
 
 
-NAMES = ["compare_stages", "measure_growth", "check_intervals", "check_trust"]
+NAMES = ["compare_stages", "check_intervals", "check_trust"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import anndata
 import h5py
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
+import scanpy
 import tifffile
 import torch
-from conftest import printed_table, rows_of, run_script
+from conftest import TINY, load_script, printed_table, rows_of, run_script
+from PIL import Image
 from test_bad_input import check_one_line
 from test_patches import picture, spot_table
 from test_report import Page
@@ -33,6 +36,19 @@ def weights(trained):
     return trained[0] / row["folder"] / "weights.safetensors"
 
 
+@pytest.fixture(scope="module")
+def predicted(simulated, weights, tmp_path_factory):
+    """(folder, AnnData) of script 26's prediction of the run's own test slide, with counts."""
+    out = tmp_path_factory.mktemp("predicted")
+    assert predict(weights, *slide_of(simulated), out=out) == 0
+    return out, anndata.read_h5ad(out / "predictions.h5ad")
+
+
+def predict(weights, *options, out):
+    """The exit code of script 26."""
+    return run_script("26", "--weights", weights, *options, "--out", out, "--device", "cpu")
+
+
 def slide_of(simulated, number=3):
     """The options of one simulated slide, with positions and counts."""
     row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[number]
@@ -40,35 +56,26 @@ def slide_of(simulated, number=3):
     return [*paths, "--um-per-px", row["um_per_px"]]
 
 
-def test_a_slide_gets_the_predictions_of_its_run(simulated, trained, weights, tmp_path, capsys):
-    assert (
-        run_script(
-            "26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu"
-        )
-        == 0
-    )
-    ours = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+def test_a_slide_gets_the_predictions_of_its_run(weights, predicted):
+    folder, ours = predicted
     theirs = anndata.read_h5ad(weights.parent / "predictions.h5ad")
     theirs = theirs[theirs.obs["role"] == "test"]
-    assert ours.obs["barcode"].tolist() == theirs.obs["barcode"].tolist() and list(
-        ours.var_names
-    ) == list(theirs.var_names)
+    assert ours.obs["barcode"].tolist() == theirs.obs["barcode"].tolist()
+    assert list(ours.var_names) == list(theirs.var_names)
     np.testing.assert_allclose(ours.X, theirs.X, rtol=0, atol=1e-5)
     np.testing.assert_allclose(ours.layers["measured"], theirs.layers["lognorm"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(ours.var["valid_r"], theirs.var["valid_lognorm_r"], atol=1e-9)
     np.testing.assert_allclose(
         ours.var["r"], theirs.var["test_lognorm_r"], atol=0.01
     )  # of predictions that hardly vary
-    facts = json.loads((tmp_path / "run.json").read_text())
+    facts = json.loads((folder / "run.json").read_text())
     groups = next(iter(facts["tables"].values()))
     rows = {row["group"]: row["r"] for row in groups}
     scored = json.loads((weights.parent / "rows.json").read_text())
     expected = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
-    assert (
-        rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3)
-        and facts["label"] == "SIMULATED slides: "
-    )
-    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3)
+    assert facts["label"] == "SIMULATED slides: "
+    table = pd.read_csv(folder / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
 
 
@@ -89,8 +96,7 @@ def painted(simulated, folder):
 
 
 def test_glass_ink_folds_and_blur_stand_out(simulated, weights, tmp_path, capsys):
-    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out")
-    assert run_script("26", *options, *painted(simulated, tmp_path)) == 0
+    assert predict(weights, *painted(simulated, tmp_path), out=tmp_path / "out") == 0
     assert "times as far from the training slides as they are" in capsys.readouterr().out
     distances = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["distance"].to_numpy()
     assert (distances[:3] > distances[4:].max()).all()
@@ -105,8 +111,8 @@ def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys)
         changed = common.restain(pixels, common.OTHER_STAINING[None])[0].round().clamp(0, 255)
         image[rows] = changed.permute(1, 2, 0).to(torch.uint8).numpy()
     tifffile.imwrite(tmp_path / "restained.tif", image, photometric="rgb")
-    options = ("--weights", weights, "--device", "cpu", "--out", tmp_path / "out", *others)
-    assert run_script("26", *options, "--image", tmp_path / "restained.tif") == 0
+    image = ("--image", tmp_path / "restained.tif")
+    assert predict(weights, *others, *image, out=tmp_path / "out") == 0
     printed = capsys.readouterr().out
     warned = next(line for line in printed.splitlines() if "warning: this slide is" in line)
     assert "expect less than the validation r" in warned
@@ -114,10 +120,8 @@ def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["warnings"]
 
 
-def test_intervals_are_those_of_the_validation_spots(simulated, weights, tmp_path):
-    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu")
-    assert run_script("26", *options, "--out", tmp_path) == 0
-    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+def test_intervals_are_those_of_the_validation_spots(weights, predicted):
+    _, table = predicted
     run = anndata.read_h5ad(weights.parent / "predictions.h5ad")
     valid = run[run.obs["role"] == "valid"]
     errors = np.sort(np.abs(valid.X - valid.layers["lognorm"]), axis=0)
@@ -145,8 +149,7 @@ def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_
             del metadata[name]
 
     older = spoil_weights(weights, tmp_path / "older.safetensors", forget)
-    options = ("--weights", older, *slide_of(simulated), "--device", "cpu")
-    assert run_script("26", *options, "--out", tmp_path / "out") == 0
+    assert predict(older, *slide_of(simulated), out=tmp_path / "out") == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "train it again" in line]
     assert len(told) == 1
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
@@ -191,8 +194,7 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     change = lambda metadata, _: judge(metadata, passing)  # noqa: E731
     changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
     titles = drawn_titles(monkeypatch)
-    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
-    assert run_script("26", *options) == 0
+    assert predict(changed, *slide_of(simulated), out=tmp_path) == 0
     printed = capsys.readouterr().out
     assert f"2 of {len(pd.read_csv(weights.parent / 'per_gene.csv')):,} pass" in printed
     assert "lie among training spots" in printed
@@ -214,7 +216,8 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     assert lines[passing[0]]["believe"] and lines[passing[0]]["r_k7"] == 0.4
     capsys.readouterr()
     other = heg_of(weights)[5]
-    assert run_script("26", *options, "--genes", f"{passing[0]},{other}") == 0
+    genes = ("--genes", f"{passing[0]},{other}")
+    assert predict(changed, *slide_of(simulated), *genes, out=tmp_path) == 0
     assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
 
 
@@ -222,8 +225,7 @@ def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkey
     change = lambda metadata, _: judge(metadata, ())  # noqa: E731
     changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
     titles = drawn_titles(monkeypatch)
-    options = ("--weights", changed, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
-    assert run_script("26", *options) == 0
+    assert predict(changed, *slide_of(simulated), out=tmp_path) == 0
     assert "no gene of HEG and HVG passes in validation" in capsys.readouterr().out
     assert not any("predicted" in title for title in titles) and titles
     table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
@@ -231,10 +233,8 @@ def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkey
     assert "Genes drawn" not in json.loads((tmp_path / "run.json").read_text())["tables"]
 
 
-def test_what_validation_says_is_in_the_h5ad(simulated, weights, tmp_path):
-    options = ("--weights", weights, *slide_of(simulated), "--device", "cpu", "--out", tmp_path)
-    assert run_script("26", *options) == 0
-    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
+def test_what_validation_says_is_in_the_h5ad(weights, predicted):
+    _, table = predicted
     with safetensors.safe_open(weights, "pt") as file:
         told = json.loads(file.metadata()["evidence"])["genes"]
     for name in ("low", "high", "p", "q", "r_k7", "r_k19"):
@@ -247,8 +247,8 @@ def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
     table = spot_table().iloc[:1].assign(pxl_row=2000, pxl_col=2000)
     table.to_csv(positions, header=False, index=False)
     image_option, *_ = slide_of(simulated)
-    options = ("--weights", weights, image_option, "--positions", positions, "--um-per-px", 0.304)
-    assert run_script("26", *options, "--device", "cpu", "--out", tmp_path / "out") == 0
+    options = (image_option, "--positions", positions, "--um-per-px", 0.304)
+    assert predict(weights, *options, out=tmp_path / "out") == 0
     assert "of 1 spots are farther" in capsys.readouterr().out
     assert len(anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")) == 1
 
@@ -257,8 +257,8 @@ def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsy
     genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
     path = tmp_path / "sets.gmt"
     path.write_text("\t".join(["A", "-", *genes[:12]]) + "\nFEW\t-\tNOWHERE\n")
-    options = {"weights": weights, "out": tmp_path / "out", "device": "cpu", "gene_sets": path}
-    assert run_script("26", *slide_of(simulated), **options) == 0
+    options = (*slide_of(simulated), "--gene-sets", path)
+    assert predict(weights, *options, out=tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "gene sets   1 of 2, of 12 genes in the panel; left out" in out
     assert "FEW (0)" in out
@@ -281,42 +281,30 @@ def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypat
     spot_table().to_csv(positions, header=False, index=False)
     folders = tmp_path / "runs" / "26_predict_slide"
 
-    def predict(image):
+    def predict_image(image):
         assert run_script("26", image=image, positions=positions, **options) == 0
         return {path.parent: path.read_bytes() for path in folders.glob("*/predictions.csv")}
 
-    first = predict("A/image.tif")
-    both = predict("B/image.tif")
+    first = predict_image("A/image.tif")
+    both = predict_image("B/image.tif")
     assert len(first) == 1
     assert len(both) == 2
     assert first.items() < both.items()
-    assert predict(tmp_path / "A" / "image.tif") == both, "the same slide is the same folder"
+    assert predict_image(tmp_path / "A" / "image.tif") == both, "the same slide is the same folder"
     assert all(folder.name.startswith("image-") for folder in both)
 
 
-def test_the_h5ad_opens_in_scanpy_and_draws(simulated, weights, tmp_path, monkeypatch):
-    import matplotlib
-
+def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
     matplotlib.use("agg")
-    import scanpy
-
-    assert (
-        run_script(
-            "26", "--weights", weights, *slide_of(simulated), "--out", tmp_path, "--device", "cpu"
-        )
-        == 0
-    )
-    table = scanpy.read_h5ad(tmp_path / "predictions.h5ad")
+    table = scanpy.read_h5ad(predicted[0] / "predictions.h5ad")
     gene = table.var["valid_r"].idxmax()
     with warnings.catch_warnings(action="ignore"):  # scanpy's own: deprecated calls
         (axes,) = scanpy.pl.spatial(table, color=gene, show=False)
     slide = table.uns["spatial"]["SIM_C1"]
     assert axes.images[0].get_array().shape[:2] == slide["images"]["hires"].shape[:2]
     assert len(axes.collections[0].get_paths()) == table.n_obs
-    assert (
-        table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"]
-        < axes.images[0].get_size()[::-1]
-    ).all()
+    places = table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"]
+    assert (places < axes.images[0].get_size()[::-1]).all()
 
 
 def ellipse(height=3200, width=3800):
@@ -403,12 +391,8 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
     assert run_script("27", "--run", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
-    assert (
-        page.tags.count("img") == 1
-        and page.tags.count("table") == 6
-        and not page.mute
-        and not page.outside
-    )
+    assert (page.tags.count("img"), page.tags.count("table")) == (1, 6)
+    assert not page.mute and not page.outside
     assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
     check_one_line(capsys, ["NOVEL", "of the model"])
 
@@ -453,10 +437,10 @@ SPOILT = {
     "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
-    "no evidence": (lambda m, s: m.update(evidence="{}"), ["evidence is of another version"]),
+    "no evidence": (lambda m, s: m.update(evidence="{}"), ["evidence are of another version"]),
     "other evidence": (
         lambda m, s: m.update(evidence='{"claim": "", "genes": {"r": [0.3]}}'),
-        ["evidence is of another version", "train it again"],
+        ["evidence are of another version", "train it again"],
     ),
     "no recipe": (lambda m, s: m.update(recipe="[]"), ["recipe", "train it again"]),
     "half a recipe": (
@@ -500,22 +484,56 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     check_one_line(capsys, ["no rows.csv"])
 
 
+def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
+    simulated, weights, tmp_path, monkeypatch, capsys
+):
+    """Under protocol loso every slide trained most networks, the best in validation among them."""
+    run = tmp_path / "run"
+    options = TINY | {"epochs": 1, "target": "lognorm", "protocol": "loso"}
+    assert run_script("20", data_root=simulated, out=run, **options) == 0
+    rows = pd.read_csv(run / "rows.csv", dtype={"slide": str}).query("setting == 'EfficientNet-B0'")
+    heg = dict(zip(rows["folder"], np.linspace(0.1, 0.4, len(rows)), strict=True))
+    rows.assign(heg=rows["folder"].map(heg)).to_csv(run / "rows.csv", index=False)  # all known
+    tests = rows[rows["split"] == "test"].set_index("slide")["folder"]
+    images = pd.read_csv(simulated / "slides.csv").set_index("tissue_index")["image"]
+    script = load_script("26")
+    script.RUN = str(run)
+    capsys.readouterr()
+    for number, image in images.items():
+        copied = tmp_path / f"another name {number}.tif"
+        shutil.copy(simulated / image, copied)
+        assert script.choose_weights(copied) == run / tests[str(number)]
+    assert "no test" not in capsys.readouterr().out
+    script.RUN = ""
+    for number, image in images.items():
+        script.WEIGHTS = str(run / tests["3"] / "weights.safetensors")
+        script.choose_weights(simulated / image)
+        role = {3: "", 4: "validated"}.get(number, "trained")
+        told = capsys.readouterr().out
+        assert (f"this slide {role} the model: its r here is no test" in told) == (number != 3)
+    # Of another data root nothing is known; where all have learnt from it, the best is taken.
+    script.RUN, script.WEIGHTS = str(run), ""
+    rows[rows["folder"] != tests["1"]].to_csv(run / "rows.csv", index=False)
+    script.choose_weights(simulated / images[1])
+    assert "no test" in capsys.readouterr().out
+    facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
+    (run / "run.json").write_text(json.dumps(facts))
+    script.choose_weights(simulated / images[1])
+    assert "no test" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--weights", "nowhere"], ["nowhere", "no such file"]),
     (["--weights", __file__], ["test_predict_slide.py", "not a .safetensors"]),
+    (["--image", ""], ["--image", "which slide"]),
+    (["--image", "no.tif"], ["no.tif", "no such file"]),
 ])  # fmt: skip
-def test_weights_that_are_none(tmp_path, capsys, arguments, words):
-    assert run_script("26", *arguments, "--out", tmp_path / "out") == 2
+def test_script_26_refuses_what_is_not_there(
+    simulated, weights, tmp_path, capsys, arguments, words
+):
+    options = ["--weights", weights, *slide_of(simulated), "--out", tmp_path / "out"]
+    assert run_script("26", *options, *arguments) == 2
     check_one_line(capsys, words)
-
-
-def test_script_26_refuses_what_is_not_there(weights, tmp_path, capsys):
-    for arguments, words in [
-        ([], ["--image", "which slide"]),
-        (["--image", tmp_path / "no.tif"], ["no.tif", "no such file"]),
-    ]:
-        assert run_script("26", "--weights", weights, *arguments, "--out", tmp_path / "out") == 2
-        check_one_line(capsys, words)
 
 
 # ---------------------------------------------------------------------------------------------- Space Ranger
@@ -541,26 +559,17 @@ def space_ranger(folder, simulated, number, kind):
         counts = matrix.X.tocsr().astype(np.int32)
         with h5py.File(outs / "filtered_feature_bc_matrix.h5", "w") as file:
             group = file.create_group("matrix")
-            group["data"], group["indices"], group["indptr"] = (
-                counts.data,
-                counts.indices,
-                counts.indptr,
-            )
-            group["shape"], group["barcodes"] = (
-                np.array(counts.shape[::-1]),
-                np.array(matrix.obs_names, "S"),
-            )
+            for name in ("data", "indices", "indptr"):
+                group[name] = getattr(counts, name)
+            group["shape"] = np.array(counts.shape[::-1])
+            group["barcodes"] = np.array(matrix.obs_names, "S")
             features = group.create_group("features")
-            features["id"], features["name"] = (
-                np.array(matrix.var_names, "S"),
-                np.array(matrix.var["name"], "S"),
-            )
+            features["id"] = np.array(matrix.var_names, "S")
+            features["name"] = np.array(matrix.var["name"], "S")
             features["feature_type"] = np.array([b"Gene Expression"] * matrix.n_vars)
             features["genome"] = np.array([b"GRCh38"] * matrix.n_vars)
     image = tifffile.imread(simulated / row["image"])
     tifffile.imwrite(outs / "spatial" / "unused.tif", image[::8, ::8], photometric="rgb")
-    from PIL import Image
-
     Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")
     (outs / "spatial" / "scalefactors_json.json").write_text(
         json.dumps({"tissue_hires_scalef": 0.25})
@@ -582,31 +591,18 @@ def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
     assert run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0
     expected = common.load_dataset(simulated, "lognorm")
     found = common.load_dataset(tmp_path / "mine", "lognorm")
-    assert (
-        found.genes == expected.genes
-        and found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
-    )
+    assert found.genes == expected.genes
+    assert found.spots["barcode"].tolist() == expected.spots["barcode"].tolist()
     assert (found.patches == expected.patches).all()
     np.testing.assert_array_equal(found.lognorm, expected.lognorm)
     manifest = pd.read_csv(tmp_path / "mine" / "slides.csv")
     assert manifest["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
     assert manifest["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
-    assert (
-        run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm") == 0
-    ), "once more"
+    again = run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm")
+    assert again == 0, "once more"
     capsys.readouterr()
-    assert (
-        run_script(
-            "19",
-            "--data-root",
-            tmp_path / "mine",
-            "--from-spaceranger",
-            made[0][0],
-            "--images",
-            made[0][1],
-        )
-        == 2
-    )
+    other = {"from_spaceranger": made[0][0], "images": made[0][1]}
+    assert run_script("19", data_root=tmp_path / "mine", **other) == 2
     check_one_line(capsys, ["slides.csv", "already", "other slides"])
 
 
@@ -614,22 +610,10 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     outs, image = space_ranger(tmp_path, simulated, 1, "new")
     own = outs.parent / "A.tif"  # in the folder that bears the slide's name, inside the data root
     shutil.copy(image, own)
-    options = (
-        "--data-root",
-        tmp_path,
-        "--from-spaceranger",
-        outs,
-        "--images",
-        own,
-        "--target",
-        "lognorm",
-    )
-    assert run_script("19", *options) == 0
-    assert (
-        own.is_file()
-        and not own.is_symlink()
-        and (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
-    )
+    options = {"from_spaceranger": outs, "images": own, "target": "lognorm"}
+    assert run_script("19", data_root=tmp_path, **options) == 0
+    assert own.is_file() and not own.is_symlink()
+    assert (tmp_path / "links" / "sample1" / "A.tif").is_symlink()
     out = tmp_path / "run"
     notes = out / "slide" / "notes.txt"
     notes.parent.mkdir(parents=True)
@@ -637,11 +621,7 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     inside = out / "B.tif"
     shutil.copy(image, inside)
     pixels = inside.read_bytes()
-    options = ("--weights", weights, "--um-per-px", 0.304, "--out", out, "--device", "cpu")
-    assert run_script("26", *options, "--image", inside) == 0
-    capsys.readouterr()
-    assert run_script("26", *options, "--image", tmp_path / "none.tif") == 2
-    check_one_line(capsys, ["none.tif", "no such file"])
+    assert predict(weights, "--um-per-px", 0.304, "--image", inside, out=out) == 0
     assert notes.read_text() == "mine"
     assert inside.read_bytes() == pixels
     made = {"predictions.h5ad", "predictions.csv", "predictions.geojson"}
@@ -656,16 +636,8 @@ def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_pat
     features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
     features[1] = "mouse-" + features[1]
     features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
-    options = (
-        "--image",
-        simulated / row["image"],
-        "--positions",
-        simulated / row["positions"],
-        "--matrix",
-        folder,
-    )
-    options += ("--um-per-px", 0.304, "--device", "cpu", "--out", tmp_path / "out")
-    assert run_script("26", "--weights", weights, *options) == 2
+    options = (*slide_of(simulated, 1), "--matrix", folder)
+    assert predict(weights, *options, out=tmp_path / "out") == 2
     check_one_line(capsys, [str(folder), "none of the model's"])
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
@@ -674,17 +646,7 @@ def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(
     simulated, weights, tmp_path, capsys
 ):
     outs, _ = space_ranger(tmp_path, simulated, 3, "new")
-    options = (
-        "--weights",
-        weights,
-        "--positions",
-        outs,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "out",
-    )
-    assert run_script("26", *options) == 0
+    assert predict(weights, "--positions", outs, out=tmp_path / "out") == 0
     assert "hires image, 1.2" in capsys.readouterr().out
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
     truth = read_positions(outs / "spatial" / "tissue_positions.csv").loc[table.obs["barcode"]]
@@ -718,7 +680,6 @@ def test_a_folder_that_is_not_space_rangers(simulated, tmp_path, capsys, gone, w
 
 def test_a_space_ranger_folder_is_predicted_and_compared(simulated, weights, tmp_path):
     outs, image = space_ranger(tmp_path, simulated, 3, "new")
-    options = ("--weights", weights, "--image", image, "--positions", outs, "--device", "cpu")
-    assert run_script("26", *options, "--out", tmp_path / "out") == 0
+    assert predict(weights, "--image", image, "--positions", outs, out=tmp_path / "out") == 0
     table = pd.read_csv(tmp_path / "out" / "correlations.csv").set_index("gene")
     assert {"r", "valid_r", "ceiling"} <= set(table.columns) and table["r"].notna().mean() > 0.9

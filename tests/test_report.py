@@ -125,17 +125,8 @@ def test_every_row_of_a_run_is_in_its_report(report):
             assert f"<td>{value:.3f}</td>" in text
     for number in rows["parameters_total"].dropna():
         assert f"<td>{number:,.0f}</td>" in text
-    named = (
-        "heg_image_ceiling",
-        "hvg_n",
-        "mg_n",
-        "all_n",
-        "seconds",
-        "images_per_s",
-        "peak_memory_mb",
-        "best_epoch",
-    )
-    for heading in named:
+    named = "heg_image_ceiling hvg_n mg_n all_n seconds images_per_s peak_memory_mb best_epoch"
+    for heading in named.split():
         assert f">{heading}</th>" in text
 
 
@@ -168,8 +159,6 @@ def test_the_scales_of_every_row_stand_in_one_table(report):
         for value in rows[column].dropna():
             assert f"<td>{value:.3f}</td>" in text
         assert f">{column}</th>" not in text
-    older = [{"heg": 0.3}]
-    assert load_script("27").show_scales(older) == []
 
 
 def test_rows_of_an_earlier_start_are_left_out(report):
@@ -205,27 +194,25 @@ def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
         load_script("27").read_rows(tmp_path, [])
 
 
-def as_german(table, path):
-    table.to_csv(path, sep=";", decimal=",", index=False, encoding="utf-8-sig")
+SAVED = {
+    "german": {"sep": ";", "decimal": ",", "encoding": "utf-8-sig"},
+    "quoted": {"decimal": ",", "encoding": "utf-8-sig"},
+    "unicode text": {"sep": "\t", "encoding": "utf-16"},
+    "workbook": b"PK\x03\x04\x14\x00\x06\x00" + bytes(200),
+    "nothing": b"",
+}
 
 
-def as_quoted(table, path):
-    table.to_csv(path, decimal=",", index=False, encoding="utf-8-sig")
-
-
-def as_unicode_text(table, path):
-    table.to_csv(path, sep="\t", index=False, encoding="utf-16")
-
-
-def as_workbook(table, path):
-    path.write_bytes(b"PK\x03\x04\x14\x00\x06\x00" + bytes(200))
-
-
-def as_nothing(table, path):
-    path.write_bytes(b"")
-
-
-SAVED = (as_german, as_quoted, as_unicode_text, as_workbook, as_nothing)
+def save_as(kind, path):
+    """Save a CSV again, as a spreadsheet program may."""
+    how = SAVED[kind]
+    if isinstance(how, bytes):
+        path.write_bytes(how)
+    else:
+        # Of so few spots there are no intervals, so that influence.csv would hold no decimals.
+        table = pd.read_csv(path)
+        table = table.fillna(0.5) if path.name == "influence.csv" else table
+        table.to_csv(path, index=False, **how)
 
 
 @pytest.fixture
@@ -239,28 +226,28 @@ def copied(report, tmp_path):
     return run, run / facts["folders"][0]
 
 
-@pytest.mark.parametrize("save", SAVED)
+@pytest.mark.parametrize("kind", SAVED)
 @pytest.mark.parametrize("name", ["rows.csv", "genes.csv", "per_gene.csv", "history.csv"])
-def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, save):
+def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, kind):
     run, folder = copied
     path, fix = run / name, "run its script again"
     if name != "rows.csv":
         path, fix = folder / name, f"remove {folder} and run its script again"
-    if (name, save) == ("genes.csv", as_quoted):
+    if (name, kind) == ("genes.csv", "quoted"):
         pytest.skip("it holds no decimals")
-    save(pd.read_csv(path), path)
+    save_as(kind, path)
     assert run_script("27", "--run", run) == 2
     check_one_line(capsys, [f"error: {path}: ", fix, "spreadsheet"])
 
 
-@pytest.mark.parametrize("save", SAVED)
-def test_influence_that_a_spreadsheet_saved_are_named(copied, save):
+@pytest.mark.parametrize("kind", SAVED)
+def test_influence_that_a_spreadsheet_saved_are_named(copied, kind):
     run, folder = copied
     path = folder / "influence.csv"
     rows = pd.read_csv(run / "rows.csv").query("split == 'test' and truth == 'lognorm'")
     rows = rows[rows["folder"] == folder.name]
     assert recording.join_influence(rows, run)[0].shape[1] == 4
-    save(pd.read_csv(path).fillna(0.5), path)  # Of so few spots there are no intervals.
+    save_as(kind, path)
     with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
         recording.join_influence(rows, run)
 
@@ -270,7 +257,7 @@ def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated
     shutil.copytree(trained[0], out)
     options = {"data_root": simulated, "out": out, **TINY}
     folder = next(path.parent for path in out.glob("*/influence.csv"))
-    as_german(pd.read_csv(folder / "influence.csv"), folder / "influence.csv")
+    save_as("german", folder / "influence.csv")
     assert run_script("20", **options) == 2
     check_one_line(capsys, [f"remove {folder} and run its script again"])
     shutil.rmtree(folder)

@@ -51,38 +51,29 @@ def test_counts_are_poisson_around_the_realised_rate(simulated):
     assert {"zone", "fat", "fibrosis", "immune"} <= set(truth.obs.columns)
 
 
+def paint(folder, monkeypatch, tile, strip, threads):
+    """The pixels of one small slide, painted in tiles and strips of these sizes."""
+    script, shape = load_script("18"), (1200, 1300)
+    script.TILE, script.STRIP, script.MOST_THREADS = tile, strip, threads
+    monkeypatch.setattr(shell, "count_cores", lambda: threads)
+    rng = np.random.default_rng(shell.seed_of(0))
+    fields = script.tissue_fields(script.hexagonal_grid(4), shape, rng)
+    path = folder / f"{tile}_{strip}_{threads}.tif"
+    script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
+    pixels = tifffile.imread(path).astype(int)
+    assert pixels.shape == (*shape, 3)
+    return pixels
+
+
 def test_tiles_join_without_a_seam(tmp_path, monkeypatch):
-    script = load_script("18")
-    table = script.hexagonal_grid(4)
-    shape = (1200, 1300)
-    slides = []
-    for tile in (256, 2048):
-        monkeypatch.setattr(script, "TILE", tile)
-        rng = np.random.default_rng(shell.seed_of(0))
-        path = tmp_path / f"{tile}.tif"
-        fields = script.tissue_fields(table, shape, rng)
-        script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
-        slides.append(tifffile.imread(path).astype(int))
-    assert slides[0].shape == (*shape, 3)
-    assert np.abs(slides[0] - slides[1]).max() <= 3
+    small, large = (paint(tmp_path, monkeypatch, tile, 32, 1) for tile in (256, 2048))
+    assert np.abs(small - large).max() <= 3
 
 
 def test_strips_and_threads_change_no_pixel(tmp_path, monkeypatch):
-    script = load_script("18")
-    monkeypatch.setattr(script, "TILE", 700)
-    table, shape = script.hexagonal_grid(4), (1200, 1300)
-    slides = []
-    for strip, threads in ((32, 1), (700, 1), (32, 3)):
-        monkeypatch.setattr(script, "STRIP", strip)
-        monkeypatch.setattr(script, "MOST_THREADS", threads)
-        monkeypatch.setattr(shell, "count_cores", lambda threads=threads: threads)
-        rng = np.random.default_rng(shell.seed_of(0))
-        path = tmp_path / f"{strip}_{threads}.tif"
-        fields = script.tissue_fields(table, shape, rng)
-        script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
-        slides.append(tifffile.imread(path))
-    np.testing.assert_array_equal(slides[0], slides[1])
-    np.testing.assert_array_equal(slides[0], slides[2])
+    expected = paint(tmp_path, monkeypatch, 700, 32, 1)
+    for strip, threads in ((700, 1), (32, 3)):
+        np.testing.assert_array_equal(paint(tmp_path, monkeypatch, 700, strip, threads), expected)
 
 
 @pytest.mark.slow

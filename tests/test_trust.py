@@ -150,10 +150,10 @@ def test_morans_i_equals_scanpys():
     near = (cdist(centres, centres) < 1.2 * 329) & ~np.eye(len(table), dtype=bool)
     expected = scanpy.metrics.morans_i(scipy.sparse.csr_matrix(near.astype(float)), values.T)
     constant = np.ones(len(table))
-    own = load_script("19").morans_i(np.column_stack([values, constant]), centres, 329)
-    np.testing.assert_allclose(own[:3], expected, rtol=1e-5)
-    assert np.isnan(own[3])
-    assert own[1] > 0.5
+    found = load_script("19").morans_i(np.column_stack([values, constant]), centres, 329)
+    np.testing.assert_allclose(found[:3], expected, rtol=1e-5)
+    assert np.isnan(found[3])
+    assert found[1] > 0.5
 
 
 def test_genes_are_described_slide_by_slide(simulated):
@@ -187,29 +187,17 @@ def slides_by_role(spots, recipe):
     return trainings
 
 
-def test_loso_leaves_the_donor_out():
-    assert slides_by_role(slides_with_donors("AABBC"), LOSO) == [
-        {"train": [5], "valid": [3, 4], "test": [1]},
-        {"train": [5], "valid": [3, 4], "test": [2]},
-        {"train": [1, 2], "valid": [5], "test": [3]},
-        {"train": [1, 2], "valid": [5], "test": [4]},
-        {"train": [3, 4], "valid": [1, 2], "test": [5]},
+@pytest.mark.parametrize("donors, chosen, expected", [
+    ("AABBC", (), [((5,), (3, 4), 1), ((5,), (3, 4), 2), ((1, 2), (5,), 3), ((1, 2), (5,), 4),
+                   ((3, 4), (1, 2), 5)]),
+    ("AAAA", (), [((3, 4), (2,), 1), ((1, 4), (3,), 2), ((1, 2), (4,), 3), ((2, 3), (1,), 4)]),
+    ("AAAA", (1, 2, 4), [((4,), (2,), 1), ((1,), (4,), 2), ((2,), (1,), 4)]),
+], ids=["the donor is left out", "of one donor the test slide", "chosen slides alone"])  # fmt: skip
+def test_slides_of_the_trainings_under_loso(donors, chosen, expected):
+    trainings = slides_by_role(slides_with_donors(donors), LOSO | {"TRAIN_SLIDES": chosen})
+    assert trainings == [
+        {"train": [*train], "valid": [*valid], "test": [test]} for train, valid, test in expected
     ]
-
-
-def test_loso_over_one_donor_leaves_out_the_test_slide_alone():
-    trainings = slides_by_role(slides_with_donors("AAAA"), LOSO)
-    tested = [training["test"] + training["valid"] for training in trainings]
-    assert tested == [[1, 2], [2, 3], [3, 4], [4, 1]]
-    assert [len(training["train"]) for training in trainings] == [2, 2, 2, 2]
-
-
-def test_loso_over_chosen_slides_uses_no_other():
-    chosen = LOSO | {"TRAIN_SLIDES": (1, 2, 4)}
-    trainings = slides_by_role(slides_with_donors("AAAA"), chosen)
-    assert [training["test"] for training in trainings] == [[1], [2], [4]]
-    for training in trainings:
-        assert 3 not in training["train"] + training["valid"]
 
 
 @pytest.fixture(scope="module")
@@ -434,20 +422,16 @@ def scored(trained):
 def test_a_record_averages_metrics_and_ceilings_over_the_genes_that_have_an_r(scored):
     record, _, per_gene, folder = scored
     heg = pd.read_csv(folder / "genes.csv").query("group == 'HEG'")["gene"]
-    of = per_gene.loc[heg].dropna(subset="r")
+    defined = per_gene.loc[heg].dropna(subset="r")
     for name in ("ceiling", "image_ceiling", "moran", "spearman"):
-        assert record[f"heg_{name}"] == pytest.approx(of[name].mean())
-    assert record["heg_pooled"] == pytest.approx(of["r_pooled"].mean())
+        assert record[f"heg_{name}"] == pytest.approx(defined[name].mean())
+    assert record["heg_pooled"] == pytest.approx(defined["r_pooled"].mean())
 
 
-def test_a_record_has_the_ratio_of_variances(scored):
-    record, table, _, _ = scored
+def test_a_record_has_the_ratio_of_variances_and_ranks_r(scored):
+    record, table, per_gene, _ = scored
     x, y = table.X.astype(float), table.layers["lognorm"].astype(float)
     assert record["variance_ratio"] == pytest.approx(x.var(0).sum() / y.var(0).sum(), rel=1e-6)
-
-
-def test_a_record_ranks_r_against_morans_i_and_mean_expression(scored):
-    record, _, per_gene, _ = scored
     for name in ("moran", "mean"):
         order = per_gene[["r", name]].dropna()
         expected = scipy.stats.spearmanr(order["r"], order[name]).statistic
