@@ -19,7 +19,7 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
 what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
-"surroundings" see single spots; those rows tell what the tissue around a spot would add. A
+"neighbourhood" see single spots; those rows tell what the tissue around a spot would add. A
 control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
@@ -312,19 +312,19 @@ def training_mean(row):
     return np.tile(mean, (len(row.split.scored()), 1))
 
 
-def ridge_with_surroundings(row):
+def ridge_with_neighbourhood(row):
     """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
     patches around it: what a method that looks at single spots leaves on the slide.
     """
     features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
-    around = average_surroundings(features, spots, row.recipe["SURROUNDINGS"])
+    around = average_neighbourhood(features, spots, row.recipe["SURROUNDINGS"])
     features = np.hstack([features, around])
     row.note(weights=methods.name_weights(row.recipe))
     return methods.predict_by_ridge(row, features, features[row.split.scored()])
 
 
-def average_surroundings(features, spots, width):
+def average_neighbourhood(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
@@ -465,7 +465,7 @@ def computed_methods(run):
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
-        found[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
+        found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
             plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             for probe, changed in methods.name_probes(backbone).items():
@@ -491,12 +491,12 @@ def embedded_methods(run):
 
 def fill_ensembles(run):
     """Fill the rows of two means of predictions: of the networks and ridges that see single spots
-    at their best, and of the ridges that see the surroundings; none from random weights.
+    at their best, and of the ridges that see the neighbourhood; none from random weights.
     """
     if PRETRAINED is False:
         return
     average_settings(run, (", best recipe", ", Adam", ", all stages)"), "models")
-    average_settings(run, (", surroundings)",), "ridges, surroundings")
+    average_settings(run, (", neighbourhood)",), "ridges, neighbourhood")
 
 
 def average_settings(run, endings, kind):
