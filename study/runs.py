@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from slides import readers
-from study import gene_sets, printing, recipes, recording, shell, splitting, weight_files
+from study import gene_sets, printing, recipes, recording, shell, splitting
 from study.rows import Row
 from study.shell import RANK, RANKS, InputError
 
@@ -336,7 +336,7 @@ def describe_weights(recipe):
         return "random: no pretraining"
     if "BACKBONE" not in recipe:
         return f"from {recipe['PRETRAINED']}"
-    return f"{weight_files.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+    return f"{common.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):
