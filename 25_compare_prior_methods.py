@@ -119,6 +119,7 @@ def trained_methods():
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
+    published |= {"SCHEDULE": "constant"}
     stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "HEAD_START": "mean", "AUG": "stnet"}
     bleep = {
         "BACKBONE": BLEEP_BACKBONE,
@@ -126,6 +127,7 @@ def trained_methods():
         "HEAD_START": "random",  # It has no head whose output is expression.
         "AUG": "stnet",
         "LEARNING_RATE": 1e-3,
+        "SCHEDULE": "constant",
         "EPOCHS": BLEEP_EPOCHS,
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
@@ -176,7 +178,7 @@ def bleep(row):
     model = methods.start_network(row)
     patches = row.place_patches()
     pair = build_bleep(model, row)
-    row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw_at_constant_rate)
+    row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw)
     return row.predict(pair, patches)
 
 
@@ -190,15 +192,7 @@ def sum_of_squares(predicted, target):
     return F.mse_loss(predicted, target, reduction="sum") / STNET_GENES
 
 
-def sgd_with_momentum(network, recipe):
-    """(optimiser, schedule) of ST-Net as published, at a constant rate."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return at_constant_rate(torch.optim.SGD(trainable, recipe["LEARNING_RATE"], momentum=0.9))
-
-
-def at_constant_rate(optimiser):
-    """(optimiser, schedule) of a rate that stays."""
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: 1.0)
+sgd_with_momentum = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
 # -------------------------------------------------------------------------------------------- BLEEP
@@ -275,12 +269,7 @@ class Bleep(nn.Module):
         return contrast(embedded, self.model.spots(target))
 
 
-def adamw_at_constant_rate(network, recipe):
-    """(optimiser, schedule) of BLEEP as published."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return at_constant_rate(
-        torch.optim.AdamW(trainable, recipe["LEARNING_RATE"], weight_decay=1e-3)
-    )
+adamw = functools.partial(torch.optim.AdamW, weight_decay=1e-3)
 
 
 def build_bleep(model, row):

@@ -65,16 +65,21 @@ h5py.File.__init__ = functools.partialmethod(h5py.File.__init__, locking=False)
 
 
 # ------------------------------------------------------------------------------------------- device
-def choose_device(recipe):
-    """(torch.device, autocast dtype, reason of the dtype) by DEVICE, PRECISION and IMAGE_SIZE."""
+def find_device(recipe):
+    """The torch.device by DEVICE; of torchrun's processes each has its own GPU."""
     cuda = torch.cuda.is_available() and recipe["DEVICE"] != "cpu"
     if recipe["DEVICE"] == "cuda" and not cuda:
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    dtype, reason = choose_precision(recipe, cuda)
     if not cuda:
-        return torch.device("cpu"), dtype, reason
+        return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", local_rank % torch.cuda.device_count()), dtype, reason
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def choose_device(recipe):
+    """(torch.device, autocast dtype, reason of the dtype) by DEVICE, PRECISION and IMAGE_SIZE."""
+    device = find_device(recipe)
+    return device, *choose_precision(recipe, device.type == "cuda")
 
 
 def choose_precision(recipe, cuda):
@@ -88,7 +93,7 @@ def choose_precision(recipe, cuda):
         return torch.float16, "no bf16; with a loss scaler"
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32, "the processor lacks bf16"
-    if recipe.get("IMAGE_SIZE", PATCH_SIZE) < 160:
+    if recipe["IMAGE_SIZE"] < 160:
         return torch.float32, "on processors as fast as bf16 below 160 px"
     return torch.bfloat16, "the device has it"
 
@@ -1044,10 +1049,13 @@ def count_parameters(model):
 LOSSES = {"mse": F.mse_loss}
 
 
-def adam(network, recipe):
-    """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
+adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser
+
+
+def prepare_optimiser(network, recipe, optimise=adam):
+    """(`optimise` of the parameters that are trained, its schedule, stepped by the epoch)."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
+    optimiser = optimise(trainable, recipe["LEARNING_RATE"])
     return optimiser, schedule_rate(optimiser, recipe)
 
 
@@ -1096,7 +1104,7 @@ def fit(
     _, dtype, _ = choose_device(recipe)
     made_with = split.made_with(recipe)
     loss = loss or LOSSES[recipe["LOSS"]]
-    optimiser, schedule = optimise(network, recipe)
+    optimiser, schedule = prepare_optimiser(network, recipe, optimise)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": network, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     last = recipe["EPOCHS"] if stop is None else stop

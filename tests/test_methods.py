@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-from study import methods, ridges, rows, runs, shell, splitting
+from study import methods, recipes, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
@@ -171,12 +171,9 @@ def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch
     how = how_trained(load_script("25"), rows.Row("BLEEP", recipe, paper_split, None), monkeypatch)
     network = how["network"]
     assert how["loss"] == network.loss
-    optimiser, schedule = how["optimise"](network, recipe)
+    optimiser = how["optimise"](network.parameters(), 1e-3)
     assert isinstance(optimiser, torch.optim.AdamW)
     assert optimiser.defaults["weight_decay"] == 1e-3
-    optimiser.step()
-    schedule.step()
-    assert schedule.get_last_lr() == [1e-3], "the rate stays"
 
 
 @pytest.mark.parametrize("method", ["BLEEP", "ST-Net"])
@@ -211,7 +208,18 @@ def test_stnet_starts_at_the_training_mean_as_published(method):
 def test_published_stnet_constants():
     recipe = load_script("25").trained_methods()["ST-Net"]
     published = {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
+    published |= {"SCHEDULE": "constant"}
     assert {name: recipe[name] for name in published} == published
+
+
+def test_bleeps_rate_is_constant_as_published():
+    """A training of it by BLEEP's recipe: the optimiser's rate after several epochs."""
+    recipe = recipes.PAPER | load_script("25").trained_methods()["BLEEP"]
+    _, schedule = common.prepare_optimiser(nn.Linear(3, 4), recipe, load_script("25").adamw)
+    for _ in range(3):
+        schedule.optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [1e-3]
 
 
 def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
@@ -234,7 +242,8 @@ def test_published_stnet_loss_and_optimiser():
     predicted, target = predicted[:, :4], target[:, :4]
     network = nn.Linear(3, 4)
     weight = network.weight
-    optimiser, schedule = script.sgd_with_momentum(network, {"LEARNING_RATE": 1e-6})
+    recipe = script.trained_methods()["ST-Net"]
+    optimiser, schedule = common.prepare_optimiser(network, recipe, script.sgd_with_momentum)
     expected, velocity = weight.detach().clone(), 0
     for _ in range(3):  # Momentum by hand, and a rate that stays.
         optimiser.zero_grad()
