@@ -48,6 +48,11 @@ class Moments(NamedTuple):
     xx: np.ndarray  # (F, F)
     xy: np.ndarray  # (F, G)
 
+    def add(self, moments):
+        """Add the Moments over other spots, in place."""
+        np.add(self.xx, moments.xx, out=self.xx)
+        np.add(self.xy, moments.xy, out=self.xy)
+
 
 class Centred:
     """Features (N, F) and expression (N, G) minus their means over the `spots` (numbers) of each of
@@ -184,16 +189,24 @@ def choose_shrinkage(centred, spots, table, full_rank=False):
 def measure_folds(centred, spots, table):
     """Yield (spots to fit, their Moments, Moments of those held out) of every fold of choose_folds.
 
-    Every spot is held out once, so what is held out adds up to all spots. Those to fit are what a
-    fold neither holds out nor leaves in its margin, so that products are taken of few spots twice.
+    Spots that play the same role in every fold are summed together, so that the products of none
+    are taken twice.
     """
     folds = choose_folds(table.iloc[spots])
-    judged = [centred.moments(spots[held_out]) for _, held_out in folds]
-    every = sum(moments.xx for moments in judged), sum(moments.xy for moments in judged)
-    for (train, held_out), (xx, xy) in zip(folds, judged, strict=True):
-        in_margin = centred.moments(spots[~(train | held_out)])
-        learnt = Moments(every[0] - xx - in_margin.xx, every[1] - xy - in_margin.xy)
-        yield spots[train], learnt, Moments(xx, xy)
+    learnt = [centred.moments(spots[:0]) for _ in folds]
+    judged = [centred.moments(spots[:0]) for _ in folds]
+    # A row a fold; 0 is a spot in the fold's margin, which is neither.
+    roles = np.array([train + 2 * held_out for train, held_out in folds])
+    alike, group_of = np.unique(roles, axis=1, return_inverse=True)
+    for group, roles_of_group in enumerate(alike.T):
+        moments = centred.moments(spots[group_of == group])
+        for fold, role in enumerate(roles_of_group):
+            if role == 1:
+                learnt[fold].add(moments)
+            elif role == 2:
+                judged[fold].add(moments)
+    for (train, _), *of_fold in zip(folds, learnt, judged, strict=True):
+        yield spots[train], *of_fold
 
 
 def measure_gains(sizes, axes, xy, judged, penalties):
