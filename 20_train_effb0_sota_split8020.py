@@ -98,7 +98,7 @@ def join_ranks(recipe):
     """Have torchrun's processes, if there are several, train one network together."""
     if shell.RANKS == 1:
         return
-    device, _, _ = common.choose_device(recipe)
+    device = common.find_device(recipe)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

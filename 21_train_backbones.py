@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recording, runs, shell, weight_files
+from study import methods, recording, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -91,7 +91,7 @@ COSTS = ("parameters_backbone", "images_per_s", "peak_memory_mb")
 def check_backbone(recipe):
     """InputError now for a backbone that could not be trained later, hours from now."""
     name = recipe["BACKBONE"]
-    weight_files.find_weights(recipe["PRETRAINED"], name)
+    common.find_weights(recipe["PRETRAINED"], name)
     needs = build_on_meta(recipe, 1).backbone.pretrained_cfg
     has_weights = any(needs.get(source) for source in ("url", "hf_hub_id", "file"))
     if recipe["PRETRAINED"] is True and not has_weights:

@@ -300,9 +300,10 @@ def train_chosen(run, joined, settings):
     """
     chosen = []
     for whole in run.splits:
-        best = rank_settings([row for row in joined if row.split.fold == whole.fold])[0]
+        on_its_slides = [row for row in joined if row.split.fold == whole.fold]
+        best = rank_settings(on_its_slides)[0]
         (out_of_fold,) = [
-            row for row in joined if row.setting == best and is_same_training(row.split, whole)
+            row for row in on_its_slides if (row.setting, row.split.seed) == (best, whole.seed)
         ]
         stop = out_of_fold.lines[0]["best_epoch"]
         recipe = run.recipe | settings[best] | {"KEEP": stop}
@@ -310,11 +311,6 @@ def train_chosen(run, joined, settings):
         row.report = None
         chosen.append(run.fill(row, network))
     return chosen
-
-
-def is_same_training(split, other):
-    """Whether two splits have the same test slide and seed."""
-    return (split.seed, split.fold) == (other.seed, other.fold)
 
 
 def main():

@@ -71,7 +71,7 @@ QUICK = False  # the small budget below, on simulated slides
 
 RIDGES = {
     "ridge (colour)": methods.ridge_on_colour,
-    "ridge (colour), restained": methods.ridge_on_other_colours,
+    "ridge (colour), stain shift": methods.ridge_on_other_colours,
 }
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
@@ -204,7 +204,7 @@ def draw_figure(path, title, differences):
 
 def compare_with_mpa():
     """{setting: another} of the paired differences: to MPA with as many views, and MPA's two; a
-    restained slide to the same slide as it is.
+    slide with a stain shift to the same slide as it is.
     """
     if ONLY or "mpa" not in AUGS:
         return {}
@@ -214,7 +214,7 @@ def compare_with_mpa():
     for aug in others:
         minus[f"{aug}, 8 views"] = "mpa, 8 views"
     for name in (*AUGS, "ridge (colour)"):
-        minus[f"{name}, restained"] = name
+        minus[f"{name}, stain shift"] = name
     return minus
 
 
@@ -227,7 +227,7 @@ def predict_anew(run, aug, split):
     split = splitting.final_split(recipe, split)
     row = run.row(f"{aug}, 8 views", split, recipe | {"TTA": True})
     run.fill(row, functools.partial(methods.predict_again, trained))
-    row = run.row(f"{aug}, restained", split, recipe | {"RESTAINED": True})
+    row = run.row(f"{aug}, stain shift", split, recipe | {"RESTAINED": True})
     run.fill(row, functools.partial(methods.predict_again, trained, restained=True))
 
 

@@ -20,7 +20,7 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
 this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
 what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
-"surroundings" see single spots; those rows tell what the tissue around a spot would add. A
+"neighbourhood" see single spots; those rows tell what the tissue around a spot would add. A
 control uses what no image model may: the test spots' own depth, or expression measured next door.
 """
 
@@ -120,6 +120,7 @@ def trained_methods():
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
+    published |= {"SCHEDULE": "constant"}
     stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "HEAD_START": "mean", "AUG": "stnet"}
     bleep = {
         "BACKBONE": BLEEP_BACKBONE,
@@ -127,6 +128,7 @@ def trained_methods():
         "HEAD_START": "random",  # It has no head whose output is expression.
         "AUG": "stnet",
         "LEARNING_RATE": 1e-3,
+        "SCHEDULE": "constant",
         "EPOCHS": BLEEP_EPOCHS,
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
@@ -177,7 +179,7 @@ def bleep(row):
     model = methods.start_network(row)
     patches = row.place_patches()
     pair = build_bleep(model, row)
-    row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw_at_constant_rate)
+    row.fit(pair, patches, model=model, loss=pair.loss, optimise=adamw)
     return row.predict(pair, patches)
 
 
@@ -191,15 +193,7 @@ def sum_of_squares(predicted, target):
     return F.mse_loss(predicted, target, reduction="sum") / STNET_GENES
 
 
-def sgd_with_momentum(network, recipe):
-    """(optimiser, schedule) of ST-Net as published, at a constant rate."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return at_constant_rate(torch.optim.SGD(trainable, recipe["LEARNING_RATE"], momentum=0.9))
-
-
-def at_constant_rate(optimiser):
-    """(optimiser, schedule) of a rate that stays."""
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: 1.0)
+sgd_with_momentum = functools.partial(torch.optim.SGD, momentum=0.9)
 
 
 # -------------------------------------------------------------------------------------------- BLEEP
@@ -276,12 +270,7 @@ class Bleep(nn.Module):
         return contrast(embedded, self.model.spots(target))
 
 
-def adamw_at_constant_rate(network, recipe):
-    """(optimiser, schedule) of BLEEP as published."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return at_constant_rate(
-        torch.optim.AdamW(trainable, recipe["LEARNING_RATE"], weight_decay=1e-3)
-    )
+adamw = functools.partial(torch.optim.AdamW, weight_decay=1e-3)
 
 
 def build_bleep(model, row):
@@ -313,19 +302,19 @@ def training_mean(row):
     return np.tile(mean, (len(row.split.scored()), 1))
 
 
-def ridge_with_surroundings(row):
+def ridge_with_neighbourhood(row):
     """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
     patches around it: what a method that looks at single spots leaves on the slide.
     """
     features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
-    around = average_surroundings(features, spots, row.recipe["SURROUNDINGS"])
+    around = average_neighbourhood(features, spots, row.recipe["SURROUNDINGS"])
     features = np.hstack([features, around])
     row.note(weights=methods.name_weights(row.recipe))
     return methods.predict_by_ridge(row, features, features[row.split.scored()])
 
 
-def average_surroundings(features, spots, width):
+def average_neighbourhood(features, spots, width):
     """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
     spots of its slide, `width` pitches its standard deviation; its own where none is near.
     """
@@ -466,7 +455,7 @@ def computed_methods(run):
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
         wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
-        found[f"ridge ({backbone}, surroundings)"] = (wide, ridge_with_surroundings)
+        found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
             plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             for probe, changed in methods.name_probes(backbone).items():
@@ -492,12 +481,12 @@ def embedded_methods(run):
 
 def fill_ensembles(run):
     """Fill the rows of two means of predictions: of the networks and ridges that see single spots
-    at their best, and of the ridges that see the surroundings; none from random weights.
+    at their best, and of the ridges that see the neighbourhood; none from random weights.
     """
     if PRETRAINED is False:
         return
     average_settings(run, (", best recipe", ", Adam", ", all stages)"), "models")
-    average_settings(run, (", surroundings)",), "ridges, surroundings")
+    average_settings(run, (", neighbourhood)",), "ridges, neighbourhood")
 
 
 def average_settings(run, endings, kind):

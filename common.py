@@ -1,6 +1,5 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
-gene groups -> patches -> augmentation -> stain -> model -> training -> prediction ->
-correlation -> intervals -> chance
+gene groups -> patches -> augmentation -> stain -> model -> training -> prediction -> correlation
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in study/,
 how slides become patches and counts in slides/ and script 19.
@@ -30,15 +29,12 @@ import polars
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
-from scipy.stats import false_discovery_control, rankdata
-from scipy.stats import t as student_t
+from scipy.stats import rankdata
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from study import shell, weight_files
+from study import shell
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
@@ -57,10 +53,7 @@ FOLDS = 5  # of PROTOCOL block
 TASK_FOLDS = "folds.csv"  # in a data root that 19 made of a task of HEST-Benchmark
 TASK_GENES = "hest_genes.csv"  # there as well: the task's genes, which are the panel
 MARGIN = 2  # pitches; under block, training spots this near to a validation spot take no part
-BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
-CELLS = 6  # in a bandwidth
 SPREAD = 1e-6  # relative; a column that varies less is constant
-LAID = 199  # times that a prediction is laid on the slide otherwise, to see what chance gives
 PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the caches decide
 READ_AHEAD = 2  # batches that are read while one is used
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
@@ -68,16 +61,21 @@ GENES_AT_ONCE = 512
 
 
 # ------------------------------------------------------------------------------------------- device
-def choose_device(recipe):
-    """(torch.device, autocast dtype, reason of the dtype) by DEVICE, PRECISION and IMAGE_SIZE."""
+def find_device(recipe):
+    """The torch.device by DEVICE; of torchrun's processes each has its own GPU."""
     cuda = torch.cuda.is_available() and recipe["DEVICE"] != "cpu"
     if recipe["DEVICE"] == "cuda" and not cuda:
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    dtype, reason = choose_precision(recipe, cuda)
     if not cuda:
-        return torch.device("cpu"), dtype, reason
+        return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", local_rank % torch.cuda.device_count()), dtype, reason
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def choose_device(recipe):
+    """(torch.device, autocast dtype, reason of the dtype) by DEVICE, PRECISION and IMAGE_SIZE."""
+    device = find_device(recipe)
+    return device, *choose_precision(recipe, device.type == "cuda")
 
 
 def choose_precision(recipe, cuda):
@@ -91,7 +89,7 @@ def choose_precision(recipe, cuda):
         return torch.float16, "no bf16; with a loss scaler"
     if not torch.cpu._is_avx512_bf16_supported():
         return torch.float32, "the processor lacks bf16"
-    if recipe.get("IMAGE_SIZE", PATCH_SIZE) < 160:
+    if recipe["IMAGE_SIZE"] < 160:
         return torch.float32, "on processors as fast as bf16 below 160 px"
     return torch.bfloat16, "the device has it"
 
@@ -865,12 +863,15 @@ def measure_features(backbone, recipe):
     return widths
 
 
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
 def build_backbone(recipe):
     """timm's BACKBONE without a classifier, its weights as PRETRAINED says."""
     import timm
 
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
-    path = weight_files.find_weights(pretrained, name)
+    path = find_weights(pretrained, name)
     from_hub = pretrained is True
     if from_hub:
         check_hub()
@@ -897,8 +898,99 @@ def build_backbone(recipe):
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"backbone {name}: {reason}; {fix}") from None
     if path:
-        weight_files.load_weights(backbone, name, path)
+        load_weights(backbone, name, path)
     return backbone
+
+
+def find_weights(pretrained, backbone):
+    """The file of weights that PRETRAINED names for a backbone; None for true and false.
+
+    In a folder it is called <backbone>.safetensors (or .pth, .pt, .bin) or, as the hub has it,
+    model.safetensors beside a config.json that names the backbone.
+    """
+    if isinstance(pretrained, bool):
+        return None
+    path = Path(pretrained)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(
+            f"--pretrained {pretrained}: no such file or folder; expected true, false, a file or a "
+            "folder of weights"
+        )
+    architecture = backbone.split(".")[0]  # timm puts what it was trained on behind a dot.
+    names = [backbone, architecture]
+    if read_architecture(path / "config.json") == architecture:
+        names += ["model", "pytorch_model"]
+    for name, suffix in itertools.product(names, WEIGHT_FILES):
+        if (path / (name + suffix)).is_file():
+            return path / (name + suffix)
+    raise InputError(f"--pretrained {pretrained}: the folder holds no {architecture}.safetensors")
+
+
+def read_architecture(path):
+    """The backbone that a config.json of the hub names, or None."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def load_weights(backbone, name, path):
+    """Load a file of weights into a timm backbone. A classifier in it is ignored.
+
+    Tensors of other names are taken in timm's order, if each has the shape of its place. Nothing in
+    the file is run. InputError naming the first tensor that does not fit.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+        state = {key: value for key, value in state.items() if not is_counter(key)}
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+    except Exception as error:  # Of a damaged file each reader raises its own.
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a file of weights ({reason})") from None
+    wanted = {
+        key: tuple(value.shape)
+        for key, value in backbone.state_dict().items()
+        if not is_counter(key)
+    }
+    check_extra(backbone, name, path, state, wanted)
+    names = dict.fromkeys(wanted)
+    if wanted.keys() <= state.keys():
+        names = {key: key for key in wanted}
+    else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
+        names |= dict(zip(wanted, state, strict=False))
+    for key, shape in wanted.items():
+        found = names[key]
+        if found is None or shapes[found] != shape:
+            its_shape = shapes.get(found, ())
+            raise InputError(
+                f"{path}: {found or 'nothing'} {its_shape} stands where {name} has {key} {shape}: "
+                "these are weights of another backbone"
+            )
+    state = {key: state[names[key]] for key in wanted}
+    backbone.load_state_dict(state, strict=False)
+
+
+def check_extra(backbone, name, path, state, wanted):
+    """InputError where a file holds all that a backbone has, and more than a classifier beside."""
+    classifiers = backbone.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    if not wanted.keys() <= state.keys():
+        return
+    for key in state:
+        if key not in wanted and not key.startswith(classifiers):
+            raise InputError(
+                f"{path}: holds {key}, which {name} does not have: these are weights of another "
+                "backbone"
+            )
+
+
+def is_counter(key):
+    """Whether a tensor only counts BatchNorm's steps; files may lack these."""
+    return key.endswith("num_batches_tracked")
 
 
 def choose_input_size(name, size):
@@ -953,10 +1045,13 @@ def count_parameters(model):
 LOSSES = {"mse": F.mse_loss}
 
 
-def adam(network, recipe):
-    """(optimiser, schedule stepped by the epoch) of the paper's recipe."""
+adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser
+
+
+def prepare_optimiser(network, recipe, optimise=adam):
+    """(`optimise` of the parameters that are trained, its schedule, stepped by the epoch)."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(trainable, recipe["LEARNING_RATE"], fused=True)
+    optimiser = optimise(trainable, recipe["LEARNING_RATE"])
     return optimiser, schedule_rate(optimiser, recipe)
 
 
@@ -1005,7 +1100,7 @@ def fit(
     _, dtype, _ = choose_device(recipe)
     made_with = split.made_with(recipe)
     loss = loss or LOSSES[recipe["LOSS"]]
-    optimiser, schedule = optimise(network, recipe)
+    optimiser, schedule = prepare_optimiser(network, recipe, optimise)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     stateful = {"model": network, "optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     last = recipe["EPOCHS"] if stop is None else stop
@@ -1322,176 +1417,3 @@ def correlate_spots(predicted, truth, usual):
     for part in parts_of(len(predicted), SPOTS_AT_ONCE):
         parts.append(pearson_per_gene((predicted[part] - usual).T, (truth[part] - usual).T))
     return pd.Series(np.concatenate(parts)).mean()
-
-
-# ---------------------------------------------------------------------------------------- intervals
-def find_influence(predicted, truth, spots, genes, members, pooled=False):
-    """Table (n, 4) heg, hvg, mg, all: by how much each spot moves the group's mean r, to first
-    order: the influence function of r (Devlin, Gnanadesikan and Kettenring 1975) over n.
-
-    Of several slides r is the mean over them or, `pooled`, that over all their spots at once.
-    """
-    slides = spots["tissue_index"].to_numpy()
-    if pooled:
-        slides = np.zeros_like(slides)
-    inside = [slides == slide for slide in np.unique(slides)]
-    r = np.array([pearson_per_gene(predicted[part], truth[part]) for part in inside])
-    n_slides = np.isfinite(r).sum(0)
-    weights = pd.DataFrame({key: np.isin(genes, group) for key, group in members.items()})
-    weights = weights.to_numpy() * (n_slides > 0)[:, None]
-    weights = weights / np.maximum(weights.sum(0), 1) / np.maximum(n_slides, 1)[:, None]
-    moved = np.zeros((len(spots), weights.shape[1]))
-    for part, r_of_slide in zip(inside, r, strict=True):
-        defined = np.flatnonzero(np.isfinite(r_of_slide))
-        for some in parts_of(len(defined), GENES_AT_ONCE):
-            chosen = defined[some]
-            x = standardise(predicted[part][:, chosen])
-            y = standardise(truth[part][:, chosen])
-            moved_r = x * y - r_of_slide[chosen] * (x**2 + y**2) / 2
-            moved[part] += moved_r @ weights[chosen] / part.sum()
-    moved[:, weights.sum(0) == 0] = np.nan
-    return pd.DataFrame(moved, columns=list(members))
-
-
-def standardise(values):
-    """(n, G) float64 with mean 0 and variance 1 in every column."""
-    centred = values - values.mean(0, np.float64)
-    return centred / np.sqrt((centred**2).mean(0))
-
-
-def measure_error(influence, slides, places):
-    """(standard error, degrees of freedom), each (k,), of what spots move by (n, k) influence
-    values; their tissue_index (n,) and places (n, 2) in pitches. NaN where a slide has too few.
-
-    Neighbours err together. The variance is the sum over pairs of spots of the product of their
-    influence times a weight that falls with their distance and is 0 beyond the bandwidth; slides
-    are independent.
-    """
-    variances, freedoms = [], []
-    for slide in np.unique(slides):
-        inside = slides == slide
-        cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes())
-        summed = np.zeros((len(weight), influence.shape[1]))
-        np.add.at(summed, cells, influence[inside])
-        variances.append(scale * (summed * (weight @ summed)).sum(0))
-        freedoms.append(freedom)
-    variances, freedoms = np.array(variances), np.array(freedoms)[:, None]
-    total = variances.sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        # After Satterthwaite: few degrees of one slide count as much as its variance does.
-        freedom = total**2 / (variances**2 / freedoms).sum(0)
-    return np.sqrt(total), np.where(total == 0, freedoms.sum(), freedom)
-
-
-@functools.lru_cache(maxsize=64)  # Settings and groups of genes share the places.
-def weigh_pairs(places):
-    """(cell of each spot, (cells, cells) weights, scale, degrees of freedom) of a slide's places
-    (n, 2), given as bytes.
-
-    The weights are the spherical covariance, whose bandwidth is a fixed part of the slide's side,
-    so the estimate neither settles nor is without bias (Kiefer and Vogelsang 2005). Scale and
-    degrees of freedom are those that hold if the errors' covariance is as the weights are, the mean
-    having been taken off. Spots that lie close against the bandwidth are one cell, so that large
-    slides have no more than about a thousand.
-    """
-    places = np.frombuffer(places).reshape(-1, 2)
-    bandwidth = np.sqrt(len(places)) / BANDWIDTHS
-    corners = np.floor((places - places.min(0)) * CELLS / bandwidth)
-    _, cells, counts = np.unique(corners, axis=0, return_inverse=True, return_counts=True)
-    cells = cells.ravel()
-    middle = np.zeros((len(counts), 2))
-    np.add.at(middle, cells, places)
-    middle /= counts[:, None]
-    distance = (cdist(middle, middle) / bandwidth).clip(0, 1)
-    weight = 1 - 1.5 * distance + 0.5 * distance**3
-    share = counts / counts.sum()
-    # Of the spots' influence, whose sum is 0, the cells hold sums.
-    covariance = weight * counts[:, None] * counts
-    off_mean = covariance - np.outer(covariance.sum(1), share)
-    centred = off_mean - np.outer(share, off_mean.sum(0))
-    seen = weight @ centred
-    expected = np.trace(seen)
-    if len(counts) < 3 or expected <= 0:
-        return cells, weight, np.nan, np.nan
-    return cells, weight, covariance.sum() / expected, expected**2 / (seen * seen.T).sum()
-
-
-def find_interval(value, error, freedom):
-    """[low, high] of 95 % around a value by Student's t; None where it is undefined."""
-    half = student_t.ppf(0.975, freedom) * error
-    return [value - half, value + half] if np.isfinite(half) else None
-
-
-# ------------------------------------------------------------------------------------------- chance
-def compare_with_chance(predicted, truth, slides, places, rounds=1):
-    """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
-    in pitches; NaN where r is undefined.
-
-    p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
-    angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
-    value of the nearest spot. Such a field is as smooth as the prediction and has nothing to do
-    with the slide. It is laid LAID times in each of the `rounds`.
-    """
-    found = average_slides(pearson_per_gene, predicted, truth, slides)
-    reached = np.ones(len(found))
-    numbers = {slide: np.flatnonzero(slides == slide) for slide in np.unique(slides)}
-    for number in range(rounds):
-        laid = {slide: lay_otherwise(places[at], slide, number) for slide, at in numbers.items()}
-        for genes in parts_of(len(found), GENES_AT_ONCE):
-            by_slide = []
-            for slide, inside in numbers.items():
-                x, y = predicted[inside][:, genes], truth[inside][:, genes]
-                by_slide.append(correlate_laid(x, y, laid[slide]))
-            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
-    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
-    return p, control_discoveries(p)
-
-
-def control_discoveries(p):
-    """(G,) q of p, both NaN where undefined, after Benjamini and Hochberg (1995)."""
-    q = np.full(len(p), np.nan)
-    defined = np.isfinite(p)
-    q[defined] = false_discovery_control(p[defined])
-    return q
-
-
-def lay_otherwise(places, slide, number=0):
-    """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take; they follow from
-    the slide's number and that of the round.
-    """
-    words = (int(slide), number) if number else (int(slide),)
-    random = np.random.default_rng(shell.seed_of("laid otherwise", *words))
-    middle = (places.max(0) + places.min(0)) / 2
-    tree = cKDTree(places)
-    laid = []
-    for _ in range(LAID):
-        angle = random.uniform(0, 2 * np.pi)
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        if random.random() < 0.5:
-            turn = turn @ np.diag([1, -1])
-        shift = random.uniform(-0.25, 0.25, 2) * np.ptp(places, axis=0)
-        laid.append(tree.query((places - middle) @ turn.T + middle + shift)[1])
-    return np.array(laid)
-
-
-def correlate_laid(predicted, truth, laid):
-    """(LAID, G) r of the predictions (n, G), laid otherwise, and the truth (n, G) of a slide; NaN
-    where one is constant.
-    """
-    x = (predicted - predicted.mean(0)).astype(np.float32)
-    y = (truth - truth.mean(0)).astype(np.float32)
-    taken = np.zeros((len(laid), len(x)), np.float32)  # how often each spot's value is
-    np.add.at(taken, (np.arange(len(laid))[:, None], laid), 1)
-    spread = taken @ x**2 / len(x) - (taken @ x / len(x)) ** 2
-    together = np.array([np.einsum("ng,ng->g", x[spots], y) for spots in laid]) / len(x)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return together / np.sqrt(spread.clip(0) * (y**2).mean(0))
-
-
-def mean_of_defined(arrays):
-    """The mean of arrays of one shape, element by element, over those that are finite."""
-    arrays = np.stack(arrays)
-    defined = np.isfinite(arrays)
-    total = np.where(defined, arrays, 0).sum(0)
-    count = defined.sum(0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)

@@ -32,6 +32,7 @@ from compare_stages import describe_machine
 from scipy.spatial.distance import cdist
 
 import common
+from study import intervals
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -89,14 +90,14 @@ def check_places(places, reach):
         predictions, truth, true = make_slide(root, np.random.default_rng(slide))
         found = [common.pearson_per_gene(x, truth).mean() for x in predictions]
         moved = [
-            common.find_influence(x, truth, spots, genes, {"all": genes}).to_numpy()
+            intervals.find_influence(x, truth, spots, genes, {"all": genes}).to_numpy()
             for x in predictions
         ]
         influence = np.hstack([moved[0], moved[0] - moved[1]])
-        errors, freedoms = common.measure_error(influence, one_slide, places)
+        errors, freedoms = intervals.measure_error(influence, one_slide, places)
         misses.append([found[0] - true[0], found[0] - found[1] - (true[0] - true[1])])
-        intervals = [common.find_interval(0, *pair) for pair in zip(errors, freedoms, strict=True)]
-        halves.append([high for _, high in intervals])
+        limits = [intervals.find_interval(0, *pair) for pair in zip(errors, freedoms, strict=True)]
+        halves.append([high for _, high in limits])
     misses, halves = np.array(misses), np.array(halves)
     coverage = (np.abs(misses) <= halves).mean(0)
     width = halves.mean(0) / (1.96 * misses.std(0))

@@ -76,7 +76,7 @@ TRAINED_BY = recipes.PAPER | {
 
 def describe_machine():
     """What a number depends on: the machine and the commit."""
-    device, _, _ = common.choose_device({"DEVICE": "auto", "PRECISION": "auto"})
+    device = common.find_device({"DEVICE": "auto"})
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     return runs.describe_machine(device) | {"commit": commit.stdout.strip()}
@@ -285,7 +285,7 @@ def compare_training(folder):
     fast, slow = build_fast(device), build_conventional(device)
     loader = conventional.load(png, target, augmented=True, workers=os.cpu_count())
     plain = torch.optim.Adam(slow.parameters(), TRAINED_BY["LEARNING_RATE"])
-    optimiser, _ = common.adam(fast, TRAINED_BY)
+    optimiser, _ = common.prepare_optimiser(fast, TRAINED_BY)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss = common.LOSSES[TRAINED_BY["LOSS"]]
     step = functools.partial(common.make_step, fast, optimiser, scaler, loss, dtype)

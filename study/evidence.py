@@ -5,9 +5,9 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 import common
-from study import recording, scales, shell
+from study import intervals, recording, scales, shell
 
-ROUNDS = 10  # of common.LAID, for genes that chance hardly reaches
+ROUNDS = 10  # of intervals.LAID, for genes that chance hardly reaches
 # What the r of validation spots can claim, by where they lie.
 CLAIMS = {
     "none": "no spot validated, so nothing is known of any gene",
@@ -33,10 +33,10 @@ def judge_genes(predicted, truth, spots):
     genes["r"] = common.average_slides(common.pearson_per_gene, predicted, truth, slides)
     error, freedom = measure_gene_errors(predicted, truth, slides, places)
     lines = zip(genes["r"], error, freedom, strict=True)
-    intervals = [common.find_interval(*line) or (np.nan, np.nan) for line in lines]
-    genes[["low", "high"]] = np.array(intervals)
+    ranges = [intervals.find_interval(*line) or (np.nan, np.nan) for line in lines]
+    genes[["low", "high"]] = np.array(ranges)
     genes["p"] = find_chance(predicted, truth, slides, places)
-    genes["q"] = common.control_discoveries(genes["p"].to_numpy())
+    genes["q"] = intervals.control_discoveries(genes["p"].to_numpy())
     around = scales.score_neighbourhoods(predicted, truth, slides, places)
     genes = genes.join(around.add_prefix("r_"))
     genes["believe"] = (genes["q"] < recording.Q_THRESHOLD) & (genes["low"] > 0)
@@ -44,36 +44,36 @@ def judge_genes(predicted, truth, spots):
 
 
 def find_chance(predicted, truth, slides, places):
-    """(G,) p as common.compare_with_chance gives it; of genes that chance never reached in its one
-    round, of ROUNDS.
+    """(G,) p as intervals.compare_with_chance gives it; of genes that chance never reached in its
+    one round, of ROUNDS.
 
     One round cannot tell fewer genes from chance than a tenth of the panel. The two steps stay
     valid: a null gene gets a p below 1 / (1 + LAID) only if it would in ROUNDS alone, too (Besag
     and Clifford 1991).
     """
-    p, _ = common.compare_with_chance(predicted, truth, slides, places)
-    never = np.flatnonzero(p == 1 / (1 + common.LAID))
+    p, _ = intervals.compare_with_chance(predicted, truth, slides, places)
+    never = np.flatnonzero(p == 1 / (1 + intervals.LAID))
     if len(never):
         x, y = predicted[:, never], truth[:, never]
-        p[never], _ = common.compare_with_chance(x, y, slides, places, ROUNDS)
+        p[never], _ = intervals.compare_with_chance(x, y, slides, places, ROUNDS)
     return p
 
 
 def measure_gene_errors(predicted, truth, slides, places):
-    """(standard error, degrees of freedom), (G,) each, of each gene's r: common.measure_error of
+    """(standard error, degrees of freedom), (G,) each, of each gene's r: intervals.measure_error of
     find_gene_influence, a part of the genes at a time.
     """
     parts = []
     for genes in common.parts_of(predicted.shape[1], common.GENES_AT_ONCE):
         influence = find_gene_influence(predicted[:, genes], truth[:, genes], slides)
-        parts.append(common.measure_error(influence, slides, places))
+        parts.append(intervals.measure_error(influence, slides, places))
     errors, freedoms = zip(*parts, strict=True)
     return np.concatenate(errors), np.concatenate(freedoms)
 
 
 def find_gene_influence(predicted, truth, slides):
     """(n, G) by how much each spot moves each gene's r, the mean over the slides (n,): what
-    common.find_influence gives for a group of one gene.
+    intervals.find_influence gives for a group of one gene.
     """
     inside = [slides == slide for slide in np.unique(slides)]
     r = np.array([common.pearson_per_gene(predicted[part], truth[part]) for part in inside])
@@ -81,8 +81,8 @@ def find_gene_influence(predicted, truth, slides):
     influence = np.zeros(predicted.shape)
     for part, r_of_slide in zip(inside, r, strict=True):
         defined = np.flatnonzero(np.isfinite(r_of_slide))
-        x = common.standardise(predicted[part][:, defined])
-        y = common.standardise(truth[part][:, defined])
+        x = intervals.standardise(predicted[part][:, defined])
+        y = intervals.standardise(truth[part][:, defined])
         moved = (x * y - r_of_slide[defined] * (x**2 + y**2) / 2) / part.sum()
         influence[np.ix_(part, defined)] = moved / n_slides[defined]
     influence[:, n_slides == 0] = np.nan

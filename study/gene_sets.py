@@ -19,7 +19,7 @@ import pandas as pd
 import common
 from common import GROUPS
 from slides import inputs
-from study import printing, recipes, recording, shell
+from study import intervals, printing, recipes, recording, shell
 from study.shell import InputError
 
 LEAST = 5  # genes of a set in the panel, of which fewer say little
@@ -199,7 +199,7 @@ def find_scores(predicted, truth, slides, members):
         share = members[np.ix_(defined, scored)].astype(np.float64)
         share /= share.sum(0)
         for which, values in enumerate((x, y)):
-            standardised = common.standardise(values[:, defined])
+            standardised = intervals.standardise(values[:, defined])
             scores[which][np.ix_(spots, scored)] = standardised @ share
     return tuple(scores)
 
@@ -267,16 +267,15 @@ def score_line(line, table, predicted, truth, inside):
         return values, None
     members = {key: table.var_names[inside[key]] for key in inside if key.startswith(PREFIX)}
     alone = {key: [key] for key in inside}
-    parts = [
-        common.find_influence(*scores, table.obs, list(inside), alone, pooled).add_suffix("_score")
-    ]
+    moved = intervals.find_influence(*scores, table.obs, list(inside), alone, pooled)
+    parts = [moved.add_suffix("_score")]
     if members:
         genes = table.var_names
-        parts.append(common.find_influence(predicted, truth, table.obs, genes, members, pooled))
+        parts.append(intervals.find_influence(predicted, truth, table.obs, genes, members, pooled))
     moved = pd.concat(parts, axis=1)
-    intervals = recording.describe_intervals(values, moved, recording.place_spots(table.obs))
-    del intervals["interval_df"]  # The row has it.
-    return values | intervals, moved
+    limits = recording.describe_intervals(values, moved, recording.place_spots(table.obs))
+    del limits["interval_df"]  # The row has it.
+    return values | limits, moved
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -308,7 +307,7 @@ def describe_sets(lines, names, out):
     """
     table = []
     for setting, group in lines.groupby("setting", sort=False):
-        intervals = find_mean_intervals(group, names, out)
+        limits = find_mean_intervals(group, names, out)
         for name in (*GROUPS, *names):
             key = PREFIX + name if name in names else name.lower()
             column = key + ("" if name in names else recording.headline_of(group).ending)
@@ -320,12 +319,12 @@ def describe_sets(lines, names, out):
                     "set": name,
                     "genes": f"{group[f'{key}_n'].min():.0f}",
                     "mean r": printing.format_mean(mean_of_units(group, column)),
-                    "[95 %]": intervals.get(key, "-"),
+                    "[95 %]": limits.get(key, "-"),
                     "of ceiling": printing.format_share(
                         group[column].mean(), group[f"{key}_ceiling"].mean()
                     ),
                     "score r": printing.format_mean(mean_of_units(group, f"{key}_score")),
-                    "its [95 %]": intervals.get(f"{key}_score", "-"),
+                    "its [95 %]": limits.get(f"{key}_score", "-"),
                 }
             )
     return table
@@ -361,7 +360,7 @@ def find_mean_intervals(lines, names, out):
     for key, error, freedom in zip(influence, errors, freedoms, strict=True):
         column = f"{key}{headline.ending}" if key in groups else key
         value = lines.groupby(headline.unit)[column].mean().mean()
-        interval = common.find_interval(value, error, freedom)
+        interval = intervals.find_interval(value, error, freedom)
         texts[key] = printing.format_interval(*interval or (np.nan, np.nan))
     return texts
 

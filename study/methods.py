@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import conformal, evidence, recipes, ridges, shell, similarity, splitting, weight_files
+from study import conformal, evidence, recipes, ridges, shell, similarity, splitting
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
@@ -185,7 +185,7 @@ def name_network(backbone):
 
 def name_weights(recipe):
     """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
-    path = weight_files.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
+    path = common.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"

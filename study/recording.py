@@ -12,7 +12,7 @@ import pandas as pd
 
 import common
 from common import GROUPS, SCORED
-from study import conformal, recipes, scales, shell, splitting
+from study import conformal, intervals, recipes, scales, shell, splitting
 
 SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
 
@@ -94,7 +94,7 @@ def score_split(setting, recipe, split, predicted, more):
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
-            p, q = common.compare_with_chance(x, y, *part_places(influence))
+            p, q = intervals.compare_with_chance(x, y, *part_places(influence))
             genes = genes.assign(p=p, q=q)
         if role == "test":
             half_widths = conformal.find_half_widths(split, predicted, values)
@@ -111,10 +111,12 @@ def score_split(setting, recipe, split, predicted, more):
         line["spot_r"] = common.correlate_spots(x, y, usual[truth])
         line |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
-            moved = common.find_influence(x, y, spots, data.genes, split.members)
+            moved = intervals.find_influence(x, y, spots, data.genes, split.members)
             if recipe["PROTOCOL"] == "hest":
-                pooled = common.find_influence(x, y, spots, data.genes, split.members, pooled=True)
-                moved = moved.join(pooled.add_suffix("_pooled"))
+                over_slides = intervals.find_influence(
+                    x, y, spots, data.genes, split.members, pooled=True
+                )
+                moved = moved.join(over_slides.add_suffix("_pooled"))
             line |= describe_intervals(line, moved, influence)
             influence = influence.join(moved.add_prefix(f"{truth}_"))
         lines.append({name: shell.none_for_nan(value) for name, value in line.items()})
@@ -144,13 +146,13 @@ def describe_intervals(line, influence, places):
     found = {}
     for key, error, freedom in zip(influence, errors, freedoms, strict=True):
         value = np.nan if line[key] is None else line[key]
-        found[f"{key}_ci"] = common.find_interval(value, error, freedom)
+        found[f"{key}_ci"] = intervals.find_interval(value, error, freedom)
     return found | {"interval_df": freedoms[0]}
 
 
 def measure_errors(influence, places):
-    """common.measure_error of a table of influence at a table with the columns PLACE."""
-    return common.measure_error(influence.to_numpy(), *part_places(places))
+    """intervals.measure_error of a table of influence at a table with the columns PLACE."""
+    return intervals.measure_error(influence.to_numpy(), *part_places(places))
 
 
 Q_THRESHOLD = 0.05  # genes below it are told from chance
@@ -261,7 +263,7 @@ def find_mean_interval(lines, out, group):
     influence, places = join_influence(lines, out)
     (error,), (freedom,) = measure_errors(influence[[group]], places)
     value = lines.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
-    return common.find_interval(value, error, freedom), freedom
+    return intervals.find_interval(value, error, freedom), freedom
 
 
 def find_headline_interval(lines, out):
@@ -294,8 +296,9 @@ def pair_differences(lines, out, minus):
             pair |= {"difference": np.nan, "low": np.nan, "high": np.nan}
             same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
             if same_genes and ones[f"{key}_n"].all():
-                pair["difference"] = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
-                interval = common.find_interval(pair["difference"], errors[place], freedoms[place])
+                difference = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
+                interval = intervals.find_interval(difference, errors[place], freedoms[place])
+                pair["difference"] = difference
                 pair["low"], pair["high"] = interval or (np.nan, np.nan)
             differences.append(pair)
     columns = ["setting", "minus", "group", "n", "difference", "low", "high"]

@@ -49,7 +49,7 @@ class Row:
     @property
     def device(self):
         """The torch.device that it is computed on."""
-        return common.choose_device(self.recipe)[0]
+        return common.find_device(self.recipe)
 
     @property
     def checkpoint(self):

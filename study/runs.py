@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from slides.manifest import check_sources
-from study import gene_sets, printing, recipes, recording, shell, splitting, weight_files
+from study import gene_sets, printing, recipes, recording, shell, splitting
 from study.rows import Row
 from study.shell import RANK, RANKS, InputError
 
@@ -63,7 +63,7 @@ def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnin
     """Save run.json and have script 27 make the report of it.
 
     `folders` are those of the run's rows in rows.csv; `tables` {caption: lines} and `warnings` are
-    shown in the report; `recipe` names DEVICE and PRECISION.
+    shown in the report; `recipe` names DEVICE.
     """
     if RANK:
         return
@@ -77,7 +77,7 @@ def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnin
         "tables": tables,
         "settings": shell.recipe_of(script),
         "warnings": list(warnings),
-        "machine": describe_machine(common.choose_device(recipe)[0]),
+        "machine": describe_machine(common.find_device(recipe)),
     }
     shell.save_json(out / "run.json", page)
     with redirect_stdout(io.StringIO()):  # What it says is said below.
@@ -145,7 +145,9 @@ class Run:
     def baseline(self):
         """The constants on which a method without network depends; the others stay out of it."""
         names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT")
-        return {name: self.recipe[name] for name in names} | {"PRETRAINED": False}
+        shared = {name: self.recipe[name] for name in names}
+        # Colour is that of the patches as they are, whatever a network sees.
+        return shared | {"PRETRAINED": False, "IMAGE_SIZE": common.PATCH_SIZE}
 
     def row(self, setting, split, recipe=None, *, stop=None):
         """The Row of a setting on a split, by the constants of the script or of `recipe`."""
@@ -336,7 +338,7 @@ def describe_weights(recipe):
         return "random: no pretraining"
     if "BACKBONE" not in recipe:
         return f"from {recipe['PRETRAINED']}"
-    return f"{weight_files.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+    return f"{common.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):

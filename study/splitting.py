@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 import common
 from common import SCORED
-from study import shell, weight_files
+from study import shell
 from study.shell import InputError
 
 
@@ -84,7 +84,7 @@ class Split:
         if isinstance(recipe["PRETRAINED"], str):
             # The files' content counts, not where they lie.
             made_with["PRETRAINED"] = {
-                recipe[name]: weight_files.identify_weights(recipe["PRETRAINED"], recipe[name])
+                recipe[name]: identify_weights(recipe["PRETRAINED"], recipe[name])
                 for name in ("BACKBONE", "FEATURES")
                 if recipe.get(name)
             }
@@ -99,6 +99,24 @@ class Split:
         genes = json.dumps(self.groups.values.tolist())
         made_with["genes"] = hashlib.sha256(genes.encode()).hexdigest()
         return json.loads(json.dumps(made_with))  # tuples become lists, as they are when read again
+
+
+def identify_weights(pretrained, backbone):
+    """Name of the file that PRETRAINED names for a backbone, and identify_file of it."""
+    path = common.find_weights(pretrained, backbone)
+    return f"{path.name} {identify_file(path)}"
+
+
+def identify_file(path):
+    """The first digits of the hash of a file's content."""
+    status = path.stat()
+    return hash_unchanged(path, status.st_size, status.st_mtime_ns)[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def hash_unchanged(path, size, changed):
+    """hash_file, which reads the file again when its size or time of change is another."""
+    return shell.hash_file(path)
 
 
 def make_split(data, roles, recipe, seed, fold):

@@ -748,8 +748,8 @@ def compared(finished):
 def test_every_augmentation_has_its_rows(compared):
     _, rows = compared
     names = ["mpa", "mpa_stain", "stnet", "stnet_color", "none"]
-    anew = [f"{name}, {kind}" for name in names for kind in ("8 views", "restained")]
-    ridges = ["ridge (colour)", "ridge (colour), restained"]
+    anew = [f"{name}, {kind}" for name in names for kind in ("8 views", "stain shift")]
+    ridges = ["ridge (colour)", "ridge (colour), stain shift"]
     assert sorted(rows["setting"].unique()) == sorted(names + anew + ridges)
     assert set(rows["setting"].value_counts()) == {4}
 
@@ -797,12 +797,12 @@ def test_differences_are_to_mpa_with_as_many_views(compared):
         "stnet, 8 views": "mpa, 8 views",
         "stnet_color, 8 views": "mpa, 8 views",
         "none, 8 views": "mpa, 8 views",
-        "mpa, restained": "mpa",
-        "mpa_stain, restained": "mpa_stain",
-        "stnet, restained": "stnet",
-        "stnet_color, restained": "stnet_color",
-        "none, restained": "none",
-        "ridge (colour), restained": "ridge (colour)",
+        "mpa, stain shift": "mpa",
+        "mpa_stain, stain shift": "mpa_stain",
+        "stnet, stain shift": "stnet",
+        "stnet_color, stain shift": "stnet_color",
+        "none, stain shift": "none",
+        "ridge (colour), stain shift": "ridge (colour)",
     }
 
 

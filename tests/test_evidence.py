@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from test_scales import lay_grid
 
 import common
-from study import evidence
+from study import evidence, intervals
 
 N_REAL = 5
 
@@ -41,7 +41,7 @@ def test_few_genes_are_told_from_chance_in_a_large_panel():
     expected = (found["q"] < 0.05) & (found["low"] > 0)
     assert (found["believe"] == expected).all()
     assert found["p"][N_REAL:].lt(0.05).mean() < 0.12
-    _, q = common.compare_with_chance(
+    _, q = intervals.compare_with_chance(
         predicted, truth, np.ones(196), common.places_in_pitches(spots).to_numpy()
     )
     assert (q > 0.05).all(), "one round cannot tell as few"
@@ -51,8 +51,8 @@ def test_p_is_of_more_rounds_where_chance_is_never_as_high():
     predicted, truth, spots = make_fields(20)
     places, slides = common.places_in_pitches(spots).to_numpy(), np.ones(len(spots))
     p = evidence.find_chance(predicted, truth, slides, places)
-    one, _ = common.compare_with_chance(predicted, truth, slides, places)
-    ten, _ = common.compare_with_chance(predicted, truth, slides, places, evidence.ROUNDS)
+    one, _ = intervals.compare_with_chance(predicted, truth, slides, places)
+    ten, _ = intervals.compare_with_chance(predicted, truth, slides, places, evidence.ROUNDS)
     never = one == one.min()
     assert one.min() == 1 / 200
     np.testing.assert_array_equal(p[never], ten[never])
@@ -62,7 +62,7 @@ def test_p_is_of_more_rounds_where_chance_is_never_as_high():
 
 def test_rounds_lay_a_prediction_in_other_ways():
     places = lay_grid("square")
-    first, again, second = (common.lay_otherwise(places, 1, number) for number in (0, 0, 1))
+    first, again, second = (intervals.lay_otherwise(places, 1, number) for number in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != second).mean() > 0.9
 
@@ -75,7 +75,7 @@ def test_influence_of_a_gene_is_that_of_a_group_of_one():
     spots = pd.DataFrame({"tissue_index": np.repeat([1, 2], [20, 30])})
     genes = list("abcd")
     members = {gene: [gene] for gene in genes}
-    expected = common.find_influence(predicted, truth, spots, genes, members)
+    expected = intervals.find_influence(predicted, truth, spots, genes, members)
     found = evidence.find_gene_influence(predicted, truth, spots["tissue_index"].to_numpy())
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert np.isnan(found[:, 3]).all() and np.isfinite(found[:, :3]).all()
@@ -85,7 +85,7 @@ def test_the_error_of_a_gene_is_a_sum_over_pairs_of_spots(monkeypatch):
     predicted, truth, spots = make_fields(7)
     places, slides = common.places_in_pitches(spots).to_numpy(), np.ones(len(spots))
     influence = evidence.find_gene_influence(predicted, truth, slides)
-    cells, weight, scale, freedom = common.weigh_pairs(places.tobytes())
+    cells, weight, scale, freedom = intervals.weigh_pairs(places.tobytes())
     expected = [np.sqrt(scale * one @ weight[np.ix_(cells, cells)] @ one) for one in influence.T]
     monkeypatch.setattr(common, "GENES_AT_ONCE", 3)
     error, freedoms = evidence.measure_gene_errors(predicted, truth, slides, places)

@@ -13,7 +13,7 @@ from conftest import load_script, printed_table, run_script
 from test_bad_input import check_one_line
 
 import common
-from study import gene_sets, recording, runs
+from study import gene_sets, intervals, recording, runs
 from study.shell import InputError
 
 # ------------------------------------------------------------------------------------------- files
@@ -394,7 +394,7 @@ def test_the_interval_of_two_seeds_is_of_their_mean(paper_split, tmp_path):
     parts = [pd.read_csv(row.folder / "set_influence.csv") for row in run.rows]
     mean = (parts[0] + parts[1]) / 2
     place = mean[["tissue_index", "column", "row"]]
-    error, freedom = common.measure_error(
+    error, freedom = intervals.measure_error(
         mean[["set_A_score"]].to_numpy(),
         place["tissue_index"].to_numpy(),
         place[["column", "row"]].to_numpy(),

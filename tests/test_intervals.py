@@ -7,7 +7,7 @@ import scipy.stats
 from scipy.spatial.distance import cdist
 
 import common
-from study import recording
+from study import intervals, recording
 
 NAMES = [str(gene) for gene in range(6)]
 MEMBERS = {"heg": NAMES[:2], "hvg": NAMES[2:3], "mg": [], "all": NAMES}
@@ -47,7 +47,7 @@ def test_influence_is_what_leaving_a_spot_out_takes_away(pooled):
     spots, predicted, truth = make_slides(2)
     predicted += 2.0 * spots["tissue_index"].to_numpy()[:, None]
     predicted[:, 5] = 3.0
-    moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS, pooled)
+    moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS, pooled)
     slides = np.zeros(len(spots)) if pooled else spots["tissue_index"].to_numpy()
 
     def mean_r(kept):
@@ -78,7 +78,7 @@ def test_of_independent_spots_the_error_is_the_usual_one():
     places, random = hexagons(20), np.random.default_rng(0)
     values = random.normal(size=(400, 200))
     values = (values - values.mean(0)) / 400
-    errors, freedoms = common.measure_error(values, np.ones(400), places)
+    errors, freedoms = intervals.measure_error(values, np.ones(400), places)
     usual = 1 / np.sqrt(400)
     assert usual < errors.mean() < 1.6 * usual, "wider, since neighbours might go together"
     assert (freedoms < 400).all()
@@ -88,10 +88,10 @@ def test_slides_are_independent():
     spots, predicted, truth = make_slides(2)
     places = common.places_in_pitches(spots).to_numpy()
     slides = spots["tissue_index"].to_numpy()
-    moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS)[["heg"]].to_numpy()
-    both, freedom = common.measure_error(moved, slides, places)
+    moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS)[["heg"]].to_numpy()
+    both, freedom = intervals.measure_error(moved, slides, places)
     by_slide = [
-        common.measure_error(
+        intervals.measure_error(
             moved[slides == slide], slides[slides == slide], places[slides == slide]
         )
         for slide in (1, 2)
@@ -107,21 +107,21 @@ def test_close_spots_may_stand_for_one_cell():
     places, random = hexagons(34), np.random.default_rng(0)
     values = smooth_fields(places, 20, 2.0, random)
     values = (values - values.mean(0)) / len(values)
-    cells, *_ = common.weigh_pairs(places.tobytes())
+    cells, *_ = intervals.weigh_pairs(places.tobytes())
     assert cells.max() + 1 < len(places)
-    coarse, _ = common.measure_error(values, np.ones(len(values)), places)
+    coarse, _ = intervals.measure_error(values, np.ones(len(values)), places)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "CELLS", 100)
-        common.weigh_pairs.cache_clear()
-        fine, _ = common.measure_error(values, np.ones(len(values)), places)
-    common.weigh_pairs.cache_clear()
+        patch.setattr(intervals, "CELLS", 100)
+        intervals.weigh_pairs.cache_clear()
+        fine, _ = intervals.measure_error(values, np.ones(len(values)), places)
+    intervals.weigh_pairs.cache_clear()
     np.testing.assert_allclose(coarse, fine, rtol=0.05)
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_so_few_spots_have_no_interval(n):
-    errors, freedoms = common.measure_error(np.zeros((n, 1)), np.ones(n), hexagons(2)[:n])
-    assert common.find_interval(0.3, errors[0], freedoms[0]) is None
+    errors, freedoms = intervals.measure_error(np.zeros((n, 1)), np.ones(n), hexagons(2)[:n])
+    assert intervals.find_interval(0.3, errors[0], freedoms[0]) is None
 
 
 def test_intervals_hold_the_true_r():
@@ -137,10 +137,10 @@ def test_intervals_hold_the_true_r():
         predicted = signal + smooth_fields(places, 20, 1.5, random)
         strength = (loading**2).sum(0)
         true = (strength / (strength + 1)).mean()
-        moved = common.find_influence(predicted, truth, spots, genes, members)
+        moved = intervals.find_influence(predicted, truth, spots, genes, members)
         found = common.pearson_per_gene(predicted, truth).mean()
-        (error,), (freedom,) = common.measure_error(moved.to_numpy(), np.ones(144), places)
-        low, high = common.find_interval(found, error, freedom)
+        (error,), (freedom,) = intervals.measure_error(moved.to_numpy(), np.ones(144), places)
+        low, high = intervals.find_interval(found, error, freedom)
         inside.append(low <= true <= high)
     assert 0.88 <= np.mean(inside) <= 0.995
 
@@ -150,7 +150,7 @@ def write_record(out, setting, seed, spots, predicted, truth, n_genes=6):
     """A record of the test slide whose influence lies in its folder."""
     folder = out / f"{setting}{seed}"
     folder.mkdir()
-    moved = common.find_influence(predicted, truth, spots, NAMES, MEMBERS)
+    moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS)
     places = recording.place_spots(spots)
     places.join(moved.add_prefix("lognorm_")).to_csv(folder / "influence.csv", index=False)
     record = {"setting": setting, "seed": seed, "fold": 0, "slide": "1", "folder": folder.name}
@@ -214,7 +214,7 @@ def test_fields_without_a_relation_are_rarely_told_from_chance():
     places, random = hexagons(14), np.random.default_rng(0)
     predicted, truth = (smooth_fields(places, 400, 1.5, random) for _ in range(2))
     slides = np.ones(len(places), int)
-    p, q = common.compare_with_chance(predicted, truth, slides, places)
+    p, q = intervals.compare_with_chance(predicted, truth, slides, places)
     assert 0.015 < (p <= 0.05).mean() < 0.09
     assert 0.4 < np.median(p) < 0.6
     assert (q < 0.05).mean() < 0.02
@@ -226,7 +226,7 @@ def test_a_shared_field_is_told_from_chance_and_the_rest_is_not():
     truth[:, :60] += predicted[:, :60]
     truth[:, 199] = 2.0
     slides = np.repeat([1, 2], len(places))
-    p, q = common.compare_with_chance(
+    p, q = intervals.compare_with_chance(
         np.tile(predicted, (2, 1)), np.tile(truth, (2, 1)), slides, np.tile(places, (2, 1))
     )
     assert (q[:60] < 0.05).mean() > 0.9
@@ -240,7 +240,7 @@ def test_a_field_that_is_laid_as_it_is_has_the_r_of_pearson():
     random = np.random.default_rng(0)
     predicted, truth = random.normal(5, 1, (2, 50, 4)).astype(np.float32)
     laid = np.array([np.arange(50), random.integers(0, 50, 50)])
-    found = common.correlate_laid(predicted, truth, laid)
+    found = intervals.correlate_laid(predicted, truth, laid)
     for line, spots in zip(found, laid, strict=True):
         r = common.pearson_per_gene(predicted[spots], truth)
         np.testing.assert_allclose(line, r, rtol=1e-4)

@@ -26,7 +26,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-from study import methods, ridges, rows, runs, shell, splitting
+from study import methods, recipes, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
@@ -171,12 +171,9 @@ def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch
     how = how_trained(load_script("25"), rows.Row("BLEEP", recipe, paper_split, None), monkeypatch)
     network = how["network"]
     assert how["loss"] == network.loss
-    optimiser, schedule = how["optimise"](network, recipe)
+    optimiser = how["optimise"](network.parameters(), 1e-3)
     assert isinstance(optimiser, torch.optim.AdamW)
     assert optimiser.defaults["weight_decay"] == 1e-3
-    optimiser.step()
-    schedule.step()
-    assert schedule.get_last_lr() == [1e-3], "the rate stays"
 
 
 @pytest.mark.parametrize("method", ["BLEEP", "ST-Net"])
@@ -211,7 +208,18 @@ def test_stnet_starts_at_the_training_mean_as_published(method):
 def test_published_stnet_constants():
     recipe = load_script("25").trained_methods()["ST-Net"]
     published = {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
+    published |= {"SCHEDULE": "constant"}
     assert {name: recipe[name] for name in published} == published
+
+
+def test_bleeps_rate_is_constant_as_published():
+    """A training of it by BLEEP's recipe: the optimiser's rate after several epochs."""
+    recipe = recipes.PAPER | load_script("25").trained_methods()["BLEEP"]
+    _, schedule = common.prepare_optimiser(nn.Linear(3, 4), recipe, load_script("25").adamw)
+    for _ in range(3):
+        schedule.optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [1e-3]
 
 
 def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
@@ -234,7 +242,8 @@ def test_published_stnet_loss_and_optimiser():
     predicted, target = predicted[:, :4], target[:, :4]
     network = nn.Linear(3, 4)
     weight = network.weight
-    optimiser, schedule = script.sgd_with_momentum(network, {"LEARNING_RATE": 1e-6})
+    recipe = script.trained_methods()["ST-Net"]
+    optimiser, schedule = common.prepare_optimiser(network, recipe, script.sgd_with_momentum)
     expected, velocity = weight.detach().clone(), 0
     for _ in range(3):  # Momentum by hand, and a rate that stays.
         optimiser.zero_grad()
@@ -261,7 +270,7 @@ def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
 RIDGES = {
     "on features": methods.ridge_on_features,
     "on colour": methods.ridge_on_colour,
-    "with surroundings": load_script("25").ridge_with_surroundings,
+    "with neighbourhood": load_script("25").ridge_with_neighbourhood,
 }
 
 
@@ -285,14 +294,14 @@ def test_the_ridge_on_features_learns_from_training_spots(paper_split):
     assert not np.allclose(one, other)
 
 
-def test_surroundings_are_the_other_spots_of_the_slide_by_their_distance():
+def test_neighbourhood_are_the_other_spots_of_the_slide_by_their_distance():
     """A row of four spots a pitch apart on one slide; two spots, out of each other's reach, on
     another that lies in the same place.
     """
     spots = pd.DataFrame({"tissue_index": [1, 2, 1, 1, 1, 2], "pitch": 50.0, "pxl_row": 7})
     spots["pxl_col"] = [0, 0, 50, 100, 150, 250]
     features = np.eye(6)
-    around = load_script("25").average_surroundings(features, spots, 1.0)
+    around = load_script("25").average_neighbourhood(features, spots, 1.0)
     near, far = np.exp(-1 / 2), np.exp(-4 / 2)
     expected = np.array([near, far, np.exp(-9 / 2)])  # at 1, 2 and 3 pitches
     np.testing.assert_allclose(around[0, [2, 3, 4]], expected / expected.sum())
@@ -426,12 +435,12 @@ def with_weights():
 def test_with_weights_every_backbone_has_its_ridges(with_weights):
     _, _, methods = with_weights
     for backbone in ("tiny", "densenet121", "resnet50"):
-        for kind in ("", ", all stages", ", surroundings"):
+        for kind in ("", ", all stages", ", neighbourhood"):
             assert f"ridge ({backbone}{kind})" in methods
     assert [name for name in methods if "full rank" in name] == ["ridge (densenet121, full rank)"]
 
 
-def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(with_weights):
+def test_means_are_of_what_sees_single_spots_and_of_what_sees_neighbourhood(with_weights):
     script, run, methods = with_weights
     names = [*script.trained_methods(), *methods]
     run.rows = [SimpleNamespace(setting=name) for name in names]
@@ -447,8 +456,8 @@ def test_means_are_of_what_sees_single_spots_and_of_what_sees_surroundings(with_
             ]
         ),
     )
-    assert wide[0] == "mean of 3 ridges, surroundings"
-    assert all(name.endswith(", surroundings)") for name in wide[1])
+    assert wide[0] == "mean of 3 ridges, neighbourhood"
+    assert all(name.endswith(", neighbourhood)") for name in wide[1])
     run.rows = run.rows[:1]
     script.fill_ensembles(run)
     assert len(run.filled) == 2, "none of one"

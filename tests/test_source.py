@@ -31,7 +31,7 @@ def names_of(path):
 def test_common_knows_neither_its_neighbours_nor_a_script():
     imported, called = names_of(REPOSITORY / "common.py")
     rooms = {name for name in imported if name.startswith(("study", "slides"))}
-    assert rooms == {"study.shell", "study.weight_files", "study.shell.InputError"}
+    assert rooms == {"study.shell", "study.shell.InputError"}
     assert "globals" not in called
     assert "globals()" not in (REPOSITORY / "common.py").read_text()
 

@@ -1,0 +1,194 @@
+"""How sure an r is: intervals from the influence of every spot, and what chance alone would reach.
+
+Shapes: n spots, G genes, k groups of genes.
+"""
+
+import functools
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
+from scipy.stats import false_discovery_control
+from scipy.stats import t as student_t
+
+import common
+from common import average_slides, parts_of, pearson_per_gene
+from study.shell import seed_of
+
+BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
+CELLS = 6  # in a bandwidth
+LAID = 199  # times that a prediction is laid on the slide otherwise, to see what chance gives
+
+
+# ---------------------------------------------------------------------------------------- intervals
+def find_influence(predicted, truth, spots, genes, members, pooled=False):
+    """Table (n, 4) heg, hvg, mg, all: by how much each spot moves the group's mean r, to first
+    order: the influence function of r (Devlin, Gnanadesikan and Kettenring 1975) over n.
+
+    Of several slides r is the mean over them or, `pooled`, that over all their spots at once.
+    """
+    slides = spots["tissue_index"].to_numpy()
+    if pooled:
+        slides = np.zeros_like(slides)
+    inside = [slides == slide for slide in np.unique(slides)]
+    r = np.array([pearson_per_gene(predicted[part], truth[part]) for part in inside])
+    n_slides = np.isfinite(r).sum(0)
+    weights = pd.DataFrame({key: np.isin(genes, group) for key, group in members.items()})
+    weights = weights.to_numpy() * (n_slides > 0)[:, None]
+    weights = weights / np.maximum(weights.sum(0), 1) / np.maximum(n_slides, 1)[:, None]
+    moved = np.zeros((len(spots), weights.shape[1]))
+    for part, r_of_slide in zip(inside, r, strict=True):
+        defined = np.flatnonzero(np.isfinite(r_of_slide))
+        for some in parts_of(len(defined), common.GENES_AT_ONCE):
+            chosen = defined[some]
+            x = standardise(predicted[part][:, chosen])
+            y = standardise(truth[part][:, chosen])
+            moved_r = x * y - r_of_slide[chosen] * (x**2 + y**2) / 2
+            moved[part] += moved_r @ weights[chosen] / part.sum()
+    moved[:, weights.sum(0) == 0] = np.nan
+    return pd.DataFrame(moved, columns=list(members))
+
+
+def standardise(values):
+    """(n, G) float64 with mean 0 and variance 1 in every column."""
+    centred = values - values.mean(0, np.float64)
+    return centred / np.sqrt((centred**2).mean(0))
+
+
+def measure_error(influence, slides, places):
+    """(standard error, degrees of freedom), each (k,), of what spots move by (n, k) influence
+    values; their tissue_index (n,) and places (n, 2) in pitches. NaN where a slide has too few.
+
+    Neighbours err together. The variance is the sum over pairs of spots of the product of their
+    influence times a weight that falls with their distance and is 0 beyond the bandwidth; slides
+    are independent.
+    """
+    variances, freedoms = [], []
+    for slide in np.unique(slides):
+        inside = slides == slide
+        cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes())
+        summed = np.zeros((len(weight), influence.shape[1]))
+        np.add.at(summed, cells, influence[inside])
+        variances.append(scale * (summed * (weight @ summed)).sum(0))
+        freedoms.append(freedom)
+    variances, freedoms = np.array(variances), np.array(freedoms)[:, None]
+    total = variances.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # After Satterthwaite: few degrees of one slide count as much as its variance does.
+        freedom = total**2 / (variances**2 / freedoms).sum(0)
+    return np.sqrt(total), np.where(total == 0, freedoms.sum(), freedom)
+
+
+@functools.lru_cache(maxsize=64)  # Settings and groups of genes share the places.
+def weigh_pairs(places):
+    """(cell of each spot, (cells, cells) weights, scale, degrees of freedom) of a slide's places
+    (n, 2), given as bytes.
+
+    The weights are the spherical covariance, whose bandwidth is a fixed part of the slide's side,
+    so the estimate neither settles nor is without bias (Kiefer and Vogelsang 2005). Scale and
+    degrees of freedom are those that hold if the errors' covariance is as the weights are, the mean
+    having been taken off. Spots that lie close against the bandwidth are one cell, so that large
+    slides have no more than about a thousand.
+    """
+    places = np.frombuffer(places).reshape(-1, 2)
+    bandwidth = np.sqrt(len(places)) / BANDWIDTHS
+    corners = np.floor((places - places.min(0)) * CELLS / bandwidth)
+    _, cells, counts = np.unique(corners, axis=0, return_inverse=True, return_counts=True)
+    cells = cells.ravel()
+    middle = np.zeros((len(counts), 2))
+    np.add.at(middle, cells, places)
+    middle /= counts[:, None]
+    distance = (cdist(middle, middle) / bandwidth).clip(0, 1)
+    weight = 1 - 1.5 * distance + 0.5 * distance**3
+    share = counts / counts.sum()
+    # Of the spots' influence, whose sum is 0, the cells hold sums.
+    covariance = weight * counts[:, None] * counts
+    off_mean = covariance - np.outer(covariance.sum(1), share)
+    centred = off_mean - np.outer(share, off_mean.sum(0))
+    seen = weight @ centred
+    expected = np.trace(seen)
+    if len(counts) < 3 or expected <= 0:
+        return cells, weight, np.nan, np.nan
+    return cells, weight, covariance.sum() / expected, expected**2 / (seen * seen.T).sum()
+
+
+def find_interval(value, error, freedom):
+    """[low, high] of 95 % around a value by Student's t; None where it is undefined."""
+    half = student_t.ppf(0.975, freedom) * error
+    return [value - half, value + half] if np.isfinite(half) else None
+
+
+# ------------------------------------------------------------------------------------------- chance
+def compare_with_chance(predicted, truth, slides, places, rounds=1):
+    """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
+    in pitches; NaN where r is undefined.
+
+    p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
+    angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
+    value of the nearest spot. Such a field is as smooth as the prediction and has nothing to do
+    with the slide. It is laid LAID times in each of the `rounds`.
+    """
+    found = average_slides(pearson_per_gene, predicted, truth, slides)
+    reached = np.ones(len(found))
+    numbers = {slide: np.flatnonzero(slides == slide) for slide in np.unique(slides)}
+    for number in range(rounds):
+        laid = {slide: lay_otherwise(places[at], slide, number) for slide, at in numbers.items()}
+        for genes in parts_of(len(found), common.GENES_AT_ONCE):
+            by_slide = []
+            for slide, inside in numbers.items():
+                x, y = predicted[inside][:, genes], truth[inside][:, genes]
+                by_slide.append(correlate_laid(x, y, laid[slide]))
+            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
+    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
+    return p, control_discoveries(p)
+
+
+def control_discoveries(p):
+    """(G,) q of p, both NaN where undefined, after Benjamini and Hochberg (1995)."""
+    q = np.full(len(p), np.nan)
+    defined = np.isfinite(p)
+    q[defined] = false_discovery_control(p[defined])
+    return q
+
+
+def lay_otherwise(places, slide, number=0):
+    """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take; they follow from
+    the slide's number and that of the round.
+    """
+    words = (int(slide), number) if number else (int(slide),)
+    random = np.random.default_rng(seed_of("laid otherwise", *words))
+    middle = (places.max(0) + places.min(0)) / 2
+    tree = cKDTree(places)
+    laid = []
+    for _ in range(LAID):
+        angle = random.uniform(0, 2 * np.pi)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        if random.random() < 0.5:
+            turn = turn @ np.diag([1, -1])
+        shift = random.uniform(-0.25, 0.25, 2) * np.ptp(places, axis=0)
+        laid.append(tree.query((places - middle) @ turn.T + middle + shift)[1])
+    return np.array(laid)
+
+
+def correlate_laid(predicted, truth, laid):
+    """(LAID, G) r of the predictions (n, G), laid otherwise, and the truth (n, G) of a slide; NaN
+    where one is constant.
+    """
+    x = (predicted - predicted.mean(0)).astype(np.float32)
+    y = (truth - truth.mean(0)).astype(np.float32)
+    taken = np.zeros((len(laid), len(x)), np.float32)  # how often each spot's value is
+    np.add.at(taken, (np.arange(len(laid))[:, None], laid), 1)
+    spread = taken @ x**2 / len(x) - (taken @ x / len(x)) ** 2
+    together = np.array([np.einsum("ng,ng->g", x[spots], y) for spots in laid]) / len(x)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return together / np.sqrt(spread.clip(0) * (y**2).mean(0))
+
+
+def mean_of_defined(arrays):
+    """The mean of arrays of one shape, element by element, over those that are finite."""
+    arrays = np.stack(arrays)
+    defined = np.isfinite(arrays)
+    total = np.where(defined, arrays, 0).sum(0)
+    count = defined.sum(0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
