@@ -34,7 +34,7 @@ def test_a_table_says_what_its_rows_say(path):
             method = method.replace(short, name)
         found = rows[rows["setting"] == method]
         assert len(found) == 4, method
-        mean, sd = re.match(r"(\S+) ± (\S+) ", heg).groups()
+        mean, sd = re.match(r"(\S+) ± (\S+)", heg).groups()
         assert float(mean) == pytest.approx(found["heg"].mean(), abs=5.1e-4), method
         assert float(sd) == pytest.approx(found["heg"].std(), abs=5.1e-4), method
         assert float(hvg) == pytest.approx(found["hvg"].mean(), abs=5.1e-4), method
