@@ -41,7 +41,6 @@ import scipy.io
 import scipy.sparse
 from tqdm import tqdm
 
-from slides.imaging import open_image
 from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
@@ -277,6 +276,8 @@ def prepare_gse240429(root):
     else:
         copy_gse240429(root, slides, Path(SOURCE))
     for image in slides["image"]:
+        from slides.imaging import open_image  # It loads torch, which other downloads do not need.
+
         open_image(root / image)  # InputError where it is cut short.
     if root.resolve() != PUBLISHED.resolve():
         for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):

@@ -28,7 +28,8 @@ PAPER = {
     "REFIT": False,  # then train again, on training + validation spots, up to that epoch
     "TTA": False,  # predictions are averaged over the 8 symmetries
 }
-# What the public scripts do and the paper does not describe: docs/trust.md, "published".
+# What the public scripts do and the paper does not describe: docs/trust.md, "How the public scripts
+# differ from the paper".
 PUBLISHED = PAPER | {
     "HEAD_START": "random",
     "STOCHASTIC_DEPTH": 0.2,
