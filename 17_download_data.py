@@ -270,14 +270,14 @@ def copy_whole(source, path):
 
 def prepare_gse240429(root):
     """Images, tables and manifest of the four sections, from the public sites or a mirror."""
+    from slides.imaging import open_image  # It loads torch, which HER2ST does not need.
+
     slides = pd.read_csv(PUBLISHED / "slides.csv")
     if source_is_remote():
         download_gse240429(root, slides)
     else:
         copy_gse240429(root, slides, Path(SOURCE))
     for image in slides["image"]:
-        from slides.imaging import open_image  # It loads torch, which other downloads do not need.
-
         open_image(root / image)  # InputError where it is cut short.
     if root.resolve() != PUBLISHED.resolve():
         for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):

@@ -192,10 +192,10 @@ def find_slide(run, image):
         content = Path(data_root, "dataset", "meta.json").read_bytes()
     except OSError:
         return None
+    given = image.stat().st_size, shell.hash_blocks(image)
     for slide in json.loads(content)["slides"]:
         described = slide["files"].get(slide["image"], {})
-        same_size = described.get("bytes") == image.stat().st_size
-        if same_size and described.get("blocks") == shell.hash_blocks(image):
+        if (described.get("bytes"), described.get("blocks")) == given:
             return slide["tissue_index"], shell.fingerprint_of(content)
     return None
 

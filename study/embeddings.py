@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 
 import common
 from slides import inputs
-from study import methods, ridges, splitting
+from study import methods, ridges, shell
 from study.shell import InputError
 
 VALUES = ("embeddings", "features")  # what the dataset of the embeddings is called
@@ -193,7 +193,7 @@ class Model:
     @property
     def constants(self):
         """{name: value} of what its rows follow from: the files' content, not where they lie."""
-        held = {str(slide): splitting.identify_file(path) for slide, path in self.files.items()}
+        held = {str(slide): shell.identify_file(path) for slide, path in self.files.items()}
         return {"METHOD": "ridge", "BACKBONE": self.name, "WIDTH": self.width, "EMBEDDINGS": held}
 
     def read(self, spots):

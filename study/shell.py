@@ -148,6 +148,18 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def identify_file(path):
+    """The first digits of the hash of a file's content."""
+    status = path.stat()
+    return hash_unchanged(path, status.st_size, status.st_mtime_ns)[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def hash_unchanged(path, size, changed):
+    """hash_file, which reads the file again when its size or time of change is another."""
+    return hash_file(path)
+
+
 def hash_blocks(path):
     """SHA-256 of a file's content or, of a large one, of blocks spread over it, in hexadecimal
     digits: a check that is quick where it is made at every start.

@@ -102,21 +102,9 @@ class Split:
 
 
 def identify_weights(pretrained, backbone):
-    """Name of the file that PRETRAINED names for a backbone, and identify_file of it."""
+    """Name of the file that PRETRAINED names for a backbone, and shell.identify_file of it."""
     path = common.find_weights(pretrained, backbone)
-    return f"{path.name} {identify_file(path)}"
-
-
-def identify_file(path):
-    """The first digits of the hash of a file's content."""
-    status = path.stat()
-    return hash_unchanged(path, status.st_size, status.st_mtime_ns)[:16]
-
-
-@functools.lru_cache(maxsize=64)
-def hash_unchanged(path, size, changed):
-    """hash_file, which reads the file again when its size or time of change is another."""
-    return shell.hash_file(path)
+    return f"{path.name} {shell.identify_file(path)}"
 
 
 def make_split(data, roles, recipe, seed, fold):
