@@ -295,7 +295,7 @@ def download_gse240429(root, slides):
         if not path.exists() or path.stat().st_size != remote_size(entry):
             fetch(entry, path)
         if is_packed(path):
-            unpack(path)
+            unpack_download(path)
 
 
 def plan_images(slides):
@@ -360,7 +360,7 @@ def bytes_needed(entry, path):
     return (remote_size(entry) or 0) + unpacked - size_of(part)
 
 
-def unpack(path):
+def unpack_download(path):
     """Unpack x.tiff.gz to x.tiff, whole or not at all, and drop the packed file."""
     try:
         with (

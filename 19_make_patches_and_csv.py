@@ -48,6 +48,7 @@ import common
 from common import PATCH_SIZE
 from slides import hest, imaging, inputs, space_ranger
 from slides.ceilings import counting_ceiling, morans_i
+from slides.colour import colour_statistics
 from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import check_pixels, cut_spots
 from slides.manifest import (
@@ -59,7 +60,7 @@ from slides.manifest import (
 )
 from slides.positions import measure_pitch, place_spots
 from slides.spots import read_spots
-from study import exports, splitting
+from study import exports, panels, splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
 
@@ -225,7 +226,7 @@ def choose_panel(root, genes, published):
 # -------------------------------------------------------------------------------- target
 
 
-def harmonise(lognorm, obs, panel, manifest, published):
+def harmonise_panel(lognorm, obs, panel, manifest, published):
     """Harmony over all slides, of the log-normalised panel (N, G): (N, G) float32.
 
     The published matrices, whose genes are the ids `published`, are taken where they are. Harmony
@@ -251,7 +252,7 @@ def harmonise(lognorm, obs, panel, manifest, published):
             f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
             f"are {len(obs)}; use --target lognorm"
         )
-    return common.harmonise(lognorm, obs["tissue_index"], SEED)
+    return panels.harmonise(lognorm, obs["tissue_index"], SEED)
 
 
 def read_harmony(slide, obs, published):
@@ -287,7 +288,7 @@ def check_patches(patches, names):
             refuse_twin(seen, spot, "pixels", patch.tobytes())
 
 
-def check_counts(seen, table):
+def check_alike_counts(seen, table):
     """InputError where a spot of the table has the same counts as one of the same genes before.
 
     `seen` is empty at first, and remembers the spots. A split could learn from one of two such
@@ -354,7 +355,7 @@ def describe_genes(root, counts, lognorm):
     return columns
 
 
-def describe_folds(root, tables):
+def describe_task_folds(root, tables):
     """{"ceiling_fold_<fold>": (G,)}: of each fold of a task of HEST-Benchmark the ceiling of r over
     all its test spots at once, against log1p of their raw counts.
 
@@ -544,8 +545,8 @@ def write_expression(root, out, tables, manifest):
     seen, variable = {}, {}
     for slide, stored in zip(manifest, tables, strict=True):
         table = stored.read()
-        check_counts(seen, table)
-        check_counts(seen, take_genes(table, shared))
+        check_alike_counts(seen, table)
+        check_alike_counts(seen, take_genes(table, shared))
         # By the slide's own genes alone, so that no other slide changes them.
         chosen = table.var_names[find_variable_genes(table)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
@@ -555,19 +556,19 @@ def write_expression(root, out, tables, manifest):
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
     if has_folds(root):
-        var = var.assign(**describe_folds(root, tables))
+        var = var.assign(**describe_task_folds(root, tables))
         counts = (table.read().X.toarray().astype(np.float64) for table in tables)
         values = np.concatenate([np.log1p(part).astype(np.float32) for part in counts])
         np.save(out / "target.npy", values)
     elif TARGET == "harmony":
-        values = harmonise(values, obs, panel, manifest, published)
+        values = harmonise_panel(values, obs, panel, manifest, published)
         np.save(out / "target.npy", values)
-    common.save_expression(
+    exports.save_expression(
         out / "dataset.csv", obs.reset_index(names="id"), values, panel.index.tolist()
     )
     annotations = anndata.AnnData(obs=obs, var=var)
     annotations.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    annotations.obsm["colour"] = common.colour_statistics(patches)
+    annotations.obsm["colour"] = colour_statistics(patches)
     annotations.uns["spatial"] = describe_libraries(out, manifest, obs)
     names = {slide.tissue_index: exports.name_library(slide.name) for slide in manifest}
     annotations.obs["library_id"] = obs["tissue_index"].map(names).to_numpy()

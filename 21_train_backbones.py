@@ -129,7 +129,7 @@ def describe_costs(lines, resnet):
 
 def draw_figure(path, title, lines):
     """The headline's r on the test slides against the backbone's parameters."""
-    headline = recording.headline_of(lines)
+    headline = recording.headline_of_lines(lines)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     ax = figure.subplots()
     for setting, group in lines.groupby("setting", sort=False):

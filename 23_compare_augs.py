@@ -71,7 +71,7 @@ QUICK = False  # the small budget below, on simulated slides
 
 RIDGES = {
     "ridge (colour)": methods.ridge_on_colour,
-    "ridge (colour), stain shift": methods.ridge_on_other_colours,
+    "ridge (colour), stain shift": methods.ridge_under_stain_shift,
 }
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
@@ -227,8 +227,8 @@ def predict_anew(run, aug, split):
     split = splitting.final_split(recipe, split)
     row = run.row(f"{aug}, 8 views", split, recipe | {"TTA": True})
     run.fill(row, functools.partial(methods.predict_again, trained))
-    row = run.row(f"{aug}, stain shift", split, recipe | {"RESTAINED": True})
-    run.fill(row, functools.partial(methods.predict_again, trained, restained=True))
+    row = run.row(f"{aug}, stain shift", split, recipe | {"STAIN_SHIFT": True})
+    run.fill(row, functools.partial(methods.predict_again, trained, stain_shift=True))
 
 
 def main():

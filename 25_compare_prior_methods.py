@@ -63,7 +63,7 @@ PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a 
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 OTHER_BACKBONES = ("mobilenetv2_100", "densenet121")  # in place of BACKBONE, the rest as it is
 FEATURES = "resnet50"  # frozen timm backbone of ridges; or a folder of others' embeddings, as in 20
-SURROUNDINGS = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
+NEIGHBOURHOOD = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
@@ -114,7 +114,7 @@ def trained_methods():
     constants stay out of it.
     """
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
-    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "SURROUNDINGS", "PUBLISHED")
+    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "NEIGHBOURHOOD", "PUBLISHED")
     shared = dict.fromkeys(others)
     network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
@@ -308,7 +308,7 @@ def ridge_with_neighbourhood(row):
     """
     features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
-    around = average_neighbourhood(features, spots, row.recipe["SURROUNDINGS"])
+    around = average_neighbourhood(features, spots, row.recipe["NEIGHBOURHOOD"])
     features = np.hstack([features, around])
     row.note(weights=methods.name_weights(row.recipe))
     return methods.predict_by_ridge(row, features, features[row.split.scored()])
@@ -389,7 +389,7 @@ def same_slide(row):
         mean_y, _ = common.mean_and_variance(data.target, here)
         for train, held_out in ridges.choose_folds(data.spots.iloc[here]):
             learn, judge = here[train], here[held_out]
-            ridge, _ = methods.fit_ridge(split, features, learn)
+            ridge, _ = methods.learn_ridge(split, features, learn)
             ridge = ridge.through(mean_x, mean_y)
             predicted[line_of[judge]] = ridge.predict(features[judge])
     return predicted
@@ -454,7 +454,7 @@ def computed_methods(run):
         if backbone == features:
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
-        wide = pooled | {"SURROUNDINGS": SURROUNDINGS}
+        wide = pooled | {"NEIGHBOURHOOD": NEIGHBOURHOOD}
         found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
             plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
@@ -507,7 +507,7 @@ def describe_costs_and_gain(lines):
     """{setting: {column: text}}: parameters (millions), minutes, variance of what is predicted over
     that of what is measured, and r over BLEEP's.
     """
-    column = recording.headline_of(lines).column
+    column = recording.headline_of_lines(lines).column
     bleep_r = lines[column][lines["setting"] == name_bleep()].astype(float).mean()
     columns = {}
     for setting, group in lines.groupby("setting"):

@@ -50,6 +50,7 @@ from matplotlib.figure import Figure
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, space_ranger
+from slides.colour import colour_statistics
 from slides.counts import join_genes, take_genes
 from slides.cutting import cut_spots
 from slides.manifest import Slide
@@ -165,7 +166,7 @@ def choose_weights(image):
     if WEIGHTS:
         path = Path(WEIGHTS)
         folder = path if path.is_dir() else path.parent
-        warn_of_learnt(image, role_of_slide(folder, find_slide(folder.parent, image)))
+        warn_of_learnt(image, role_of_slide(folder, find_slide_of_run(folder.parent, image)))
         return path
     path = Path(RUN, "rows.csv")
     if not path.is_file():
@@ -173,7 +174,7 @@ def choose_weights(image):
     table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
     judged = table[table["split"] == "valid"].dropna(subset="heg")
     judged = keep_fitting(judged).sort_values("heg", kind="stable")
-    slide = find_slide(Path(RUN), image)
+    slide = find_slide_of_run(Path(RUN), image)
     roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
     unseen = judged[[role not in LEARNT for role in roles]]
     if unseen.empty:
@@ -183,15 +184,18 @@ def choose_weights(image):
     return Path(RUN, chosen["folder"])
 
 
-def find_slide(run, image):
+def find_slide_of_run(run, image):
     """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
     root) of the data root of a run; None where none has, or the run or its data root is not there.
     """
-    try:
-        data_root = json.loads((run / "run.json").read_text())["data_root"]
-        content = Path(data_root, "dataset", "meta.json").read_bytes()
-    except OSError:
+    facts = run / "run.json"
+    if not facts.is_file():
         return None
+    path = Path(run, json.loads(facts.read_text())["data_root"], "dataset", "meta.json").resolve()
+    if not path.is_file():
+        print(f"no {path}: so it is not known whether the model has learnt from this slide")
+        return None
+    content = path.read_bytes()
     given = image.stat().st_size, shell.hash_blocks(image)
     for slide in json.loads(content)["slides"]:
         described = slide["files"].get(slide["image"], {})
@@ -201,8 +205,9 @@ def find_slide(run, image):
 
 
 def role_of_slide(folder, slide):
-    """What the spots of a slide of find_slide did for the model in a row's folder: "train" or
-    "valid" if any did, else "test" or None. None, too, of a row that was made on another data root.
+    """What the spots of a `slide`, as find_slide_of_run gives it, did for the model in a folder:
+    "train" or "valid" if any did, else "test" or None. None, too, of a row that was made on another
+    data root.
     """
     if slide is None or not (folder / "split.csv").is_file():
         return None
@@ -366,7 +371,7 @@ def tell_evidence(trained):
             f"{TRAIN_AGAIN}"
         )
     if trained.evidence is not None:
-        told = evidence.describe_genes(trained.evidence, trained.judged, trained.candidates)
+        told = evidence.tell_of_genes(trained.evidence, trained.judged, trained.candidates)
         for word, text in told:
             print(f"{word:11} {text}")
 
@@ -432,7 +437,7 @@ def read_slide(slide, positions, um_per_px, scratch):
     """
     thumbnail = None
     if FEATURES and positions is None and slide.positions is None:
-        positions = embeddings.place_patches(Path(FEATURES))
+        positions = embeddings.find_patch_centres(Path(FEATURES))
     elif positions is None:
         positions, thumbnail = place_spots(slide)
     spots = read_spots(slide, positions, GENOME)
@@ -490,7 +495,7 @@ def compare_slides(trained, patches):
     """
     if trained.training_slides is None:
         return None
-    colour = common.colour_statistics(patches)
+    colour = colour_statistics(patches)
     distances = similarity.measure_distances(trained.training_slides, colour)
     told = similarity.describe_distances(trained.training_slides, distances)
     if similarity.is_far(distances):
@@ -816,7 +821,7 @@ def main():
     draw_maps(out / "maps.png", drawn, [*drawn.var_names], title)
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
-    common.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
+    exports.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
     measurements = exports.choose_measurements(table, genes, trained.floor)
     path = out / "predictions.geojson"
     exports.write_geojson(path, table.obsm["spatial"], drawing.diameter_of(table), measurements)

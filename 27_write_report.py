@@ -454,7 +454,7 @@ def as_image(content, text):
     return f'<figure><img src="data:image/png;base64,{encoded}" alt="{text}"></figure>'
 
 
-def read_rows(run, folders):
+def read_rows_of_run(run, folders):
     """The lines of a run's rows.csv in these folders, in their order: dicts, None where empty.
 
     None at all of script 26, whose run has no rows.csv. InputError where it lacks a column.
@@ -573,7 +573,7 @@ def show_viewer(run, facts, rows):
     for name in ("r", "q", "ceiling"):
         table.var[name] = genes.get(name, np.nan)
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
-    thumbnail = read_row_thumbnail(folder, table, facts["data_root"])
+    thumbnail = read_row_thumbnail(folder, table, run / facts["data_root"])
     name = f"{facts['label']}{row['setting']}, slide {table.obs['tissue_index'].iloc[0]}"
     heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}</h2>"
     return [heading, *viewer.show_row(table, groups, thumbnail)]
@@ -588,7 +588,7 @@ def show_tested(run, facts, rows):
         name = f"{row['setting']}, slide {row['slide']}, seed {row['seed']}"
         if several_folds:
             name += f", fold {row['fold']}"
-        draw_row(run / folder, row, facts["data_root"], f"{facts['label']}{name}")
+        draw_row(run / folder, row, run / facts["data_root"], f"{facts['label']}{name}")
         link = as_cell(Path(folder, "per_gene.csv"))
         parts.append(f"<h2>{html.escape(name)} <small>{html.escape(folder)}, {link}</small></h2>")
         parts += [as_picture(run / folder / figure) for figure in ("maps.png", "scores.png")]
@@ -598,7 +598,7 @@ def show_tested(run, facts, rows):
 def write_report(run, facts):
     """report.html of a run's folder from its run.json."""
     title = html.escape(facts["title"])
-    rows = read_rows(run, facts["folders"])  # Others there may be of an earlier start.
+    rows = read_rows_of_run(run, facts["folders"])  # Others there may be of an earlier start.
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',

@@ -8,9 +8,7 @@ Shapes: N spots, G genes, B patches of a batch, S px a side, F features. A `reci
 dict of a script's constants.
 """
 
-import csv
 import functools
-import io
 import itertools
 import json
 import os
@@ -18,14 +16,13 @@ import pickle
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import polars
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -126,20 +123,6 @@ def places_in_pitches(spots):
     return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
 
 
-def save_expression(path, spots, values, genes):
-    """Write a CSV as dataset.csv is: ID_COLUMNS of the spots, then (n, G) values, a column a gene.
-
-    By polars, which takes a second where pandas takes half a minute; in parts, because all spots at
-    once would be held twice.
-    """
-    with shell.whole_file(path) as partial, open(partial, "wb") as file:
-        for part in parts_of(len(spots), SPOTS_AT_ONCE):
-            columns = spots.iloc[part]
-            table = polars.DataFrame({name: columns[name].to_list() for name in ID_COLUMNS})
-            table = table.hstack(polars.from_numpy(values[part], genes))
-            table.write_csv(file, include_header=part.start == 0, batch_size=128)
-
-
 def parts_of(n, size):
     """Slices of 0..n, `size` long but for the last."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -235,62 +218,6 @@ def map_array(path):
     return np.load(path, mmap_mode="c", allow_pickle=False).view(np.ndarray)
 
 
-class GenesOf:
-    """Expression (N, G) of some of the genes of a memory-mapped array: [spots] reads (n, G)."""
-
-    def __init__(self, values, genes):
-        self.values = values
-        self.genes = genes  # their numbers
-        self.shape = (values.shape[0], len(genes))
-
-    def __getitem__(self, spots):
-        return self.values[spots][..., self.genes]
-
-
-@functools.cache
-def restrict_panel(data, slides):
-    """The data with the panel that 19 would have chosen on these slides alone: the variable genes,
-    markers and named genes that one of them lists.
-    """
-    var = data.annotations.var
-    listed = var[[f"listed_{slide}" for slide in slides]].any(axis=1)
-    chosen = var[["MG", "named", *(f"hvg_{slide}" for slide in slides)]].any(axis=1)
-    kept = np.flatnonzero(listed & chosen)
-    annotations = data.annotations[:, kept].copy()
-    lognorm = GenesOf(data.lognorm, kept)
-    target = lognorm if data.target is data.lognorm else GenesOf(data.target, kept)
-    genes = annotations.var_names.tolist()
-    return replace(data, genes=genes, annotations=annotations, lognorm=lognorm, target=target)
-
-
-@functools.cache
-def take_part(data, slides):
-    """The data as 19 would have made it of these slides alone, where its target is Harmony's: the
-    values of other slides are NaN then.
-    """
-    slide_of = data.spots["tissue_index"].to_numpy()
-    inside = np.flatnonzero(np.isin(slide_of, slides))
-    if len(inside) == len(slide_of):
-        return data
-    data = restrict_panel(data, slides)
-    target = np.full(data.lognorm.shape, np.nan, np.float32)
-    target[inside] = harmonise(data.lognorm[inside], slide_of[inside], data.meta["seed"])
-    return replace(data, target=target)
-
-
-def harmonise(lognorm, slides, seed):
-    """Harmony over slides (Korsunsky et al. 2019): (N, G) log-normalised and (N,) tissue_index ->
-    (N, G) float32. It holds all of it in memory.
-    """
-    import harmonypy  # Here, because lognorm does without.
-
-    batch = pd.DataFrame({"slide": np.asarray(slides).astype(str)})
-    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False).Z_corr
-    if result.shape != lognorm.shape:  # Versions of harmonypy differ.
-        result = result.T
-    return np.ascontiguousarray(result, np.float32)
-
-
 def mean_and_variance(values, spots):
     """((G,), (G,)) float64 of expression (N, G) over these spots, given by their numbers."""
     sums = squares = 0
@@ -303,61 +230,6 @@ def mean_and_variance(values, spots):
 
 
 # -------------------------------------------------------------------------------------- gene groups
-def choose_gene_groups(data, spots, published):
-    """Table group, gene, rank, whose attrs["source"] says where the groups are from.
-
-    They are HEG, HVG and MG of the data root's gene_sets.csv if `published` may be used and they
-    are there, else those of rank_genes. Other groups of that file are gene sets (study/gene_sets).
-    """
-    path = data.root / "gene_sets.csv"
-    table = pd.DataFrame()
-    if published and path.is_file():
-        listed = read_gene_sets(path)
-        table, source = listed[listed["group"].isin(GROUPS)].reset_index(drop=True), path.name
-    if table.empty:
-        table, source = rank_genes(data, spots), "training spots"
-    table["rank"] = table.groupby("group").cumcount() + 1
-    table.attrs["source"] = source
-    return table
-
-
-def read_gene_sets(path):
-    """Table group, gene of a CSV of any groups; InputError as parse_gene_sets raises it."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise InputError(f"{path}: expected the columns group, gene ({error})") from None
-    return parse_gene_sets(text, path)
-
-
-def parse_gene_sets(text, path):
-    """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
-
-    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
-    for other columns and for a line that lacks a cell.
-    """
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    rows = io.StringIO(text, newline=None)
-    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
-    lines, columns = [], None
-    try:
-        for line in cells:
-            line = [cell.strip() for cell in line]
-            if columns is None:
-                columns = line.index("group"), line.index("gene")
-            elif any(line):
-                lines.append([line[column] for column in columns])
-                if not lines[-1][0]:
-                    raise ValueError("no group")
-    except (ValueError, LookupError, csv.Error):
-        expected = "expected the columns group, gene and a cell of each in every line"
-        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
-    if columns is None:
-        raise InputError(f"{path}: is empty; expected the columns group, gene")
-    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
-    return table[table["gene"] != ""].reset_index(drop=True)
-
-
 def rank_genes(data, spots):
     """Table group, gene: HEG and HVG are the 50 genes of the panel with the highest mean and
     variance of log-normalised expression over `spots` (numbers), MG the markers.
@@ -463,8 +335,9 @@ class Preset:
     stain: bool = False  # the strengths of the dyes are changed
 
 
-# A new augmentation is one more line here; AUG names it. MPA is the paper's, stnet the 8 symmetries
-# alone, and mpa_stain MPA with the dyes' strengths changed.
+# A new mix is one more line here, and AUG names it; a new operation is a module before the network,
+# as ColourAndBlur in script 23. MPA is the paper's, stnet the 8 symmetries alone, and mpa_stain MPA
+# with the dyes' strengths changed.
 AUGMENTATIONS = {
     "mpa": Preset(symmetries=True, warp=True),
     "mpa_stain": Preset(symmetries=True, warp=True, stain=True),
@@ -480,8 +353,8 @@ STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 def draw_augmentation(n, aug, generator, aspect="fixed"):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down,
     transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's and, if `aug`
-    changes stains, stain (n, 3, 3) as restain's. `aspect` is WARP_ASPECT. InputError for an unknown
-    name.
+    changes stains, stain (n, 3, 3) as change_stain's. `aspect` is WARP_ASPECT. InputError for an
+    unknown name.
     """
     if aug not in AUGMENTATIONS:
         raise InputError(f"augmentation {aug!r}: expected one of {', '.join(AUGMENTATIONS)}")
@@ -534,7 +407,7 @@ def augment(patches, symmetry, warped, affine, stain=None, border="reflect"):
         images[chosen] = warp(images[chosen], affine, border)
     if stain is None:
         return images
-    return restain(images, stain.to(images.device, non_blocking=True)).clamp(0, 255)
+    return change_stain(images, stain.to(images.device, non_blocking=True)).clamp(0, 255)
 
 
 def apply_symmetry(patches, symmetry):
@@ -608,7 +481,7 @@ def change_of_stain(strengths, dyes=DYES, become=DYES):
     return (torch.linalg.inv(dyes) @ strengths @ become).float()
 
 
-def restain(pixels, change):
+def change_stain(pixels, change):
     """(B, 3, S, S) pixel values 0..255 with their optical densities mapped by (B, 3, 3), float32.
 
     White stays white. What leaves 0..255 is not cut off, so that the inverse map undoes it.
@@ -621,75 +494,22 @@ def restain(pixels, change):
 OTHER_STAINING = change_of_stain(OTHER_STRENGTHS, DYES, OTHER_DYES)  # (3, 3)
 
 
-class RestainedPatches:
+class StainShiftedPatches:
     """Patches as another laboratory would have stained them, for [spots]: uint8 as they are."""
 
     def __init__(self, patches, change):
         self.patches = patches
         self.device = patches.device
-        self.change = change.to(patches.device)  # (3, 3) as restain's
+        self.change = change.to(patches.device)  # (3, 3) as change_stain's
 
     def __len__(self):
         return len(self.patches)
 
     def __getitem__(self, spots):
         images = self.patches[spots]
-        changed = restain(images, self.change.expand(len(images), 3, 3))
+        changed = change_stain(images, self.change.expand(len(images), 3, 3))
         changed = changed.round().clamp(0, 255).to(torch.uint8)
         return changed.contiguous(memory_format=torch.channels_last)
-
-
-def colour_statistics(patches):
-    """40 colour and texture statistics a patch, (n, 224, 224, 3) uint8 -> (n, 40) float64.
-
-    They are all that the baseline knows of a patch: mean, sd and three percentiles of red, green,
-    blue; these and the skewness of the two dyes' densities (Ruifrok and Johnston 2001); mean and sd
-    of saturation; gradients and contrast of grey at three scales and gradients of hematoxylin;
-    fractions of dark and of white pixels.
-    """
-    dyes = torch.tensor(DYES)
-    unmix = torch.linalg.inv(dyes / dyes.norm(dim=1, keepdim=True))[:, :2]
-    # Filled in place: small results kept between large ones would keep the memory of all of them.
-    statistics = np.empty((len(patches), 40))
-    for part in parts_of(len(patches), 16):  # So few stay in the processor's caches.
-        rgb = torch.from_numpy(patches[part]).permute(0, 3, 1, 2).float().div(255)
-        rgb = F.avg_pool2d(rgb, 2)
-        density = -torch.log(rgb.clamp_min(1 / 255))
-        stains = torch.einsum("bchw,cd->bdhw", density, unmix)
-        colours = describe_colours(torch.cat([rgb, stains], 1).flatten(2))
-        statistics[part] = torch.cat([colours, describe_texture(rgb, stains)], 1).numpy()
-    return statistics
-
-
-def describe_colours(values):
-    """(B, 27): mean, sd, skewness (of the last two) and percentiles of channels (B, 5, pixels)."""
-    mean, sd = values.mean(2), values.std(2)
-    centred = values[:, 3:] - mean[:, 3:, None]
-    skewness = (centred**3).mean(2) / sd[:, 3:].clamp_min(1e-6) ** 3
-    some = values[:, :, ::4]
-    percentiles = some.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 0, 2).flatten(1)
-    return torch.cat([mean, sd, skewness, percentiles], 1)
-
-
-def describe_texture(rgb, stains):
-    """(B, 13): saturation, gradients and contrast at three scales, fractions of dark and white."""
-    saturation = (1 - rgb.amin(1) / rgb.amax(1).clamp_min(1e-3)).flatten(1)
-    grey, hematoxylin = rgb.mean(1, keepdim=True), stains[:, :1]
-    columns = [saturation.mean(1), saturation.std(1)]
-    for scale in (1, 2, 4):
-        coarse = F.avg_pool2d(grey, scale)
-        columns.append(mean_gradient(coarse))
-        columns.append(mean_gradient(F.avg_pool2d(hematoxylin, scale)))
-        columns.append(coarse.std((1, 2, 3)))
-    columns.append((grey < 0.4).float().mean((1, 2, 3)))
-    columns.append((grey > 0.85).float().mean((1, 2, 3)))
-    return torch.stack(columns, 1)
-
-
-def mean_gradient(images):
-    """(B,): mean difference of neighbouring pixels of (B, 1, h, w), down plus across."""
-    down, across = images.diff(dim=2).abs(), images.diff(dim=3).abs()
-    return down.mean((1, 2, 3)) + across.mean((1, 2, 3))
 
 
 # -------------------------------------------------------------------------------------------- model

@@ -28,7 +28,7 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 import numpy as np
 import pandas as pd
-from compare_stages import describe_machine
+from compare_stages import describe_host
 from scipy.spatial.distance import cdist
 
 import common
@@ -79,7 +79,7 @@ def make_slide(root, random):
     return predictions, truth, true
 
 
-def check_places(places, reach):
+def check_field(places, reach):
     """{column: value} of SLIDES slides at these places (n, 2), their fields' range `reach`."""
     covariance = np.exp(-cdist(places, places) / reach) + 1e-8 * np.eye(len(places))
     root, one_slide = np.linalg.cholesky(covariance), np.ones(len(places))
@@ -118,12 +118,12 @@ def main():
     lines = []
     for name, (places, ranges) in kinds.items():
         for reach in ranges:
-            lines.append({"places": name, "range": reach} | check_places(places, reach))
+            lines.append({"places": name, "range": reach} | check_field(places, reach))
             print(*(f"{key} {value:.3g}" for key, value in lines[-1].items() if key != "places"))
     table = pd.DataFrame(lines)
     out = Path(OUT)
     shell.save_csv(out / "intervals.csv", table)
-    shell.save_json(out / "machine.json", describe_machine())
+    shell.save_json(out / "machine.json", describe_host())
     print(table.round(3).to_string(index=False))
 
 

@@ -32,10 +32,11 @@ import pandas as pd
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from compare_stages import describe_machine
+from compare_stages import describe_host
 from scipy.ndimage import gaussian_filter
 
 import common
+from slides.colour import colour_statistics
 from study import conformal, similarity, splitting
 
 # ---------------------------------------------------------------------------------------- constants
@@ -47,12 +48,12 @@ SETTING = "tf_efficientnet_lite0"  # of RUN, a network
 # --------------------------------------------------------------------------------------------------
 
 
-def restain(patches):
+def shift_stain(patches):
     """Patches (n, 224, 224, 3) uint8 as 23 stains them otherwise."""
     stored = common.MappedPatches(torch.from_numpy(patches), common.PATCH_SIZE)
-    restained = common.RestainedPatches(stored, common.OTHER_STAINING)
+    shifted = common.StainShiftedPatches(stored, common.OTHER_STAINING)
     parts = torch.arange(len(patches)).split(64)
-    return np.concatenate([restained[part].permute(0, 2, 3, 1).numpy() for part in parts])
+    return np.concatenate([shifted[part].permute(0, 2, 3, 1).numpy() for part in parts])
 
 
 def blur(patches, sigma):
@@ -71,7 +72,7 @@ def show_half(patches):
 
 CHANGES = {
     "as it is": lambda patches: patches,
-    "restained": restain,
+    "stain shift": shift_stain,
     "blurred, 2 px": lambda patches: blur(patches, 2),
     "blurred, 4 px": lambda patches: blur(patches, 4),
     "half the side": show_half,
@@ -105,7 +106,7 @@ def measure_slides(data, label):
         patches = data.patches[np.flatnonzero(slides == slide)].numpy()
         others = np.setdiff1d(slides, [slide])
         for change, apply in CHANGES.items():
-            colour = common.colour_statistics(apply(patches))
+            colour = colour_statistics(apply(patches))
             for learnt in [others, *([other] for other in others)]:
                 line = {"trained": label, "by": ",".join(map(str, learnt)), "slides": len(learnt)}
                 line |= {"seen": label, "slide": slide, "change": change}
@@ -113,7 +114,7 @@ def measure_slides(data, label):
     return lines
 
 
-def measure_distances():
+def compare_slides():
     """Table of compare within DATA_ROOT, within OTHER_ROOT and from one to the other."""
     roots = {Path(root).name: common.load_dataset(root, "lognorm") for root in
              (DATA_ROOT, OTHER_ROOT)}  # fmt: skip
@@ -142,7 +143,7 @@ def summarise(table):
     return pd.DataFrame(lines)
 
 
-def read_split(data, folder, recipe):
+def read_split_of_run(data, folder, recipe):
     """The Split of a setting's folder, by its split.csv."""
     read = shell.read_csv(folder / "split.csv", ("id", "role"), ())
     roles = data.spots["id"].map(read.set_index("id")["role"]).fillna("").to_numpy("U5")
@@ -152,7 +153,7 @@ def read_split(data, folder, recipe):
 def measure_network(data, folder):
     """Lines of the network in a setting's folder on its test slide, as it is and changed."""
     recipe = json.loads((folder / "recipe.json").read_text()) | {"PRETRAINED": False}
-    split = read_split(data, folder, recipe)
+    split = read_split_of_run(data, folder, recipe)
     model = common.build_model(recipe, len(split.data.genes), 0)
     state = safetensors.torch.load_file(folder / "weights.safetensors")
     model.load_state_dict(state)
@@ -170,7 +171,7 @@ def measure_network(data, folder):
         seen = common.predict(model, placed, range(len(test)), dtype=dtype, tta=recipe["TTA"])
         coverage = conformal.measure_coverage(seen, truth, half_widths)
         line = {"slide": split.slides("test")[0], "change": change}
-        line |= compare(training, common.colour_statistics(patches))
+        line |= compare(training, colour_statistics(patches))
         line["HEG r"] = common.pearson_per_gene(seen[:, heg], truth[:, heg]).mean()
         line |= {name: share[heg].mean() for name, share in coverage.items()}
         line["least, a gene"] = coverage["coverage_80"][heg].min()
@@ -180,9 +181,9 @@ def measure_network(data, folder):
 
 def main():
     out = Path(OUT)
-    table = measure_distances()
+    table = compare_slides()
     shell.save_csv(out / "distances.csv", table)
-    shell.save_json(out / "machine.json", describe_machine())
+    shell.save_json(out / "machine.json", describe_host())
     print(summarise(table).to_string(index=False))
     if not RUN:
         return

@@ -46,7 +46,7 @@ from torch import nn
 import common
 from slides import imaging
 from slides.positions import read_positions
-from study import recipes, ridges, runs, shell
+from study import exports, recipes, ridges, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -74,7 +74,7 @@ TRAINED_BY = recipes.PAPER | {
 }
 
 
-def describe_machine():
+def describe_host():
     """What a number depends on: the machine and the commit."""
     device = common.find_device({"DEVICE": "auto"})
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -369,7 +369,7 @@ def compare_ridges(folder):
         return ridges.Shrinkage(float(ridges.ALPHAS[number]), int(rank))
 
     def here():
-        return ridges.choose_shrinkage(prepare(), spots, table)
+        return ridges.choose_shrinkage(prepare(), spots, table)[0]
 
     assert conventionally() == here()
     pairs = alternate(REPEATS, conventionally, here)
@@ -399,7 +399,7 @@ def compare_table(folder):
     whole = spots.join(pd.DataFrame(values, columns=genes))
 
     write_conventionally = functools.partial(whole.to_csv, path, index=False)
-    write_here = functools.partial(common.save_expression, path, spots, values, genes)
+    write_here = functools.partial(exports.save_expression, path, spots, values, genes)
     np.save(folder / "lognorm.npy", values)
 
     def read_conventionally():
@@ -429,7 +429,7 @@ def main():
     if ONLY not in ("", *STAGES):
         raise shell.InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
     out = Path(OUT)
-    machine = describe_machine()
+    machine = describe_host()
     print(json.dumps(machine))
     rows = []
     for name, compare in STAGES.items():

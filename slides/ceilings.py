@@ -16,8 +16,8 @@ def counting_ceiling(counts, totals):
     counts as signal, so this is an upper bound. Deterministic.
 
     The fit gives some spread to genes of one rate as well: what it gives them, c0, is taken off, as
-    (c^6 - c0^6)^(1/6). That rule is empirical: it leaves simulated genes with little variation the
-    least bias and changes next to nothing of others (docs/trust.md).
+    ((c^6 - c0^6) / (1 - c0^6))^(1/6). That rule is empirical: it leaves simulated genes with little
+    variation the least bias and changes next to nothing of others (docs/trust.md).
     """
     counts, totals = np.asarray(counts), np.asarray(totals, np.float64)
     noise = ceiling_of_noise(counts.sum(0), totals) ** 6

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 import common
+from study import panels
 
 LEVELS = {"80": 0.80, "95": 0.95}  # share of spots that an interval is to hold
 
@@ -40,7 +41,7 @@ def compare_spread(split, truth):
     A slide that validates alone may be deeper and calmer than slides are. It is 1 where spots of
     every slide validate.
     """
-    reported = common.GenesOf(truth, split.reported)
+    reported = panels.GenesOf(truth, split.reported)
     slide_of = split.data.spots["tissue_index"].to_numpy()
     spots = split.spots("train", "valid")
     variances = {}

@@ -44,22 +44,22 @@ def read_embeddings(path):
     """The Embeddings of an .h5. InputError where it is none, or its parts do not fit together."""
     try:
         with h5py.File(path) as file:
-            values = read_values(path, find_dataset(path, file, VALUES))
-            barcodes = find_dataset(path, file, BARCODES, needed=False)
+            values = read_values(path, find_values(path, file, VALUES))
+            barcodes = find_values(path, file, BARCODES, needed=False)
             if barcodes is not None:
-                return Embeddings(values, read_barcodes(path, barcodes, len(values)))
-            coords = find_dataset(path, file, ("coords",), needed=False)
+                return Embeddings(values, read_embedded_barcodes(path, barcodes, len(values)))
+            coords = find_values(path, file, ("coords",), needed=False)
             if coords is None:
                 raise InputError(
                     f"{path}: holds {', '.join(file)}; expected barcodes or coords, which tell "
                     f"the spots: {HOW_TO}"
                 )
-            return Embeddings(values, None, *read_centres(path, coords, len(values)))
+            return Embeddings(values, None, *read_patch_centres(path, coords, len(values)))
     except (OSError, RuntimeError, UnicodeDecodeError) as error:  # of h5py, whatever is damaged
         raise InputError(f"{path}: not a whole .h5 ({error}): make it again") from None
 
 
-def find_dataset(path, file, names, needed=True):
+def find_values(path, file, names, needed=True):
     """The dataset of an open file that has one of the names; None where none is and none is
     needed.
     """
@@ -93,7 +93,7 @@ def read_values(path, dataset):
         return values.astype(np.float32)
 
 
-def read_barcodes(path, dataset, count):
+def read_embedded_barcodes(path, dataset, count):
     """(m,) texts of a dataset of `count` of them, of shape (m,) or (m, 1)."""
     if h5py.check_string_dtype(dataset.dtype) is None:
         raise InputError(f"{path}: {dataset.name.strip('/')} are {dataset.dtype}; expected texts")
@@ -104,7 +104,7 @@ def read_barcodes(path, dataset, count):
     return barcodes
 
 
-def read_centres(path, dataset, count):
+def read_patch_centres(path, dataset, count):
     """((m, 2) centres in px, side in px) of `count` patches, of TRIDENT's coords."""
     corners, side = read_whole(dataset), dataset.attrs.get("patch_size_level0")
     if corners.shape != (count, 2) or corners.dtype.kind not in "fiu":
@@ -164,7 +164,7 @@ def embed_spots(path, slide, spots):
     return values
 
 
-def place_patches(path):
+def find_patch_centres(path):
     """The positions of a file's patches, as read_positions gives those of spots.
 
     InputError where it holds barcodes in place of coords.
@@ -296,7 +296,7 @@ def settings_of(models, baseline):
 def ridge_on(model, row):
     """A method, given a Model: the ridge on its embeddings, whose coefficients are kept."""
     embedded = model.read(row.split.data.spots)
-    row.model, shrinkage = methods.fit_ridge(row.split, embedded, row.split.spots("train"))
+    row.model, shrinkage = methods.learn_ridge(row.split, embedded, row.split.spots("train"))
     row.note(weights=f"{model.name}, {model.width}", **shrinkage._asdict())
     return row.model.predict(embedded[row.split.scored()])
 

@@ -61,32 +61,14 @@ def find_chance(predicted, truth, slides, places):
 
 def measure_gene_errors(predicted, truth, slides, places):
     """(standard error, degrees of freedom), (G,) each, of each gene's r: intervals.measure_error of
-    find_gene_influence, a part of the genes at a time.
+    intervals.find_gene_influence, a part of the genes at a time.
     """
     parts = []
     for genes in common.parts_of(predicted.shape[1], common.GENES_AT_ONCE):
-        influence = find_gene_influence(predicted[:, genes], truth[:, genes], slides)
+        influence = intervals.find_gene_influence(predicted[:, genes], truth[:, genes], slides)
         parts.append(intervals.measure_error(influence, slides, places))
     errors, freedoms = zip(*parts, strict=True)
     return np.concatenate(errors), np.concatenate(freedoms)
-
-
-def find_gene_influence(predicted, truth, slides):
-    """(n, G) by how much each spot moves each gene's r, the mean over the slides (n,): what
-    intervals.find_influence gives for a group of one gene.
-    """
-    inside = [slides == slide for slide in np.unique(slides)]
-    r = np.array([common.pearson_per_gene(predicted[part], truth[part]) for part in inside])
-    n_slides = np.isfinite(r).sum(0)
-    influence = np.zeros(predicted.shape)
-    for part, r_of_slide in zip(inside, r, strict=True):
-        defined = np.flatnonzero(np.isfinite(r_of_slide))
-        x = intervals.standardise(predicted[part][:, defined])
-        y = intervals.standardise(truth[part][:, defined])
-        moved = (x * y - r_of_slide[defined] * (x**2 + y**2) / 2) / part.sum()
-        influence[np.ix_(part, defined)] = moved / n_slides[defined]
-    influence[:, n_slides == 0] = np.nan
-    return influence
 
 
 def find_claim(spots, roles):
@@ -160,7 +142,7 @@ def choose_scale(judged, candidates):
     return None if best == "r" else best.removeprefix("r_")
 
 
-def describe_genes(described, judged, candidates):
+def tell_of_genes(described, judged, candidates):
     """[(word, text)] for the lines that tell how many genes are believed, what validation can
     claim, and at which scale the candidates among them hold.
     """

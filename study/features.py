@@ -99,7 +99,7 @@ def encode_patches(patches, constants, seed, tta, kept):
     path = None
     if kept:
         folder, of_patches = kept
-        path = folder / name_file(of_patches, model, recipe, device, dtype, tta)
+        path = folder / name_features(of_patches, model, recipe, device, dtype, tta)
         features = read_kept(path, (len(patches), sum(model.widths)))
         if features is not None:
             return features, model.widths
@@ -112,7 +112,7 @@ def encode_patches(patches, constants, seed, tta, kept):
 
 
 # -------------------------------------------------------------------------------------------- files
-def name_file(of_patches, model, recipe, device, dtype, tta):
+def name_features(of_patches, model, recipe, device, dtype, tta):
     """The name of a file of features: the start of the patches' hash, and a hash of all else that
     they follow from.
     """

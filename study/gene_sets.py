@@ -19,7 +19,7 @@ import pandas as pd
 import common
 from common import GROUPS
 from slides import inputs
-from study import intervals, printing, recipes, recording, shell
+from study import intervals, panels, printing, recipes, recording, shell
 from study.shell import InputError
 
 LEAST = 5  # genes of a set in the panel, of which fewer say little
@@ -39,10 +39,10 @@ def read_sets(path):
 
     InputError, in one line that names the file and its line, for anything else.
     """
-    text = read_text(path)
+    text = read_listing(path)
     head = re.split(r"[,;\t]", text.partition("\n")[0])
     if {"group", "gene"} <= {cell.strip(' "\r') for cell in head}:
-        table = common.parse_gene_sets(text, path)
+        table = panels.parse_gene_sets(text, path)
         sets = {name: part.tolist() for name, part in table.groupby("group", sort=False)["gene"]}
     else:
         sets = parse_gmt(text, path)
@@ -53,7 +53,7 @@ def read_sets(path):
     return {name: list(dict.fromkeys(genes)) for name, genes in sets.items()}
 
 
-def read_text(path):
+def read_listing(path):
     """The text of a file, plain or gzipped; InputError where it is none."""
     try:
         text = inputs.decode_text(inputs.read_bytes(path))
@@ -227,7 +227,7 @@ def score_row(folder, lines, members):
         found.append({name: shell.none_for_nan(value) for name, value in scores.items()})
         headline = recipes.headline_of(line["protocol"])
         if line["split"] == "test" and line["truth"] == headline.truth:
-            influence = recording.place_spots(scored.obs).join(moved)
+            influence = recording.locate_spots(scored.obs).join(moved)
     return found, influence
 
 
@@ -273,7 +273,7 @@ def score_line(line, table, predicted, truth, inside):
         genes = table.var_names
         parts.append(intervals.find_influence(predicted, truth, table.obs, genes, members, pooled))
     moved = pd.concat(parts, axis=1)
-    limits = recording.describe_intervals(values, moved, recording.place_spots(table.obs))
+    limits = recording.describe_intervals(values, moved, recording.locate_spots(table.obs))
     del limits["interval_df"]  # The row has it.
     return values | limits, moved
 
@@ -310,7 +310,7 @@ def describe_sets(lines, names, out):
         limits = find_mean_intervals(group, names, out)
         for name in (*GROUPS, *names):
             key = PREFIX + name if name in names else name.lower()
-            column = key + ("" if name in names else recording.headline_of(group).ending)
+            column = key + ("" if name in names else recording.headline_of_lines(group).ending)
             if not group[f"{key}_n"].any():
                 continue
             table.append(
@@ -334,7 +334,7 @@ def mean_of_units(lines, column):
     """A column's mean of each slide, or of each training where there is one slide, as the table of
     scores has it.
     """
-    headline = recording.headline_of(lines)
+    headline = recording.headline_of_lines(lines)
     units = headline.unit if lines[headline.unit].nunique() > 1 else ["seed", "fold"]
     return lines.astype({column: float}).groupby(units)[column].mean()
 
@@ -343,7 +343,7 @@ def find_mean_intervals(lines, names, out):
     """{key of a set or group, or <key>_score: text of the interval of its mean over slides} of a
     setting's lines; {} of spots that are not tested on, or against another truth.
     """
-    headline = recording.headline_of(lines)
+    headline = recording.headline_of_lines(lines)
     if (lines["split"] != "test").any() or (lines["truth"] != headline.truth).any():
         return {}
     groups = [group.lower() for group in GROUPS]

@@ -24,30 +24,43 @@ LAID = 199  # times that a prediction is laid on the slide otherwise, to see wha
 # ---------------------------------------------------------------------------------------- intervals
 def find_influence(predicted, truth, spots, genes, members, pooled=False):
     """Table (n, 4) heg, hvg, mg, all: by how much each spot moves the group's mean r, to first
-    order: the influence function of r (Devlin, Gnanadesikan and Kettenring 1975) over n.
+    order: the mean of find_gene_influence over its genes that have an r; NaN where none has.
 
     Of several slides r is the mean over them or, `pooled`, that over all their spots at once.
     """
     slides = spots["tissue_index"].to_numpy()
     if pooled:
         slides = np.zeros_like(slides)
+    inside = np.column_stack([np.isin(genes, group) for group in members.values()])
+    moved = np.zeros((len(spots), len(members)))
+    counted = np.zeros(len(members))
+    for some in parts_of(len(genes), common.GENES_AT_ONCE):
+        of_genes = find_gene_influence(predicted[:, some], truth[:, some], slides)
+        defined = np.isfinite(of_genes[0])
+        weights = inside[some][defined].astype(np.float64)
+        moved += of_genes[:, defined] @ weights
+        counted += weights.sum(0)
+    moved /= np.where(counted > 0, counted, np.nan)
+    return pd.DataFrame(moved, columns=list(members))
+
+
+def find_gene_influence(predicted, truth, slides):
+    """(n, G) by how much each spot moves each gene's r, the mean over the slides (n,), to first
+    order: the influence function of r (Devlin, Gnanadesikan and Kettenring 1975) over the slide's
+    spots. NaN for a gene without an r.
+    """
     inside = [slides == slide for slide in np.unique(slides)]
     r = np.array([pearson_per_gene(predicted[part], truth[part]) for part in inside])
     n_slides = np.isfinite(r).sum(0)
-    weights = pd.DataFrame({key: np.isin(genes, group) for key, group in members.items()})
-    weights = weights.to_numpy() * (n_slides > 0)[:, None]
-    weights = weights / np.maximum(weights.sum(0), 1) / np.maximum(n_slides, 1)[:, None]
-    moved = np.zeros((len(spots), weights.shape[1]))
+    influence = np.zeros(predicted.shape)
     for part, r_of_slide in zip(inside, r, strict=True):
         defined = np.flatnonzero(np.isfinite(r_of_slide))
-        for some in parts_of(len(defined), common.GENES_AT_ONCE):
-            chosen = defined[some]
-            x = standardise(predicted[part][:, chosen])
-            y = standardise(truth[part][:, chosen])
-            moved_r = x * y - r_of_slide[chosen] * (x**2 + y**2) / 2
-            moved[part] += moved_r @ weights[chosen] / part.sum()
-    moved[:, weights.sum(0) == 0] = np.nan
-    return pd.DataFrame(moved, columns=list(members))
+        x = standardise(predicted[part][:, defined])
+        y = standardise(truth[part][:, defined])
+        moved = (x * y - r_of_slide[defined] * (x**2 + y**2) / 2) / part.sum()
+        influence[np.ix_(part, defined)] = moved / n_slides[defined]
+    influence[:, n_slides == 0] = np.nan
+    return influence
 
 
 def standardise(values):

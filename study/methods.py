@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
+from slides.colour import colour_statistics
 from study import conformal, evidence, recipes, ridges, shell, similarity, splitting
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
@@ -44,7 +45,7 @@ def start_network(row):
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
     if starts_as_ridge:
         features, scale = freeze_features(recipe, split)
-        ridge, shrinkage = fit_ridge(split, features, split.spots("train"))
+        ridge, shrinkage = learn_ridge(split, features, split.spots("train"))
         ridges.start_as_ridge(model, ridge, scale)
         row.note(**shrinkage._asdict())
     return model
@@ -65,7 +66,7 @@ def network_of_no_epoch(row):
 
 
 # ------------------------------------------------------------------------------------------- ridges
-def fit_ridge(split, features, spots, full_rank=False):
+def learn_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
     data = split.data
     return ridges.fit_ridge(features, data.target, spots, data.spots, split.reported, full_rank)
@@ -75,7 +76,7 @@ def predict_by_ridge(row, features, seen, full_rank=False):
     """The prediction (n, G) from features `seen` (n, F) of the ridge that the training spots teach
     on `features` (N, F).
     """
-    ridge, shrinkage = fit_ridge(row.split, features, row.split.spots("train"), full_rank)
+    ridge, shrinkage = learn_ridge(row.split, features, row.split.spots("train"), full_rank)
     row.note(**shrinkage._asdict())
     return ridge.predict(seen)
 
@@ -244,7 +245,7 @@ def describe_trust(split, recipe, predicted):
     }
 
 
-def predict_again(trained, row, restained=False, wrap=None):
+def predict_again(trained, row, stain_shift=False, wrap=None):
     """A method, given a row that is trained: its weights predict the scored spots once more, by
     another recipe or on slides that another laboratory would have stained.
 
@@ -256,8 +257,8 @@ def predict_again(trained, row, restained=False, wrap=None):
     model.load_state_dict(safetensors.torch.load_file(trained.folder / "weights.safetensors"))
     network = network.to(row.device, memory_format=torch.channels_last)
     patches = row.place_patches()
-    if restained:
-        patches = common.RestainedPatches(patches, common.OTHER_STAINING)
+    if stain_shift:
+        patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     kept = ("weights", "steps", "best_epoch", *PARAMETERS)
     row.note(**{name: trained.lines[0][name] for name in kept})
     return row.predict(network, patches)
@@ -271,15 +272,15 @@ def ridge_on_colour(row):
     return apply_ridge_to(row, row.split.data.annotations.obsm["colour"])
 
 
-def ridge_on_other_colours(row):
+def ridge_under_stain_shift(row):
     """A method: ridge_on_colour of slides that another laboratory would have stained."""
     data = row.split.data
     patches = common.MappedPatches(data.patches, common.PATCH_SIZE)
-    patches = common.RestainedPatches(patches, common.OTHER_STAINING)
+    patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     colour = np.full(data.annotations.obsm["colour"].shape, np.nan)
     for spots in torch.from_numpy(row.split.scored()).split(64):
-        restained = patches[spots].permute(0, 2, 3, 1).numpy()
-        colour[spots.numpy()] = common.colour_statistics(restained)
+        shifted = patches[spots].permute(0, 2, 3, 1).numpy()
+        colour[spots.numpy()] = colour_statistics(shifted)
     return apply_ridge_to(row, colour)
 
 

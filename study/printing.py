@@ -109,7 +109,7 @@ def describe_scores(lines, interval, sizes, n_genes):
     `lines` is a table of its lines of rows.csv, one or several, and `interval` that of their
     headline's mean; `sizes` as of group_sizes, `n_genes` of the panel.
     """
-    if recording.headline_of(lines) is recipes.OF_HEST:
+    if recording.headline_of_lines(lines) is recipes.OF_HEST:
         return describe_hest(lines, interval, n_genes)
     over = "slide" if lines["slide"].nunique() > 1 else ["seed", "fold"]
     columns = {"HEG": format_mean(lines.groupby(over)["heg"].mean())}

@@ -90,7 +90,7 @@ ALLOWED = {
     "BLEEP_EPOCHS": (1, 10**6),
     "BLEEP_BATCH": (2, 10**6),
     "MICRO_BATCH": (3, 999),
-    "SURROUNDINGS": (0.5, 5),
+    "NEIGHBOURHOOD": (0.5, 5),
 }
 
 

@@ -87,12 +87,12 @@ def score_split(setting, recipe, split, predicted, more):
     usual = {
         truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
     }
-    lines, influence = [], place_spots(data.spots.iloc[split.spots("test")])
+    lines, influence = [], locate_spots(data.spots.iloc[split.spots("test")])
     per_gene = pd.DataFrame(index=pd.Index(data.genes, name="gene"))
     for role, (truth, values) in itertools.product(roles, truths.items()):
         at = split.roles[scored] == role
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
-        genes = score_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
+        genes = tabulate_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
             p, q = intervals.compare_with_chance(x, y, *part_places(influence))
             genes = genes.assign(p=p, q=q)
@@ -126,7 +126,7 @@ def score_split(setting, recipe, split, predicted, more):
 PLACE = ["tissue_index", "column", "row"]  # of influence.csv: where a spot lies, in pitches
 
 
-def place_spots(spots):
+def locate_spots(spots):
     """Table (n, 3) of PLACE."""
     places = common.places_in_pitches(spots).set_axis(PLACE[1:], axis=1)
     places.insert(0, PLACE[0], spots[PLACE[0]])
@@ -171,7 +171,7 @@ def name_ceilings(recipe, split, role, truth):
     return []
 
 
-def score_genes(data, predicted, truth, spots, ceilings):
+def tabulate_genes(data, predicted, truth, spots, ceilings):
     """A line a gene: common.score_genes, its mean expression and GENE_COLUMNS, the mean over the
     var columns with the endings `ceilings`.
     """
@@ -208,7 +208,7 @@ def summarise_genes(genes, members):
 
 
 # -------------------------------------------------------------------------------------- differences
-def headline_of(lines):
+def headline_of_lines(lines):
     """The recipes.Headline of these lines, dicts or a table, all of one protocol."""
     protocols = pd.DataFrame(lines)["protocol"]
     return recipes.headline_of(next(iter(protocols), None))
@@ -219,7 +219,7 @@ def select_lines(lines, role="test", truth=None):
     trainings.
     """
     table = pd.DataFrame(lines)
-    truth = truth or headline_of(table).truth
+    truth = truth or headline_of_lines(table).truth
     chosen = (table["split"] == role) & (table["truth"] == truth)
     table = table[chosen].copy()
     empty = table.columns[table.isna().all()]
@@ -233,7 +233,7 @@ def join_influence(lines, out):
 
     Of several trainings on one of them a spot's influence is the mean.
     """
-    headline = headline_of(lines)
+    headline = headline_of_lines(lines)
     keys = [group.lower() for group in (*GROUPS, "all")]
     columns = {f"{headline.truth}_{key}{headline.ending}": key for key in keys}
     return join_columns(lines, out, "influence.csv", columns)
@@ -243,7 +243,7 @@ def join_columns(lines, out, name, columns):
     """As join_influence, of the `columns` {column: what to call it} of the file `name` in each of
     the lines' folders.
     """
-    units = lines.groupby(headline_of(lines).unit)["folder"]
+    units = lines.groupby(headline_of_lines(lines).unit)["folder"]
     parts = []
     for _, folders in units:
         for folder in folders:
@@ -259,7 +259,7 @@ def find_mean_interval(lines, out, group):
     """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
     undefined.
     """
-    headline = headline_of(lines)
+    headline = headline_of_lines(lines)
     influence, places = join_influence(lines, out)
     (error,), (freedom,) = measure_errors(influence[[group]], places)
     value = lines.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
@@ -272,7 +272,7 @@ def find_headline_interval(lines, out):
     """
     interval = None
     if (lines["split"] == "test").all():
-        interval, _ = find_mean_interval(lines, out, headline_of(lines).group.lower())
+        interval, _ = find_mean_interval(lines, out, headline_of_lines(lines).group.lower())
     return interval or [np.nan, np.nan]
 
 
@@ -283,7 +283,7 @@ def pair_differences(lines, out, minus):
     NaN where r is not defined for equally many genes.
     """
     table = select_lines(lines).sort_values(["seed", "fold"])
-    ending = headline_of(lines).ending
+    ending = headline_of_lines(lines).ending
     differences = []
     for setting, other in minus.items():
         ones = table[table["setting"] == setting].reset_index()

@@ -15,7 +15,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 import common
-from study import splitting
+from study import panels, splitting
 from study.shell import InputError
 
 # In units of the features' mean squared length; so wide that its ends are not chosen.
@@ -81,12 +81,15 @@ class Centred:
             group = self.group_of[at]
             yield self.features[at] - self.x_means[group], self.target[at] - self.y_means[group]
 
-    def moments(self, spots):
-        """Moments over these spots."""
+    def moments(self, spots, xx=None):
+        """Moments over these spots, of which the products `xx` may be known already."""
         width, n_genes = self.features.shape[1], self.target.shape[1]
-        xx, xy = np.zeros((width, width)), np.zeros((width, n_genes))
+        is_known = xx is not None
+        xx = xx if is_known else np.zeros((width, width))
+        xy = np.zeros((width, n_genes))
         for x, y in self.parts(spots):
-            xx += x.T @ x
+            if not is_known:
+                xx += x.T @ x
             xy += x.T @ y
         return Moments(xx, xy)
 
@@ -108,11 +111,11 @@ def fit_ridge(features, target, spots, table, leading, full_rank=False):
     """
     slides = table["tissue_index"].to_numpy()
     features, axes = turn_to_span(features, spots, slides)
-    of_leading = Centred(features, common.GenesOf(target, leading), spots, slides)
-    shrinkage = choose_shrinkage(of_leading, spots, table, full_rank)
+    of_leading = Centred(features, panels.GenesOf(target, leading), spots, slides)
+    shrinkage, xx = choose_shrinkage(of_leading, spots, table, full_rank)
     centred = Centred(features, target, spots, slides)
     penalty = shrinkage.alpha * centred.mean_squared_length
-    ridge = solve_ridge(centred, spots, penalty, shrinkage.rank, leading)
+    ridge = solve_ridge(centred, spots, penalty, shrinkage.rank, leading, xx)
     if axes is not None:
         ridge = Ridge(axes @ ridge.weight, ridge.bias)
     return ridge, shrinkage
@@ -169,30 +172,33 @@ def find_libraries():
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):
-    """The Shrinkage with the least squared error of all genes of `centred` in folds of spatial
-    blocks.
+    """(the Shrinkage with the least squared error of all genes of `centred` in folds of spatial
+    blocks, the products of features (F, F) over all spots, which the folds share).
     """
     penalties = ALPHAS * centred.mean_squared_length
     gained = 0
-    for train, learnt, judged in measure_folds(centred, spots, table):
+    folds, xx = measure_folds(centred, spots, table)
+    for train, learnt, judged in folds:
         axes = find_axes(centred, train, learnt.xx)
         with on_one_core():
             gained = gained + measure_gains(*axes, learnt.xy, judged, penalties)
     # What every alpha (row) explains by the first, the first two, ... patterns (columns).
     explained = gained.cumsum(1)
     if full_rank:
-        return Shrinkage(float(ALPHAS[explained[:, -1].argmax()]), rank=None)
+        return Shrinkage(float(ALPHAS[explained[:, -1].argmax()]), rank=None), xx
     alpha, last = np.unravel_index(explained.argmax(), explained.shape)
-    return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1)
+    return Shrinkage(float(ALPHAS[alpha]), rank=int(last) + 1), xx
 
 
 def measure_folds(centred, spots, table):
-    """Yield (spots to fit, their Moments, Moments of those held out) of every fold of choose_folds.
+    """([(spots to fit, their Moments, Moments of those held out)] of every fold of choose_folds,
+    the products xx (F, F) over all spots).
 
     Spots that play the same role in every fold are summed together, so that the products of none
     are taken twice.
     """
     folds = choose_folds(table.iloc[spots])
+    xx = np.zeros((centred.features.shape[1],) * 2)
     learnt = [centred.moments(spots[:0]) for _ in folds]
     judged = [centred.moments(spots[:0]) for _ in folds]
     # A row a fold; 0 is a spot in the fold's margin, which is neither.
@@ -200,13 +206,14 @@ def measure_folds(centred, spots, table):
     alike, group_of = np.unique(roles, axis=1, return_inverse=True)
     for group, roles_of_group in enumerate(alike.T):
         moments = centred.moments(spots[group_of == group])
+        xx += moments.xx
         for fold, role in enumerate(roles_of_group):
             if role == 1:
                 learnt[fold].add(moments)
             elif role == 2:
                 judged[fold].add(moments)
-    for (train, _), *of_fold in zip(folds, learnt, judged, strict=True):
-        yield spots[train], *of_fold
+    trains = [spots[train] for train, _ in folds]
+    return list(zip(trains, learnt, judged, strict=True)), xx
 
 
 def measure_gains(sizes, axes, xy, judged, penalties):
@@ -234,11 +241,11 @@ def measure_gains(sizes, axes, xy, judged, penalties):
     return gained
 
 
-def solve_ridge(centred, spots, penalty, rank=None, leading=None):
+def solve_ridge(centred, spots, penalty, rank=None, leading=None, xx=None):
     """The Ridge that is learnt on `spots` (numbers), of a `rank` by the genes `leading` (numbers)
-    if one is given.
+    if one is given. `xx` are the features' products over these spots, where they are known.
     """
-    moments = centred.moments(spots)
+    moments = centred.moments(spots, xx)
     penalised = moments.xx + penalty * np.eye(len(moments.xx))
     weight = scipy.linalg.solve(penalised, moments.xy, assume_a="pos")
     if rank is not None:

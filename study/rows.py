@@ -27,9 +27,8 @@ class Row:
 
     A method, method(row), returns the prediction (n, G) of row.split.scored(): it builds what
     row.recipe says, learns from row.split and leaves in the row what is to be kept of it (`fit`,
-    `note`). `fill` has it do so, once, and keeps the result in `folder`. With REFIT, `fill` asks
-    the method a second time, of a row whose validation spots train, too: these spots keep the first
-    prediction, and all others, the weights among them, are the second's.
+    `note`). `fill` has it do so, once (with REFIT twice, see `ask`), and keeps the result in
+    `folder`.
     """
 
     setting: str
@@ -137,7 +136,13 @@ class Row:
         return self
 
     def ask(self, method, refit):
-        """The method's prediction of the scored spots, after REFIT where it applies."""
+        """The method's prediction of the scored spots. Where REFIT applies, it is asked twice:
+
+        - without the validation spots, which select the epoch and keep this prediction;
+        - then anew, from the same start by the same schedule, with all spots of the slides of
+          training and validation, up to that epoch. All other spots get this prediction, and these
+          weights are saved.
+        """
         predicted = method(self)
         if not (refit and splitting.is_refitted(self.recipe, self.split)):
             return predicted

@@ -71,7 +71,8 @@ def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnin
     page = {
         "script": name,
         "title": f"{label}{name}, {data_root}",
-        "data_root": str(data_root),
+        # From the run's folder, so that it is found from any other.
+        "data_root": os.path.relpath(Path(data_root).resolve(), out.resolve()),
         "label": label,
         "folders": folders,
         "tables": tables,
@@ -219,7 +220,7 @@ class Run:
         lines = lines_of(self.rows if rows is None else rows)
         chosen = recording.select_lines(lines, role, truth)
         sizes = printing.group_sizes(self.splits[0])
-        headline = recording.headline_of(chosen)
+        headline = recording.headline_of_lines(chosen)
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         table = []
@@ -359,11 +360,13 @@ def choose_out(script, root):
     """
     out = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
     try:
-        other = Path(json.loads((out / "run.json").read_text())["data_root"])
+        other = Path(out, json.loads((out / "run.json").read_text())["data_root"])
     except (OSError, ValueError, LookupError, TypeError):
         return out
     if other.exists() and other.resolve() != root.resolve():
-        raise InputError(f"{out} holds the results of {other}: give another folder with --out")
+        raise InputError(
+            f"{out} holds the results of {other.resolve()}: give another folder with --out"
+        )
     return out
 
 

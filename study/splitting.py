@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 import common
 from common import SCORED
-from study import shell
+from study import panels, shell
 from study.shell import InputError
 
 
@@ -117,11 +117,11 @@ def make_split(data, roles, recipe, seed, fold):
     slides = data.spots["tissue_index"].to_numpy()
     train = np.flatnonzero(roles == "train")
     if recipe["TARGET"] == "harmony":
-        data = common.take_part(data, tuple(np.unique(slides[roles != ""])))
+        data = panels.take_part(data, tuple(np.unique(slides[roles != ""])))
     else:
-        data = common.restrict_panel(data, tuple(np.unique(slides[train])))
+        data = panels.restrict_panel(data, tuple(np.unique(slides[train])))
     published = recipe["TARGET"] == "harmony" and recipe["PROTOCOL"] == "paper"
-    groups = common.choose_gene_groups(data, train, published)
+    groups = panels.choose_gene_groups(data, train, published)
     return Split(data, roles, groups, seed, fold)
 
 

@@ -22,6 +22,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+import common
+from study import gene_sets, scales
+
 MISSING = 255  # the code of a value that is not there
 N_GENES = 50  # at most
 N_SPOTS = 20_000  # at most; of more, so many are drawn by chance
@@ -168,38 +171,32 @@ def as_viewer(tissue, sets, genes, shared=()):
 
 
 # ------------------------------------------------------------------------------------------ slides
-def score_set(values):
-    """(n,) mean over genes of the expression (n, G), standardised gene by gene; NaN where no gene
-    varies. Genes that are constant, or not finite, take no part.
-    """
-    with np.errstate(invalid="ignore"):
-        spread = values.std(0, dtype=np.float64)
-    varies = np.isfinite(spread) & (spread > 1e-6 * np.abs(values).max(0))
-    if not varies.any():
-        return np.full(len(values), np.nan)
-    chosen = values[:, varies].astype(np.float64)
-    return ((chosen - chosen.mean(0)) / spread[varies]).mean(1)
-
-
 def describe_r(r, where=""):
     """r as a caption has it."""
     return "r is not defined" if not np.isfinite(r) else f"r {r:.2f}{where}"
 
 
 def map_sets(groups, predicted, measured):
-    """{"HEG (50 genes)": [Map, ...], ...} of groups {name: numbers of genes}; `predicted` and
-    `measured` (n, G), or None.
+    """{"HEG: mean of 50 genes, standardised": [Map, ...], ...} of groups {name: numbers of genes};
+    `predicted` and `measured` (n, G), or None.
     """
+    groups = {name: numbers for name, numbers in groups.items() if len(numbers)}
+    members = np.zeros((predicted.shape[1], len(groups)), bool)
+    for column, numbers in enumerate(groups.values()):
+        members[numbers, column] = True
+    truth = predicted if measured is None else measured
+    one_slide = np.zeros(len(predicted))
+    scores, true_scores = gene_sets.find_scores(predicted, truth, one_slide, members)
+    r = common.pearson_per_gene(scores, true_scores)
     sets = {}
-    for name, numbers in groups.items():
-        if not len(numbers):
-            continue
-        maps = [Map("predicted", score_set(predicted[:, numbers]), "")]
-        if measured is not None:
-            truth = score_set(measured[:, numbers])
-            with np.errstate(invalid="ignore", divide="ignore"):
-                r = np.corrcoef(maps[0].values, truth)[0, 1] if len(truth) > 1 else np.nan
-            maps = [Map("measured", truth, ""), Map("predicted", maps[0].values, describe_r(r))]
+    for column, (name, numbers) in enumerate(groups.items()):
+        if measured is None:
+            maps = [Map("predicted", scores[:, column], "")]
+        else:
+            maps = [
+                Map("measured", true_scores[:, column], ""),
+                Map("predicted", scores[:, column], describe_r(r[column])),
+            ]
         sets[f"{name}: mean of {len(numbers)} genes, standardised"] = maps
     return sets
 
@@ -233,7 +230,7 @@ def read_columns(dataset, columns):
     return np.concatenate(parts)
 
 
-def choose_genes(var):
+def choose_shown(var):
     """Names of the genes of script 26 that are shown: those that it has drawn, then the others of
     HEG, HVG and MG that pass in validation, best first.
     """
@@ -245,7 +242,7 @@ def choose_genes(var):
     return [*drawn.index, *others.index][:N_GENES]
 
 
-def describe_validation(facts):
+def caption_validation(facts):
     """What validation says of a gene, a line of script 26's var, as a caption has it."""
     caption = describe_r(facts["valid_r"], " in validation")
     if facts.get("valid_high", np.nan) > facts.get("valid_low", np.nan):
@@ -260,7 +257,7 @@ def map_slide_gene(facts, predicted, layers, means):
     """[Map] of a gene of script 26: `facts` is its line of var, `predicted` (n,), `layers`
     {"measured", "low", "high": (n,)} as far as they are there, and `means` {scale: (n,)}.
     """
-    maps = [Map("predicted", predicted, describe_validation(facts))]
+    maps = [Map("predicted", predicted, caption_validation(facts))]
     for scale, values in means.items():
         caption = describe_r(facts[f"valid_r_{scale}"], " in validation")
         maps.append(Map(RADII[scale], values, caption))
@@ -276,12 +273,10 @@ def map_slide_gene(facts, predicted, layers, means):
 
 def show_slide(path):
     """as_viewer of predictions.h5ad of script 26."""
-    from study import scales  # Here, since it imports torch, which takes long.
-
     with h5py.File(path) as file:
         obs, var, uns = (anndata.io.read_elem(file[name]) for name in ("obs", "var", "uns"))
         places = file["obsm/spatial"][:]
-        genes = choose_genes(var)
+        genes = choose_shown(var)
         members = {name: var.index[var[name]] for name in GROUPS if name in var}
         needed = var.index[var.index.isin([*genes, *itertools.chain(*members.values())])]
         columns = var.index.get_indexer(needed)

@@ -27,7 +27,7 @@ from slides import inputs
 from slides.counts import check_counts, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
-from study import runs, shell
+from study import panels, runs, shell
 from study.shell import InputError
 
 
@@ -374,7 +374,7 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
 def test_gene_sets_csv_with_other_columns_names_the_line(tmp_path, text, line):
     (tmp_path / "gene_sets.csv").write_text(text)
     with pytest.raises(shell.InputError, match=f"gene_sets.csv, line {line}: .* group, gene"):
-        common.read_gene_sets(tmp_path / "gene_sets.csv")
+        panels.read_gene_sets(tmp_path / "gene_sets.csv")
 
 
 def test_pretrained_weights_without_a_network_name_the_way_out(
@@ -544,7 +544,7 @@ def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
     make_dataset(tmp_path)
     (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
     data = common.load_dataset(tmp_path, "lognorm")
-    groups = common.choose_gene_groups(data, np.arange(7), published=True)
+    groups = panels.choose_gene_groups(data, np.arange(7), published=True)
     members = common.members_of(groups, data.genes)
     assert (members["heg"], members["hvg"], members["mg"]) == (["G1"], ["G2"], [])
     code, _ = network_of(tmp_path, "--test-slide", 2)
@@ -594,7 +594,7 @@ READERS = {
     "matrix1/matrix.mtx": lambda root: read_checked(root / "matrix1"),
     "matrix1/barcodes.tsv": lambda root: read_checked(root / "matrix1"),
     "matrix1/features.tsv": lambda root: read_checked(root / "matrix1"),
-    "gene_sets.csv": lambda root: common.choose_gene_groups(
+    "gene_sets.csv": lambda root: panels.choose_gene_groups(
         SimpleNamespace(root=root, lognorm=np.eye(3, dtype=np.float32), genes=["G1", "G2", "G3"]),
         [0, 1],
         True,

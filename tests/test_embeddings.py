@@ -172,14 +172,14 @@ def test_patches_that_cannot_be_told_apart_are_refused(tmp_path):
 def test_patches_become_positions_that_find_them_again(tmp_path):
     spots, values = grid()
     path = write_as_trident(tmp_path / "A.h5", values, spots)
-    placed = embeddings.place_patches(path).rename_axis("barcode").reset_index()
+    placed = embeddings.find_patch_centres(path).rename_axis("barcode").reset_index()
     found = embeddings.embed_spots(path, "A", placed)
     np.testing.assert_array_equal(found, embeddings.read_embeddings(path).values)
     near = placed[placed["pxl_row"] < 10**5]
     assert sorted(near["pxl_row"]) == sorted(spots["pxl_row"])
     assert near["array_row"].max() == near["array_col"].max() == 3
     with pytest.raises(shell.InputError, match="--positions"):
-        embeddings.place_patches(write_as_hest(tmp_path / "B.h5", values, spots))
+        embeddings.find_patch_centres(write_as_hest(tmp_path / "B.h5", values, spots))
 
 
 # ------------------------------------------------------------------------------------------- models

@@ -76,7 +76,7 @@ def test_influence_of_a_gene_is_that_of_a_group_of_one():
     genes = list("abcd")
     members = {gene: [gene] for gene in genes}
     expected = intervals.find_influence(predicted, truth, spots, genes, members)
-    found = evidence.find_gene_influence(predicted, truth, spots["tissue_index"].to_numpy())
+    found = intervals.find_gene_influence(predicted, truth, spots["tissue_index"].to_numpy())
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert np.isnan(found[:, 3]).all() and np.isfinite(found[:, :3]).all()
 
@@ -84,7 +84,7 @@ def test_influence_of_a_gene_is_that_of_a_group_of_one():
 def test_the_error_of_a_gene_is_a_sum_over_pairs_of_spots(monkeypatch):
     predicted, truth, spots = make_fields(7)
     places, slides = common.places_in_pitches(spots).to_numpy(), np.ones(len(spots))
-    influence = evidence.find_gene_influence(predicted, truth, slides)
+    influence = intervals.find_gene_influence(predicted, truth, slides)
     cells, weight, scale, freedom = intervals.weigh_pairs(places.tobytes())
     expected = [np.sqrt(scale * one @ weight[np.ix_(cells, cells)] @ one) for one in influence.T]
     monkeypatch.setattr(common, "GENES_AT_ONCE", 3)

@@ -13,7 +13,7 @@ from conftest import load_script, printed_table, run_script
 from test_bad_input import check_one_line
 
 import common
-from study import gene_sets, intervals, recording, runs
+from study import gene_sets, intervals, panels, recording, runs
 from study.shell import InputError
 
 # ------------------------------------------------------------------------------------------- files
@@ -101,11 +101,11 @@ def test_groups_of_the_data_root_stand_beside_the_file(tmp_path):
 def test_further_groups_are_no_lists_of_heg(paper_split, tmp_path):
     data = dataclasses.replace(paper_split.data, root=tmp_path)
     spots = paper_split.spots("train")
-    ranked = common.choose_gene_groups(data, spots, published=True)
+    ranked = panels.choose_gene_groups(data, spots, published=True)
     (tmp_path / "gene_sets.csv").write_text("group,gene\nZONE,HAL\n")
-    assert common.choose_gene_groups(data, spots, published=True).equals(ranked)
+    assert panels.choose_gene_groups(data, spots, published=True).equals(ranked)
     (tmp_path / "gene_sets.csv").write_text("group,gene\nZONE,HAL\nHEG,ALB\n")
-    published = common.choose_gene_groups(data, spots, published=True)
+    published = panels.choose_gene_groups(data, spots, published=True)
     assert published.to_numpy().tolist() == [["HEG", "ALB", 1]]
 
 

@@ -151,7 +151,7 @@ def write_record(out, setting, seed, spots, predicted, truth, n_genes=6):
     folder = out / f"{setting}{seed}"
     folder.mkdir()
     moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS)
-    places = recording.place_spots(spots)
+    places = recording.locate_spots(spots)
     places.join(moved.add_prefix("lognorm_")).to_csv(folder / "influence.csv", index=False)
     record = {"setting": setting, "seed": seed, "fold": 0, "slide": "1", "folder": folder.name}
     record |= {"split": "test", "truth": "lognorm", "protocol": "paper"}

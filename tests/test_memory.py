@@ -12,7 +12,7 @@ from conftest import PAPER, ask, run_script
 from test_patches import make_root
 
 import common
-from study import methods, recording, splitting
+from study import methods, panels, recording, splitting
 
 LOSO = PAPER | {"PROTOCOL": "loso"}
 
@@ -40,7 +40,7 @@ def test_expression_is_memory_mapped(simulated, target):
 
 def test_the_panel_of_some_slides_holds_no_expression(simulated):
     whole = common.load_dataset(simulated, "lognorm")
-    part = common.restrict_panel(whole, (1,))
+    part = panels.restrict_panel(whole, (1,))
     assert part.lognorm is part.target
     assert part.lognorm.values is whole.lognorm
     assert part.lognorm.shape == (len(whole.spots), len(part.genes))
@@ -48,7 +48,7 @@ def test_the_panel_of_some_slides_holds_no_expression(simulated):
 
 def test_some_genes_of_some_genes():
     values = np.arange(40).reshape(4, 10)
-    some = common.GenesOf(common.GenesOf(values, np.array([1, 4, 7, 9])), np.array([3, 1]))
+    some = panels.GenesOf(panels.GenesOf(values, np.array([1, 4, 7, 9])), np.array([3, 1]))
     assert some.shape == (4, 2)
     np.testing.assert_array_equal(some[np.array([2, 0])], [[29, 24], [9, 4]])
 
@@ -63,7 +63,7 @@ def results_of(split):
         {},
     )
     features = split.data.annotations.obsm["colour"]
-    ridge, _ = methods.fit_ridge(split, features, split.spots("train"))
+    ridge, _ = methods.learn_ridge(split, features, split.spots("train"))
     numbers = pd.DataFrame(records).select_dtypes("number")
     return split.groups["gene"], numbers, per_gene, influence, ridge.predict(features)
 
@@ -73,7 +73,7 @@ def test_results_do_not_depend_on_how_much_is_read_at_a_time(simulated, monkeypa
     expected = results_of(split_of(simulated, recipe))
     monkeypatch.setattr(common, "SPOTS_AT_ONCE", 7)
     monkeypatch.setattr(common, "GENES_AT_ONCE", 5)
-    common.restrict_panel.cache_clear()
+    panels.restrict_panel.cache_clear()
     groups, *found = results_of(split_of(simulated, recipe))
     assert groups.equals(expected[0])
     for one, other in zip(found, expected[1:], strict=True):

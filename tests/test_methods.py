@@ -276,7 +276,7 @@ RIDGES = {
 
 @pytest.mark.parametrize("kind", RIDGES)
 def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
-    recipe = CPU | {"BACKBONE": "resnet18", "SURROUNDINGS": 1.5}
+    recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": 1.5}
     one, told = ask(RIDGES[kind], recipe, paper_split)
     other, told_then = ask(RIDGES[kind], recipe, changed_split)
     np.testing.assert_array_equal(one, other)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import common
 from slides import imaging
+from slides.colour import colour_statistics
 from slides.counts import join_genes, read_matrix
 from slides.positions import lay_blocks, measure_pitch, read_positions
 from study import shell
@@ -388,7 +389,7 @@ def test_colour_statistics_tell_what_they_say():
     patches = np.empty((3, 224, 224, 3), np.uint8)
     patches[0], patches[1] = 255, (200, 100, 50)
     patches[2] = np.random.default_rng(0).integers(0, 256, (224, 224, 3))
-    values = common.colour_statistics(patches)
+    values = colour_statistics(patches)
     assert values.shape == (3, 40) and np.isfinite(values).all()
     np.testing.assert_allclose(values[1, :3], np.array([200, 100, 50]) / 255, rtol=1e-5)
     halves = patches[2].reshape(112, 2, 112, 2, 3).mean((1, 3)) / 255

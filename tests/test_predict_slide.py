@@ -108,10 +108,10 @@ def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys)
     image = tifffile.imread(image_option.removeprefix("--image="))
     for rows in common.parts_of(len(image), 512):
         pixels = torch.from_numpy(image[rows]).permute(2, 0, 1)[None]
-        changed = common.restain(pixels, common.OTHER_STAINING[None])[0].round().clamp(0, 255)
+        changed = common.change_stain(pixels, common.OTHER_STAINING[None])[0].round().clamp(0, 255)
         image[rows] = changed.permute(1, 2, 0).to(torch.uint8).numpy()
-    tifffile.imwrite(tmp_path / "restained.tif", image, photometric="rgb")
-    image = ("--image", tmp_path / "restained.tif")
+    tifffile.imwrite(tmp_path / "shifted.tif", image, photometric="rgb")
+    image = ("--image", tmp_path / "shifted.tif")
     assert predict(weights, *others, *image, out=tmp_path / "out") == 0
     printed = capsys.readouterr().out
     warned = next(line for line in printed.splitlines() if "warning: this slide is" in line)
@@ -519,7 +519,9 @@ def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
     (run / "run.json").write_text(json.dumps(facts))
     script.choose_weights(simulated / images[1])
-    assert "no test" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "no test" not in told
+    assert f"no {tmp_path / 'dataset' / 'meta.json'}: so it is not known whether" in told
 
 
 @pytest.mark.parametrize("arguments, words", [

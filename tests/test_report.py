@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 import anndata
@@ -58,6 +59,12 @@ def written(folder, **facts):
 
 
 # -------------------------------------------------------------------------------------- page
+
+
+def test_a_run_names_its_data_root_by_the_way_from_its_folder(report, simulated):
+    name = json.loads((report[0] / "run.json").read_text())["data_root"]
+    assert not Path(name).is_absolute()
+    assert (report[0] / name).resolve() == simulated.resolve()
 
 
 def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
@@ -167,7 +174,7 @@ def test_rows_of_an_earlier_start_are_left_out(report):
     folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
     assert len(folders) == 2
     for chosen in (folders, folders[::-1], folders[:1]):
-        rows = script.read_rows(run, chosen)
+        rows = script.read_rows_of_run(run, chosen)
         assert list(dict.fromkeys(row["folder"] for row in rows)) == chosen
 
 
@@ -175,7 +182,7 @@ def test_a_row_is_read_as_it_was_written(report):
     """An interval is two numbers, a whole number none with a point, and an empty cell None."""
     run, _ = report
     folders = pd.read_csv(run / "rows.csv")["folder"].unique().tolist()
-    for row in load_script("27").read_rows(run, folders):
+    for row in load_script("27").read_rows_of_run(run, folders):
         written = json.loads((run / row["folder"] / "rows.json").read_text())
         (same,) = [
             line for line in written
@@ -191,7 +198,7 @@ def test_a_row_is_read_as_it_was_written(report):
 def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
     pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
     with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
-        load_script("27").read_rows(tmp_path, [])
+        load_script("27").read_rows_of_run(tmp_path, [])
 
 
 SAVED = {

@@ -1,4 +1,4 @@
-"""The ridge on frozen features, and a head that starts as it; restained slides."""
+"""The ridge on frozen features, and a head that starts as it; stain shift."""
 
 import dataclasses
 
@@ -174,7 +174,8 @@ def test_a_folds_sums_are_those_of_the_spots_that_it_learns_on():
     x, y = features - features[chosen].mean(0), target - target[chosen].mean(0)
     sizes = []
     folds = ridges.choose_folds(spots.iloc[chosen])
-    measured = ridges.measure_folds(centred, chosen, spots)
+    measured, whole = ridges.measure_folds(centred, chosen, spots)
+    np.testing.assert_allclose(whole, x[chosen].T @ x[chosen], rtol=1e-9, atol=1e-9)
     for (train, held_out), (learnt_on, *moments) in zip(folds, measured, strict=True):
         sizes.append(50 - train.sum() - held_out.sum())
         np.testing.assert_array_equal(learnt_on, chosen[train])
@@ -341,17 +342,17 @@ def tissue():
 
 
 def test_restaining_with_the_identity_is_exact(tissue):
-    same = common.RestainedPatches(tissue, torch.eye(3))
+    same = common.StainShiftedPatches(tissue, torch.eye(3))
     assert torch.equal(same[torch.arange(4)], tissue)
     strengths = torch.ones(4, 3)
-    unchanged = common.restain(tissue, common.change_of_stain(strengths))
+    unchanged = common.change_stain(tissue, common.change_of_stain(strengths))
     torch.testing.assert_close(unchanged, tissue.float(), rtol=0, atol=0.05)
 
 
 def test_restaining_is_undone_by_the_inverse_to_a_grey_level(tissue):
     change = common.OTHER_STAINING.expand(4, 3, 3)
-    there = common.restain(tissue, change)
-    back = common.restain(there, torch.linalg.inv(change))
+    there = common.change_stain(tissue, change)
+    back = common.change_stain(there, torch.linalg.inv(change))
     assert (there - tissue).abs().mean() > 5, "another laboratory's colours are others"
     torch.testing.assert_close(back, tissue.float(), rtol=0, atol=1)
 
@@ -359,7 +360,7 @@ def test_restaining_is_undone_by_the_inverse_to_a_grey_level(tissue):
 def test_pure_dyes_become_the_other_laboratorys():
     dyes = torch.tensor(common.DYES[:2])
     pixels = 256 * torch.exp(-dyes / dyes.norm(dim=1, keepdim=True)) - 1
-    there = common.restain(pixels[:, :, None, None], common.OTHER_STAINING.expand(2, 3, 3))
+    there = common.change_stain(pixels[:, :, None, None], common.OTHER_STAINING.expand(2, 3, 3))
     density = -torch.log((there[:, :, 0, 0] + 1) / 256)
     others = torch.tensor(common.OTHER_DYES[:2])
     expected = others / others.norm(dim=1, keepdim=True)

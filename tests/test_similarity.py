@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
 import common
+from slides.colour import colour_statistics
 from study import similarity
 
 
@@ -134,6 +135,6 @@ def test_a_spoilt_patch_stands_out_on_its_slide(paper_split, spoil):
     )
     patches = data.patches.numpy()[paper_split.spots("test")].copy()
     patches[4] = spoil(patches[4])
-    distances = similarity.measure_distances(training, common.colour_statistics(patches))
+    distances = similarity.measure_distances(training, colour_statistics(patches))
     assert distances.argmax() == 4
     assert distances[4] > 1.2 * np.delete(distances, 4).max()

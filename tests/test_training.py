@@ -28,7 +28,7 @@ from conftest import (
 )
 
 import common
-from study import printing, runs, shell, splitting
+from study import panels, printing, runs, shell, splitting
 
 RECIPE = NETWORK | {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4}
 
@@ -406,7 +406,7 @@ def test_groups_are_ranked_on_training_spots_alone(simulated):
     data = common.load_dataset(simulated, "harmony")
     (roles,) = splitting.split_spots(data.spots, PAPER, 42)
     train = roles == "train"
-    groups = common.choose_gene_groups(data, train, published=True)
+    groups = panels.choose_gene_groups(data, train, published=True)
     assert groups.attrs["source"] == "training spots"
     assert groups["group"].value_counts().to_dict() == {"HEG": 50, "HVG": 50, "MG": 8}
     mean = data.lognorm[train].mean(0)
@@ -414,7 +414,7 @@ def test_groups_are_ranked_on_training_spots_alone(simulated):
     changed = data.lognorm[:].copy()
     changed[~train] = np.random.default_rng(0).normal(size=changed[~train].shape)
     changed = dataclasses.replace(data, lognorm=changed)
-    assert common.choose_gene_groups(changed, train, published=True).equals(groups)
+    assert panels.choose_gene_groups(changed, train, published=True).equals(groups)
 
 
 def test_published_lists_are_whole():

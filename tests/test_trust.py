@@ -487,10 +487,10 @@ def test_blank_patches_and_empty_spots_are_no_leak():
     counts = count_spots([1, 0], [1, 0], [500, 3])
     script = load_script("19")
     script.check_patches(patches, counts.obs_names)
-    script.check_counts({}, counts)
+    script.check_alike_counts({}, counts)
     with pytest.raises(shell.InputError, match=r"a leak.* same pixels"):
         script.check_patches(patches[[2, 1, 2]], counts.obs_names)
     with pytest.raises(shell.InputError, match="same pixels, and are of one slide"):
         script.check_patches(patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
     with pytest.raises(shell.InputError, match="same counts, on two slides"):
-        script.check_counts({}, count_spots([500, 3], [1, 0], [500, 3]))
+        script.check_alike_counts({}, count_spots([500, 3], [1, 0], [500, 3]))

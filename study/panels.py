@@ -1,0 +1,123 @@
+"""Which genes a training is about: the panel of the slides that take part, and the gene groups."""
+
+import csv
+import functools
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from common import GROUPS, rank_genes
+from study.shell import InputError
+
+
+class GenesOf:
+    """Expression (N, G) of some of the genes of a memory-mapped array: [spots] reads (n, G)."""
+
+    def __init__(self, values, genes):
+        self.values = values
+        self.genes = genes  # their numbers
+        self.shape = (values.shape[0], len(genes))
+
+    def __getitem__(self, spots):
+        return self.values[spots][..., self.genes]
+
+
+@functools.cache
+def restrict_panel(data, slides):
+    """The data with the panel that 19 would have chosen on these slides alone: the variable genes,
+    markers and named genes that one of them lists.
+    """
+    var = data.annotations.var
+    listed = var[[f"listed_{slide}" for slide in slides]].any(axis=1)
+    chosen = var[["MG", "named", *(f"hvg_{slide}" for slide in slides)]].any(axis=1)
+    kept = np.flatnonzero(listed & chosen)
+    annotations = data.annotations[:, kept].copy()
+    lognorm = GenesOf(data.lognorm, kept)
+    target = lognorm if data.target is data.lognorm else GenesOf(data.target, kept)
+    genes = annotations.var_names.tolist()
+    return replace(data, genes=genes, annotations=annotations, lognorm=lognorm, target=target)
+
+
+@functools.cache
+def take_part(data, slides):
+    """The data as 19 would have made it of these slides alone, where its target is Harmony's: the
+    values of other slides are NaN then.
+    """
+    slide_of = data.spots["tissue_index"].to_numpy()
+    inside = np.flatnonzero(np.isin(slide_of, slides))
+    if len(inside) == len(slide_of):
+        return data
+    data = restrict_panel(data, slides)
+    target = np.full(data.lognorm.shape, np.nan, np.float32)
+    target[inside] = harmonise(data.lognorm[inside], slide_of[inside], data.meta["seed"])
+    return replace(data, target=target)
+
+
+def harmonise(lognorm, slides, seed):
+    """Harmony over slides (Korsunsky et al. 2019): (N, G) log-normalised and (N,) tissue_index ->
+    (N, G) float32. It holds all of it in memory.
+    """
+    import harmonypy  # Here, because lognorm does without.
+
+    batch = pd.DataFrame({"slide": np.asarray(slides).astype(str)})
+    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False).Z_corr
+    if result.shape != lognorm.shape:  # Versions of harmonypy differ.
+        result = result.T
+    return np.ascontiguousarray(result, np.float32)
+
+
+def choose_gene_groups(data, spots, published):
+    """Table group, gene, rank, whose attrs["source"] says where the groups are from.
+
+    They are HEG, HVG and MG of the data root's gene_sets.csv if `published` may be used and they
+    are there, else those of rank_genes. Other groups of that file are gene sets (study/gene_sets).
+    """
+    path = data.root / "gene_sets.csv"
+    table = pd.DataFrame()
+    if published and path.is_file():
+        listed = read_gene_sets(path)
+        table, source = listed[listed["group"].isin(GROUPS)].reset_index(drop=True), path.name
+    if table.empty:
+        table, source = rank_genes(data, spots), "training spots"
+    table["rank"] = table.groupby("group").cumcount() + 1
+    table.attrs["source"] = source
+    return table
+
+
+def read_gene_sets(path):
+    """Table group, gene of a CSV of any groups; InputError as parse_gene_sets raises it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise InputError(f"{path}: expected the columns group, gene ({error})") from None
+    return parse_gene_sets(text, path)
+
+
+def parse_gene_sets(text, path):
+    """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
+
+    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
+    for other columns and for a line that lacks a cell.
+    """
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    rows = io.StringIO(text, newline=None)
+    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
+    lines, columns = [], None
+    try:
+        for line in cells:
+            line = [cell.strip() for cell in line]
+            if columns is None:
+                columns = line.index("group"), line.index("gene")
+            elif any(line):
+                lines.append([line[column] for column in columns])
+                if not lines[-1][0]:
+                    raise ValueError("no group")
+    except (ValueError, LookupError, csv.Error):
+        expected = "expected the columns group, gene and a cell of each in every line"
+        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
+    if columns is None:
+        raise InputError(f"{path}: is empty; expected the columns group, gene")
+    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
+    return table[table["gene"] != ""].reset_index(drop=True)
