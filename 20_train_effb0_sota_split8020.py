@@ -113,6 +113,8 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     network = methods.name_network(BACKBONE)
     # Whose embeddings stand beside it changes nothing of the network.
     without = {name: value for name, value in recipe.items() if name != "FEATURES"}
+    if shell.RANKS > 1:  # Each process draws dropouts of its own, and has its share of a batch.
+        without["RANKS"] = shell.RANKS
     run.fill(run.row(network + suffix, split, without), efficientnet)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
     run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)

@@ -70,6 +70,7 @@ from study import (
     shell,
     similarity,
 )
+from study.recipes import headline_of
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -90,14 +91,15 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
 # What a recipe must say of a network, and of a ridge on embeddings.
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET"}
-RIDGE = {"BACKBONE", "WIDTH", "TARGET"}
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
+RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
+UNKNOWN = "unknown"  # the role of spots where a model was made on an earlier state of its data root
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 TRAIN_AGAIN = "train it again with this version"
 # What is not known with weights of an older version, by the field of Trained that they lack.
@@ -155,8 +157,8 @@ def choose_weights(image):
     """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
     networks or, where FEATURES is given, of its ridges on embeddings.
 
-    A model that has learnt from the slide in the file `image` is taken where there is no other, and
-    a warning says so. The test slide chooses nothing.
+    Of the slide in the file `image` those that have not learnt from it come first, then those of
+    which that is not known, and a warning says which it is. The test slide chooses nothing.
     """
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
@@ -166,20 +168,22 @@ def choose_weights(image):
     if WEIGHTS:
         path = Path(WEIGHTS)
         folder = path if path.is_dir() else path.parent
-        warn_of_learnt(image, role_of_slide(folder, find_slide_of_run(folder.parent, image)))
+        warn_of_role(image, role_of_slide(folder, find_slide_of_run(folder.parent, image)))
         return path
     path = Path(RUN, "rows.csv")
     if not path.is_file():
         raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
-    table = shell.read_csv(path, texts=("folder", "split", "truth"), numbers=("heg",))
-    judged = table[table["split"] == "valid"].dropna(subset="heg")
+    texts = ("folder", "split", "truth", "protocol")
+    table = shell.read_csv(path, texts=texts, numbers=("heg",))
+    truth = [headline_of(protocol).truth for protocol in table["protocol"]]
+    judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
     judged = keep_fitting(judged).sort_values("heg", kind="stable")
     slide = find_slide_of_run(Path(RUN), image)
     roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
-    unseen = judged[[role not in LEARNT for role in roles]]
-    if unseen.empty:
-        warn_of_learnt(image, roles[-1])
-    chosen = (judged if unseen.empty else unseen).iloc[-1]
+    preferred = [(role not in LEARNT) + (role not in (*LEARNT, UNKNOWN)) for role in roles]
+    number = max(range(len(roles)), key=lambda number: (preferred[number], number))
+    warn_of_role(image, roles[number])
+    chosen = judged.iloc[number]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return Path(RUN, chosen["folder"])
 
@@ -206,23 +210,28 @@ def find_slide_of_run(run, image):
 
 def role_of_slide(folder, slide):
     """What the spots of a `slide`, as find_slide_of_run gives it, did for the model in a folder:
-    "train" or "valid" if any did, else "test" or None. None, too, of a row that was made on another
-    data root.
+    "train" or "valid" if any did, else "test" or None. UNKNOWN of a row that was made before script
+    19 changed the data root.
     """
     if slide is None or not (folder / "split.csv").is_file():
         return None
     number, fingerprint = slide
     if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
-        return None
+        return UNKNOWN
     table = shell.read_csv(folder / "split.csv", ("id", "role"))
     roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
     return next((role for role in (*LEARNT, "test") if role in roles), None)
 
 
-def warn_of_learnt(image, role):
-    """Warn of a model that has learnt from the slide that it predicts."""
+def warn_of_role(image, role):
+    """Warn of a model that has learnt from the slide that it predicts, or may have."""
     if role in LEARNT:
         inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
+    elif role == UNKNOWN:
+        inputs.warn(
+            f"{image}: this slide may have trained the model, whose data root has changed since: "
+            "run its script again"
+        )
 
 
 def keep_fitting(judged):
@@ -555,7 +564,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     """AnnData as scanpy and squidpy draw it: X, obsm["spatial"], uns["spatial"] with the thumbnail.
 
     var says how well each gene was predicted in validation. Of a slide with counts,
-    layers["measured"] are log-normalised counts, NaN for genes it lacks, and var["r"] compares.
+    layers["measured"] are its counts in the unit of `measure`, and var["r"] compares.
     """
     obs = spots.obs.rename_axis("id")[[*common.ID_COLUMNS[1:], "pitch"]]
     table = anndata.AnnData(predicted, obs, pd.DataFrame(index=trained.genes))
@@ -567,13 +576,16 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, drawing.diameter_of(table))
     table.uns["spatial"] = {slide.name: shown}
     if slide.matrix is not None:
-        table.layers["measured"] = measure(slide, spots, trained.genes)
+        table.layers["measured"] = measure(slide, spots, trained)
         table.var["r"] = common.pearson_per_gene(predicted, table.layers["measured"])
     return table
 
 
-def measure(slide, spots, genes):
-    """Log-normalised counts of the genes, (n, G) float32; NaN for genes that the slide lacks."""
+def measure(slide, spots, trained):
+    """Measured expression of the model's genes, (n, G) float32: log-normalised counts or, of a
+    model of HEST-Benchmark, log1p of counts; NaN for genes that the slide lacks.
+    """
+    genes = trained.genes
     measured = join_genes([(slide.tissue_index, spots.var)])
     known = measured.index.isin(genes)
     if not known.any():
@@ -581,7 +593,10 @@ def measure(slide, spots, genes):
             f"{slide.matrix}: holds none of the model's {len(genes)} genes, as {genes[0]}"
         )
     counts = take_genes(spots, measured[known])
-    values = common.log_normalise(counts.X, counts.obs["n_counts"])
+    if trained.recipe["TARGET"] == "log1p":
+        values = counts.X.log1p().toarray()
+    else:
+        values = common.log_normalise(counts.X, counts.obs["n_counts"])
     table = pd.DataFrame(values, columns=counts.var_names)
     return table.reindex(columns=genes).to_numpy(np.float32)
 
@@ -745,10 +760,11 @@ def report(slide, table, genes, scored, trained, out):
     """
     measured = "measured" in table.layers
     caption = "mean Pearson r in validation"
-    if trained.recipe.get("REFIT"):
+    if trained.recipe["REFIT"]:
         caption += " (of the network before it learnt from the validation spots, too)"
     if measured:
-        caption += ", and r against this slide's own log-normalised counts"
+        unit = UNITS["log1p" if trained.recipe["TARGET"] == "log1p" else "lognorm"]
+        caption += f", and r against this slide's own {unit}"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
     judged = trained.judged

@@ -36,7 +36,7 @@ from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, rows and weights; raised when one of them changes
-RESULTS = 6  # raised when the same constants give another number: rows on disk are made anew then
+RESULTS = 7  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -116,6 +116,7 @@ class SpotData:
     meta: dict  # meta.json of script 19
     fingerprint: str  # of meta.json, which holds hashes of the sources
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
+    harmonised: tuple = ()  # tissue_index values that Harmony was run on; () = all of the data root
 
 
 def places_in_pitches(spots):

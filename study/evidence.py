@@ -21,17 +21,18 @@ CLAIMS = {
 }
 
 
-def judge_genes(predicted, truth, spots):
-    """Table, a line a gene, of the prediction and the truth (n, G) of the table `spots`: `r`, the
-    mean over slides, with its 95 % interval `low` to `high`; `p` of find_chance and its `q`; r of
-    neighbourhoods by scale, `r_k7` and `r_k19`; and whether to `believe` a map of it: q is below
-    recording.Q_THRESHOLD and the interval above 0. NaN where r is undefined.
+def judge_genes(predicted, truth, spots, sizes):
+    """Table, a line a gene, of the prediction and the truth (n, G) of the table `spots`, on slides
+    of `sizes` {tissue_index: number of spots}: `r`, the mean over slides, with its 95 % interval
+    `low` to `high`; `p` of find_chance and its `q`; r of neighbourhoods by scale, `r_k7` and
+    `r_k19`; and whether to `believe` a map of it: q is below recording.Q_THRESHOLD and the interval
+    above 0. NaN where r is undefined.
     """
     slides = spots["tissue_index"].to_numpy()
     places = common.places_in_pitches(spots).to_numpy(np.float64)
     genes = pd.DataFrame()
     genes["r"] = common.average_slides(common.pearson_per_gene, predicted, truth, slides)
-    error, freedom = measure_gene_errors(predicted, truth, slides, places)
+    error, freedom = measure_gene_errors(predicted, truth, slides, places, sizes)
     lines = zip(genes["r"], error, freedom, strict=True)
     ranges = [intervals.find_interval(*line) or (np.nan, np.nan) for line in lines]
     genes[["low", "high"]] = np.array(ranges)
@@ -59,14 +60,14 @@ def find_chance(predicted, truth, slides, places):
     return p
 
 
-def measure_gene_errors(predicted, truth, slides, places):
+def measure_gene_errors(predicted, truth, slides, places, sizes):
     """(standard error, degrees of freedom), (G,) each, of each gene's r: intervals.measure_error of
     intervals.find_gene_influence, a part of the genes at a time.
     """
     parts = []
     for genes in common.parts_of(predicted.shape[1], common.GENES_AT_ONCE):
         influence = intervals.find_gene_influence(predicted[:, genes], truth[:, genes], slides)
-        parts.append(intervals.measure_error(influence, slides, places))
+        parts.append(intervals.measure_error(influence, slides, places, sizes))
     errors, freedoms = zip(*parts, strict=True)
     return np.concatenate(errors), np.concatenate(freedoms)
 
@@ -102,7 +103,8 @@ def describe_validation(split, predicted):
     if not len(valid):
         return {"claim": claim}
     truth, spots = data.lognorm[valid], data.spots.iloc[valid]
-    genes = judge_genes(predicted, truth, spots)
+    sizes = data.spots["tissue_index"].value_counts().to_dict()
+    genes = judge_genes(predicted, truth, spots, sizes)
     columns = {
         name: values.tolist() if values.dtype == bool else shell.without_nan(values)
         for name, values in genes.items()

@@ -69,18 +69,20 @@ def standardise(values):
     return centred / np.sqrt((centred**2).mean(0))
 
 
-def measure_error(influence, slides, places):
+def measure_error(influence, slides, places, sizes=None):
     """(standard error, degrees of freedom), each (k,), of what spots move by (n, k) influence
     values; their tissue_index (n,) and places (n, 2) in pitches. NaN where a slide has too few.
 
-    Neighbours err together. The variance is the sum over pairs of spots of the product of their
-    influence times a weight that falls with their distance and is 0 beyond the bandwidth; slides
-    are independent.
+    Where the spots are a part of a slide, `sizes` {tissue_index: number of its spots} say how large
+    it is. Neighbours err together. The variance is the sum over pairs of spots of the product of
+    their influence times a weight that falls with their distance and is 0 beyond the bandwidth;
+    slides are independent.
     """
     variances, freedoms = [], []
     for slide in np.unique(slides):
         inside = slides == slide
-        cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes())
+        size = sizes[slide] if sizes else int(inside.sum())
+        cells, weight, scale, freedom = weigh_pairs(places[inside].tobytes(), size)
         summed = np.zeros((len(weight), influence.shape[1]))
         np.add.at(summed, cells, influence[inside])
         variances.append(scale * (summed * (weight @ summed)).sum(0))
@@ -94,9 +96,9 @@ def measure_error(influence, slides, places):
 
 
 @functools.lru_cache(maxsize=64)  # Settings and groups of genes share the places.
-def weigh_pairs(places):
-    """(cell of each spot, (cells, cells) weights, scale, degrees of freedom) of a slide's places
-    (n, 2), given as bytes.
+def weigh_pairs(places, size):
+    """(cell of each spot, (cells, cells) weights, scale, degrees of freedom) of places (n, 2),
+    given as bytes, on a slide of `size` spots.
 
     The weights are the spherical covariance, whose bandwidth is a fixed part of the slide's side,
     so the estimate neither settles nor is without bias (Kiefer and Vogelsang 2005). Scale and
@@ -105,7 +107,7 @@ def weigh_pairs(places):
     slides have no more than about a thousand.
     """
     places = np.frombuffer(places).reshape(-1, 2)
-    bandwidth = np.sqrt(len(places)) / BANDWIDTHS
+    bandwidth = np.sqrt(size) / BANDWIDTHS
     corners = np.floor((places - places.min(0)) * CELLS / bandwidth)
     _, cells, counts = np.unique(corners, axis=0, return_inverse=True, return_counts=True)
     cells = cells.ravel()

@@ -19,7 +19,7 @@ from torch import nn
 
 import common
 from slides.colour import colour_statistics
-from study import conformal, evidence, recipes, ridges, shell, similarity, splitting
+from study import conformal, evidence, recipes, recording, ridges, shell, similarity, splitting
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
@@ -54,11 +54,14 @@ def start_network(row):
 def network_of_no_epoch(row):
     """A method: the network whose head is the ridge on its frozen features, by which it predicts.
 
-    The features that the data root keeps are those of its backbone, so it sees no patch again.
+    The features that the data root keeps are those of its backbone over the 8 symmetries, so with
+    TTA it sees no patch again.
     """
     row.model = start_network(row)
-    row.note(weights=name_weights(row.recipe), steps=0)
+    row.note(weights=name_weights(row.recipe), steps=0, best_epoch=0)
     row.count_parameters()
+    if not row.recipe["TTA"]:
+        return row.predict(row.model, row.place_patches())
     features, _ = freeze_features(row.recipe, row.split)
     head = row.model.head[-1]
     ridge = ridges.Ridge(head.weight.detach().cpu().numpy().T, head.bias.detach().cpu().numpy())
@@ -120,16 +123,20 @@ def hest_probe(row):
 
 
 def predict_by_probe(row, features):
-    """The prediction (n, G) by hest_probe on features (N, F)."""
+    """The prediction (n, G) by hest_probe on features (N, F); NaN of validation spots, from which
+    the probe has learnt.
+    """
     split = row.split
     train = order_by_fold_file(split)
+    scored = split.scored()
     predicted, alpha = probe_features(
         features[train],
         split.data.target[train],
-        features[split.scored()],
+        features[scored],
         full_width="FULL_WIDTH" in row.recipe,
     )
     row.note(alpha=alpha)
+    predicted[split.roles[scored] == "valid"] = np.nan
     return predicted.astype(np.float32)
 
 
@@ -206,7 +213,7 @@ def save_weights(path, model, split, made_with, predicted):
         "recipe": made_with,
         "genes": data.genes,
         # Of two magnifications the coarser: no slide has what lies between them.
-        "um_per_px": float(np.quantile([*data.meta["um_per_px"].values()], 0.5, method="higher")),
+        "um_per_px": find_resolution(split),
         "title": data.label,
         "patch_size": common.PATCH_SIZE,
         "groups": {key: genes for key, genes in split.members.items() if key != "all"},
@@ -225,6 +232,16 @@ def save_weights(path, model, split, made_with, predicted):
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def find_resolution(split):
+    """um/px of the patches of the slides of training and validation: of two the coarser, since no
+    slide has what lies between them.
+    """
+    slides = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
+    of_slide = split.data.meta["um_per_px"]
+    found = [of_slide[slides[number]] for number in split.slides("train", "oof", "valid")]
+    return float(np.quantile(found, 0.5, method="higher"))
 
 
 def describe_trust(split, recipe, predicted):
@@ -247,7 +264,7 @@ def describe_trust(split, recipe, predicted):
 
 def predict_again(trained, row, stain_shift=False, wrap=None):
     """A method, given a row that is trained: its weights predict the scored spots once more, by
-    another recipe or on slides that another laboratory would have stained.
+    another recipe or on test slides that another laboratory would have stained.
 
     wrap(model, row) gives the network that predicts, where it is not the model itself.
     """
@@ -261,7 +278,12 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
         patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     kept = ("weights", "steps", "best_epoch", *PARAMETERS)
     row.note(**{name: trained.lines[0][name] for name in kept})
-    return row.predict(network, patches)
+    predicted = row.predict(network, patches)
+    is_valid = row.split.roles[row.split.scored()] == "valid"
+    if stain_shift and is_valid.any():
+        # What validation says of the weights, as the width of intervals, is of slides as they are.
+        predicted[is_valid] = recording.read_prediction(trained.folder).to_numpy()[is_valid]
+    return predicted
 
 
 PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
@@ -273,12 +295,12 @@ def ridge_on_colour(row):
 
 
 def ridge_under_stain_shift(row):
-    """A method: ridge_on_colour of slides that another laboratory would have stained."""
+    """A method: ridge_on_colour of test slides that another laboratory would have stained."""
     data = row.split.data
     patches = common.MappedPatches(data.patches, common.PATCH_SIZE)
     patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
-    colour = np.full(data.annotations.obsm["colour"].shape, np.nan)
-    for spots in torch.from_numpy(row.split.scored()).split(64):
+    colour = data.annotations.obsm["colour"].copy()
+    for spots in torch.from_numpy(row.split.spots("test")).split(64):
         shifted = patches[spots].permute(0, 2, 3, 1).numpy()
         colour[spots.numpy()] = colour_statistics(shifted)
     return apply_ridge_to(row, colour)

@@ -52,7 +52,7 @@ def take_part(data, slides):
     data = restrict_panel(data, slides)
     target = np.full(data.lognorm.shape, np.nan, np.float32)
     target[inside] = harmonise(data.lognorm[inside], slide_of[inside], data.meta["seed"])
-    return replace(data, target=target)
+    return replace(data, target=target, harmonised=slides)
 
 
 def harmonise(lognorm, slides, seed):

@@ -185,7 +185,9 @@ def tabulate_genes(data, predicted, truth, spots, ceilings):
 
 
 def summarise_genes(genes, members):
-    """A line's means over the genes that have an r, by group; <group>_n is how many have one."""
+    """A line's means over the genes that have an r, by group; <group>_n is how many have one, and
+    <group>_lacks stands for which have none.
+    """
     line = {
         "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
         "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
@@ -199,12 +201,19 @@ def summarise_genes(genes, members):
         inside = defined.index.isin(group)
         mean = defined[inside].mean()
         line |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
+        lacking = sorted({*group} - {*defined.index})
+        line[f"{key}_lacks"] = hash_names(lacking) if lacking else ""
         line[f"{key}_pooled"] = mean["r_pooled"]
         line |= {f"{key}_{name}": mean[name] for name in averaged}
     order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
     line["r_against_moran"] = order["moran"]
     line["r_against_mean"] = order["mean"]
     return line
+
+
+def hash_names(names):
+    """A short text that stands for a list of names."""
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------------- differences
@@ -280,7 +289,7 @@ def pair_differences(lines, out, minus):
     """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
     against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).
 
-    NaN where r is not defined for equally many genes.
+    NaN where r is not defined for the same genes.
     """
     table = select_lines(lines).sort_values(["seed", "fold"])
     ending = headline_of_lines(lines).ending
@@ -294,7 +303,7 @@ def pair_differences(lines, out, minus):
             key = group.lower()
             pair = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
             pair |= {"difference": np.nan, "low": np.nan, "high": np.nan}
-            same_genes = (ones[f"{key}_n"] == others[f"{key}_n"]).all()
+            same_genes = (ones[f"{key}_lacks"] == others[f"{key}_lacks"]).all()
             if same_genes and ones[f"{key}_n"].all():
                 difference = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
                 interval = intervals.find_interval(difference, errors[place], freedoms[place])

@@ -96,7 +96,8 @@ class Split:
         made_with |= {"seed": self.seed, "fold": self.fold, "data": self.data.fingerprint}
         made_with["results"] = common.RESULTS
         made_with["split"] = hashlib.sha256(self.roles.tobytes()).hexdigest()
-        genes = json.dumps(self.groups.values.tolist())
+        made_with["harmonised"] = self.data.harmonised
+        genes = json.dumps([self.groups.values.tolist(), self.data.genes])
         made_with["genes"] = hashlib.sha256(genes.encode()).hexdigest()
         return json.loads(json.dumps(made_with))  # tuples become lists, as they are when read again
 
@@ -117,9 +118,9 @@ def make_split(data, roles, recipe, seed, fold):
     slides = data.spots["tissue_index"].to_numpy()
     train = np.flatnonzero(roles == "train")
     if recipe["TARGET"] == "harmony":
-        data = panels.take_part(data, tuple(np.unique(slides[roles != ""])))
+        data = panels.take_part(data, tuple(np.unique(slides[roles != ""]).tolist()))
     else:
-        data = panels.restrict_panel(data, tuple(np.unique(slides[train])))
+        data = panels.restrict_panel(data, tuple(np.unique(slides[train]).tolist()))
     published = recipe["TARGET"] == "harmony" and recipe["PROTOCOL"] == "paper"
     groups = panels.choose_gene_groups(data, train, published)
     return Split(data, roles, groups, seed, fold)
@@ -127,7 +128,7 @@ def make_split(data, roles, recipe, seed, fold):
 
 def is_refitted(recipe, split):
     """Whether REFIT applies: there are validation spots to add and a test slide to predict."""
-    return recipe.get("REFIT", False) and {"valid", "test"} <= {*split.roles}
+    return recipe["REFIT"] and {"valid", "test"} <= {*split.roles}
 
 
 def final_split(recipe, split):

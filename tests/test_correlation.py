@@ -73,7 +73,7 @@ def score_test_spots(split, predicted):
     """(record, per-gene table) of a prediction of split.scored() on the test slide, target
     lognorm.
     """
-    recipe = PAPER | {"TARGET": "lognorm"}
+    recipe = PAPER | {"TARGET": "lognorm", "REFIT": False}
     records, per_gene, _ = recording.score_split("x", recipe, split, predicted, {})
     (record,) = [record for record in records if record["split"] == "test"]
     return record, per_gene.set_index("gene")
@@ -100,6 +100,12 @@ def test_missing_and_constant_genes_lower_the_count_and_never_the_mean(paper_spl
         assert record[f"{group}_n"] == 0
     assert record["all"] == pytest.approx(np.mean(r), abs=1e-6)
     assert record["all_n"] == 2
+    other = predicted.copy()
+    other[:, [1, 3]] = predicted[:, [3, 1]]
+    as_many, _ = score_test_spots(split, other)
+    assert as_many["all_n"] == 2
+    assert as_many["all_lacks"] != record["all_lacks"], "as many genes, and others"
+    assert as_many["heg_lacks"] == record["heg_lacks"] != ""
 
 
 def test_a_new_metric_is_in_per_gene_csv_and_in_the_records(paper_split, monkeypatch):

@@ -15,6 +15,9 @@ from study import evidence, intervals
 N_REAL = 5
 
 
+SIZES = {1: 196}  # spots of the slides that make_fields lays
+
+
 def make_fields(n_genes, seed=0, side=14):
     """(prediction, truth, spots): smooth fields on a square grid, of which the first N_REAL genes
     of the truth hold what is predicted.
@@ -32,7 +35,7 @@ def make_fields(n_genes, seed=0, side=14):
 
 def test_few_genes_are_told_from_chance_in_a_large_panel():
     predicted, truth, spots = make_fields(160)
-    found = evidence.judge_genes(predicted, truth, spots)
+    found = evidence.judge_genes(predicted, truth, spots, SIZES)
     assert found["believe"][:N_REAL].all()
     assert found["believe"][N_REAL:].sum() <= 2
     r = [np.corrcoef(predicted[:, gene], truth[:, gene])[0, 1] for gene in range(160)]
@@ -85,10 +88,10 @@ def test_the_error_of_a_gene_is_a_sum_over_pairs_of_spots(monkeypatch):
     predicted, truth, spots = make_fields(7)
     places, slides = common.places_in_pitches(spots).to_numpy(), np.ones(len(spots))
     influence = intervals.find_gene_influence(predicted, truth, slides)
-    cells, weight, scale, freedom = intervals.weigh_pairs(places.tobytes())
+    cells, weight, scale, freedom = intervals.weigh_pairs(places.tobytes(), 100)
     expected = [np.sqrt(scale * one @ weight[np.ix_(cells, cells)] @ one) for one in influence.T]
     monkeypatch.setattr(common, "GENES_AT_ONCE", 3)
-    error, freedoms = evidence.measure_gene_errors(predicted, truth, slides, places)
+    error, freedoms = evidence.measure_gene_errors(predicted, truth, slides, places, {1: 100})
     np.testing.assert_allclose(error, expected, rtol=1e-9)
     np.testing.assert_allclose(freedoms, freedom)
 
@@ -96,10 +99,10 @@ def test_the_error_of_a_gene_is_a_sum_over_pairs_of_spots(monkeypatch):
 def test_one_spot_and_a_constant_gene_are_not_believed():
     predicted, truth, spots = make_fields(6)
     truth[:, 0] = 2
-    found = evidence.judge_genes(predicted, truth, spots)
+    found = evidence.judge_genes(predicted, truth, spots, SIZES)
     assert found.loc[0, ["r", "low", "high", "p", "q", "r_k7"]].isna().all()
     assert not found["believe"][0]
-    alone = evidence.judge_genes(predicted[:1], truth[:1], spots[:1])
+    alone = evidence.judge_genes(predicted[:1], truth[:1], spots[:1], SIZES)
     assert alone["r"].isna().all() and not alone["believe"].any()
 
 

@@ -296,6 +296,7 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
             r, common.pearson_per_gene(expected, data.target[test]), atol=1e-7
         )
         assert row.notes["alpha"] == alpha
+        assert np.isnan(predicted[split.roles[split.scored()] == "valid"]).all(), "it knows them"
 
 
 def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):

@@ -102,12 +102,29 @@ def test_slides_are_independent():
     assert freedom[0] <= sum(found[0] for _, found in by_slide) + 1e-9
 
 
+def test_of_a_part_of_the_spots_the_error_is_that_of_their_whole_slide():
+    """Validation spots drawn at random lie apart, and err together all the same."""
+    places, random = hexagons(34), np.random.default_rng(0)
+    values = smooth_fields(places, 300, 2.0, random)
+    some = np.sort(random.permutation(len(places))[:231])
+    drawn, n = values[some], len(some)
+    influence = (drawn - drawn.mean(0)) / n
+    slides, true = np.ones(n), drawn.mean(0).std()
+
+    def measure(sizes):
+        errors, _ = intervals.measure_error(influence, slides, places[some], sizes)
+        return np.sqrt((errors**2).mean())
+
+    assert 0.9 * true < measure({1: len(places)}) < 1.2 * true
+    assert measure(None) < 0.8 * true
+
+
 def test_close_spots_may_stand_for_one_cell():
     """Large slides are cut into cells, which changes the error little."""
     places, random = hexagons(34), np.random.default_rng(0)
     values = smooth_fields(places, 20, 2.0, random)
     values = (values - values.mean(0)) / len(values)
-    cells, *_ = intervals.weigh_pairs(places.tobytes())
+    cells, *_ = intervals.weigh_pairs(places.tobytes(), len(places))
     assert cells.max() + 1 < len(places)
     coarse, _ = intervals.measure_error(values, np.ones(len(values)), places)
     with pytest.MonkeyPatch.context() as patch:
@@ -157,6 +174,7 @@ def write_record(out, setting, seed, spots, predicted, truth, n_genes=6):
     record |= {"split": "test", "truth": "lognorm", "protocol": "paper"}
     r = pd.Series(common.pearson_per_gene(predicted, truth), NAMES)
     record |= {key: r[members].mean() for key, members in MEMBERS.items()}
+    record |= {f"{key}_lacks": "" if n_genes == 6 else "one" for key in KEYS}
     return record | {f"{key}_n": n_genes for key in KEYS}
 
 

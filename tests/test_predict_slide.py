@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import h5py
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import scanpy
+import scipy.sparse
 import tifffile
 import torch
 from conftest import TINY, load_script, printed_table, rows_of, run_script
@@ -397,6 +399,21 @@ def test_an_image_alone(simulated, weights, tmp_path, capsys):
     check_one_line(capsys, ["NOVEL", "of the model"])
 
 
+@pytest.mark.parametrize("target", ["log1p", "lognorm"])
+def test_counts_are_measured_in_the_unit_of_the_prediction(target):
+    counts = scipy.sparse.csr_matrix(np.array([[3.0, 0, 1], [0, 5, 2]], np.float32))
+    obs = pd.DataFrame({"n_counts": [400, 700]}, ["a", "b"])
+    var = pd.DataFrame({"name": ["A", "B", "C"]}, ["ID1", "ID2", "ID3"])
+    spots = anndata.AnnData(counts, obs, var)
+    slide = SimpleNamespace(tissue_index=1, matrix="matrix")
+    trained = SimpleNamespace(genes=["C", "A", "NOVEL"], recipe={"TARGET": target})
+    scale = 1 if target == "log1p" else 1e4 / obs["n_counts"].to_numpy()[:, None]
+    expected = np.log1p(counts.toarray()[:, [2, 0]] * scale)
+    found = load_script("26").measure(slide, spots, trained)
+    np.testing.assert_allclose(found[:, :2], expected, rtol=1e-6)
+    assert np.isnan(found[:, 2]).all()
+
+
 @pytest.mark.parametrize("tags, um", [
     ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5),
     ({"resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5),
@@ -473,7 +490,9 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     valid, test = better["split"] == "valid", better["split"] == "test"
     better.loc[valid, "heg"] += 0.1
     better.loc[test, "heg"] -= 0.5
-    pd.concat([better, table]).to_csv(run / "rows.csv", index=False)
+    # Against Harmony's values r is another number, which chooses nothing.
+    harmony = better.assign(folder="none", truth="harmony", heg=0.9)
+    pd.concat([harmony, better, table]).to_csv(run / "rows.csv", index=False)
     shutil.copytree(run / table["folder"][network].iloc[0], run / "better")
     options = [*slide_of(simulated), "--out", tmp_path / "out", "--device", "cpu"]
     assert run_script("26", "--run", run, *options) == 0
@@ -516,6 +535,14 @@ def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     rows[rows["folder"] != tests["1"]].to_csv(run / "rows.csv", index=False)
     script.choose_weights(simulated / images[1])
     assert "no test" in capsys.readouterr().out
+    # Of a row that is older than the data root nothing is known, and others come first.
+    older = json.loads((run / tests["1"] / "recipe.json").read_text()) | {"data": "older"}
+    (run / tests["1"] / "recipe.json").write_text(json.dumps(older))
+    rows.to_csv(run / "rows.csv", index=False)
+    assert script.choose_weights(simulated / images[2]) == run / tests["2"]
+    assert "may have trained" not in capsys.readouterr().out
+    assert script.choose_weights(simulated / images[1]) == run / tests["1"]
+    assert "this slide may have trained the model" in capsys.readouterr().out
     facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
     (run / "run.json").write_text(json.dumps(facts))
     script.choose_weights(simulated / images[1])

@@ -3,6 +3,7 @@ trained together.
 """
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,7 @@ def test_one_network_is_trained_by_two_ranks_and_goes_on_after_one_died(simulate
     (folder,) = tmp_path.glob("killed/EfficientNet-B0-*")
     (other,) = tmp_path.glob("whole/EfficientNet-B0-*")
     assert results(folder) == results(other), "the same bits as without the death"
+    assert json.loads((folder / "recipe.json").read_text())["RANKS"] == 2
 
 
 @pytest.fixture(scope="module")

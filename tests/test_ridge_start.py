@@ -10,7 +10,7 @@ from conftest import NETWORK, PAPER, ask, load_script
 from sklearn.linear_model import Ridge
 
 import common
-from study import methods, recipes, ridges, rows, shell, splitting
+from study import methods, recipes, recording, ridges, rows, shell, splitting
 
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
@@ -263,6 +263,57 @@ def test_without_an_epoch_the_network_is_the_ridge_on_its_features(split, name):
     np.testing.assert_allclose(row.predict(row.model, row.place_patches()), ridge, atol=1e-4)
     assert row.notes["steps"] == 0
     assert row.notes["alpha"] == told["alpha"]
+
+
+def test_without_an_epoch_one_view_is_one_view(split):
+    """What is scored is what script 26 does with the weights."""
+    script = load_script("20")
+    row = rows.Row("best", RECIPE | {"EPOCHS": 0, "TTA": False}, split, None)
+    predicted = script.efficientnet(row)
+    np.testing.assert_array_equal(predicted, row.predict(row.model, row.place_patches()))
+    eight = script.efficientnet(rows.Row("best", RECIPE | {"EPOCHS": 0}, split, None))
+    assert np.abs(predicted - eight).max() > 1e-3
+
+
+def test_a_network_of_no_epoch_predicts_again(split, tmp_path):
+    recipe = RECIPE | {"EPOCHS": 0}
+    row = rows.Row("best", recipe, split, tmp_path / "best").fill(load_script("25").network)
+    again = rows.Row("best, 1 view", recipe | {"TTA": False}, split, tmp_path / "again")
+    predicted = methods.predict_again(row, again)
+    assert np.isfinite(predicted).all()
+    assert (again.notes["steps"], again.notes["best_epoch"]) == (0, 0)
+
+
+def test_a_stain_shift_is_of_the_test_slide_alone(split, tmp_path):
+    """The widths of intervals follow from validation spots as they are."""
+    recipe = RECIPE | {"EPOCHS": 0, "TTA": False}
+    row = rows.Row("best", recipe, split, tmp_path / "best").fill(load_script("20").efficientnet)
+    first = recording.read_prediction(row.folder).to_numpy()
+    shifted = methods.predict_again(row, row, stain_shift=True)
+    is_valid = split.roles[split.scored()] == "valid"
+    np.testing.assert_array_equal(shifted[is_valid], first[is_valid])
+    assert np.abs(shifted[~is_valid] - first[~is_valid]).max(1).min() > 1e-3
+    colour, _ = ask(methods.ridge_on_colour, RECIPE, split)
+    other, _ = ask(methods.ridge_under_stain_shift, RECIPE, split)
+    np.testing.assert_array_equal(other[is_valid], colour[is_valid])
+    assert np.abs(other[~is_valid] - colour[~is_valid]).max(1).min() > 1e-3
+
+
+def test_patches_are_as_coarse_as_those_of_the_slides_that_taught(split):
+    names = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
+    learnt = [names[number] for number in split.slides("train", "valid")]
+    coarse = dict.fromkeys(names.values(), 2.0) | dict.fromkeys(learnt, 0.25)
+    data = dataclasses.replace(split.data, meta=split.data.meta | {"um_per_px": coarse})
+    assert methods.find_resolution(dataclasses.replace(split, data=data)) == 0.25
+
+
+def test_rows_by_another_harmony_are_others(split):
+    """Folds of 22 hold no test spot, and yet their target follows from the test slide."""
+    one, other = (
+        dataclasses.replace(split, data=dataclasses.replace(split.data, harmonised=slides))
+        for slides in ((1, 2, 3), (1, 2, 4))
+    )
+    assert one.made_with(RECIPE) != other.made_with(RECIPE)
 
 
 def test_without_an_epoch_there_must_be_a_ridge_start(split):
