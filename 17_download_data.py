@@ -5,15 +5,15 @@ Reads      GSE240429: one TIFF a sample from GEO, tables from the public reposit
            HER2ST: images, counts and spot files from the public repository almaan/her2st
 Writes     <DATA_ROOT>/slides.csv (one row a slide), image/ (H&E), data/ (positions and counts)
 Prints     GSE240429: how many files are to be fetched, and their size
-           HER2ST: each section's number of spots and genes
-           then each file with its size, and the next command
+           HER2ST: of each section its number of spots and genes, and its image
+           then the next command
 Command    python 17_download_data.py
 Override   python 17_download_data.py --dataset HER2ST --source DIR
            (DIR is a local mirror with the same relative paths)
 
-Disk space is checked first; an interrupted download goes on where it stopped; sizes and, where the
-listing states them, hashes are checked. GEO's bulk tar of the series is reported to truncate one
-TIFF, so files come by sample.
+Disk space is checked before a download; an interrupted download goes on where it stopped; sizes
+and, where the listing states them, hashes are checked. GEO's bulk tar of the series is reported to
+truncate one TIFF, so files come by sample.
 """
 
 from study import shell

@@ -11,8 +11,7 @@ Command    python 21_train_backbones.py --data-root GSE240429_data
 Override   python 21_train_backbones.py --data-root HER2ST_data --test-slide 4 --only resnet18
            python 21_train_backbones.py --quick      (a smoke test, not a result)
            python 21_train_backbones.py --gene-sets FILE      (scores of sets)
-Time       --quick: 80 s, slides included; HER2ST, README's small budget: 23 min (two Intel Xeon
-           cores, 2026-11-23)
+Time       --quick: 80 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's comparison, which left ResNet frozen; the row "resnet50 frozen" shows what
            that was worth
 """

@@ -11,8 +11,7 @@ Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
            python 22_search_freeze_and_hidden_cv5.py --quick      (a smoke test, not a result)
            python 22_search_freeze_and_hidden_cv5.py --gene-sets FILE      (scores of sets)
-Time       --quick: 80 s, slides included; HER2ST, README's small budget: 53 min (two Intel Xeon
-           cores, 2026-11-23)
+Time       --quick: 80 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network
 
 The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen

@@ -5,19 +5,19 @@ Question   Does morphology-preserving augmentation (MPA) help, and by more than 
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv,
            paired_differences.png
-Prints     header, the table of mean r and sd over the seeds with differences to MPA
+Prints     header, the table of mean r and sd over the seeds with differences to MPA and,
+           of a stain shift, to the slide as it is
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --seeds 42,43
            python 23_compare_augs.py --quick      (a smoke test, not a result)
            python 23_compare_augs.py --gene-sets FILE      (scores of sets)
-Time       --quick: 85 s, slides included; HER2ST, README's small budget: 20 min (two Intel Xeon
-           cores, 2026-11-23)
+Time       --quick: 85 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color is what its
            published scripts did
 
-"stnet_color" is this script's own: flips and turns, then brightness, contrast and saturation times
-0.9-1.1 and hue by at most 0.02 of a turn, in this order (p = .5), then a Gaussian blur of 3 or 5 px
-(p = .2).
+"stnet_color" is no name of common.AUGMENTATIONS, and is built here: flips and turns, then
+brightness, contrast and saturation times 0.9-1.1 and hue by at most 0.02 of a turn, in this order
+(p = .5), then a Gaussian blur of 3 or 5 px (p = .2).
 """
 
 from study import shell

@@ -12,8 +12,7 @@ Command    python 24_cluster_id.py --data-root GSE240429_data
 Override   python 24_cluster_id.py --data-root HER2ST_data --test-slide 4 --features ""
            python 24_cluster_id.py --quick      (a smoke test, not a result)
            python 24_cluster_id.py --gene-sets FILE      (scores of sets)
-Time       --quick: 85 s, slides included; HER2ST, README's small budget: 14 min (two Intel Xeon
-           cores, 2026-11-23)
+Time       --quick: 85 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's cluster-id experiment
 
 Training spots alone are clustered: principal components of the image features, beside sines and

@@ -11,8 +11,7 @@ Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLE
            python 25_compare_prior_methods.py --data-root IDC --protocol hest --target log1p
            python 25_compare_prior_methods.py --features embeddings      (a folder a model)
            python 25_compare_prior_methods.py --gene-sets FILE      (scores of sets)
-Time       --quick: 2 min, slides included; HER2ST, README's small budget: 49 min (two Intel Xeon
-           cores, 2026-11-23)
+Time       --quick: 2 min, slides included (two Intel Xeon cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
            The idea of a ridge on frozen features is HEST-Benchmark's (Jaume et al., NeurIPS 2024),
            whose two probes stand beside it under protocol hest; low rank: Mukherjee and Zhu 2011
