@@ -5,8 +5,7 @@ Question   Does morphology-preserving augmentation (MPA) help, and by more than 
 Reads      <DATA_ROOT>/dataset/ (script 19)
 Writes     <OUT>/rows.csv, a folder a row (as script 20), paired_differences.csv,
            paired_differences.png
-Prints     header, the table of mean r and sd over the seeds with differences to MPA and,
-           of a stain shift, to the slide as it is
+Prints     header, the table of mean r and sd over the seeds with differences to MPA
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --seeds 42,43
            python 23_compare_augs.py --quick      (a smoke test, not a result)

@@ -19,16 +19,37 @@ from study.shell import InputError
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
 FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
-# What Xenium, CosMx and MERSCOPE count beside genes.
+# What Xenium, CosMx and MERSCOPE count beside genes, HTSeq and the ST pipeline, and spike-ins.
 CONTROLS = (
-    r"(?i:neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
+    r"(?i:__|ERCC-\d{5}|neg_?control|negative_?control|negprb|negative\d|system_?control|falsecode|"
     r"unassigned|deprecated|intergenic_?region|blank[_-]?\d|antisense_)"
 )
 FEATURE_SPELLINGS = {
     "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
-    "name": ("name", "gene_name", "symbol", "gene_symbol", "feature_name"),
+    "name": (
+        "name",
+        "gene_name",
+        "gene_names",
+        "symbol",
+        "gene_symbol",
+        "gene_symbols",
+        "hgnc_symbol",
+        "external_gene_name",
+        "feature_name",
+    ),
     "kind": ("feature_type", "feature_types", "kind", "type"),
 }
+ROW_NAMES = ("index", "features", "gene", "genes")  # columns in which R keeps lost names of genes
+# What programs keep of spots beside their genes, in lower case: columns of a plain table of both.
+OF_SPOTS = (
+    r"(?i:n_?counts?(_.*)?|total_counts(_.*)?|log1p_.*counts.*|n_genes(_.*)?|n_?features?(_.*)?|"
+    r"pct_counts_.*|percent[._]mt|leiden.*|louvain.*|seurat_clusters|clusters?|in_tissue|"
+    r"array_row|array_col|pxl_.*|image_?row|image_?col|tissue|row|col)"
+)
+# Columns of obs in which programs keep the counts of a spot before genes are left out.
+DEPTHS = ("total_counts", "n_counts", "nCount_Spatial", "nCount_RNA")
+DEPTHS_DIFFER = 0.1  # of a spot's counts, median over the spots
+VERSION = r"^(ENS[A-Z]*\d{6,})\.\d+$"  # an Ensembl id with its version
 
 
 def read_matrix(path, genome="", named=()):
@@ -45,7 +66,11 @@ def read_matrix(path, genome="", named=()):
     if part:
         print(f"{file}: {table.n_obs} spots are taken, those of {part}")
     check_one_sample(path, table.obs)
-    return leave_out_controls(choose_genome(table, path, genome), path, named)
+    table = leave_out_controls(choose_genome(table, path, genome), path, named)
+    bare = table.var_names.str.replace(VERSION, r"\1", regex=True)
+    if bare.is_unique:  # Slides are joined by their ids, whatever annotation each was read with.
+        table.var_names = bare
+    return table
 
 
 def leave_out_controls(table, path, named):
@@ -124,6 +149,11 @@ def read_dense_matrix(path):
         counts, barcodes, genes = counts.T, names, table.index
     inputs.check_unique(barcodes, "barcode", path)
     inputs.check_unique(genes, "gene", path)
+    of_spots = pd.Series([*genes]).str.fullmatch(OF_SPOTS).to_numpy(bool)
+    if of_spots.any():
+        left_out = ", ".join(np.array([*genes])[of_spots][:4])
+        inputs.warn(f"{path}: {of_spots.sum()} columns are no genes and are left out: {left_out}")
+        counts, genes = counts[:, ~of_spots], np.array([*genes])[~of_spots]
     var = pd.DataFrame({"name": [*genes]}, index=[*genes])
     return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
 
@@ -146,8 +176,8 @@ def read_h5_matrix(path):
         raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
         raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
-    genes = are_genes(table.var)
-    if not genes.all():  # Else a copy would double the memory, of Visium HD by 1.5 GB.
+    genes = are_genes(table.var.get("feature_types"), path)
+    if not np.all(genes):  # Else a copy would double the memory, of Visium HD by 1.5 GB.
         table = table[:, genes].copy()
     inputs.check_unique(table.obs_names, "barcode", path)
     inputs.check_unique(table.var["gene_ids"], "gene id", path)
@@ -156,11 +186,20 @@ def read_h5_matrix(path):
     return table
 
 
-def are_genes(var):
-    """(features,) bool: which features of a matrix are genes; CytAssist's hold other kinds too."""
-    if "feature_types" not in var:
-        return np.ones(len(var), bool)
-    return (var["feature_types"] == "Gene Expression").to_numpy()
+def are_genes(kinds, path):
+    """(features,) bool: which features of these `kinds` are genes, as those of CytAssist and of
+    several modes are not all; the others are counted in a line. True without kinds. InputError
+    where none is a gene.
+    """
+    if kinds is None:
+        return True
+    genes = (kinds == "Gene Expression").to_numpy()
+    others = ", ".join(kinds[~genes].astype(str).unique()[:4])
+    if not genes.any():
+        raise InputError(f"{path}: no feature is of the kind Gene Expression, but of {others}")
+    if not genes.all():
+        print(f"{path}: {(~genes).sum()} features are left out, which are no genes but {others}")
+    return genes
 
 
 def read_anndata_matrix(path):
@@ -172,12 +211,15 @@ def read_anndata_matrix(path):
     stored = read_anndata(path)
     table = choose_counts(stored, path)
     check_layers(stored, table, path)
+    check_depths(table, path)
     var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
-    genes = are_genes(var)
-    if not genes.all():
+    var = var.loc[:, ~var.columns.duplicated()]  # Of names that differ in case the first counts.
+    genes = are_genes(var.get("feature_types"), path)
+    if not np.all(genes):
         table, var = table[:, genes], var[genes]
+    var.index = find_row_names(var, path)
     ids = find_gene_names(var, ("gene_ids", *FEATURE_SPELLINGS["id"]))
-    names = find_gene_names(var, FEATURE_SPELLINGS["name"])
+    names = find_gene_names(var, FEATURE_SPELLINGS["name"], ids)
     inputs.check_unique(ids, "gene id", path)
     features = pd.DataFrame({"name": names.to_numpy()}, index=ids.to_numpy())
     if "genome" in var:
@@ -253,12 +295,52 @@ def check_layers(stored, table, path):
     )
 
 
-def find_gene_names(var, spellings):
-    """The first whole column of var that is spelt so, as texts; its index where there is none."""
+def check_depths(table, path):
+    """Warn where a column of obs has other counts of the spots than the matrix: it holds some of
+    the genes alone, as the variable ones, or corrected counts, as SCTransform gives them.
+    """
+    depth = np.asarray(table.X.sum(1), np.float64).ravel()
+    for name in DEPTHS:
+        if name not in table.obs:
+            continue
+        stated = pd.to_numeric(table.obs[name], errors="coerce").to_numpy(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            differs = np.nanmedian(np.abs(depth / stated - 1)) if stated.any() else 0
+        if differs > DEPTHS_DIFFER:
+            inputs.warn(
+                f'{path}: by obs["{name}"] a spot has {np.nanmedian(stated):,.0f} counts, and by '
+                f"the matrix {np.median(depth):,.0f}: genes are missing or counts were corrected, "
+                "so depth and ceilings are wrong: give the raw counts of all genes"
+            )
+
+
+def find_row_names(var, path):
+    """The index of var or, where the names of genes were lost and are numbers, the column in which
+    programs of R keep them. InputError without one.
+    """
+    names = var.index.astype(str)
+    if len(names) < 2 or not inputs.counts_up([*names]):
+        return names
+    known = ("gene_ids", *FEATURE_SPELLINGS["id"], *FEATURE_SPELLINGS["name"])
+    for column in (*ROW_NAMES, *known):
+        if column in var and var[column].notna().all():
+            return pd.Index(var[column].astype(str))
+    raise InputError(f"{path}: its genes are called {names[0]}, {names[1]}, ...: give their names")
+
+
+def find_gene_names(var, spellings, instead=None):
+    """The first column of var that is spelt so, as texts; its index where there is none. Gaps are
+    filled from `instead`, without which a column with gaps is passed over.
+    """
     for spelling in spellings:
-        if spelling in var and var[spelling].notna().all():
-            return var[spelling].astype(str)
-    return pd.Series(var.index.astype(str))
+        if spelling not in var:
+            continue
+        found = var[spelling]
+        if found.notna().all():
+            return found.astype(str)
+        if instead is not None and found.notna().any():
+            return found.astype(object).where(found.notna(), instead).astype(str)
+    return pd.Series(var.index.astype(str), var.index)
 
 
 def read_matrix_folder(folder):
@@ -276,7 +358,7 @@ def read_matrix_folder(folder):
             "one slide"
         )
     if "kind" in features:  # CytAssist's and multi-modal folders hold other kinds too
-        genes = (features["kind"] == "Gene Expression").to_numpy()
+        genes = are_genes(features["kind"], folder)
         counts, features = counts[:, genes], features[genes]
     inputs.check_unique(barcodes, "barcode", folder)
     inputs.check_unique(features["id"], "gene id", folder)
@@ -406,6 +488,14 @@ def report_missing_genes(genes, keys):
             )
         if not own.all():
             print(f"  slide {key} does not list {(~own).sum():,} of them: no counts there")
+    if len(keys) > 1 and not listed.all(axis=1).any():
+        lists = "; ".join(
+            f"slide {key}: {genes['gene_ids'][genes[f'listed_{key}']].iloc[0]}" for key in keys[:4]
+        )
+        raise InputError(
+            f"no gene id is in every slide ({lists}): do some call genes by ids and others by "
+            "symbols?"
+        )
 
 
 def take_genes(table, genes):

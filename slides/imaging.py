@@ -186,6 +186,7 @@ def find_slide(path, tiff):
     Raises InputError where they are cut short, or no 8-bit RGB or grey image.
     """
     series = choose_series(tiff)
+    report_scenes(path, tiff, series)
     check_tiff(path, tiff, series.keyframe)
     if len(series.pages) == 1:
         return [series.keyframe]
@@ -209,6 +210,25 @@ def choose_series(tiff):
         if colours and 4 * count_pixels(series) >= count_pixels(largest):
             coloured.append(series)
     return max(coloured, key=count_pixels, default=largest)
+
+
+def report_scenes(path, tiff, chosen):
+    """Say which other images of a TIFF are large enough to be slides, as a scanner's scenes are.
+
+    Those of the same shape are its smaller levels.
+    """
+    height, width = chosen.keyframe.imagelength, chosen.keyframe.imagewidth
+    scenes = []
+    for series in tiff.series:
+        rows, columns = series.keyframe.imagelength, series.keyframe.imagewidth
+        is_level = columns < 0.75 * width and abs(rows / height / (columns / width) - 1) < 0.01
+        if series is not chosen and not is_level and 4 * rows * columns > height * width:
+            scenes.append(f"{series.name} ({rows} x {columns} px)")
+    if scenes:
+        inputs.warn_once(
+            f"{path}: {chosen.name or 'the largest image'} ({height} x {width} px) is taken, and "
+            f"not {', '.join(scenes[:4])}: export the one that is the slide if it is another"
+        )
 
 
 # Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
@@ -262,6 +282,8 @@ def order_colours(path, tiff, series):
     pixels = find_ome_pixels(tiff, page)
     channels = [] if pixels is None else pixels.iterfind("{*}Channel")
     names = [channel.get("Name", "").lower() for channel in channels]
+    if not names:
+        names = [str(name).lower() for name in (tiff.imagej_metadata or {}).get("Labels", ())]
     colours = [name[:1] for name in names if name in ("red", "green", "blue", "r", "g", "b")]
     if sorted(colours) == ["b", "g", "r"]:
         return [pages[colours.index(colour)] for colour in "rgb"]
@@ -416,7 +438,14 @@ def read_resolution(path):
     try:
         with tifffile.TiffFile(path) as tiff:
             found = find_resolution(tiff)
-    except (tifffile.TiffFileError, ValueError, TypeError, ZeroDivisionError, OSError):
+    except (
+        tifffile.TiffFileError,
+        ValueError,
+        TypeError,
+        ZeroDivisionError,
+        OSError,
+        struct.error,
+    ):
         pass  # A JPEG or PNG, or tags that say nothing: it is asked for below.
     if not 0.05 < found < 20:
         raise InputError(
@@ -655,6 +684,11 @@ def warn_of_swap(slide, spots, patches, shape):
         inputs.warn(
             f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
             f"the spots' mean saturation would be {there:.2f} and not {here:.2f}"
+        )
+    elif ((spots["array_row"] + spots["array_col"]) % 2).nunique() == 1:
+        inputs.warn(
+            f"{slide.positions}: Visium's array lies mirrored on the image: are pxl_row and "
+            "pxl_col swapped, or the image flipped? Look at maps of its counts"
         )
 
 

@@ -54,6 +54,12 @@ def warn(text):
     WARNINGS.append(line)
 
 
+def warn_once(text):
+    """warn, unless it was said before in this run: images are opened several times."""
+    if " ".join(text.split()) not in WARNINGS:
+        warn(text)
+
+
 def read_bytes(path):
     """The bytes of a file, unpacked where they are gzipped, whatever the file is called."""
     content = path.read_bytes()

@@ -23,7 +23,8 @@ from study.shell import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 # um: the share by which spots may be off, of Visium, its forerunner ST, and two that HEST-1k has by
-# design and states exactly: ST of 110 um and Visium HD, whose bins are summed to 128 um.
+# design and states exactly: ST of 110 um and Visium HD, whose bins are summed to 128 um. Of these
+# Visium's array alone is hexagonal.
 PITCHES = {SPOT_PITCH: 0.1, 200.0: 0.1, 110.0: 0.02, 128.0: 0.02}
 BLOCK_WIDTH = 5  # pitches
 THOUSANDS = r"[1-9]\d{0,2}([.,]\d{3})+"  # as 1.234
@@ -162,6 +163,7 @@ def read_anndata_positions(path):
         table["array_row"] = spots.obs["array_row"].to_numpy()
         table["array_col"] = spots.obs["array_col"].to_numpy()
     else:  # Half pitches, as Visium's columns count them, so that no two spots get the same ones.
+        print(f"{path}: no array_row and array_col, by which swapped x and y would be noticed")
         step = measure_pitch(table) / 2
         for column, place in (("array_row", "pxl_row"), ("array_col", "pxl_col")):
             table[column] = np.rint((table[place] - table[place].min()) / step)
@@ -179,8 +181,8 @@ def check_frame(path, uns, pitch):
     100 um from the next, or of ST, 100 and 200, reaches the next. `pitch` is that of the positions.
     """
     for library, facts in list_libraries(uns).items():
-        scales = facts.get("scalefactors", {}) if hasattr(facts, "get") else {}
-        diameter = float(scales.get("spot_diameter_fullres", 0))
+        scales = facts.get("scalefactors") or {}
+        diameter = read_scale(scales, "spot_diameter_fullres")
         if not diameter > 1.1 * pitch > 0:  # Square bins are as wide as they are far apart.
             continue
         stated = (
@@ -188,10 +190,16 @@ def check_frame(path, uns, pitch):
             f'["{library}"] has spots of {diameter:.4g} px: these are positions in another frame'
         )
         for name in ("tissue_hires_scalef", "tissue_lowres_scalef"):
-            scale = float(scales.get(name, 0))
+            scale = read_scale(scales, name)
             if scale > 0 and 0.4 < diameter / (pitch / scale) < 0.9:
                 raise InputError(f"{stated}, scaled by {name} {scale:g}: divide them by it")
         raise InputError(f"{stated} than px of the full-resolution image: give those")
+
+
+def read_scale(scales, name):
+    """A number of an .h5ad's scale factors, which R keeps as an array of one; 0 for none."""
+    value = pd.to_numeric(pd.Series(np.ravel(scales.get(name, 0))), errors="coerce")
+    return float(value.iloc[0]) if len(value) and np.isfinite(value.iloc[0]) else 0.0
 
 
 def check_position_columns(path, table):
@@ -244,6 +252,7 @@ def place_spots(slide):
     A slide without positions gets a grid. The thumbnail on which its tissue was found is returned
     then, since to make one takes all pixels of the slide.
     """
+    check_tags(slide)
     if slide.positions is not None:
         positions = read_positions(slide.positions)
         check_pitch(slide, positions)
@@ -268,6 +277,8 @@ def check_pitch(slide, positions):
     stated = re.match(r"s_(\d+)um_", str(positions.index[0]) if len(positions) else "")
     if stated:
         pitches, expected = {float(stated[1]): 0.1}, f"{float(stated[1]):g}, as their barcodes say"
+    elif is_hexagonal(positions):
+        pitches, expected = {SPOT_PITCH: 0.1}, "100, as Visium's array"
     if len(positions) < 2 or any(abs(um / known - 1) < share for known, share in pitches.items()):
         return
     likely = next(iter(pitches))
@@ -279,6 +290,28 @@ def check_pitch(slide, positions):
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
         f"with um_per_px {likely / pitch:.4g} they would be {likely:g}, {other}"
     )
+
+
+def is_hexagonal(positions):
+    """Whether the spots are numbered as on Visium's array: of row + column every other number."""
+    parity = (positions["array_row"] + positions["array_col"]) % 2
+    rows = positions["array_row"] % 2
+    return len(positions) > 1 and parity.nunique() == 1 and rows.nunique() == 2
+
+
+def check_tags(slide):
+    """Warn where the image states another resolution than um_per_px."""
+    if imaging.holds_patches(slide.image):
+        return
+    try:
+        stated = imaging.read_resolution(inputs.unpack(slide.image))
+    except InputError:
+        return
+    if abs(stated / slide.um_per_px - 1) > 0.1:
+        inputs.warn(
+            f"{slide.image}: um_per_px is {slide.um_per_px:g}, and its tags say {stated:.4g}: "
+            "which is right?"
+        )
 
 
 def lay_grid(slide, thumbnail):

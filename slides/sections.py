@@ -92,7 +92,9 @@ def take_section(table, chosen):
 def list_libraries(uns):
     """{library: facts} of uns["spatial"], as scanpy reads Space Ranger's folders."""
     found = uns.get("spatial")
-    return found if isinstance(found, dict) else {}
+    libraries = found if isinstance(found, dict) else {}
+    # CELLxGENE's files say beside them that there is one.
+    return {name: facts for name, facts in libraries.items() if hasattr(facts, "get")}
 
 
 def find_part_spots(path, part, obs):

@@ -29,6 +29,7 @@ PRINTED = 40  # lines of the table on the screen; the report has all
 PREFIX = "set_"  # of a set's columns in rows.csv, which end so:
 ENDINGS = ("_n", "_ci", "_ceiling", "_score", "_score_ci")
 EXPECTED = "expected a .gmt (name, description, genes, separated by tabs) or a CSV group,gene"
+SYMBOL = r"[A-Z][A-Za-z0-9.-]{1,14}"  # what a symbol looks like, and a description does not
 ENSEMBL = re.compile(r"(ENS[A-Z]*\d{6,})\.\d+")  # an id with its version
 
 
@@ -68,7 +69,7 @@ def parse_gmt(text, path):
     """{set: [genes]} of a .gmt's text. InputError for a line without a tab or without genes, and
     for two lines of one name, since one of them may be meant to have another.
     """
-    sets, line_of = {}, {}
+    sets, line_of, described = {}, {}, []
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         if not line.strip():
             continue
@@ -82,6 +83,13 @@ def parse_gmt(text, path):
         if name in sets:
             raise InputError(f"{where}: {name} is the set of line {line_of[name]}, too: rename one")
         sets[name], line_of[name] = genes, number
+        described.append(cells[0])
+    # A description is a link, a sentence or nothing; symbols there are the first genes of sets.
+    if len({*described}) > 1 and all(re.fullmatch(SYMBOL, cell) for cell in described):
+        inputs.warn(
+            f"{path}: the second cells, as {described[0]}, are taken for descriptions: if they are "
+            "genes, put a cell before them"
+        )
     return sets
 
 

@@ -202,7 +202,7 @@ def summarise_genes(genes, members):
         mean = defined[inside].mean()
         line |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
         lacking = sorted({*group} - {*defined.index})
-        line[f"{key}_lacks"] = hash_names(lacking) if lacking else ""
+        line[f"{key}_lacks"] = hash_names(lacking) if lacking else "-"
         line[f"{key}_pooled"] = mean["r_pooled"]
         line |= {f"{key}_{name}": mean[name] for name in averaged}
     order = defined[["r", "moran", "mean"]].corr("spearman")["r"]

@@ -57,7 +57,7 @@ def results_of(split):
     """All that follows from expression: gene groups, a ridge, scores and influence."""
     records, per_gene, influence = recording.score_split(
         "x",
-        PAPER | {"TARGET": "lognorm"},
+        PAPER | {"TARGET": "lognorm", "REFIT": False},
         split,
         ask(methods.ridge_on_colour, {"REFIT": False}, split)[0],
         {},
