@@ -438,14 +438,7 @@ def read_resolution(path):
     try:
         with tifffile.TiffFile(path) as tiff:
             found = find_resolution(tiff)
-    except (
-        tifffile.TiffFileError,
-        ValueError,
-        TypeError,
-        ZeroDivisionError,
-        OSError,
-        struct.error,
-    ):
+    except (tifffile.TiffFileError, struct.error, ValueError, TypeError, ArithmeticError, OSError):
         pass  # A JPEG or PNG, or tags that say nothing: it is asked for below.
     if not 0.05 < found < 20:
         raise InputError(
