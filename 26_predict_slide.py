@@ -180,8 +180,9 @@ def choose_weights(image):
     judged = keep_fitting(judged).sort_values("heg", kind="stable")
     slide = find_slide_of_run(Path(RUN), image)
     roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
-    preferred = [(role not in LEARNT) + (role not in (*LEARNT, UNKNOWN)) for role in roles]
-    number = max(range(len(roles)), key=lambda number: (preferred[number], number))
+    unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
+    unknown = [number for number, role in enumerate(roles) if role == UNKNOWN]
+    number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
     warn_of_role(image, roles[number])
     chosen = judged.iloc[number]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")

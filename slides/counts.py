@@ -149,11 +149,12 @@ def read_dense_matrix(path):
         counts, barcodes, genes = counts.T, names, table.index
     inputs.check_unique(barcodes, "barcode", path)
     inputs.check_unique(genes, "gene", path)
-    of_spots = pd.Series([*genes]).str.fullmatch(OF_SPOTS).to_numpy(bool)
+    genes = pd.Index([*genes])
+    of_spots = genes.str.fullmatch(OF_SPOTS).astype(bool)
     if of_spots.any():
-        left_out = ", ".join(np.array([*genes])[of_spots][:4])
+        left_out = ", ".join(genes[of_spots][:4])
         inputs.warn(f"{path}: {of_spots.sum()} columns are no genes and are left out: {left_out}")
-        counts, genes = counts[:, ~of_spots], np.array([*genes])[~of_spots]
+        counts, genes = counts[:, ~of_spots], genes[~of_spots]
     var = pd.DataFrame({"name": [*genes]}, index=[*genes])
     return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
 
@@ -299,10 +300,11 @@ def check_depths(table, path):
     """Warn where a column of obs has other counts of the spots than the matrix: it holds some of
     the genes alone, as the variable ones, or corrected counts, as SCTransform gives them.
     """
+    known = [name for name in DEPTHS if name in table.obs]
+    if not known:
+        return
     depth = np.asarray(table.X.sum(1), np.float64).ravel()
-    for name in DEPTHS:
-        if name not in table.obs:
-            continue
+    for name in known:
         stated = pd.to_numeric(table.obs[name], errors="coerce").to_numpy(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
             differs = np.nanmedian(np.abs(depth / stated - 1)) if stated.any() else 0

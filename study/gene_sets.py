@@ -19,6 +19,7 @@ import pandas as pd
 import common
 from common import GROUPS
 from slides import inputs
+from slides.counts import VERSION
 from study import intervals, panels, printing, recipes, recording, shell
 from study.shell import InputError
 
@@ -30,7 +31,6 @@ PREFIX = "set_"  # of a set's columns in rows.csv, which end so:
 ENDINGS = ("_n", "_ci", "_ceiling", "_score", "_score_ci")
 EXPECTED = "expected a .gmt (name, description, genes, separated by tabs) or a CSV group,gene"
 SYMBOL = r"[A-Z][A-Za-z0-9.-]{1,14}"  # what a symbol looks like, and a description does not
-ENSEMBL = re.compile(r"(ENS[A-Z]*\d{6,})\.\d+")  # an id with its version
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -185,7 +185,7 @@ def match_sets(sets, var, panels):
 
 def strip_version(gene):
     """A gene's name, an Ensembl id without its version."""
-    found = ENSEMBL.fullmatch(gene)
+    found = re.fullmatch(VERSION, gene)
     return found[1] if found else gene
 
 

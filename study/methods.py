@@ -282,7 +282,8 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     is_valid = row.split.roles[row.split.scored()] == "valid"
     if stain_shift and is_valid.any():
         # What validation says of the weights, as the width of intervals, is of slides as they are.
-        predicted[is_valid] = recording.read_prediction(trained.folder).to_numpy()[is_valid]
+        first = recording.read_prediction(trained.folder).to_numpy()
+        return splitting.keep_validation_of(first, predicted[~is_valid], row.split)
     return predicted
 
 

@@ -1,5 +1,5 @@
 """Is a slide like those that a network has learnt from? Patches are compared by their 40 colour
-statistics (colour_statistics), since a network's own features hardly tell glass, ink or
+statistics (slides/colour.py), since a network's own features hardly tell glass, ink or
 another staining: docs/trust.md has the measurement.
 
 Shapes: n training patches, m patches of a slide, 40 statistics.
