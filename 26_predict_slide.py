@@ -33,17 +33,13 @@ if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, files=("RUN", "WEIGHTS", "IMAGE", "FEATURES", "GENE_SETS"))
 
 
-import functools
 import hashlib
-import json
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import safetensors
 import torch
 from matplotlib.figure import Figure
 
@@ -69,8 +65,8 @@ from study import (
     scales,
     shell,
     similarity,
+    weights,
 )
-from study.recipes import headline_of
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
@@ -90,18 +86,12 @@ DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
-# What a recipe must say of a network, and of a ridge on embeddings.
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
-RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
-LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
-UNKNOWN = "unknown"  # the role of spots where a model was made on an earlier state of its data root
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
-TRAIN_AGAIN = "train it again with this version"
 # What is not known with weights of an older version, by the field of Trained that they lack.
 LACKING = {"training_slides": "distance and intervals", "evidence": "which genes pass"}
 REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge_genes, in tables
@@ -110,231 +100,20 @@ REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge
 # -------------------------------------------------------------------------------- model
 
 
-@dataclass
-class Trained:
-    """What the metadata of weights.safetensors say; lists are in the order of the genes."""
-
-    recipe: dict  # constants of the script that trained the network
-    genes: list
-    um_per_px: float  # of the patches
-    patch_size: int  # px
-    groups: dict  # names of genes by "heg", "hvg", "mg"
-    valid_r: list  # r in validation, against log-normalised counts; None where unknown
-    ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
-    title: str  # "SIMULATED slides: " or nothing
-    # Weights of an older version lack what follows.
-    training_slides: similarity.TrainingSlides | None = None
-    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
-    half_width_95: list | None = None
-    evidence: dict | None = None  # of evidence.describe_validation
-
-    @property
-    def candidates(self):
-        """Names of HEG and HVG in the panel; of all genes where there are none.
-
-        The best of all genes in validation would be those that chance favoured.
-        """
-        return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
-
-    @property
-    def floor(self):
-        """The least value that measured expression can have."""
-        return -np.inf if self.recipe["TARGET"] == "harmony" else 0
-
-    @functools.cached_property
-    def judged(self):
-        """Table of what validation says of each gene, see evidence.judge_genes, or None."""
-        return evidence.read_genes(self.evidence, self.genes)
-
-    @property
-    def half_widths(self):
-        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
-        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
-        return {name: np.array(half, np.float64) for name, half in found.items() if half}
-
-
 def choose_weights(image):
-    """The path of WEIGHTS, or of the model of RUN whose validation r of HEG is the highest: of its
-    networks or, where FEATURES is given, of its ridges on embeddings.
-
-    Of the slide in the file `image` those that have not learnt from it come first, then those of
-    which that is not known, and a warning says which it is. The test slide chooses nothing.
-    """
+    """The path of WEIGHTS, or of the best model of RUN for the slide in the file `image`."""
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
             "give --run FOLDER of scripts 20 to 23, or --weights, a weights.safetensors or its "
             "folder"
         )
-    if WEIGHTS:
-        path = Path(WEIGHTS)
-        folder = path if path.is_dir() else path.parent
-        warn_of_role(image, role_of_slide(folder, find_slide_of_run(folder.parent, image)))
-        return path
-    path = Path(RUN, "rows.csv")
-    if not path.is_file():
-        raise InputError(f"--run {RUN}: no rows.csv there: is it the folder of a run?")
-    texts = ("folder", "split", "truth", "protocol")
-    table = shell.read_csv(path, texts=texts, numbers=("heg",))
-    truth = [headline_of(protocol).truth for protocol in table["protocol"]]
-    judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
-    judged = keep_fitting(judged).sort_values("heg", kind="stable")
-    slide = find_slide_of_run(Path(RUN), image)
-    roles = [role_of_slide(Path(RUN, folder), slide) for folder in judged["folder"]]
-    unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
-    unknown = [number for number, role in enumerate(roles) if role == UNKNOWN]
-    number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
-    warn_of_role(image, roles[number])
-    chosen = judged.iloc[number]
-    print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
-    return Path(RUN, chosen["folder"])
-
-
-def find_slide_of_run(run, image):
-    """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
-    root) of the data root of a run; None where none has, or the run or its data root is not there.
-    """
-    facts = run / "run.json"
-    if not facts.is_file():
-        return None
-    path = Path(run, json.loads(facts.read_text())["data_root"], "dataset", "meta.json").resolve()
-    if not path.is_file():
-        print(f"no {path}: so it is not known whether the model has learnt from this slide")
-        return None
-    content = path.read_bytes()
-    given = image.stat().st_size, shell.hash_blocks(image)
-    for slide in json.loads(content)["slides"]:
-        described = slide["files"].get(slide["image"], {})
-        if (described.get("bytes"), described.get("blocks")) == given:
-            return slide["tissue_index"], shell.fingerprint_of(content)
-    return None
-
-
-def role_of_slide(folder, slide):
-    """What the spots of a `slide`, as find_slide_of_run gives it, did for the model in a folder:
-    "train" or "valid" if any did, else "test" or None. UNKNOWN of a row that was made before script
-    19 changed the data root.
-    """
-    if slide is None or not (folder / "split.csv").is_file():
-        return None
-    number, fingerprint = slide
-    if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
-        return UNKNOWN
-    table = shell.read_csv(folder / "split.csv", ("id", "role"))
-    roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
-    return next((role for role in (*LEARNT, "test") if role in roles), None)
-
-
-def warn_of_role(image, role):
-    """Warn of a model that has learnt from the slide that it predicts, or may have."""
-    if role in LEARNT:
-        inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
-    elif role == UNKNOWN:
-        inputs.warn(
-            f"{image}: this slide may have trained the model, whose data root has changed since: "
-            "run its script again"
-        )
-
-
-def keep_fitting(judged):
-    """The rows of a table of RUN whose model takes what FEATURES says: embeddings, or pixels.
-
-    InputError where there is none, or where they have learnt from several models' embeddings.
-    """
-    recipes = [read_recipe(Path(RUN, folder, "weights.safetensors")) for folder in judged["folder"]]
-    fits = [
-        recipe is not None and embeddings.is_ridge(recipe) == bool(FEATURES) for recipe in recipes
-    ]
-    if not any(fits):
-        kind = "network with a validation r (a ridge on embeddings needs --features)"
-        if FEATURES:
-            kind = "ridge on embeddings with a validation r, which --features are for"
-        raise InputError(f"--run {RUN}: holds no {kind}: give --weights")
-    names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
-    if FEATURES and len(names) > 1:
-        raise InputError(
-            f"--run {RUN}: has learnt from embeddings of {', '.join(sorted(names))}: give "
-            "--weights, a row's folder of the model that made --features"
-        )
-    return judged[fits]
-
-
-def read_recipe(path):
-    """The recipe in weights.safetensors; None without a file. {} of one that read_weights refuses,
-    and says why.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return dict(json.loads(file.metadata()["recipe"]))
-    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, OSError):
-        return {}
-
-
-def read_weights(path):
-    """(model, Trained) of weights.safetensors, or of the folder that holds it; the model is a
-    network, or the Ridge of a recipe on embeddings.
-
-    InputError for a file of another kind or version, and for a model that takes other input.
-    """
-    path = path / "weights.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"--weights {path}: no such file; expected weights.safetensors of a run")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            texts = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = {name: json.loads(text) for name, text in texts.items()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
-    trained = check_metadata(path, metadata)
-    try:
-        if embeddings.is_ridge(trained.recipe):
-            return embeddings.build_ridge(state, trained.recipe, len(trained.genes)), trained
-        recipe = trained.recipe | {"PRETRAINED": False}
-        model = common.build_model(recipe, len(trained.genes), 0)
-        model.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: not the network of its metadata: one of an older version must be "
-            f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
-            "do, cannot be used here"
-        ) from None
-    return model, trained
-
-
-def check_metadata(path, metadata):
-    """Trained, of the metadata by name; InputError where they are not of this version."""
-    version = metadata.get("format")
-    if version != common.FORMAT:
-        raise InputError(
-            f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
-        )
-    for field in fields(Trained):
-        if field.name not in metadata and field.default is MISSING:
-            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
-    names = [field.name for field in fields(Trained) if field.name in metadata]
-    trained = Trained(**{name: metadata[name] for name in names})
-    if trained.patch_size != PATCH_SIZE:
-        raise InputError(
-            f"{path}: patches of {trained.patch_size} px; expected {PATCH_SIZE}: {TRAIN_AGAIN}"
-        )
-    needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
-    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
-        raise InputError(
-            f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
-        )
-    check_features(path, trained.recipe)
-    trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
-    try:
-        if trained.training_slides is not None:
-            trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
-        evidence.read_genes(trained.evidence, trained.genes)
-    except (KeyError, ValueError, TypeError):
-        raise InputError(
-            f"{path}: its training_slides or evidence are of another version: {TRAIN_AGAIN}"
-        ) from None
-    return trained
+    if RUN:
+        return weights.choose_model(Path(RUN), image, bool(FEATURES))
+    path = Path(WEIGHTS)
+    folder = path if path.is_dir() else path.parent
+    slide = weights.find_slide_of_run(folder.parent, image)
+    weights.warn_of_role(image, weights.find_role(folder, slide))
+    return path
 
 
 def check_features(path, recipe):
@@ -378,7 +157,7 @@ def tell_evidence(trained):
     if lacking:
         print(
             f"weights     of an older version, or of a fold of 22, without {', '.join(lacking)}: "
-            f"{TRAIN_AGAIN}"
+            f"{weights.TRAIN_AGAIN}"
         )
     if trained.evidence is not None:
         told = evidence.tell_of_genes(trained.evidence, trained.judged, trained.candidates)
@@ -811,7 +590,10 @@ def report(slide, table, genes, scored, trained, out):
 def main():
     inputs.WARNINGS.clear()
     slide, positions = choose_slide()
-    model, trained = read_weights(choose_weights(slide.image))
+    path = choose_weights(slide.image)
+    model, trained = weights.read_weights(path)
+    check_features(path, trained.recipe)
+    trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
     tell_evidence(trained)
     genes, sets = choose_genes(trained), choose_sets(trained)
     name = Path(IMAGE).stem if IMAGE else slide.name

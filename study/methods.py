@@ -4,9 +4,6 @@ epochs: ridges on frozen features and on colour.
 A method, method(row), returns the prediction (n, G) of row.split.scored(): see study.rows.Row.
 """
 
-import json
-from dataclasses import asdict
-
 import numpy as np
 import pandas as pd
 import safetensors.torch
@@ -19,7 +16,7 @@ from torch import nn
 
 import common
 from slides.colour import colour_statistics
-from study import conformal, evidence, recipes, recording, ridges, shell, similarity, splitting
+from study import recording, ridges, splitting
 from study.features import encode_spots, freeze_features
 from study.shell import InputError
 
@@ -197,69 +194,6 @@ def name_weights(recipe):
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"
-
-
-def save_weights(path, model, split, made_with, predicted):
-    """Weights of a network, or the coefficients of a Ridge on embeddings, whose metadata say all
-    that script 26 needs: how to build the network and make patches, of each gene r over the
-    validation spots (against log-normalised counts), what else these say and the ceiling on the
-    training slides, and how far to trust a prediction.
-    """
-    data = split.data
-    valid = split.roles[split.scored()] == "valid"
-    ceilings = [f"ceiling_{slide}" for slide in split.slides("train")]
-    metadata = {
-        "format": common.FORMAT,
-        "recipe": made_with,
-        "genes": data.genes,
-        # Of two magnifications the coarser: no slide has what lies between them.
-        "um_per_px": find_resolution(split),
-        "title": data.label,
-        "patch_size": common.PATCH_SIZE,
-        "groups": {key: genes for key, genes in split.members.items() if key != "all"},
-        "valid_r": shell.without_nan(split.validate_genes(predicted[valid], data.lognorm)),
-        "ceiling": shell.without_nan(data.annotations.var.reindex(columns=ceilings).mean(axis=1)),
-        **describe_trust(split, made_with, predicted),
-    }
-    if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
-        metadata["evidence"] = evidence.describe_validation(split, predicted[valid])
-    if isinstance(model, ridges.Ridge):
-        state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
-    else:
-        state = model.state_dict()
-        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
-    state = {name: value.contiguous() for name, value in state.items()}
-    texts = {name: json.dumps(value) for name, value in metadata.items()}
-    with shell.whole_file(path) as partial:
-        partial.write_bytes(safetensors.torch.save(state, texts))
-
-
-def find_resolution(split):
-    """um/px of the patches of the slides of training and validation: of two the coarser, since no
-    slide has what lies between them.
-    """
-    slides = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
-    of_slide = split.data.meta["um_per_px"]
-    found = [of_slide[slides[number]] for number in split.slides("train", "oof", "valid")]
-    return float(np.quantile(found, 0.5, method="higher"))
-
-
-def describe_trust(split, recipe, predicted):
-    """{name: value} for the weights' metadata: similarity.TrainingSlides of the spots that they
-    have learnt from, and half the widths of each gene's intervals.
-    """
-    data = split.data
-    learnt = splitting.final_split(recipe, split).spots("train")
-    training = similarity.describe_training(
-        data.annotations.obsm["colour"][learnt], data.spots.iloc[learnt]
-    )
-    headline = recipes.headline_of(recipe["PROTOCOL"])
-    truth = data.lognorm if headline.truth == "lognorm" else data.target
-    half_widths = conformal.find_half_widths(split, predicted, truth)
-    return {
-        "training_slides": asdict(training),
-        **{f"half_width_{name}": shell.without_nan(half) for name, half in half_widths.items()},
-    }
 
 
 def predict_again(trained, row, stain_shift=False, wrap=None):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from study import methods, printing, recording, ridges, shell, splitting
+from study import methods, printing, recording, ridges, shell, splitting, weights
 from study.shell import RANK
 
 
@@ -173,8 +173,8 @@ class Row:
             self.note(peak_memory_mb=peak_memory(self.device) / 2**20)
             shell.save_csv(self.folder / "history.csv", pd.DataFrame(self.history))
         if self.model is not None:
-            weights = self.folder / "weights.safetensors"
-            methods.save_weights(weights, self.model, self.split, made_with, predicted)
+            path = self.folder / "weights.safetensors"
+            weights.save_weights(path, self.model, self.split, made_with, predicted)
         if self.refit_history is not None:
             table = pd.DataFrame(self.refit_history)
             shell.save_csv(self.folder / "history_refit.csv", table)

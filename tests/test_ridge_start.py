@@ -10,7 +10,7 @@ from conftest import NETWORK, PAPER, ask, load_script
 from sklearn.linear_model import Ridge
 
 import common
-from study import methods, recipes, recording, ridges, rows, shell, splitting
+from study import methods, recipes, recording, ridges, rows, shell, splitting, weights
 
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
@@ -304,7 +304,7 @@ def test_patches_are_as_coarse_as_those_of_the_slides_that_taught(split):
     learnt = [names[number] for number in split.slides("train", "valid")]
     coarse = dict.fromkeys(names.values(), 2.0) | dict.fromkeys(learnt, 0.25)
     data = dataclasses.replace(split.data, meta=split.data.meta | {"um_per_px": coarse})
-    assert methods.find_resolution(dataclasses.replace(split, data=data)) == 0.25
+    assert weights.find_patch_resolution(dataclasses.replace(split, data=data)) == 0.25
 
 
 def test_rows_by_another_harmony_are_others(split):

@@ -1,0 +1,309 @@
+"""weights.safetensors of a row: written, read again, and which of a run's is taken for a slide.
+
+Shapes: n spots, N spots of a data root, G genes.
+"""
+
+import functools
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import common
+from slides import inputs
+from study import conformal, embeddings, evidence, ridges, shell, similarity, splitting
+from study.recipes import headline_of
+from study.shell import InputError
+
+# What a recipe must say of a network, and of a ridge on embeddings.
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
+RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
+TRAIN_AGAIN = "train it again with this version"
+LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
+UNKNOWN = "unknown"  # the role of spots where a model was made on an earlier state of its data root
+
+
+# ------------------------------------------------------------------------------------- what is kept
+@dataclass
+class Trained:
+    """What the metadata of weights.safetensors say: how to build the model and make patches, what
+    validation says of each gene, and how far to trust a prediction. Lists are in the order of the
+    genes.
+    """
+
+    recipe: dict  # constants of the script that trained the model
+    genes: list
+    um_per_px: float  # of the patches
+    patch_size: int  # px
+    groups: dict  # names of genes by "heg", "hvg", "mg"
+    valid_r: list  # r in validation, against log-normalised counts; None where unknown
+    ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
+    title: str  # "SIMULATED slides: " or nothing
+    # Weights of an older version lack what follows.
+    training_slides: similarity.TrainingSlides | None = None
+    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
+    half_width_95: list | None = None
+    evidence: dict | None = None  # of evidence.describe_validation
+
+    @property
+    def candidates(self):
+        """Names of HEG and HVG in the panel; of all genes where there are none.
+
+        The best of all genes in validation would be those that chance favoured.
+        """
+        return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
+
+    @property
+    def floor(self):
+        """The least value that measured expression can have."""
+        return -np.inf if self.recipe["TARGET"] == "harmony" else 0
+
+    @functools.cached_property
+    def judged(self):
+        """Table of what validation says of each gene, see evidence.judge_genes, or None."""
+        return evidence.read_genes(self.evidence, self.genes)
+
+    @property
+    def half_widths(self):
+        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
+        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
+        return {name: np.array(half, np.float64) for name, half in found.items() if half}
+
+
+# ------------------------------------------------------------------------------------------ written
+def save_weights(path, model, split, made_with, predicted):
+    """Write the weights of a network, or the coefficients of a Ridge on embeddings, with all that
+    script 26 needs, as metadata: describe_model, and the version of the format.
+    """
+    trained = describe_model(split, made_with, predicted)
+    metadata = {"format": common.FORMAT} | asdict(trained)
+    if isinstance(model, ridges.Ridge):
+        state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
+    else:
+        state = model.state_dict()
+        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
+    state = {name: value.contiguous() for name, value in state.items()}
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    with shell.whole_file(path) as partial:
+        partial.write_bytes(safetensors.torch.save(state, texts))
+
+
+def describe_model(split, made_with, predicted):
+    """Trained, of the model that a recipe `made_with` gave on a split, and of its prediction (n, G)
+    of split.scored().
+    """
+    data = split.data
+    of_valid = predicted[split.roles[split.scored()] == "valid"]
+    learnt = splitting.final_split(made_with, split).spots("train")
+    colour = data.annotations.obsm["colour"][learnt]
+    ceilings = data.annotations.var.reindex(
+        columns=[f"ceiling_{slide}" for slide in split.slides("train")]
+    )
+    truth = data.target
+    if headline_of(made_with["PROTOCOL"]).truth == "lognorm":
+        truth = data.lognorm
+    half_widths = conformal.find_half_widths(split, predicted, truth)
+    trained = Trained(
+        recipe=made_with,
+        genes=data.genes,
+        um_per_px=find_patch_resolution(split),
+        patch_size=common.PATCH_SIZE,
+        groups={key: genes for key, genes in split.members.items() if key != "all"},
+        valid_r=shell.without_nan(split.validate_genes(of_valid, data.lognorm)),
+        ceiling=shell.without_nan(ceilings.mean(axis=1)),
+        title=data.label,
+        training_slides=similarity.describe_training(colour, data.spots.iloc[learnt]),
+        half_width_80=shell.without_nan(half_widths["80"]),
+        half_width_95=shell.without_nan(half_widths["95"]),
+    )
+    if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
+        trained.evidence = evidence.describe_validation(split, of_valid)
+    return trained
+
+
+def find_patch_resolution(split):
+    """um/px of the patches of the slides of training and validation: of two the coarser, since no
+    slide has what lies between them.
+    """
+    slides = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
+    of_slide = split.data.meta["um_per_px"]
+    found = [of_slide[slides[number]] for number in split.slides("train", "oof", "valid")]
+    return float(np.quantile(found, 0.5, method="higher"))
+
+
+# --------------------------------------------------------------------------------------------- read
+def read_weights(path):
+    """(model, Trained) of weights.safetensors, or of the folder that holds it; the model is a
+    network, or the Ridge of a recipe on embeddings.
+
+    InputError for a file of another kind or version, and for a model that takes other input.
+    """
+    path = path / "weights.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--weights {path}: no such file; expected weights.safetensors of a run")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {name: json.loads(text) for name, text in texts.items()}
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not a .safetensors file of a run ({error})") from None
+    trained = check_metadata(path, metadata)
+    try:
+        if embeddings.is_ridge(trained.recipe):
+            return embeddings.build_ridge(state, trained.recipe, len(trained.genes)), trained
+        recipe = trained.recipe | {"PRETRAINED": False}
+        model = common.build_model(recipe, len(trained.genes), 0)
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: not the network of its metadata: one of an older version must be "
+            f"trained again, and one that takes a cluster id or retrieves spots, as 24's and 25's "
+            "do, cannot be used here"
+        ) from None
+    return model, trained
+
+
+def check_metadata(path, metadata):
+    """Trained, of the metadata by name; InputError where they are not of this version."""
+    version = metadata.get("format")
+    if version != common.FORMAT:
+        raise InputError(
+            f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
+        )
+    for field in fields(Trained):
+        if field.name not in metadata and field.default is MISSING:
+            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
+    names = [field.name for field in fields(Trained) if field.name in metadata]
+    trained = Trained(**{name: metadata[name] for name in names})
+    if trained.patch_size != common.PATCH_SIZE:
+        raise InputError(
+            f"{path}: patches of {trained.patch_size} px; expected {common.PATCH_SIZE}: "
+            f"{TRAIN_AGAIN}"
+        )
+    needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
+    if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
+        raise InputError(
+            f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
+        )
+    try:
+        if trained.training_slides is not None:
+            trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
+        evidence.read_genes(trained.evidence, trained.genes)
+    except (KeyError, ValueError, TypeError):
+        raise InputError(
+            f"{path}: its training_slides or evidence are of another version: {TRAIN_AGAIN}"
+        ) from None
+    return trained
+
+
+# --------------------------------------------------------------------------------- which of a run's
+def choose_model(run, image, takes_embeddings):
+    """The folder of a run's row whose model has the highest validation r of HEG: of its networks
+    or, where it `takes_embeddings`, of its ridges on embeddings.
+
+    Of the slide in the file `image` those that have not learnt from it come first, then those of
+    which that is not known, and a warning says which it is. The test slide chooses nothing.
+    """
+    path = run / "rows.csv"
+    if not path.is_file():
+        raise InputError(f"--run {run}: no rows.csv there: is it the folder of a run?")
+    texts = ("folder", "split", "truth", "protocol")
+    table = shell.read_csv(path, texts=texts, numbers=("heg",))
+    truth = [headline_of(protocol).truth for protocol in table["protocol"]]
+    judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
+    judged = keep_fitting(run, judged, takes_embeddings).sort_values("heg", kind="stable")
+    slide = find_slide_of_run(run, image)
+    roles = [find_role(run / folder, slide) for folder in judged["folder"]]
+    unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
+    unknown = [number for number, role in enumerate(roles) if role == UNKNOWN]
+    number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
+    warn_of_role(image, roles[number])
+    chosen = judged.iloc[number]
+    print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
+    return run / chosen["folder"]
+
+
+def find_slide_of_run(run, image):
+    """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
+    root) of the data root of a run; None where none has, or the run or its data root is not there.
+    """
+    facts = run / "run.json"
+    if not facts.is_file():
+        return None
+    path = Path(run, json.loads(facts.read_text())["data_root"], "dataset", "meta.json").resolve()
+    if not path.is_file():
+        print(f"no {path}: so it is not known whether the model has learnt from this slide")
+        return None
+    content = path.read_bytes()
+    given = image.stat().st_size, shell.hash_blocks(image)
+    for slide in json.loads(content)["slides"]:
+        described = slide["files"].get(slide["image"], {})
+        if (described.get("bytes"), described.get("blocks")) == given:
+            return slide["tissue_index"], shell.fingerprint_of(content)
+    return None
+
+
+def find_role(folder, slide):
+    """What the spots of a `slide`, as find_slide_of_run gives it, did for the model in a row's
+    folder: "train" or "valid" if any did, else "test" or None. UNKNOWN of a row that was made
+    before script 19 changed the data root.
+    """
+    if slide is None or not (folder / "split.csv").is_file():
+        return None
+    number, fingerprint = slide
+    if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
+        return UNKNOWN
+    table = shell.read_csv(folder / "split.csv", ("id", "role"))
+    roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
+    return next((role for role in (*LEARNT, "test") if role in roles), None)
+
+
+def warn_of_role(image, role):
+    """Warn of a model that has learnt from the slide that it predicts, or may have."""
+    if role in LEARNT:
+        inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
+    elif role == UNKNOWN:
+        inputs.warn(
+            f"{image}: this slide may have trained the model, whose data root has changed since: "
+            "run its script again"
+        )
+
+
+def keep_fitting(run, judged, takes_embeddings):
+    """The rows of a table of a run whose model takes embeddings, or pixels.
+
+    InputError where there is none, or where they have learnt from several models' embeddings.
+    """
+    recipes = [read_recipe(run / folder / "weights.safetensors") for folder in judged["folder"]]
+    fits = [
+        recipe is not None and embeddings.is_ridge(recipe) == takes_embeddings for recipe in recipes
+    ]
+    if not any(fits):
+        kind = "network with a validation r (a ridge on embeddings needs --features)"
+        if takes_embeddings:
+            kind = "ridge on embeddings with a validation r, which --features are for"
+        raise InputError(f"--run {run}: holds no {kind}: give --weights")
+    names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
+    if takes_embeddings and len(names) > 1:
+        raise InputError(
+            f"--run {run}: has learnt from embeddings of {', '.join(sorted(names))}: give "
+            "--weights, a row's folder of the model that made --features"
+        )
+    return judged[fits]
+
+
+def read_recipe(path):
+    """The recipe in weights.safetensors; None without a file. {} of one that read_weights refuses,
+    and says why.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(json.loads(file.metadata()["recipe"]))
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, OSError):
+        return {}
