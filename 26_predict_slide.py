@@ -443,6 +443,7 @@ def draw_maps(path, table, genes, title):
     better, and what was measured, below. The column before them has the H&E and the distance.
     """
     ((name, slide),) = table.uns["spatial"].items()
+    thumbnail = slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"]
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds if kind]
@@ -456,44 +457,31 @@ def draw_maps(path, table, genes, title):
         for ax in axes:
             ax.set_axis_off()
         if number == 0:
-            show_tissue(axes[0], table, slide, alpha=1)
+            drawing.draw_tissue(axes[0], table, thumbnail)
             axes[0].set_title(name, size=9)
         if number == 1 and "distance" in table.obs:
-            show_tissue(axes[0], table, slide, alpha=0.25)
-            draw_distance(axes[0], table)
+            draw_distance(axes[0], table, thumbnail)
         for ax, gene in zip(axes[1:], three, strict=False):
-            show_tissue(ax, table, slide, alpha=0.25)
-            draw_map(ax, table, gene, kind)
+            draw_map(ax, table, thumbnail, gene, kind)
     figure.suptitle(title)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
-def show_tissue(ax, table, slide, alpha):
-    """The H&E around the spots, in px of the slide."""
-    image = slide["images"]["hires"]
-    height, width = np.array(image.shape[:2]) / slide["scalefactors"]["tissue_hires_scalef"]
-    ax.imshow(image, extent=(0, width, height, 0), alpha=alpha)
-    (left, right), (top, bottom) = drawing.view_of(table)
-    ax.set(xlim=(left, right), ylim=(bottom, top))
-
-
-def draw_distance(ax, table):
+def draw_distance(ax, table, thumbnail):
     """How far each spot's patch is from the training slides; as draw_map."""
-    points = drawing.draw_circles(ax, table, table.obs["distance"], cmap="magma")
-    points.set_clim(0, 2 * similarity.ALARM)
-    ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}", extend="max")
+    colours = {"cmap": "magma", "clim": (0, 2 * similarity.ALARM), "extend": "max"}
+    drawing.draw_spots(ax, table, thumbnail, table.obs["distance"], **colours)
     ax.set_title("distance to the training slides\n1: theirs to each other", size=9)
 
 
-def draw_map(ax, table, gene, kind):
+def draw_map(ax, table, thumbnail, gene, kind):
     """One gene's predicted or measured expression, or means of a scale of scales.RADII."""
     values = table.layers["measured"] if kind == "measured" else table.X
     shown = values[:, table.var_names.get_loc(gene)]
     if kind in scales.RADII:
         places = common.places_in_pitches(table.obs).to_numpy(np.float64)
         shown = scales.average_neighbours(shown, places, kind)
-    points = drawing.draw_circles(ax, table, shown)
-    ax.figure.colorbar(points, ax=ax, shrink=0.7, format="{x:.3g}")
+    drawing.draw_spots(ax, table, thumbnail, shown)
     facts = table.var.loc[gene]
     if kind == "measured":
         known = f"r {facts['r']:.2f} on this slide"

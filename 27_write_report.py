@@ -43,7 +43,6 @@ RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 # --------------------------------------------------------------------------------------------------
 
 NEEDED = {"title", "label", "tables", "folders", "settings", "machine", "data_root"}  # of run.json
-PALE = 0.6  # opacity of the H&E beneath the spots
 HISTORY = ("epoch", "train_loss", "valid_mse")  # the columns of history.csv that are drawn
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
 NO_THUMBNAIL = """no H&E:
@@ -168,7 +167,7 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     columns = 1 + len(genes)
     figure = Figure(figsize=(2.8 * columns, 0.8 + 5 * shape), layout="compressed")
     ((tissue, *measured), (agreement, *predicted)) = figure.subplots(2, columns, squeeze=False)
-    draw_tissue(tissue, table, thumbnail)
+    drawing.draw_tissue(tissue, table, thumbnail)
     tissue.set_title("H&E", size=9)
     if thumbnail is None:
         tissue.text(0.5, 0.5, NO_THUMBNAIL, ha="center", va="center", transform=tissue.transAxes)
@@ -187,7 +186,7 @@ def draw_gene(axes, table, thumbnail, gene, label):
     score = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
     titles = f"{gene} ({label}), measured", f"{gene}, predicted, {score}"
     for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
-        draw_spots(ax, table, thumbnail, values)
+        drawing.draw_spots(ax, table, thumbnail, values)
         ax.set_title(title, size=9)
 
 
@@ -217,32 +216,6 @@ def save_picture(path, figure, description):
         method = Image.Quantize.MAXCOVERAGE
         reduced = picture.convert("RGB").quantize(192, method, kmeans=1)
         reduced.save(partial, pnginfo=information, optimize=True)
-
-
-def draw_tissue(ax, table, thumbnail, pale=False):
-    """The H&E around the spots, in px of the slide; white where there is no thumbnail.
-
-    Pale is grey, too, so that in a map all colour is the spots'.
-    """
-    (left, right), (top, bottom) = drawing.view_of(table)
-    ax.set_axis_off()
-    ax.set_anchor("N")
-    if thumbnail is not None:
-        image, step = thumbnail
-        height, width = image.shape[:2]
-        extent = (0, width * step, height * step, 0)
-        if pale:
-            ax.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255, extent=extent, alpha=PALE)
-        else:
-            ax.imshow(image, extent=extent)
-    ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
-
-
-def draw_spots(ax, table, thumbnail, values):
-    """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar."""
-    draw_tissue(ax, table, thumbnail, pale=True)
-    spots = drawing.draw_circles(ax, table, values)
-    ax.figure.colorbar(spots, ax=ax, shrink=0.8, format="{x:.4g}", ticks=MaxNLocator(4))
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -118,6 +118,11 @@ class SpotData:
     label: str  # "SIMULATED slides: " or nothing; begins the header, titles and figures of a run
     harmonised: tuple = ()  # tissue_index values that Harmony was run on; () = all of the data root
 
+    @property
+    def slide_names(self):
+        """{tissue_index: the slide's name} of all slides of the data root."""
+        return {slide["tissue_index"]: slide["name"] for slide in self.meta["slides"]}
+
 
 def places_in_pitches(spots):
     """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""

@@ -479,7 +479,8 @@ def report_missing_genes(genes, keys):
     slide that shares none with the others.
     """
     listed = genes[[f"listed_{key}" for key in keys]]
-    print(f"{len(genes):,} genes, {listed.all(axis=1).sum():,} of them in every slide")
+    in_every_slide = f", {listed.all(axis=1).sum():,} of them in every slide"
+    print(f"{len(genes):,} genes{in_every_slide if len(keys) > 1 else ''}")
     by_others = listed.sum(axis=1)
     for key in keys:
         own = genes[f"listed_{key}"]

@@ -1,7 +1,9 @@
 """Spots of a slide on axes: AnnData with obs["pitch"] and obsm["spatial"], in px of the slide."""
 
 from matplotlib.collections import EllipseCollection
+from matplotlib.ticker import MaxNLocator
 
+PALE = 0.6  # opacity of the H&E beneath the spots
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
 
 
@@ -33,3 +35,33 @@ def draw_circles(ax, table, values, **colours):
     )
     ax.add_collection(spots)
     return spots
+
+
+def draw_tissue(ax, table, thumbnail, pale=False):
+    """The H&E around the spots, in px of the slide: `thumbnail` is an RGB image and how many px of
+    the slide a px of it is, or None, which leaves the ground white.
+
+    Pale is grey, too, so that in a map all colour is the spots'.
+    """
+    (left, right), (top, bottom) = view_of(table)
+    ax.set_axis_off()
+    ax.set_anchor("N")
+    if thumbnail is not None:
+        image, step = thumbnail
+        height, width = image.shape[:2]
+        extent = (0, width * step, height * step, 0)
+        if pale:
+            ax.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255, extent=extent, alpha=PALE)
+        else:
+            ax.imshow(image, extent=extent)
+    ax.set(aspect="equal", xlim=(left, right), ylim=(bottom, top))
+
+
+def draw_spots(ax, table, thumbnail, values, extend="neither", **colours):
+    """Values (n,) of the spots on the pale H&E, in circles of their size, with a colour bar, which
+    ends in an arrow where it is to `extend`.
+    """
+    draw_tissue(ax, table, thumbnail, pale=True)
+    spots = draw_circles(ax, table, values, **colours)
+    bar = {"shrink": 0.8, "format": "{x:.4g}", "ticks": MaxNLocator(4), "extend": extend}
+    ax.figure.colorbar(spots, ax=ax, **bar)

@@ -218,7 +218,7 @@ def open_models(folder, data, splits, backbones):
     inside = sorted(folder.glob("[!.]*"))
     folders = [folder] if holds_files(folder) else filter(holds_files, inside)
     slides = np.unique(np.concatenate([split.slides(*common.ROLES) for split in splits]))
-    names = {row["tissue_index"]: row["name"] for row in data.meta["slides"]}
+    names = data.slide_names
     names = {int(slide): names[slide] for slide in slides}
     models = [open_model(path, names, data.spots) for path in folders]
     for model in models:

@@ -128,9 +128,8 @@ def find_patch_resolution(split):
     """um/px of the patches of the slides of training and validation: of two the coarser, since no
     slide has what lies between them.
     """
-    slides = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
-    of_slide = split.data.meta["um_per_px"]
-    found = [of_slide[slides[number]] for number in split.slides("train", "oof", "valid")]
+    names, of_slide = split.data.slide_names, split.data.meta["um_per_px"]
+    found = [of_slide[names[number]] for number in split.slides("train", "oof", "valid")]
     return float(np.quantile(found, 0.5, method="higher"))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
-from study import recording, shell
+from study import drawing, recording, shell
 
 
 class Page(HTMLParser):
@@ -405,7 +405,7 @@ def test_a_spot_lies_on_its_own_pixel_of_the_thumbnail(slide):
     x, y = slide.obsm["spatial"][7]
     thumbnail[int(y // 20), int(x // 20)] = 255
     ax = Figure().add_subplot()
-    load_script("27").draw_spots(ax, slide, (thumbnail, 20), slide.X[:, 0])
+    drawing.draw_spots(ax, slide, (thumbnail, 20), slide.X[:, 0])
     shown, (left, right, bottom, top) = ax.images[0].get_array(), ax.images[0].get_extent()
     row, column = np.argwhere(shown > 0)[0]
     assert left + column * (right - left) / 70 <= x < left + (column + 1) * (right - left) / 70
@@ -422,10 +422,9 @@ def pixels_of(figure):
 def test_circles_have_the_size_of_the_spots(slide):
     figure = Figure(figsize=(8, 8), dpi=100)
     ax = figure.add_axes((0, 0, 1, 1))
-    script = load_script("27")
-    script.draw_tissue(ax, slide, None)
+    drawing.draw_tissue(ax, slide, None)
     before = pixels_of(figure)
-    script.draw_spots(ax, slide, None, np.zeros(30))
+    drawing.draw_spots(ax, slide, None, np.zeros(30))
     ax.set_position((0, 0, 1, 1))  # the colour bar took some of it
     figure.axes[1].remove()
     changed = (pixels_of(figure) != before).any(2).sum()
