@@ -29,7 +29,6 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 
 import contextlib
-import hashlib
 import json
 import shutil
 import tempfile
@@ -40,7 +39,6 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-import scipy.sparse
 import torch
 from PIL import Image
 
@@ -58,9 +56,18 @@ from slides.manifest import (
     read_manifest,
     warn_of_magnifications,
 )
+from slides.panel import (
+    choose_panel,
+    find_variable_genes,
+    listed_by_all,
+    published_panel,
+    read_panel,
+    warn_of_lost_genes,
+)
 from slides.positions import measure_pitch, place_spots
 from slides.spots import read_spots
-from study import exports, panels, splitting
+from slides.twins import check_alike_counts, check_patches
+from study import drawing, exports, panels, splitting
 from study.features import describe_size, hash_patches, remove_others
 from study.shell import InputError
 
@@ -97,130 +104,23 @@ WRITTEN = (
     "thumbnail_*.png",
     "meta.json",
 )
-PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
-SPOT_WIDTH = 0.55  # of the pitch, as Visium's spots are drawn
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
-LOST_GENES = 20  # genes of a panel that a warning names at most
-FEW_COUNTS = 100  # two spots with fewer may be the same by chance
-FEW_GENES = 20  # as well, where the slides share fewer of their genes
 
 
 # -------------------------------------------------------------------------------- panel
 
 
-def published_panel(root, tables, genes):
-    """Ids of the published preprocessing's panel where hvg_union.npy is there, else None.
-
-    Its mask is of the genes that all slides list, in the order of the first slide.
-    """
-    path = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
-    if not path.is_file():
-        return None
-    shared = genes["gene_ids"][listed_by_all(genes)]
-    ids = tables[0].read_features().index
-    ids = ids[ids.isin(shared)]
-    try:
-        mask = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
-    if mask.dtype != bool or mask.shape != (len(ids),):
-        raise InputError(
-            f"{path}: {mask.dtype} {mask.shape}; expected one bool for each of the {len(ids)} genes"
-        )
-    print(f"panel: the published {path.name}")
-    return ids[mask]
-
-
-def listed_by_all(genes):
-    """(G,) bool: the genes of join_genes's table that every slide lists."""
-    return genes.filter(like="listed_").all(axis=1)
-
-
-def read_panel(path):
-    """The genes of a table with a column gene, or of a list without a header."""
-    table = inputs.read_table(path, {"gene": PANEL_SPELLINGS}, row_names="gene")
-    if "gene" not in table or (table.shape[1] > 1 and not table.attrs["named"]):
-        raise InputError(f"{path}: expected a table with a column gene, and not {list(table)}")
-    genes = [gene for gene in table["gene"] if gene]
-    if not genes:
-        raise InputError(f"{path}: names no gene")
-    return genes
-
-
-def warn_of_lost_genes(path, genes, names):
-    """Warn of the genes of the panel in a file that no gene of the slides is called."""
-    lost = [gene for gene in genes if gene not in names]
-    if not lost:
-        return
-    shown = ", ".join(lost[:LOST_GENES])
-    if len(lost) > LOST_GENES:
-        shown += f" and {len(lost) - LOST_GENES} others"
-    upper = {name.upper(): name for name in names}
-    similar = [f"{gene} ({upper[gene.upper()]})" for gene in lost if gene.upper() in upper]
-    hint = "spell them as the features table does"
-    if similar:
-        hint += f", as {similar[0]}"
-    inputs.warn(f"{path}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}")
-
-
-def find_variable_genes(counts):
-    """(G,) bool: the highly variable genes of the counts of one slide (scanpy, seurat)."""
-    import scanpy  # Here, because numba takes seconds to load.
-
-    if counts.n_vars <= HVG_PER_SLIDE:
-        return np.ones(counts.n_vars, bool)
-    scale = scipy.sparse.diags_array(1e4 / counts.obs["n_counts"].to_numpy())
-    lognorm = (scale @ scipy.sparse.csr_matrix(counts.X, dtype=np.float32)).log1p()
-    lognorm = scipy.sparse.csr_matrix(lognorm, dtype=np.float32)
-    part = anndata.AnnData(lognorm, var=pd.DataFrame(index=counts.var_names))
-    threads = torch.get_num_threads()
-    scanpy.pp.highly_variable_genes(part, flavor="seurat", n_top_genes=HVG_PER_SLIDE)
-    torch.set_num_threads(threads)  # scanpy's numba takes all of them
-    return part.var["highly_variable"].to_numpy()
-
-
 def find_panel(root):
-    """The file of the panel: PANEL, or the genes of a task of HEST-Benchmark; "" for neither."""
+    """The file of the panel: the genes of a task of HEST-Benchmark, or PANEL; None for neither."""
     if has_folds(root):
-        return str(root / common.TASK_GENES)
-    return PANEL
+        return root / common.TASK_GENES
+    return Path(PANEL) if PANEL else None
 
 
 def read_named(root):
     """The genes that the file of find_panel names; none without one."""
     path = find_panel(root)
-    return read_panel(Path(path)) if path else []
-
-
-def choose_panel(root, genes, published):
-    """The table of genes, whose columns listed_<slide> and hvg_<slide> stay, of the panel, with the
-    columns MG (a marker) and named (by a file, so that every split keeps it).
-
-    The panel is that of find_panel, or the `published` ids, or the union of the slides' variable
-    genes; the markers among the genes belong to the last two.
-    """
-    markers = genes.index.isin(common.MARKER_GENES)
-    named = np.zeros(len(genes), bool)
-    path = find_panel(root)
-    if path:
-        wanted = read_panel(Path(path))
-        panel = named = genes.index.isin(wanted)
-        markers = markers & panel
-        if not panel.any():
-            raise InputError(
-                f"{path}: the slides hold none of its {len(wanted)} genes, as {wanted[0]}"
-            )
-        warn_of_lost_genes(path, wanted, set(genes.index))
-    elif published is not None:
-        panel = genes["gene_ids"].isin(published).to_numpy()
-    else:
-        panel = genes.filter(like="hvg_").any(axis=1).to_numpy()
-    panel = panel | markers
-    print(
-        f"panel of {panel.sum():,} genes, {markers.sum()} of the {len(common.MARKER_GENES)} "
-        "markers among them"
-    )
-    return genes.drop(columns="name").assign(MG=markers, named=named)[panel]
+    return read_panel(path) if path else []
 
 
 # -------------------------------------------------------------------------------- target
@@ -277,65 +177,7 @@ def read_harmony(slide, obs, published):
     return matrix[:, pd.Index(barcodes).get_indexer(spots)].T.astype(np.float32)
 
 
-# -------------------------------------------------------------------------------- trust
-
-
-def check_patches(patches, names):
-    """InputError where two spots have the same pixels; blank patches may be the same by chance."""
-    seen = {}
-    for spot, patch in zip(names, patches, strict=True):
-        if (patch != patch[0, 0]).any():
-            refuse_twin(seen, spot, "pixels", patch.tobytes())
-
-
-def check_alike_counts(seen, table):
-    """InputError where a spot of the table has the same counts as one of the same genes before.
-
-    `seen` is empty at first, and remembers the spots. A split could learn from one of two such
-    spots and be scored on the other. Spots of few counts may be the same by chance.
-    """
-    genes = "\n".join(table.var_names).encode()
-    for spot, content in tell_counts(table):
-        refuse_twin(seen, spot, "counts", genes + content)
-
-
-def tell_counts(table):
-    """(spot, its counts as bytes) of the spots whose counts are the same in no other by chance.
-
-    Those are FEW_COUNTS in all, and either all that the spot has or of FEW_GENES genes: of a few
-    genes that slides share, two spots may well have the same counts.
-    """
-    matrix = table.X
-    matrix.sort_indices()
-    for number, (spot, total) in enumerate(table.obs["n_counts"].items()):
-        row = slice(*matrix.indptr[number : number + 2])
-        genes, values = matrix.indices[row], matrix.data[row]
-        counted = values.sum()
-        if counted >= FEW_COUNTS and (counted == total or len(genes) >= FEW_GENES):
-            yield spot, genes.tobytes() + values.tobytes()
-
-
-def refuse_twin(seen, spot, kind, content):
-    """Note in `seen` that a spot has this content; InputError where another spot has it.
-
-    Spots are called as in obs, by their slide and barcode.
-    """
-    digest = hashlib.blake2b(content, digest_size=16).digest()
-    twin = seen.setdefault((kind, digest), spot)
-    if twin == spot:
-        return
-    found = f"the spots {twin} and {spot} have the same {kind}"
-    if twin.split("_")[0] == spot.split("_")[0]:
-        cause = {"pixels": "their positions or the image", "counts": "a part of the matrix"}[kind]
-        raise InputError(f"{found}, and are of one slide: fix {cause}, which is there twice")
-    if kind == "counts":
-        raise InputError(
-            f"{found}, on two slides: give each slide in slides.csv a matrix of its own"
-        )
-    raise InputError(
-        f"a leak: {found}, so a split could learn from one and be scored on the other; is a slide "
-        "in slides.csv twice?"
-    )
+# -------------------------------------------------------------------------------- genes
 
 
 def describe_genes(root, counts, lognorm):
@@ -548,10 +390,10 @@ def write_expression(root, out, tables, manifest):
         check_alike_counts(seen, table)
         check_alike_counts(seen, take_genes(table, shared))
         # By the slide's own genes alone, so that no other slide changes them.
-        chosen = table.var_names[find_variable_genes(table)]
+        chosen = table.var_names[find_variable_genes(table, HVG_PER_SLIDE)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
     published = published_panel(root, tables, genes)
-    panel = choose_panel(root, genes.assign(**variable), published)
+    panel = choose_panel(genes.assign(**variable), find_panel(root), published)
     tables = [table.take(panel) for table in tables]
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
@@ -586,7 +428,7 @@ def describe_libraries(out, manifest, obs):
                 pixels = np.asarray(image)
             step = imaging.thumbnail_step(slide)
             name = exports.name_library(slide.name)
-            libraries[name] = exports.describe_library(pixels, step, SPOT_WIDTH * pitch)
+            libraries[name] = exports.describe_library(pixels, step, drawing.SPOT * pitch)
     return libraries
 
 

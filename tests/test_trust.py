@@ -29,6 +29,7 @@ from conftest import (
 from scipy.spatial.distance import cdist
 
 import common
+from slides import twins
 from slides.ceilings import fit_ceilings
 from study import printing, shell, splitting
 
@@ -485,12 +486,11 @@ def test_blank_patches_and_empty_spots_are_no_leak():
     patches = np.full((3, 224, 224, 3), 255, np.uint8)
     patches[2, 5, 5] = 0
     counts = count_spots([1, 0], [1, 0], [500, 3])
-    script = load_script("19")
-    script.check_patches(patches, counts.obs_names)
-    script.check_alike_counts({}, counts)
+    twins.check_patches(patches, counts.obs_names)
+    twins.check_alike_counts({}, counts)
     with pytest.raises(shell.InputError, match=r"a leak.* same pixels"):
-        script.check_patches(patches[[2, 1, 2]], counts.obs_names)
+        twins.check_patches(patches[[2, 1, 2]], counts.obs_names)
     with pytest.raises(shell.InputError, match="same pixels, and are of one slide"):
-        script.check_patches(patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
+        twins.check_patches(patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
     with pytest.raises(shell.InputError, match="same counts, on two slides"):
-        script.check_alike_counts({}, count_spots([500, 3], [1, 0], [500, 3]))
+        twins.check_alike_counts({}, count_spots([500, 3], [1, 0], [500, 3]))
