@@ -44,8 +44,14 @@ ROW_NAMES = ("index", "features", "gene", "genes")  # columns in which R keeps l
 OF_SPOTS = (
     r"(?i:n_?counts?(_.*)?|total_counts(_.*)?|log1p_.*counts.*|n_genes(_.*)?|n_?features?(_.*)?|"
     r"pct_counts_.*|percent[._]mt|leiden.*|louvain.*|seurat_clusters|clusters?|in_tissue|"
-    r"array_row|array_col|pxl_.*|image_?row|image_?col|tissue|row|col)"
+    r"array_row|array_col|pxl_.*|image_?row|image_?col|tissue|row|col|total|sum)"
 )
+PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
+# What spreadsheets make of MARCH1, SEPT2 and DEC1.
+DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)|(?:Mar|Sep|Dec)-\d{1,2})"
+BINARISED = 50  # counts a spot, of which some would be above 1
+RENAMED = 0.2  # of the ids that slides share: with other symbols, above which it is warned of
+MOST_COUNTS = 2**31 - 1  # in which counts.h5ad keeps one
 # Columns of obs in which programs keep the counts of a spot before genes are left out.
 DEPTHS = ("total_counts", "n_counts", "nCount_Spatial", "nCount_RNA")
 DEPTHS_DIFFER = 0.1  # of a spot's counts, median over the spots
@@ -66,6 +72,14 @@ def read_matrix(path, genome="", named=()):
     if part:
         print(f"{file}: {table.n_obs} spots are taken, those of {part}")
     check_one_sample(path, table.obs)
+    if table.var_names.str.fullmatch(PROBE).mean() > 0.5:
+        raise InputError(
+            f"{path}: holds counts of probes, as {table.var_names[0]}, and not of genes: give "
+            "filtered_feature_bc_matrix"
+        )
+    symbols = table.var["name"].astype(str)
+    unnamed = symbols.str.strip().isin(["", "nan", "NA"])
+    table.var["name"] = symbols.where(~unnamed, table.var_names.to_series())
     table = leave_out_controls(choose_genome(table, path, genome), path, named)
     bare = table.var_names.str.replace(VERSION, r"\1", regex=True)
     if bare.is_unique:  # Slides are joined by their ids, whatever annotation each was read with.
@@ -111,6 +125,8 @@ def choose_genome(table, path, genome):
                 f"{path}: {found} are read together: choose one with --genome {counted.index[0]}"
             )
         return table
+    if len(counted) == 1 and str(counted.index[0]).startswith(genome):
+        return table  # A slide of this species alone, by a fuller name, as GRCh38-2020-A.
     if genome not in counted:
         raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
     table = table[:, (genomes == genome).to_numpy()].copy()
@@ -155,6 +171,10 @@ def read_dense_matrix(path):
         left_out = ", ".join(genes[of_spots][:4])
         inputs.warn(f"{path}: {of_spots.sum()} columns are no genes and are left out: {left_out}")
         counts, genes = counts[:, ~of_spots], genes[~of_spots]
+    totals = (2 * counts == counts.sum(axis=1, keepdims=True)).all(axis=0)
+    if totals.any() and counts.shape[1] > 2:
+        inputs.warn(f"{path}: {genes[totals][0]} is the sum of the others and is left out")
+        counts, genes = counts[:, ~totals], genes[~totals]
     var = pd.DataFrame({"name": [*genes]}, index=[*genes])
     return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
 
@@ -225,7 +245,10 @@ def read_anndata_matrix(path):
     features = pd.DataFrame({"name": names.to_numpy()}, index=ids.to_numpy())
     if "genome" in var:
         features["genome"] = var["genome"].astype(str).to_numpy()
-    counts = scipy.sparse.csr_matrix(table.X)
+    counts = table.X
+    if not scipy.sparse.issparse(counts):
+        counts = np.asarray(counts, np.result_type(counts, np.float32))  # scipy has no float16.
+    counts = scipy.sparse.csr_matrix(counts)
     return anndata.AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=features)
 
 
@@ -252,7 +275,10 @@ def choose_counts(table, path):
     name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
     say_what_is_taken(path, name, found, usable)
     if name == "raw":
-        return table.raw.to_adata()
+        raw = table.raw.to_adata()
+        lacking = table.var.columns.difference(raw.var.columns)
+        raw.var = raw.var.join(table.var[lacking])  # Symbols are often kept there alone.
+        return raw
     if name != "X":
         table.X = table.layers["counts"]
     return table
@@ -338,6 +364,8 @@ def find_gene_names(var, spellings, instead=None):
         if spelling not in var:
             continue
         found = var[spelling]
+        if len(found) > 1 and inputs.counts_up([*found.astype(str)]):
+            continue  # Numbers of rows, which a program has left behind.
         if found.notna().all():
             return found.astype(str)
         if instead is not None and found.notna().any():
@@ -437,6 +465,11 @@ def check_counts(table, path):
             f"{path}: holds values that are no counts (negative, fractional or NaN); "
             "raw counts are needed"
         )
+    most = table.X.max() if table.n_obs and table.n_vars else 0
+    if most > MOST_COUNTS:
+        raise InputError(f"{path}: a count of {most:.4g}: more than {MOST_COUNTS} is no count")
+    if most == 1 and table.X.sum() > BINARISED * table.n_obs:
+        inputs.warn(f"{path}: no count is above 1: was it made 0 and 1? Raw counts are needed")
 
 
 def holds_counts(matrix):
@@ -464,6 +497,7 @@ def join_genes(features):
         symbols = pd.concat([symbols, found])
     table = symbols.rename_axis("id").rename("name").reset_index()
     table["repeats"] = table["id"] == table["name"]
+    warn_of_renamed(table[~table["repeats"]])
     table = table.sort_values(["id", "repeats", "name"]).drop_duplicates("id")
     ids = pd.Index(table["id"])
     genes = pd.DataFrame({"gene_ids": ids, "name": table["name"].to_numpy()})
@@ -472,6 +506,27 @@ def join_genes(features):
         genes[f"listed_{key}"] = ids.isin(found)
     report_missing_genes(genes, list(listed))
     return genes
+
+
+def warn_of_renamed(symbols):
+    """Warn where slides call many genes of one id otherwise, and of names that a spreadsheet has
+    made dates of; `symbols` has a line a slide and gene, with id and name.
+    """
+    names = symbols.groupby("id")["name"].agg(["size", "nunique"])
+    shared = names[names["size"] > 1]
+    renamed = shared.index[shared["nunique"] > 1]
+    if len(renamed) > RENAMED * len(shared) > 0:
+        first = symbols["name"][symbols["id"] == renamed[0]].unique()
+        inputs.warn(
+            f"{len(renamed)} of {len(shared)} gene ids have other symbols on other slides, as "
+            f"{renamed[0]}: {', '.join(first[:2])}: are ids the same genes on all slides?"
+        )
+    dates = symbols["name"][symbols["name"].str.fullmatch(DATES)]
+    if len(dates):
+        inputs.warn(
+            f"a gene is called {dates.iloc[0]}, which a spreadsheet has made of a name as MARCH1: "
+            "where another slide has the name, these are two genes here"
+        )
 
 
 def report_missing_genes(genes, keys):

@@ -252,6 +252,9 @@ def check_tiff(path, tiff, page):
         raise InputError(f"{path}: a {kind} image; expected RGB or grey: convert it to 8-bit RGB")
     if tiff.is_bif or page.imagedepth != 1 or page.tiledepth != 1:
         raise InputError(f"{path}: its tiles overlap or lie in depth: convert it to 8-bit RGB")
+    images = tiff.imagej_metadata.get("images", 1) if tiff.is_imagej else 1
+    if images > 1 == len(tiff.pages) and page.samplesperpixel == 1:
+        raise InputError(f"{path}: ImageJ keeps {images} images in it: save it as an RGB TIFF")
     is_alpha = page.extrasamples and page.extrasamples[-1] != tifffile.EXTRASAMPLE.UNSPECIFIED
     if kind == "MINISBLACK" and page.samplesperpixel in (2, 4) and not is_alpha:
         raise InputError(
@@ -317,13 +320,16 @@ def map_planes(page):
     return [pixels.reshape(*size, page.samplesperpixel)]
 
 
+NO_ALPHA = ((), (tifffile.EXTRASAMPLE.UNSPECIFIED,))  # what a page says of its fourth channel
+
+
 def choose_conversion(path, page):
     """The function that makes RGB of the pixels (h, w, channels) of a page, or of planes of it.
 
     A fourth channel that the page's tag does not call alpha is left out: it may be padding, or
     infrared.
     """
-    if page.samplesperpixel == 4 and page.extrasamples == (tifffile.EXTRASAMPLE.UNSPECIFIED,):
+    if page.samplesperpixel == 4 and page.extrasamples in NO_ALPHA:
         return lambda pixels: as_rgb(pixels[:, :, :3], path)
     return partial(
         as_rgb, path=path, premultiplied=tifffile.EXTRASAMPLE.ASSOCALPHA in page.extrasamples
@@ -417,7 +423,9 @@ def decode_segment(page, number):
     """(h, w, channels) pixels of a tile or strip, or of one plane of it, by its number."""
     handle = page.parent.filehandle.fileno()
     data = os.pread(handle, page.databytecounts[number], page.dataoffsets[number])
-    if data and page.compression in JPEG and JPEG_END not in data:
+    # Hamamatsu's tiles are the parts of one JPEG between its restart markers, with a header apart.
+    is_whole = page.jpegheader is None
+    if data and page.compression in JPEG and is_whole and JPEG_END not in data:
         raise InputError(
             f"{page.parent.filehandle.path}: the JPEG of tile {number} has no end: the file is "
             "damaged; fetch it again"
@@ -462,9 +470,9 @@ def find_resolution(tiff):
     pixels = find_ome_pixels(tiff, page)
     if pixels is not None and pixels.get("PhysicalSizeX"):
         return float(pixels.get("PhysicalSizeX")) * um_of(pixels.get("PhysicalSizeXUnit", "µm"))
-    stated = re.search(r"MPP ?= ?(\d+[.,]?\d*)", page.description)
+    stated = re.search(r"MPP ?= ?(\d+[.,]?\d*(?:[eE][-+]?\d+)?)", page.description)
     if stated:
-        return float(stated[1].replace(",", "."))
+        return float(stated[1].replace(",", ".")) * reduction_of(page.description)
     if "XResolution" not in page.tags:
         return 0.0
     unit = RESOLUTION_UNITS.get(page.tags.valueof("ResolutionUnit", default=2), "")
@@ -472,6 +480,14 @@ def find_resolution(tiff):
         unit = tiff.imagej_metadata.get("unit", unit)
     pixels, units = page.tags["XResolution"].value
     return um_of(unit) * units / pixels
+
+
+def reduction_of(description):
+    """How many px of the slide a px of an image is, by Aperio's description: MPP is of the slide,
+    also where the image was made smaller, "[0,0 4096x4096] (256x256) -> 1024x1024".
+    """
+    made = re.search(r"\[\d+,\d+ (\d+)x\d+\].*-> *(\d+)x\d+", description)
+    return float(made[1]) / float(made[2]) if made else 1.0
 
 
 def um_of(unit):

@@ -38,6 +38,11 @@ POSITION_SPELLINGS = {
     "pxl_col": ("pxl_col_in_fullres", "pxl_col", "col_pxl", "pixel_col", "imagecol", "image_col"),
 }
 
+OFF_ARRAY = 0.5  # pitches from its place on the array, beyond which a spot is warned of
+# How a DataFrame of centres calls its columns, x beside y.
+X_SPELLINGS = (*POSITION_SPELLINGS["pxl_col"], "x")
+Y_SPELLINGS = (*POSITION_SPELLINGS["pxl_row"], "y")
+
 
 def read_positions(path):
     """Space Ranger's positions, with or without a header: a table by barcode.
@@ -145,7 +150,7 @@ def read_anndata_positions(path):
             f'{path}: no obsm["spatial"] with x, y in px of the full-resolution image: add it, or '
             "name a file of positions in slides.csv"
         )
-    centres = np.asarray(spots.obsm["spatial"], np.float64)
+    centres = np.asarray(order_axes(spots.obsm["spatial"]), np.float64)
     if centres.ndim != 2 or centres.shape[1] != 2:
         raise InputError(
             f'{path}: obsm["spatial"] is {centres.shape}; expected ({spots.n_obs}, 2), x and y'
@@ -172,6 +177,17 @@ def read_anndata_positions(path):
     table = table.astype(str)
     table.attrs["separator"] = "\t"
     return table
+
+
+def order_axes(spatial):
+    """obsm["spatial"] with x before y, where it is a DataFrame whose columns say which is which."""
+    if not isinstance(spatial, pd.DataFrame):
+        return spatial
+    names = {inputs.normalise_name(str(column)): column for column in spatial}
+    for x, y in zip(X_SPELLINGS, Y_SPELLINGS, strict=True):
+        if {x, y} <= names.keys():
+            return spatial[[names[x], names[y]]]
+    return spatial
 
 
 def check_frame(path, uns, pitch):
@@ -256,6 +272,7 @@ def place_spots(slide):
     if slide.positions is not None:
         positions = read_positions(slide.positions)
         check_pitch(slide, positions)
+        check_array(slide, positions)
         return positions, None
     image = imaging.open_image(inputs.unpack(slide.image))
     thumbnail = imaging.make_thumbnail(image, imaging.thumbnail_step(slide))
@@ -290,6 +307,29 @@ def check_pitch(slide, positions):
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
         f"with um_per_px {likely / pitch:.4g} they would be {likely:g}, {other}"
     )
+
+
+def check_array(slide, positions):
+    """Warn where spots lie elsewhere than their places on the array say, as where the order of the
+    centres is not that of the barcodes, or a number was cut.
+
+    The array may be turned, mirrored, stretched or sheared on the image: centres follow from rows
+    and columns by the affine map that fits best.
+    """
+    array = positions[["array_row", "array_col"]].to_numpy(np.float64)
+    centres = positions[["pxl_row", "pxl_col"]].to_numpy(np.float64)
+    array = np.column_stack([array, np.ones(len(array))])
+    if len(array) < 4 or np.linalg.matrix_rank(array - array.mean(0) * [1, 1, 0]) < 3:
+        return
+    fitted = array @ np.linalg.lstsq(array, centres)[0]
+    away = np.linalg.norm(fitted - centres, axis=1) / measure_pitch(positions)
+    if away.max() > OFF_ARRAY:
+        inputs.warn(
+            f"{slide.positions}: {(away > OFF_ARRAY).sum()} of {len(away)} spots lie more than "
+            f"{OFF_ARRAY:g} pitches from where array_row and array_col put them, as "
+            f"{positions.index[away.argmax()]}, {away.max():.1f}: are the centres in the order of "
+            "the barcodes, and is no number cut?"
+        )
 
 
 def is_hexagonal(positions):

@@ -1,5 +1,7 @@
 """What other programs write beside counts and places, and what of it would go wrong in silence."""
 
+from types import SimpleNamespace
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,9 +11,9 @@ import tifffile
 from test_hest import make_anndata
 
 from slides import imaging, inputs
-from slides.counts import join_genes, read_matrix
+from slides.counts import check_counts, join_genes, read_matrix
 from slides.manifest import Slide
-from slides.positions import check_pitch, check_tags, read_positions
+from slides.positions import check_array, check_pitch, check_tags, read_positions
 from study import gene_sets
 from study.shell import InputError
 
@@ -133,6 +135,180 @@ def test_the_resolution_of_visiums_array_is_not_taken_for_that_of_st(tmp_path):
     check_pitch(make_slide(tmp_path / "s.tif", 1.0), hexagons)
     (line,) = inputs.WARNINGS
     assert "200 um; expected 100, as Visium's array" in line
+
+
+@pytest.mark.parametrize("fault", ["", "turned", "order", "cut", "dummy"])
+def test_centres_in_another_order_than_the_array_are_warned_of(tmp_path, fault):
+    rows, columns = np.mgrid[0:6, 0:7].reshape(2, -1)
+    array = np.column_stack([rows, columns])
+    centres = array @ [[120.0, 3.0], [-3.0, 120.0]] + np.random.default_rng(0).normal(0, 5, (42, 2))
+    if fault == "turned":
+        centres = 5000 - centres[:, ::-1]
+    elif fault == "order":
+        centres = np.random.default_rng(1).permutation(centres)
+    elif fault == "cut":
+        centres[30, 0] = centres[30, 0] // 10
+    elif fault == "dummy":
+        array[:, 0] = 0
+    table = pd.DataFrame(array, columns=["array_row", "array_col"]).set_index(rows * 100 + columns)
+    table[["pxl_row", "pxl_col"]] = centres
+    check_array(make_slide(tmp_path / "s.tif", 1.0), table)
+    assert len(inputs.WARNINGS) == (fault in ("order", "cut"))
+    if fault == "cut":
+        assert "1 of 42 spots" in inputs.WARNINGS[0] and "as 402" in inputs.WARNINGS[0]
+
+
+def test_named_columns_of_centres_say_which_is_which(tmp_path):
+    table = make_anndata(1)
+    expected = read_positions_of(tmp_path, table)
+    columns = ["pxl_row_in_fullres", "pxl_col_in_fullres"]
+    table.obsm["spatial"] = pd.DataFrame(
+        table.obsm["spatial"][:, ::-1], table.obs_names, columns=columns
+    )
+    pd.testing.assert_frame_equal(read_positions_of(tmp_path, table), expected)
+
+
+def read_positions_of(folder, table):
+    table.write_h5ad(folder / "a.h5ad")
+    return read_positions(folder / "a.h5ad")
+
+
+def test_a_total_in_a_table_is_no_gene(tmp_path):
+    table = pd.DataFrame(np.arange(16).reshape(4, 4), BARCODES, GENES)
+    table.assign(Everything=table.sum(axis=1)).to_csv(tmp_path / "counts.csv")
+    assert read_matrix(tmp_path / "counts.csv").var["name"].tolist() == GENES
+    (line,) = inputs.WARNINGS
+    assert "Everything is the sum of the others" in line
+    table.assign(Total=5).T.to_csv(tmp_path / "counts.csv")
+    assert read_matrix(tmp_path / "counts.csv").var["name"].tolist() == GENES
+
+
+def test_numbers_of_rows_are_no_ids(tmp_path):
+    for names in (range(4), range(1, 5)):
+        var = pd.DataFrame({"id": names}, GENES)
+        assert read_matrix(write(tmp_path / "m.h5ad", var)).var_names.tolist() == GENES
+
+
+def test_ids_that_are_other_genes_on_another_slide_are_warned_of():
+    ids = ["g1", "g2", "g3", "g4"]
+    slides = [pd.DataFrame({"name": names}, ids) for names in (GENES, GENES, GENES[::-1])]
+    join_genes(enumerate(slides[:2]))
+    assert not inputs.WARNINGS
+    join_genes(enumerate(slides))
+    (line,) = inputs.WARNINGS
+    assert "4 of 4 gene ids have other symbols on other slides" in line
+
+
+@pytest.mark.parametrize("name", ["1-Mar", "Sep-02", "2-Dec"])
+def test_names_that_became_dates_are_warned_of(name):
+    join_genes([(1, pd.DataFrame({"name": ["HAL", name]}, ["a", "b"]))])
+    (line,) = inputs.WARNINGS
+    assert f"a gene is called {name}" in line
+
+
+def test_counts_of_probes_are_refused(tmp_path):
+    var = pd.DataFrame({"name": GENES}, [f"ENSG0{gene}|{gene}|00a{gene:>04}" for gene in "1234"])
+    with pytest.raises(InputError, match="counts of probes"):
+        read_matrix(write(tmp_path / "m.h5ad", var))
+
+
+def test_genes_without_a_symbol_are_called_by_their_ids(tmp_path):
+    ids = [f"ENSG0000000000{number}" for number in range(4)]
+    var = pd.DataFrame({"hgnc_symbol": ["HAL", "", "nan", "VWF"]}, ids)
+    names = read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist()
+    assert names == ["HAL", ids[1], ids[2], "VWF"]
+
+
+def test_symbols_that_raw_lacks_are_those_of_var(tmp_path):
+    ids = [f"ENSG0000000000{number}" for number in range(4)]
+    counts = np.arange(16, dtype=np.float32).reshape(4, 4)
+    var = pd.DataFrame({"gene_symbols": GENES}, ids)
+    table = anndata.AnnData(np.log1p(counts), pd.DataFrame(index=BARCODES), var)
+    raw = anndata.AnnData(counts, pd.DataFrame(index=BARCODES), pd.DataFrame(index=ids))
+    table.raw = raw
+    table.write_h5ad(tmp_path / "m.h5ad")
+    read = read_matrix(tmp_path / "m.h5ad")
+    assert read.var["name"].tolist() == GENES
+    assert read.X.max() == 15
+
+
+def test_half_precision_is_read_and_what_is_no_count_is_not(tmp_path):
+    var, obs = pd.DataFrame(index=GENES), pd.DataFrame(index=BARCODES)
+    counts = np.arange(16).reshape(4, 4)
+    anndata.AnnData(counts.astype(np.float16), obs, var).write_h5ad(tmp_path / "m.h5ad")
+    assert read_matrix(tmp_path / "m.h5ad").X.max() == 15
+    large = read_matrix(write(tmp_path / "m.h5ad", var, counts=counts.astype(np.int64) * 2**40))
+    with pytest.raises(InputError, match="more than 2147483647 is no count"):
+        check_counts(large, "m.h5ad")
+    ones = anndata.AnnData(scipy.sparse.csr_matrix(np.ones((4, 60), np.float32)))
+    check_counts(ones, "m.h5ad")
+    (line,) = inputs.WARNINGS
+    assert "no count is above 1" in line
+
+
+def test_a_slide_of_one_genome_goes_beside_one_of_two(tmp_path):
+    var = pd.DataFrame({"name": GENES, "genome": "GRCh38-2020-A"}, GENES)
+    path = write(tmp_path / "m.h5ad", var)
+    assert read_matrix(path, "GRCh38").var["name"].tolist() == GENES
+    with pytest.raises(InputError, match="--genome mm10"):
+        read_matrix(path, "mm10")
+
+
+def test_the_resolution_of_a_reduced_image_is_its_own(tmp_path):
+    image = np.full((300, 400, 3), 200, np.uint8)
+    start = "Aperio Image Library v12\r\n1600x1240 [0,40 1600x1200] (256x256)"
+    for text, expected in (("", 0.25), (" -> 400x300", 1.0)):
+        description = f"{start}{text} JPEG/RGB Q=70|AppMag = 40|MPP = 2.5e-1"
+        path = tmp_path / "s.tif"
+        tifffile.imwrite(path, image, photometric="rgb", description=description, metadata=None)
+        assert imaging.read_resolution(path) == pytest.approx(expected)
+
+
+def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8)
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, image, photometric="rgb", extrasamples=["unspecified"], metadata=None)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages[0].tags["ExtraSamples"]
+    content[tag.offset : tag.offset + 2] = (60_000).to_bytes(2, "little")  # as if not there
+    path.write_bytes(content)
+    read = np.zeros((64, 64, 3), np.uint8)
+    for pixels, top, left in imaging.open_image(path).regions(lambda _: True):
+        height, width = pixels.shape[:2]
+        read[top : top + height, left : left + width] = pixels
+    assert np.array_equal(read, image[:, :, :3])
+
+
+@pytest.mark.parametrize("header", [None, b"a header for all tiles"])
+def test_tiles_between_restart_markers_need_no_end(tmp_path, header):
+    """Hamamatsu's .ndpi is one JPEG, whose parts tifffile gives as tiles beside its header."""
+    path = tmp_path / "tile"
+    path.write_bytes(b"no mark of an end")
+    with open(path, "rb") as file:
+        page = SimpleNamespace(
+            parent=SimpleNamespace(filehandle=SimpleNamespace(fileno=file.fileno, path=path)),
+            compression=tifffile.COMPRESSION.JPEG,
+            databytecounts=[10],
+            dataoffsets=[0],
+            jpegtables=None,
+            jpegheader=header,
+            is_svs=False,
+            decode=lambda data, number, **tables: (np.ones((1, 8, 8, 3)), None, None),
+        )
+        if header is None:
+            with pytest.raises(InputError, match="has no end"):
+                imaging.decode_segment(page, 0)
+        else:
+            assert imaging.decode_segment(page, 0).shape == (8, 8, 3)
+
+
+def test_channels_behind_one_page_of_imagej_are_refused(tmp_path):
+    planes = np.zeros((3, 64, 64), np.uint8)
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "CYX"}, truncate=True)
+    with pytest.raises(InputError, match="ImageJ keeps 3 images"):
+        imaging.open_image(path)
 
 
 def test_a_resolution_that_the_image_contradicts_is_warned_of(tmp_path):
