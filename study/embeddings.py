@@ -28,6 +28,7 @@ VALUES = ("embeddings", "features")  # what the dataset of the embeddings is cal
 BARCODES = ("barcodes", "barcode")
 HOW_TO = "docs/running.md shows how to embed the patches of script 19"
 NAMED = 3  # slides that a message names at most
+OTHER_SIDE = 0.1  # share by which patches may be larger or smaller than others on the tissue
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -38,6 +39,7 @@ class Embeddings(NamedTuple):
     barcodes: pd.Index | None = None  # (m,) of the spots
     centres: np.ndarray | None = None  # (m, 2) x and y of the patches, in px of the slide
     side: float = 0.0  # of the patches with centres, in px of the slide
+    slide: str = ""  # the name of the image that TRIDENT has embedded, without its ending
 
 
 def read_embeddings(path):
@@ -105,7 +107,9 @@ def read_embedded_barcodes(path, dataset, count):
 
 
 def read_patch_centres(path, dataset, count):
-    """((m, 2) centres in px, side in px) of `count` patches, of TRIDENT's coords."""
+    """((m, 2) centres in px, side in px, name of the slide) of `count` patches, of TRIDENT's
+    coords.
+    """
     corners, side = read_whole(dataset), dataset.attrs.get("patch_size_level0")
     if corners.shape != (count, 2) or corners.dtype.kind not in "fiu":
         raise InputError(
@@ -117,7 +121,7 @@ def read_patch_centres(path, dataset, count):
             f"{path}: patch_size_level0 of coords is {side}; expected the side of a patch in px, "
             "as TRIDENT writes it: add it, or barcodes"
         )
-    return corners + side / 2, float(side)
+    return corners + side / 2, float(side), str(dataset.attrs.get("name", ""))
 
 
 def match_spots(path, embeddings, spots):
@@ -184,17 +188,23 @@ def find_patch_centres(path):
 # ------------------------------------------------------------------------------------------- models
 @dataclass(frozen=True)
 class Model:
-    """One model's embeddings of the slides of a run, all of one width."""
+    """One model's embeddings of the slides of a run, all of one width and of patches of one size
+    on the tissue.
+    """
 
     name: str  # of its folder
     files: dict  # {tissue_index: path}
     width: int  # D
+    side_um: float = 0.0  # of a patch; 0 where its files do not tell
 
     @property
     def constants(self):
         """{name: value} of what its rows follow from: the files' content, not where they lie."""
         held = {str(slide): shell.identify_file(path) for slide, path in self.files.items()}
-        return {"METHOD": "ridge", "BACKBONE": self.name, "WIDTH": self.width, "EMBEDDINGS": held}
+        constants = {"METHOD": "ridge", "BACKBONE": self.name, "WIDTH": self.width}
+        if self.side_um:
+            constants["SIDE_UM"] = self.side_um
+        return constants | {"EMBEDDINGS": held}
 
     def read(self, spots):
         """(N, D) float32 embeddings of the table of a run's spots; NaN on slides that take no
@@ -220,7 +230,8 @@ def open_models(folder, data, splits, backbones):
     slides = np.unique(np.concatenate([split.slides(*common.ROLES) for split in splits]))
     names = data.slide_names
     names = {int(slide): names[slide] for slide in slides}
-    models = [open_model(path, names, data.spots) for path in folders]
+    um_per_px = {slide["tissue_index"]: slide["um_per_px"] for slide in data.meta["slides"]}
+    models = [open_model(path, names, data.spots, um_per_px) for path in folders]
     for model in models:
         if model.name in ("colour", *backbones):
             raise InputError(
@@ -248,14 +259,23 @@ def find_files(folder, names):
     return {slide: folder / f"{slide}.h5" for slide in names}
 
 
-def open_model(folder, names, spots):
-    """The Model of a folder for slides {tissue_index: name}, of a run's table of spots."""
+def open_model(folder, names, spots, um_per_px):
+    """The Model of a folder for slides {tissue_index: name}, of a run's table of spots; `um_per_px`
+    {tissue_index: of the slide's image}.
+    """
     files = find_files(folder, names)
-    lacking, widths = [], {}
+    lacking, widths, sides = [], {}, {}
     for slide, path in files.items():
         if not path.is_file():
             lacking.append(f"{names[slide]} has no {path.name}")
             continue
+        held = read_embeddings(path)
+        if held.slide in {*names.values()} - {names[slide]}:
+            raise InputError(
+                f"{path}: by its coords it is of slide {held.slide}, and not of {names[slide]}"
+            )
+        if held.side:  # Files with barcodes do not tell it.
+            sides[names[slide]] = held.side * um_per_px[slide]
         here = spots[spots["tissue_index"] == slide]
         values = embed_spots(path, names[slide], here)
         widths[names[slide]] = values.shape[1]
@@ -274,7 +294,28 @@ def open_model(folder, names, spots):
     if len({*widths.values()}) > 1:
         found = ", ".join(f"{width} of {name}" for name, width in widths.items())
         raise InputError(f"{folder}: widths of embeddings differ: {found}: are they of one model?")
-    return Model(folder.resolve().name, files, widths[names[slide]])
+    side_um = 0.0
+    if sides:
+        side_um = round(float(np.mean([*sides.values()])), 1)
+        if max(sides.values()) > (1 + OTHER_SIDE) * min(sides.values()):
+            found = ", ".join(f"{side:.0f} um of {name}" for name, side in sides.items())
+            raise InputError(f"{folder}: patches are of several sizes: {found}: embed all alike")
+    return Model(folder.resolve().name, files, widths[names[slide]], side_um)
+
+
+def check_embedded_slide(path, names, side_um, um_per_px):
+    """Warn where the file of a slide of these `names` says that it is of another image; InputError
+    where its patches are of another size than the `side_um` of those that a model has learnt from.
+    """
+    held = read_embeddings(path)
+    if held.slide and held.slide not in names:
+        inputs.warn(f"{path}: by its coords it is of {held.slide}, and not of {names[0]}")
+    side = held.side * um_per_px
+    if side and side_um and abs(side / side_um - 1) > OTHER_SIDE:
+        raise InputError(
+            f"{path}: its patches are {side:.0f} um wide, and the model has learnt from patches of "
+            f"{side_um:.0f} um: embed the slide as those"
+        )
 
 
 # --------------------------------------------------------------------------------------------- rows

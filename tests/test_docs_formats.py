@@ -40,6 +40,7 @@ HELD_BY = {
     "SVS of Aperio, JPEG 2000 too": (
         "test_pixels.test_jpeg_2000_of_older_aperio_scanners_is_of_ycbcr"
     ),
+    "NDPI of Hamamatsu": ("test_foreign_files.test_an_ndpi_is_read_tile_by_tile"),
     "CZI, MIRAX, VSI, DICOM and others": ("test_pixels.test_other_formats_are_refused_by_name"),
     "16-bit and fluorescence images": ("test_silent.test_a_png_of_16_bits_is_refused"),
 }

@@ -34,6 +34,7 @@ from test_hest_benchmark import make_task
 from test_predict_slide import slide_of, spoil_weights
 
 import common
+from slides import inputs
 from study import embeddings, methods, recording, shell, splitting
 from study.features import freeze_features
 from study.rows import Row
@@ -44,8 +45,8 @@ BASELINE = LOGNORM | {"DEVICE": "cpu", "PRECISION": "fp32", "PRETRAINED": False,
 
 
 # -------------------------------------------------------------------------------------------- files
-def write(path, values, *, barcodes=None, coords=None, side=SIDE, **more):
-    """An .h5 of datasets of any names; coords get the attribute patch_size_level0."""
+def write(path, values, *, barcodes=None, coords=None, side=SIDE, slide=None, **more):
+    """An .h5 of datasets of any names; coords get the attributes patch_size_level0 and name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         for name, content in {**values, **more}.items():
@@ -56,6 +57,8 @@ def write(path, values, *, barcodes=None, coords=None, side=SIDE, **more):
             file["coords"] = coords
             if side is not None:
                 file["coords"].attrs["patch_size_level0"] = side
+            if slide is not None:
+                file["coords"].attrs["name"] = slide
     return path
 
 
@@ -239,6 +242,40 @@ def test_a_row_follows_from_what_files_hold_and_not_from_where_they_lie(
         file["embeddings"][0, 0] += 1
     (changed,) = open_models(tmp_path / "moved", paper_split)
     assert changed.constants != before.constants
+
+
+def write_all_as_trident(folder, data, sides, names):
+    """A file a slide, whose patches have these sides in px, and which say that they are of these
+    slides.
+    """
+    values = embed_colour(data, 0)
+    for slide, side, name in zip(data.slide_names, sides, names, strict=True):
+        inside = data.spots["tissue_index"].to_numpy() == slide
+        corners = data.spots.loc[inside, ["pxl_col", "pxl_row"]].to_numpy() - side / 2
+        path = folder / f"{slide}.h5"
+        write(path, {"features": values[inside]}, coords=corners, side=side, slide=name)
+
+
+def test_patches_of_a_model_are_of_one_size_and_of_their_slide(paper_split, tmp_path):
+    data = paper_split.data
+    names = [*data.slide_names.values()]
+    um_per_px = data.meta["slides"][0]["um_per_px"]
+    write_all_as_trident(tmp_path / "uni", data, [200.0] * 4, names)
+    (model,) = open_models(tmp_path / "uni", paper_split)
+    assert model.constants["SIDE_UM"] == pytest.approx(200 * um_per_px, abs=0.05)
+    path = tmp_path / "uni" / "1.h5"
+    embeddings.check_embedded_slide(path, [names[0]], model.side_um, um_per_px)
+    with pytest.raises(shell.InputError, match="embed the slide as those"):
+        embeddings.check_embedded_slide(path, [names[0]], model.side_um, 4 * um_per_px)
+    inputs.WARNINGS.clear()
+    embeddings.check_embedded_slide(path, ["photo", "S"], None, um_per_px)
+    assert f"it is of {names[0]}, and not of photo" in inputs.WARNINGS.pop()
+    write_all_as_trident(tmp_path / "uni", data, [200.0, 200.0, 200.0, 150.0], names)
+    with pytest.raises(shell.InputError, match="patches are of several sizes"):
+        open_models(tmp_path / "uni", paper_split)
+    write_all_as_trident(tmp_path / "uni", data, [200.0] * 4, names[::-1])
+    with pytest.raises(shell.InputError, match=f"of slide {names[3]}, and not of {names[0]}"):
+        open_models(tmp_path / "uni", paper_split)
 
 
 def test_slides_that_take_no_part_need_no_file(brought, paper_split, tmp_path):

@@ -1,6 +1,8 @@
 """What other programs write beside counts and places, and what of it would go wrong in silence."""
 
-from types import SimpleNamespace
+import io
+import re
+import struct
 
 import anndata
 import numpy as np
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
+from PIL import Image
 from test_hest import make_anndata
 
 from slides import imaging, inputs
@@ -264,6 +267,15 @@ def test_the_resolution_of_a_reduced_image_is_its_own(tmp_path):
         assert imaging.read_resolution(path) == pytest.approx(expected)
 
 
+def read_whole(opened, shape):
+    """The pixels of a SlideImage of this shape."""
+    image = np.zeros(shape, np.uint8)
+    for pixels, top, left in opened.regions(lambda _: True):
+        height, width = pixels.shape[:2]
+        image[top : top + height, left : left + width] = pixels
+    return image
+
+
 def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8)
     path = tmp_path / "s.tif"
@@ -273,34 +285,65 @@ def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
         tag = tiff.pages[0].tags["ExtraSamples"]
     content[tag.offset : tag.offset + 2] = (60_000).to_bytes(2, "little")  # as if not there
     path.write_bytes(content)
-    read = np.zeros((64, 64, 3), np.uint8)
-    for pixels, top, left in imaging.open_image(path).regions(lambda _: True):
-        height, width = pixels.shape[:2]
-        read[top : top + height, left : left + width] = pixels
-    assert np.array_equal(read, image[:, :, :3])
+    assert np.array_equal(read_whole(imaging.open_image(path), (64, 64, 3)), image[:, :, :3])
 
 
-@pytest.mark.parametrize("header", [None, b"a header for all tiles"])
-def test_tiles_between_restart_markers_need_no_end(tmp_path, header):
-    """Hamamatsu's .ndpi is one JPEG, whose parts tifffile gives as tiles beside its header."""
-    path = tmp_path / "tile"
-    path.write_bytes(b"no mark of an end")
-    with open(path, "rb") as file:
-        page = SimpleNamespace(
-            parent=SimpleNamespace(filehandle=SimpleNamespace(fileno=file.fileno, path=path)),
-            compression=tifffile.COMPRESSION.JPEG,
-            databytecounts=[10],
-            dataoffsets=[0],
-            jpegtables=None,
-            jpegheader=header,
-            is_svs=False,
-            decode=lambda data, number, **tables: (np.ones((1, 8, 8, 3)), None, None),
-        )
-        if header is None:
-            with pytest.raises(InputError, match="has no end"):
-                imaging.decode_segment(page, 0)
-        else:
-            assert imaging.decode_segment(page, 0).shape == (8, 8, 3)
+def write_ndpi(path, image):
+    """Hamamatsu's layout: one JPEG of the whole image with restart markers, whose places a tag
+    holds, in a TIFF of 64-bit offsets.
+    """
+    jpeg = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0, "restart_marker_blocks": 16}
+    Image.fromarray(image).save(jpeg, "JPEG", **options)
+    jpeg = jpeg.getvalue()
+    scan = jpeg.index(b"\xff\xda")
+    first = scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4], "big")
+    markers = re.finditer(rb"\xff[\xd0-\xd7]", jpeg[first:])
+    starts = [first, *(first + marker.end() for marker in markers)]
+    content = bytearray(b"II*\0" + bytes(8))
+
+    def append(data):
+        content.extend(bytes(-len(content) % 8))
+        content.extend(data)
+        return len(content) - len(data)
+
+    height, width = image.shape[:2]
+    resolution = append(struct.pack("<2I", 20_000, 1))
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 3, append(struct.pack("<3H", 8, 8, 8))),
+        (259, 3, 1, 7),  # JPEG
+        (262, 3, 1, 6),  # YCbCr
+        (271, 2, 10, append(b"Hamamatsu\0")),
+        (273, 4, 1, append(jpeg)),
+        (277, 3, 1, 3),
+        (278, 4, 1, height),
+        (279, 4, 1, len(jpeg)),
+        (282, 5, 1, resolution),
+        (283, 5, 1, resolution),
+        (296, 3, 1, 3),  # px a centimetre
+        (65420, 4, 1, 1),  # Hamamatsu's format
+        (65421, 11, 1, int.from_bytes(struct.pack("<f", 20.0), "little")),
+        (65426, 4, len(starts), append(struct.pack(f"<{len(starts)}I", *starts))),
+    ]
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    high_words = bytes(4 * len(tags))
+    directory = append(struct.pack("<H", len(tags)) + table + bytes(8) + high_words)
+    content[4:12] = struct.pack("<Q", directory)
+    path.write_bytes(content)
+
+
+def test_an_ndpi_is_read_tile_by_tile(tmp_path):
+    rows, columns = np.mgrid[0:256, 0:384]
+    image = np.stack([rows, columns // 2, 255 - rows], axis=2).astype(np.uint8)
+    path = tmp_path / "slide.ndpi"
+    write_ndpi(path, image)
+    with tifffile.TiffFile(path) as tiff:
+        assert len(tiff.pages[0].dataoffsets) > 1
+    read = read_whole(imaging.open_image(path), image.shape)
+    assert np.abs(read.astype(int) - image).max() < 8
+    assert imaging.read_resolution(path) == pytest.approx(0.5)
 
 
 def test_channels_behind_one_page_of_imagej_are_refused(tmp_path):
