@@ -108,7 +108,8 @@ def read_text(path):
         kind = "a .tar archive"
     if kind:
         raise InputError(f"{path}: this is {kind}: give a table of text, saved as CSV")
-    return decode_text(content)
+    text = decode_text(content)
+    return re.sub(r"\Asep=.\r?\n", "", text)  # Excel's own line, which names the separator.
 
 
 def name_kind(content):

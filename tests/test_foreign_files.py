@@ -186,6 +186,12 @@ def test_a_total_in_a_table_is_no_gene(tmp_path):
     assert read_matrix(tmp_path / "counts.csv").var["name"].tolist() == GENES
 
 
+def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\r\ngene;kind\r\nHAL;a\r\n", encoding="utf-8-sig")
+    table = inputs.read_table(tmp_path / "a.csv", {"gene": ("gene",)})
+    assert table["gene"].tolist() == ["HAL"]
+
+
 def test_numbers_of_rows_are_no_ids(tmp_path):
     for names in (range(4), range(1, 5)):
         var = pd.DataFrame({"id": names}, GENES)
