@@ -5,14 +5,13 @@ import tempfile
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
 
 from common import POSITION_COLUMNS
 from slides import imaging, inputs, space_ranger
-from slides.counts import check_counts, find_genomes, read_matrix_file
+from slides.counts import check_counts, read_matrix_file
 from slides.positions import read_positions
 from study import shell
 from study.shell import InputError
@@ -50,15 +49,15 @@ def make_spots(outs, name, bin_um):
             " the two files are not of one slide"
         )
     counts = sum_bins(table.X, spot_of_bin[rows], tissue)
-    summed = anndata.AnnData(counts, spots[tissue], table.var)
+    summed = anndata.AnnData(counts, pd.DataFrame(index=spots.index[tissue]), table.var)
     print(
         f"{name}: {len(bins):,} bins are summed to {len(spots):,} spots of {bin_um:g} um, "
         f"{tissue.sum():,} of them in_tissue"
     )
     folder = Path(tempfile.mkdtemp(dir=inputs.scratch_folder()))
-    made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5"
+    made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5ad"
     shell.save_csv(made[0], spots.reset_index())
-    write_h5_matrix(made[1], summed)
+    summed.write_h5ad(made[1])
     return made
 
 
@@ -113,30 +112,3 @@ def sum_bins(counts, spot_of_bin, kept):
     ones = np.ones(n_bins, counts.dtype)
     belongs = scipy.sparse.csr_matrix((ones, (spot_of_bin, np.arange(n_bins))), (len(kept), n_bins))
     return belongs[kept] @ counts
-
-
-def write_h5_matrix(path, table):
-    """Write counts (spots x genes, CSR), as read_h5_matrix gives them, as such a file."""
-    table.X.sort_indices()
-    genomes = find_genomes(table)
-    if genomes.empty:
-        genomes = [""] * table.n_vars
-    features = {
-        "id": table.var_names,
-        "name": table.var["name"],
-        "feature_type": ["Gene Expression"] * table.n_vars,
-        "genome": genomes,
-    }
-    with h5py.File(path, "w") as file:
-        group = file.create_group("matrix")
-        group["data"] = table.X.data.astype(np.int32)
-        group["indices"], group["indptr"] = table.X.indices, table.X.indptr
-        group["shape"] = np.array([table.n_vars, table.n_obs], np.int32)  # genes x spots
-        group["barcodes"] = encode_names(table.obs_names)
-        for name, cells in features.items():
-            group[f"features/{name}"] = encode_names(cells)
-
-
-def encode_names(names):
-    """Names as HDF5 keeps them: bytes of one length."""
-    return np.char.encode(np.array([*map(str, names)]), "utf-8")
