@@ -92,8 +92,6 @@ UNITS = {
     "log1p": "log1p of counts",
 }
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
-# What is not known with weights of an older version, by the field of Trained that they lack.
-LACKING = {"training_slides": "distance and intervals", "evidence": "which genes pass"}
 REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge_genes, in tables
 
 
@@ -152,17 +150,13 @@ def choose_genes(trained):
 
 
 def tell_evidence(trained):
-    """Print what validation says of the genes, and what weights of an older version lack."""
-    lacking = [text for name, text in LACKING.items() if getattr(trained, name) is None]
-    if lacking:
-        print(
-            f"weights     of an older version, or of a fold of 22, without {', '.join(lacking)}: "
-            f"{weights.TRAIN_AGAIN}"
-        )
-    if trained.evidence is not None:
-        told = evidence.tell_of_genes(trained.evidence, trained.judged, trained.candidates)
-        for word, text in told:
-            print(f"{word:11} {text}")
+    """Print what validation says of the genes."""
+    if trained.evidence is None:
+        print("weights     of a fold of 22, which do not tell which genes pass")
+        return
+    told = evidence.tell_of_genes(trained.evidence, trained.judged, trained.candidates)
+    for word, text in told:
+        print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
@@ -283,10 +277,8 @@ def embed_slide(slide, spots, patches, recipe):
 
 def compare_slides(trained, patches):
     """(n,) how far the patches (n, 224, 224, 3) are from the training slides, in the distance of
-    these from each other, of which one line is told; None where the weights cannot tell.
+    these from each other, of which one line is told.
     """
-    if trained.training_slides is None:
-        return None
     colour = colour_statistics(patches)
     distances = similarity.measure_distances(trained.training_slides, colour)
     told = similarity.describe_distances(trained.training_slides, distances)
@@ -302,8 +294,7 @@ def add_trust(table, trained, distances):
     of a slide; with counts also var["coverage_80"] and ["coverage_95"], the shares of the spots
     that intervals hold.
     """
-    if distances is not None:
-        table.obs["distance"] = distances
+    table.obs["distance"] = distances
     for name, half in trained.half_widths.items():
         table.var[f"half_width_{name}"] = half
     if "measured" in table.layers:
@@ -451,7 +442,7 @@ def draw_maps(path, table, genes, title):
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds if kind]
     lines = lines or [((), "predicted")]
-    if len(lines) == 1 and "distance" in table.obs:
+    if len(lines) == 1:
         lines.append(((), "predicted"))  # room for the distance
     height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
@@ -462,7 +453,7 @@ def draw_maps(path, table, genes, title):
         if number == 0:
             drawing.draw_tissue(axes[0], table, thumbnail)
             axes[0].set_title(name, size=9)
-        if number == 1 and "distance" in table.obs:
+        if number == 1:
             draw_distance(axes[0], table, thumbnail)
         for ax, gene in zip(axes[1:], three, strict=False):
             draw_map(ax, table, thumbnail, gene, kind)

@@ -68,9 +68,7 @@ def choose_measurements(table, drawn, floor):
     sets, then genes with their intervals of 80 %, none of which ends below `floor`: those `drawn`
     and those that pass in validation, or are of HEG and HVG where that is not known, best first.
     """
-    columns = {}
-    if "distance" in table.obs:
-        columns["distance"] = table.obs["distance"].to_numpy()
+    columns = {"distance": table.obs["distance"].to_numpy()}
     for name in table.obs.filter(regex="^set_(?!.*_measured$)"):
         columns[name] = table.obs[name].to_numpy()
     passes = table.var["believe"] if "believe" in table.var else table.var["heg"] | table.var["hvg"]
@@ -78,7 +76,7 @@ def choose_measurements(table, drawn, floor):
     for gene in dict.fromkeys([*drawn, *best]):
         values = table.X[:, table.var_names.get_loc(gene)]
         found = {gene: values}
-        half = table.var["half_width_80"][gene] if "half_width_80" in table.var else np.nan
+        half = table.var["half_width_80"][gene]
         if np.isfinite(half):
             found[f"{gene} low"] = np.maximum(values - half, floor)
             found[f"{gene} high"] = values + half

@@ -254,8 +254,8 @@ def caption_validation(facts):
 
 
 def map_slide_gene(facts, predicted, layers, means):
-    """[Map] of a gene of script 26: `facts` is its line of var, `predicted` (n,), `layers`
-    {"measured", "low", "high": (n,)} as far as they are there, and `means` {scale: (n,)}.
+    """[Map] of a gene of script 26: `facts` is its line of var, `predicted` (n,), `layers` {"low",
+    "high" and, of a slide with counts, "measured": (n,)}, and `means` {scale: (n,)}.
     """
     maps = [Map("predicted", predicted, caption_validation(facts))]
     for scale, values in means.items():
@@ -264,10 +264,10 @@ def map_slide_gene(facts, predicted, layers, means):
     if "measured" in layers:
         caption = describe_r(facts["r"], " on this slide")
         maps.insert(0, Map("measured", layers["measured"], caption))
-    ends = {name: layers[name] for name in ("low", "high") if name in layers}
-    for name, values in ends.items():
-        limits = find_limits(np.concatenate([*ends.values()]))
-        maps.append(Map(name, values, "end of the 80 % interval, both in one scale", limits))
+    limits = find_limits(np.concatenate([layers["low"], layers["high"]]))
+    for name in ("low", "high"):
+        caption = "end of the 80 % interval, both in one scale"
+        maps.append(Map(name, layers[name], caption, limits))
     return maps
 
 
@@ -297,8 +297,6 @@ def show_slide(path):
         shown[gene] = map_slide_gene(var.loc[gene], predicted[:, column], of_gene, averaged)
     members = {name.upper(): needed.get_indexer(group) for name, group in members.items()}
     sets = map_sets(members, predicted, layers.get("measured"))
-    shared = []
-    if "distance" in obs:
-        caption = "to the training slides; 1: theirs to each other"
-        shared.append(Map("distance", obs["distance"].to_numpy(), caption))
-    return as_viewer(tissue, sets, shown, shared)
+    caption = "to the training slides; 1: theirs to each other"
+    distance = Map("distance", obs["distance"].to_numpy(), caption)
+    return as_viewer(tissue, sets, shown, [distance])

@@ -5,7 +5,7 @@ Shapes: n spots, N spots of a data root, G genes.
 
 import functools
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,10 @@ class Trained:
     valid_r: list  # r in validation, against log-normalised counts; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
-    # Weights of an older version lack what follows.
-    training_slides: similarity.TrainingSlides | None = None
-    half_width_80: list | None = None  # of the intervals; None where the validation spots are few
-    half_width_95: list | None = None
-    evidence: dict | None = None  # of evidence.describe_validation
+    training_slides: similarity.TrainingSlides
+    half_width_80: list  # of the intervals; None where the validation spots are few
+    half_width_95: list
+    evidence: dict | None  # of evidence.describe_validation; None of a fold of a search
 
     @property
     def candidates(self):
@@ -68,9 +67,9 @@ class Trained:
 
     @property
     def half_widths(self):
-        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS; {} without intervals."""
-        found = {name: getattr(self, f"half_width_{name}") for name in conformal.LEVELS}
-        return {name: np.array(half, np.float64) for name, half in found.items() if half}
+        """{name of a level: (G,), NaN where unknown} of conformal.LEVELS."""
+        found = {"80": self.half_width_80, "95": self.half_width_95}
+        return {name: np.array(half, np.float64) for name, half in found.items()}
 
 
 # ------------------------------------------------------------------------------------------ written
@@ -84,7 +83,6 @@ def save_weights(path, model, split, made_with, predicted):
         state = {"weight": torch.from_numpy(model.weight), "bias": torch.from_numpy(model.bias)}
     else:
         state = model.state_dict()
-        metadata |= {"mean": model.mean.tolist(), "std": model.std.tolist()}
     state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     with shell.whole_file(path) as partial:
@@ -106,7 +104,10 @@ def describe_model(split, made_with, predicted):
     if headline_of(made_with["PROTOCOL"]).truth == "lognorm":
         truth = data.lognorm
     half_widths = conformal.find_half_widths(split, predicted, truth)
-    trained = Trained(
+    described = None
+    if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
+        described = evidence.describe_validation(split, of_valid)
+    return Trained(
         recipe=made_with,
         genes=data.genes,
         um_per_px=find_patch_resolution(split),
@@ -118,10 +119,8 @@ def describe_model(split, made_with, predicted):
         training_slides=similarity.describe_training(colour, data.spots.iloc[learnt]),
         half_width_80=shell.without_nan(half_widths["80"]),
         half_width_95=shell.without_nan(half_widths["95"]),
+        evidence=described,
     )
-    if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
-        trained.evidence = evidence.describe_validation(split, of_valid)
-    return trained
 
 
 def find_patch_resolution(split):
@@ -173,10 +172,10 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
-    for field in fields(Trained):
-        if field.name not in metadata and field.default is MISSING:
-            raise InputError(f"{path}: its metadata lack {field.name!r}: {TRAIN_AGAIN}")
-    names = [field.name for field in fields(Trained) if field.name in metadata]
+    names = [field.name for field in fields(Trained)]
+    for name in names:
+        if name not in metadata:
+            raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")
     trained = Trained(**{name: metadata[name] for name in names})
     if trained.patch_size != common.PATCH_SIZE:
         raise InputError(
@@ -189,8 +188,7 @@ def check_metadata(path, metadata):
             f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
     try:
-        if trained.training_slides is not None:
-            trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
+        trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
         evidence.read_genes(trained.evidence, trained.genes)
     except (KeyError, ValueError, TypeError):
         raise InputError(

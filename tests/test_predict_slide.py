@@ -145,18 +145,16 @@ def test_intervals_are_those_of_the_validation_spots(weights, predicted):
     assert row["heg_coverage_80"] == pytest.approx(expected)
 
 
-def test_older_weights_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
+def test_weights_of_a_fold_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
     def forget(metadata, state):
-        for name in ("training_slides", "half_width_80", "half_width_95", "evidence"):
-            del metadata[name]
+        metadata["evidence"] = "null"
 
-    older = spoil_weights(weights, tmp_path / "older.safetensors", forget)
-    assert predict(older, *slide_of(simulated), out=tmp_path / "out") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "train it again" in line]
+    fold = spoil_weights(weights, tmp_path / "fold.safetensors", forget)
+    assert predict(fold, *slide_of(simulated), out=tmp_path / "out") == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "of a fold of 22" in line]
     assert len(told) == 1
     table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
-    assert list(table.layers) == ["measured"]
-    assert "distance" not in table.obs
+    assert "distance" in table.obs and "low" in table.layers
     assert "believe" not in table.var
 
 
@@ -452,6 +450,12 @@ SPOILT = {
     "another version": (lambda m, s: m.update(format="2"), ["format 2", "this version"]),
     "no version": (lambda m, s: m.pop("format"), ["format None"]),
     "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
+    "older weights": (
+        lambda m, s: [m.pop(name) for name in ("training_slides", "half_width_80", "evidence")],
+        ["lack 'training_slides'", "train it again"],
+    ),
+    "no intervals": (lambda m, s: m.pop("half_width_95"), ["'half_width_95'", "train it again"]),
+    "evidence left out": (lambda m, s: m.pop("evidence"), ["'evidence'", "train it again"]),
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
     "no evidence": (lambda m, s: m.update(evidence="{}"), ["evidence are of another version"]),

@@ -244,17 +244,15 @@ def test_the_viewer_of_a_new_slide_shows_what_is_there(tmp_path):
     np.testing.assert_allclose(values, table.obs["distance"], atol=error * 1.0001)
 
 
-def test_older_weights_and_no_gene_have_a_viewer_as_well(tmp_path):
+def test_weights_without_evidence_and_no_gene_have_a_viewer_as_well(tmp_path):
     table = make_slide_file(tmp_path / "first.h5ad")
     table.var = table.var[["valid_r", "drawn", "heg", "hvg", "mg"]]
     table.uns["scale"] = ""
-    del table.obs["distance"], table.layers["low"], table.layers["high"]
     table.write_h5ad(tmp_path / "predictions.h5ad")
     data = data_of("\n".join(viewer.show_slide(tmp_path / "predictions.h5ad")))
     entries = {entry["name"]: entry["maps"] for entry in data["entries"]}
     assert [name for name in entries if ":" not in name] == ["C", "B", "A"]
-    assert [held["kind"] for held in entries["B"]] == ["predicted"]
-    assert data["shared"] == []
+    assert [held["kind"] for held in entries["B"]] == ["predicted", "low", "high"]
     table.var = table.var.assign(drawn=False, heg=False)
     table.write_h5ad(tmp_path / "none.h5ad")
     assert data_of("\n".join(viewer.show_slide(tmp_path / "none.h5ad")))["entries"] == []
