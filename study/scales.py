@@ -2,12 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
-from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
+from sklearn.neighbors import radius_neighbors_graph
+from sklearn.preprocessing import normalize
 
 import common
-from study import intervals
 
 # Pitches around a spot within which its neighbourhood lies: 7 and 19 spots of a hexagonal grid, 9
 # and 21 of a square one, fewer at a border or beside a hole. Hexagons have their next spots at 1.73
@@ -18,16 +17,11 @@ COMPONENTS = 2  # of the prediction, that are scored
 
 # ---------------------------------------------------------------------------------- neighbourhoods
 def weigh_neighbours(places, radius):
-    """Sparse (n, n) float32 matrix that takes the values of spots at places (n, 2) in pitches to
-    the means over each spot and those within the radius.
+    """Sparse (n, n) float32 matrix that takes the values of spots at places in pitches, (n, 2) or
+    (n, 3), to the means over each spot and those within the radius.
     """
-    pairs = cKDTree(places).query_pairs(radius, output_type="ndarray")
-    numbers = np.arange(len(places))
-    rows = np.concatenate([numbers, pairs[:, 0], pairs[:, 1]])
-    columns = np.concatenate([numbers, pairs[:, 1], pairs[:, 0]])
-    share = 1 / np.bincount(rows)[rows]
-    shape = (len(places), len(places))
-    return scipy.sparse.csr_matrix((share.astype(np.float32), (rows, columns)), shape)
+    near = radius_neighbors_graph(places, radius, include_self=True)
+    return normalize(near, "l1").astype(np.float32)
 
 
 def average_neighbours(values, places, scale):
@@ -41,24 +35,16 @@ def score_neighbourhoods(predicted, truth, slides, places):
 
     Only these spots are averaged, so that neighbourhoods of a random part of a slide are small.
     """
+    apart = np.column_stack([places, 1e9 * slides])  # No spot is a neighbour of another slide's.
     found = {}
     for scale, radius in RADII.items():
-        by_slide = []
-        for slide in np.unique(slides):
-            inside = slides == slide
-            weights = weigh_neighbours(places[inside], radius)
-            by_slide.append(correlate_means(predicted[inside], truth[inside], weights))
-        found[scale] = intervals.mean_of_defined(by_slide)
+        weights = weigh_neighbours(apart, radius)
+        parts = []
+        for genes in common.parts_of(predicted.shape[1], common.GENES_AT_ONCE):
+            x, y = weights @ predicted[:, genes], weights @ truth[:, genes]
+            parts.append(common.average_slides(common.pearson_per_gene, x, y, slides))
+        found[scale] = np.concatenate(parts)
     return pd.DataFrame(found)
-
-
-def correlate_means(predicted, truth, weights):
-    """(G,) r of the means that the weights (n, n) make; a part of the genes at a time."""
-    parts = []
-    for genes in common.parts_of(predicted.shape[1], common.GENES_AT_ONCE):
-        x, y = weights @ predicted[:, genes], weights @ truth[:, genes]
-        parts.append(common.pearson_per_gene(x, y))
-    return np.concatenate(parts)
 
 
 # -------------------------------------------------------------------------------------- components
@@ -66,11 +52,7 @@ def score_components(predicted, truth, slides):
     """(COMPONENTS,) r of the prediction's first principal components over all genes, on each slide
     alone, with the truth on the same axes; the mean over the slides. NaN where there is none.
     """
-    by_slide = []
-    for slide in np.unique(slides):
-        inside = slides == slide
-        by_slide.append(correlate_components(predicted[inside], truth[inside]))
-    return intervals.mean_of_defined(by_slide)
+    return common.average_slides(correlate_components, predicted, truth, slides)
 
 
 def correlate_components(predicted, truth):
