@@ -101,14 +101,17 @@ def unpack_to_scratch(path, size, changed):
 
 
 def read_text(path):
-    """The text of a table, packed or not. InputError where the file is of another kind."""
-    content = read_bytes(path)
-    kind = name_kind(content[:KIND_BYTES])
-    if content[257:262] == b"ustar":  # where tar says so
-        kind = "a .tar archive"
-    if kind:
-        raise InputError(f"{path}: this is {kind}: give a table of text, saved as CSV")
-    text = decode_text(content)
+    """The text of a table, packed or not. InputError for a damaged file and one of another kind."""
+    try:
+        content = read_bytes(path)
+        kind = name_kind(content[:KIND_BYTES])
+        if content[257:262] == b"ustar":  # where tar says so
+            kind = "a .tar archive"
+        if kind:
+            raise InputError(f"{path}: this is {kind}: give a table of text, saved as CSV")
+        text = decode_text(content)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); export it as CSV") from None
     return re.sub(r"\Asep=.\r?\n", "", text)  # Excel's own line, which names the separator.
 
 
@@ -149,14 +152,12 @@ def find_separator(text):
 
 def split_cells(path):
     """(rows of cells, separator) of a table: texts without blanks around them, no empty row."""
+    text = read_text(path).lstrip()
+    separator = find_separator(text)
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True)
     try:
-        text = read_text(path).lstrip()
-        separator = find_separator(text)
-        lines = csv.reader(
-            io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True
-        )
         rows = [[cell.strip() for cell in line] for line in lines]
-    except (ValueError, csv.Error, OSError, EOFError, zlib.error) as error:
+    except csv.Error as error:
         raise InputError(f"{path}: not a table of text ({error}); export it as CSV") from None
     rows = [row for row in rows if any(row)]
     if not rows:
@@ -169,9 +170,9 @@ def read_dense_table(path):
 
     The cell above the names of the rows may be there or not. Names may stand there twice.
     """
+    text = read_text(path).lstrip("\r\n")
+    separator = find_separator(text)
     try:
-        text = read_text(path).lstrip("\r\n")
-        separator = find_separator(text)
         table = pd.read_csv(
             io.StringIO(text),
             sep=separator,
@@ -181,7 +182,7 @@ def read_dense_table(path):
         ).set_index(0)
         heads = next(csv.reader(io.StringIO(text), delimiter=separator))
         table = table.astype(float)
-    except (ValueError, csv.Error, OSError, EOFError, zlib.error, StopIteration) as error:
+    except (ValueError, csv.Error, StopIteration) as error:
         raise InputError(
             f"{path}: not a table of counts ({error}): expected names in its first line and "
             "first column, and numbers"

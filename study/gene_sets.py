@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def read_sets(path):
 
     InputError, in one line that names the file and its line, for anything else.
     """
-    text = read_listing(path)
+    text = inputs.read_text(path)
     head = re.split(r"[,;\t]", text.partition("\n")[0])
     if {"group", "gene"} <= {cell.strip(' "\r') for cell in head}:
         table = panels.parse_gene_sets(text, path)
@@ -52,17 +51,6 @@ def read_sets(path):
     for name in sets:
         check_name(name, path)
     return {name: list(dict.fromkeys(genes)) for name, genes in sets.items()}
-
-
-def read_listing(path):
-    """The text of a file, plain or gzipped; InputError where it is none."""
-    try:
-        text = inputs.decode_text(inputs.read_bytes(path))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); {EXPECTED}") from None
-    if "\0" in text:
-        raise InputError(f"{path}: no text, as a spreadsheet's own format; {EXPECTED}")
-    return text
 
 
 def parse_gmt(text, path):

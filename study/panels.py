@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from common import GROUPS, rank_genes
+from slides import inputs
 from study.shell import InputError
 
 
@@ -77,22 +78,13 @@ def choose_gene_groups(data, spots, published):
     path = data.root / "gene_sets.csv"
     table = pd.DataFrame()
     if published and path.is_file():
-        listed = read_gene_sets(path)
+        listed = parse_gene_sets(inputs.read_text(path), path)
         table, source = listed[listed["group"].isin(GROUPS)].reset_index(drop=True), path.name
     if table.empty:
         table, source = rank_genes(data, spots), "training spots"
     table["rank"] = table.groupby("group").cumcount() + 1
     table.attrs["source"] = source
     return table
-
-
-def read_gene_sets(path):
-    """Table group, gene of a CSV of any groups; InputError as parse_gene_sets raises it."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise InputError(f"{path}: expected the columns group, gene ({error})") from None
-    return parse_gene_sets(text, path)
 
 
 def parse_gene_sets(text, path):

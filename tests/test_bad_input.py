@@ -372,9 +372,8 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
     [("set,gene\nHEG,ALB\n", 1), ("group,gene\nHEG,ALB\n\nHEG\n", 4), ("group,gene\n,ALB\n", 2)],
 )
 def test_gene_sets_csv_with_other_columns_names_the_line(tmp_path, text, line):
-    (tmp_path / "gene_sets.csv").write_text(text)
     with pytest.raises(shell.InputError, match=f"gene_sets.csv, line {line}: .* group, gene"):
-        panels.read_gene_sets(tmp_path / "gene_sets.csv")
+        panels.parse_gene_sets(text, tmp_path / "gene_sets.csv")
 
 
 def test_pretrained_weights_without_a_network_name_the_way_out(

@@ -20,6 +20,7 @@ from PIL import Image
 from test_bad_input import check_one_line
 
 import common
+from slides import inputs
 from slides.counts import read_barcodes, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import check_pitch, read_positions
@@ -263,7 +264,7 @@ def test_names_are_found_however_a_disk_spells_them(tmp_path, kind, form):
 def test_gene_sets_of_spreadsheets(tmp_path, separator):
     text = "\ufeffgroup,gene\r\nHEG,NA\r\nMG, ALB \r\n".replace(",", separator)
     (tmp_path / "gene_sets.csv").write_bytes(text.encode())
-    table = panels.read_gene_sets(tmp_path / "gene_sets.csv")
+    table = panels.parse_gene_sets(inputs.read_text(tmp_path / "gene_sets.csv"), "gene_sets.csv")
     assert table.to_numpy().tolist() == [["HEG", "NA"], ["MG", "ALB"]]
 
 

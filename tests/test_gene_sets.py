@@ -68,7 +68,7 @@ BAD = {
     "another head": (b"set,symbol\nA,ALB\n", ["line 1", "set,symbol", "group,gene"]),
     "a cell too few": (b"group,gene\nA,ALB\nA\n", ["line 3", "group, gene"]),
     "no group": (b"group,gene\nA,ALB\n,HAL\n", ["line 3", "group, gene"]),
-    "a spreadsheet": (b"PK\x03\x04\x14\x00\x00\x00", ["no text"]),
+    "a spreadsheet": (b"PK\x03\x04\x14\x00\x00\x00", ["a .zip archive", "CSV"]),
     "half a .gz": (gzip.compress(GMT.encode(), mtime=0)[:-9], ["cannot be read as text"]),
     "a column's name": (b"A\t-\tALB\nA_score\t-\tHAL\n", ["rename the set A_score"]),
 }
@@ -107,6 +107,16 @@ def test_further_groups_are_no_lists_of_heg(paper_split, tmp_path):
     (tmp_path / "gene_sets.csv").write_text("group,gene\nZONE,HAL\nHEG,ALB\n")
     published = panels.choose_gene_groups(data, spots, published=True)
     assert published.to_numpy().tolist() == [["HEG", "ALB", 1]]
+
+
+def test_groups_and_sets_of_the_data_root_are_read_in_one_encoding(paper_split, tmp_path):
+    """As a spreadsheet in Western Europe saves it."""
+    text = "group;gene\nHEG;ALB\nGefäße;HAL\n"
+    (tmp_path / "gene_sets.csv").write_bytes(text.encode("cp1252"))
+    data = dataclasses.replace(paper_split.data, root=tmp_path)
+    groups = panels.choose_gene_groups(data, paper_split.spots("train"), published=True)
+    assert groups["gene"].tolist() == ["ALB"]
+    assert gene_sets.read_all_sets("", tmp_path) == {"Gefäße": ["HAL"]}
 
 
 def test_a_bad_file_ends_a_script_before_it_trains(simulated, tmp_path, capsys):
