@@ -48,7 +48,7 @@ from slides import hest, imaging, inputs, space_ranger
 from slides.ceilings import counting_ceiling, morans_i
 from slides.colour import colour_statistics
 from slides.counts import find_part, join_genes, read_barcodes, take_genes
-from slides.cutting import check_pixels, cut_spots
+from slides.cutting import cut_spots
 from slides.manifest import (
     describe_row,
     list_files,
@@ -538,19 +538,19 @@ def check_slides(root, manifest):
 
 
 def check_slide(slide, named):
-    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots."""
-    image = check_image(slide)
-    positions, _ = place_spots(slide)
+    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots.
+
+    Its patches are cut as write_patches cuts them, into the folder for temporary files.
+    """
+    describe_image(slide)
+    positions, thumbnail = place_spots(slide)
     pitch = measure_pitch(positions)
     print(f"  pitch       {pitch:.4g} px, {pitch * slide.um_per_px:.4g} um")
     table = read_spots(slide, positions, GENOME, named)
-    inside = np.ones(table.n_obs, bool)
-    if image is not None:
-        imaging.check_centres(slide.image, table.obs, image.shape)
-        inside = imaging.find_inside(table.obs, image.shape)
-        step = imaging.thumbnail_step(slide) if THUMBNAIL else None
-        centres, thumbnail = imaging.read_centres(slide, table.obs, step)
-        check_pixels(slide, table.obs, centres, image.shape, thumbnail)
+    scratch = inputs.scratch_folder()
+    patches = imaging.map_scratch(scratch, (table.n_obs, PATCH_SIZE, PATCH_SIZE, 3))
+    makes = THUMBNAIL and thumbnail is None
+    inside = cut_spots(slide, table.obs, patches, UM_PER_PX, scratch, thumbnail=makes).inside
     left_out = dict(table.uns.get("left_out", {}))
     if not inside.all():
         left_out["outside the image"] = int((~inside).sum())
@@ -565,16 +565,15 @@ def check_slide(slide, named):
     return table[inside].copy()
 
 
-def check_image(slide):
-    """Print what the image of a slide is; returns its SlideImage, None for patches of HEST."""
+def describe_image(slide):
+    """Print what the image of a slide is, or that it is patches of HEST."""
     if imaging.holds_patches(slide.image):
         print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
-        return None
+        return
     image = imaging.open_image(inputs.unpack(slide.image))
     height, width = image.shape
     print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
     print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
-    return image
 
 
 def describe_tags(path):

@@ -26,14 +26,7 @@ def cut_spots(slide, spots, patches, um_per_px, scratch, *, thumbnail):
     image, made, over = imaging.read_resampled(slide, spots, patches, um_per_px, scratch, step)
     if slide.positions is not None:
         imaging.warn_of_swap(slide, spots, patches, image.shape)
-    check_pixels(slide, spots, imaging.cut_centres(patches), image.shape, made)
-    return Cut(image, made, over, imaging.find_inside(spots, image.shape))
-
-
-def check_pixels(slide, spots, centres, shape, thumbnail):
-    """InputError where the image of this `shape` is not the one that the positions are of; a line
-    where spots lie on no tissue, by the `centres` of their patches.
-    """
-    space_ranger.check_hires(slide, shape, thumbnail)
+    space_ranger.check_hires(slide, image.shape, made)
     if not imaging.holds_patches(slide.image):
-        imaging.report_blank(slide, spots, centres, shape)
+        imaging.report_blank(slide, spots, imaging.cut_centres(patches), image.shape)
+    return Cut(image, made, over, imaging.find_inside(spots, image.shape))

@@ -719,19 +719,6 @@ def cut_centres(patches):
     return patches[:, inner, inner]
 
 
-def read_centres(slide, spots, step=None):
-    """(what cut_centres would give of the patches of spots, Thumbnail or None), as read_patches, at
-    the image's own resolution.
-
-    The array lies in a file, since there may be thousands of spots.
-    """
-    centres = map_scratch(
-        inputs.scratch_folder(), (len(spots), PATCH_SIZE // 2, PATCH_SIZE // 2, 3)
-    )
-    _, thumbnail = read_patches(slide.image, spots, centres, step)
-    return centres, thumbnail
-
-
 def find_blank(centres):
     """(n,) bool: patches (n, S, S, 3) that show nothing: no colour, and no detail in squares of
     8 x 8 px, in which the noise of a camera averages out; or one colour in all their pixels.
@@ -814,7 +801,9 @@ def find_turns(slide, spots, share, shape):
     turned = {name: moved for name, moved in turned.items() if find_inside(moved, shape).all()}
     if not turned:
         return []
-    every, _ = read_centres(slide, pd.concat(turned.values()))
+    side = PATCH_SIZE // 2  # as cut_centres gives
+    every = np.empty((len(turned) * len(some), side, side, 3), np.uint8)
+    read_patches(slide.image, pd.concat(turned.values()), every)
     blank = find_blank(every).reshape(len(turned), len(some)).mean(1)
     most = min(share / 4, min(blank) + FEW_BLANK)
     fitting = [name for name, left in zip(turned, blank, strict=True) if left < most]

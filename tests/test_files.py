@@ -479,6 +479,10 @@ def test_a_few_spots_outside_the_image_are_left_out(tmp_path):
     check_spots(table, patches, 2, paint(2), 36)
     meta = json.loads((tmp_path / "dataset" / "meta.json").read_text())
     assert meta["spots"] == len(patches) == 69
+    checked = stdout_of("19", data_root=tmp_path, check=True)
+    assert "2 slides can be used, with 1 warnings" in checked
+    for lines in (printed, checked):
+        assert lines.count("3 of 36 spots lie outside the image") == 1
 
 
 @pytest.mark.parametrize("width, cause", [(900, "the positions of this"), (1350, "swapped")])
