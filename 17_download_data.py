@@ -41,6 +41,7 @@ import scipy.io
 import scipy.sparse
 from tqdm import tqdm
 
+from slides.imaging import open_image
 from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
@@ -270,8 +271,6 @@ def copy_whole(source, path):
 
 def prepare_gse240429(root):
     """Images, tables and manifest of the four sections, from the public sites or a mirror."""
-    from slides.imaging import open_image  # It loads torch, which HER2ST does not need.
-
     slides = pd.read_csv(PUBLISHED / "slides.csv")
     if source_is_remote():
         download_gse240429(root, slides)

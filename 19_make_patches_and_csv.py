@@ -49,6 +49,7 @@ from slides.ceilings import counting_ceiling, morans_i
 from slides.colour import colour_statistics
 from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import cut_spots
+from slides.hest_patches import holds_patches
 from slides.manifest import (
     describe_row,
     list_files,
@@ -308,7 +309,7 @@ def write_patches(out, manifest, obs, thumbnails):
         size = f"{cut.image.shape[0]:>7} x {cut.image.shape[1]:<7}"
         counted = f"{len(spots):6} {size} {cut.over_border:15}"
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {cut.image.how}")
-        if THUMBNAIL and not imaging.holds_patches(slide.image):
+        if THUMBNAIL and not holds_patches(slide.image):
             pixels = (cut.thumbnail or thumbnail).pixels()
             Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
     patches.flush()
@@ -469,7 +470,7 @@ def write_meta(root, out, manifest, target, over_border):
     Returns it.
     """
     patches = torch.from_numpy(common.map_array(out / "patches.npy"))
-    whole = [slide for slide in manifest if not imaging.holds_patches(slide.image)]
+    whole = [slide for slide in manifest if not holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
     given = shell.flags_given(globals())
@@ -567,7 +568,7 @@ def check_slide(slide, named):
 
 def describe_image(slide):
     """Print what the image of a slide is, or that it is patches of HEST."""
-    if imaging.holds_patches(slide.image):
+    if holds_patches(slide.image):
         print(f"  image       {slide.image}: patches of HEST, {slide.um_per_px:g} um/px")
         return
     image = imaging.open_image(inputs.unpack(slide.image))

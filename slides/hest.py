@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 import pandas as pd
 
 import common
-from slides import imaging, inputs, space_ranger
+from slides import inputs, space_ranger
+from slides.hest_patches import open_hest_patches
 from slides.manifest import NO_FILE, Slide
 from slides.positions import read_positions
 from study import shell
@@ -266,7 +267,7 @@ def read_task_positions(slide):
     reason that the .h5ad gives, or as those that have none.
     """
     positions = read_positions(slide.matrix)
-    with imaging.open_hest_patches(slide.image) as (barcodes, _):
+    with open_hest_patches(slide.image) as (barcodes, _):
         lost = barcodes[~barcodes.isin(positions.index)]
         if len(lost):
             raise InputError(

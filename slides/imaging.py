@@ -1,6 +1,6 @@
 """The pixels of a slide: open_image, and what is cut out of it.
 
-pixels -> patches -> patches of HEST
+pixels -> patches
 
 Patches (n, S, S, 3) uint8 RGB, images (height, width, 3) uint8 RGB. Places on a slide are rows and
 columns in px of its image. What cannot be read raises InputError.
@@ -19,42 +19,20 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import h5py
 import numpy as np
-import pandas as pd
 import tifffile
-import torch
-import torch.nn.functional as F
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from common import PATCH_SIZE
 from slides import inputs
 from study import shell
 from study.shell import InputError
 
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
-SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 PLACE = ["pxl_row", "pxl_col"]
 SWAPPED = {"pxl_row": "pxl_col", "pxl_col": "pxl_row"}
-LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more
-LEAST_COLOUR = 40.0  # of 255, from the least to the most of red, green and blue: glass has less
-GLASS = 180  # of 255: glass is brighter, in the brightest of its channels
 DARK_SLIDE = 50  # of 255: H&E is brighter, since light shines through it
-MANY_BLANK = 0.25  # of the spots; fat and lumina are blank as well
-FEW_BLANK = 0.05  # of the spots; from here on it is asked whether the image is turned
-TURNS = {  # (rows, columns) on an image of (height, width), were it turned or mirrored back
-    "turned by 180 degrees": lambda row, col, high, wide: (high - 1 - row, wide - 1 - col),
-    "turned by 90 degrees clockwise": lambda row, col, high, wide: (col, wide - 1 - row),
-    "turned by 90 degrees anticlockwise": lambda row, col, high, wide: (high - 1 - col, row),
-    "mirrored top to bottom": lambda row, col, high, wide: (high - 1 - row, col),
-    "mirrored left to right": lambda row, col, high, wide: (row, wide - 1 - col),
-    "mirrored with rows and columns swapped": lambda row, col, high, wide: (col, row),
-    "mirrored with rows and columns swapped and turned by 180 degrees": (
-        lambda row, col, high, wide: (high - 1 - col, wide - 1 - row)
-    ),
-}
 
 
 # -------------------------------------------------------------------------------- pixels
@@ -630,36 +608,6 @@ def count_over_border(spots, shape, side):
     return int(((corners < 0) | (corners + side > shape)).any(axis=1).sum())
 
 
-def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
-    """As read_patches, of patches (n, S, S, 3) whose pixels are um_per_px wide; 0: the slide's own.
-
-    Larger or smaller patches are read into a file in the folder `scratch`, and resized.
-    Those of HEST-1k are taken as they are, without a thumbnail.
-    Returns (SlideImage, Thumbnail or None, number of patches over the border).
-    """
-    if holds_patches(slide.image):
-        return copy_hest_patches(slide, spots, patches, um_per_px), None, 0
-    finer = slide.um_per_px / um_per_px if um_per_px else 1.0
-    size = patches.shape[1]
-    if 0.99 < finer < 1.01:
-        image, thumbnail = read_patches(slide.image, spots, patches, step)
-        return image, thumbnail, count_over_border(spots, image.shape, size)
-    if finer > 2:
-        inputs.warn(
-            f"{slide.image}: {finer:.0f} times as coarse as the patches made of it: its detail is "
-            "not there; give the full-resolution image"
-        )
-    side = max(1, round(size * um_per_px / slide.um_per_px))
-    native = map_scratch(scratch, (len(spots), side, side, 3))
-    image, thumbnail = read_patches(slide.image, spots, native, step)
-    for start in range(0, len(spots), 64):
-        images = torch.from_numpy(native[start : start + 64]).permute(0, 3, 1, 2)
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        patches[start : start + 64] = images.permute(0, 2, 3, 1).numpy()
-    how = f"{image.how}; resampled from {slide.um_per_px:g} to {um_per_px:g} um/px"
-    return image._replace(how=how), thumbnail, count_over_border(spots, image.shape, side)
-
-
 def map_scratch(folder, shape):
     """A uint8 array in a file of `folder` without a name, which goes when the array does.
 
@@ -671,186 +619,9 @@ def map_scratch(folder, shape):
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
-def warn_of_swap(slide, spots, patches, shape):
-    """Print a warning where pxl_row and pxl_col look swapped.
-
-    Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
-    colour, better the other way round. Patches that were made elsewhere cannot tell.
-    """
-    if holds_patches(slide.image):
-        return
-    inside = find_inside(spots, shape)
-    spots, patches = spots[inside], patches[inside]
-    if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
-        return
-    some = choose_some(spots)
-    swapped = spots.iloc[some].rename(columns=SWAPPED)
-    others = np.empty((len(some), *patches.shape[1:]), np.uint8)
-    read_patches(slide.image, swapped, others)
-    # From 0 to 1: the largest less the smallest of red, green and blue.
-    here, there = (np.ptp(cut, axis=3).mean() / 255 for cut in (patches[some], others))
-    if there > 1.25 * here:
-        inputs.warn(
-            f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "
-            f"the spots' mean saturation would be {there:.2f} and not {here:.2f}"
-        )
-    elif ((spots["array_row"] + spots["array_col"]) % 2).nunique() == 1:
-        inputs.warn(
-            f"{slide.positions}: Visium's array lies mirrored on the image: are pxl_row and "
-            "pxl_col swapped, or the image flipped? Look at maps of its counts"
-        )
-
-
 def lies_mirrored(spots):
     """Whether the affine map from array_col, array_row to pxl_col, pxl_row holds a reflection."""
     array = np.column_stack([spots[["array_col", "array_row"]], np.ones(len(spots))])
     places = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     affine = np.linalg.lstsq(array.astype(np.float64), places)[0]
     return np.linalg.det(affine[:2]) < 0
-
-
-# -------------------------------------------------------------------------------- blank patches
-
-
-def cut_centres(patches):
-    """The inner halves (n, S / 2, S / 2, 3) of patches (n, S, S, 3): at 0.5 um/px a Visium spot."""
-    side = patches.shape[1]
-    inner = slice(side // 4, side // 4 + side // 2)
-    return patches[:, inner, inner]
-
-
-def find_blank(centres):
-    """(n,) bool: patches (n, S, S, 3) that show nothing: no colour, and no detail in squares of
-    8 x 8 px, in which the noise of a camera averages out; or one colour in all their pixels.
-    """
-    squares = centres.shape[1] // 8
-    blank = np.empty(len(centres), bool)
-    for start in range(0, len(centres), 64):
-        part = centres[start : start + 64, : 8 * squares, : 8 * squares]
-        flat = np.ptp(part, axis=(1, 2)).max(1) == 0
-        means = part.reshape(len(part), squares, 8, squares, 8, 3).mean((2, 4))
-        detail = means.std((1, 2)).max(1)
-        colour = np.ptp(means.mean((1, 2)), axis=1)
-        brightest = means.mean((1, 2)).max(1)
-        seen = (brightest > DARK_SLIDE) & (brightest < GLASS)  # neither unscanned nor glass
-        plain = (detail < LEAST_DETAIL) & (colour < LEAST_COLOUR) & ~seen
-        blank[start : start + 64] = flat | plain
-    return blank
-
-
-def report_blank(slide, spots, centres, shape):
-    """Count in a line the spots that show nothing, as glass, or what was not scanned or is lost.
-
-    `centres` are those of cut_centres. It is a warning where the spots are many, where one has a
-    single colour, which no camera gives, or where they would lie on tissue were the image turned or
-    mirrored.
-    """
-    inside = find_inside(spots, shape)
-    spots, centres = spots[inside], centres[inside]
-    if len(centres) > 1 and not np.ptp(centres, axis=(0, 1, 2)).any():
-        raise InputError(
-            f"{slide.image}: all {len(spots)} spots are of one colour, {centres[0, 0, 0]}: nothing "
-            "is there, or its alpha is 0 everywhere: export it as RGB without alpha"
-        )
-    some = centres[:, ::8, ::8]
-    stain = "grey" if not np.ptp(some, axis=3).any() else "nearly black"
-    if len(centres) and (stain == "grey" or np.median(some) < DARK_SLIDE):
-        inputs.warn(
-            f"{slide.image}: its spots are {stain}: no H&E? It may be fluorescence or one channel: "
-            "give the H&E image as 8-bit RGB"
-        )
-    blank = find_blank(centres)
-    if not blank.any():
-        return
-    barcode = spots["barcode"].iloc[np.flatnonzero(blank)[0]]
-    counted = (
-        f"{slide.image}: {blank.sum()} of {len(spots)} spots lie on glass, or on what was not "
-        f"scanned or is lost, as {barcode}"
-    )
-    turns = find_turns(slide, spots, blank.mean(), shape) if blank.mean() >= FEW_BLANK else []
-    flat = sum(np.ptp(centre, axis=(0, 1)).max() == 0 for centre in centres[blank])
-    if turns:
-        likeliest = ", the first by the array's rows and columns" if len(turns) > 1 else ""
-        inputs.warn(
-            f"{counted}: they would lie on tissue were the image {', or '.join(turns)}{likeliest}: "
-            "have the positions fit its pixels"
-        )
-    elif flat or blank.mean() >= MANY_BLANK:
-        inputs.warn(
-            f"{counted} ({flat} are of one colour): is it whole, and are these its positions?"
-        )
-    else:
-        print(counted)
-
-
-def choose_some(spots):
-    """SWAP_SAMPLE of the spots at most, evenly over the table."""
-    return np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
-
-
-def find_turns(slide, spots, share, shape):
-    """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue; those
-    first that the array's rows and columns speak for.
-    """
-    some = spots.iloc[choose_some(spots)]
-    rows, columns = some[PLACE].to_numpy().T
-    turned = {
-        name: some.assign(**dict(zip(PLACE, turn(rows, columns, *shape), strict=True)))
-        for name, turn in TURNS.items()
-    }
-    turned = {name: moved for name, moved in turned.items() if find_inside(moved, shape).all()}
-    if not turned:
-        return []
-    side = PATCH_SIZE // 2  # as cut_centres gives
-    every = np.empty((len(turned) * len(some), side, side, 3), np.uint8)
-    read_patches(slide.image, pd.concat(turned.values()), every)
-    blank = find_blank(every).reshape(len(turned), len(some)).mean(1)
-    most = min(share / 4, min(blank) + FEW_BLANK)
-    fitting = [name for name, left in zip(turned, blank, strict=True) if left < most]
-    mirrored = lies_mirrored(spots)  # as positions do that count rows from below
-    return sorted(fitting, key=lambda name: name.startswith("mirrored") != mirrored)
-
-
-# -------------------------------------------------------------------------------- patches of HEST
-
-
-def holds_patches(image):
-    """Whether the image of a slide is a file of patches, as HEST-1k has them, one for each spot."""
-    return image.suffix == ".h5"
-
-
-@contextmanager
-def open_hest_patches(path):
-    """The (barcodes, patches (n, S, S, 3) uint8) in a file of HEST-1k, which is open meanwhile."""
-    try:
-        with h5py.File(path) as file:
-            patches = file["img"]
-            if patches.shape[1:] != (PATCH_SIZE, PATCH_SIZE, 3) or patches.dtype != np.uint8:
-                raise InputError(
-                    f"{path}: img is {patches.dtype} {patches.shape}; "
-                    f"expected uint8 (n, {PATCH_SIZE}, {PATCH_SIZE}, 3)"
-                )
-            barcodes = pd.Index(file["barcode"].asstr()[:].ravel())
-            inputs.check_unique(barcodes, "barcode", path)
-            yield barcodes, patches
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a whole file of patches with img and barcode ({error}); fetch it again"
-        ) from None
-
-
-def copy_hest_patches(slide, spots, patches, um_per_px):
-    """Fill patches (n, S, S, 3) uint8 with those of the spots' barcodes; returns a SlideImage.
-
-    It has no regions, and is as large as its spots need.
-    """
-    if um_per_px not in (0, slide.um_per_px):
-        raise InputError(
-            f"--um-per-px {um_per_px:g}: the patches of {slide.image} are {slide.um_per_px:g} "
-            "um/px and are taken as they are: leave it out, or give the whole image"
-        )
-    with open_hest_patches(slide.image) as (barcodes, images):
-        for number, place in enumerate(barcodes.get_indexer(spots["barcode"])):
-            patches[number] = images[place]
-    bottom, right = spots[PLACE].max() + 1
-    return SlideImage("patches of HEST", (int(bottom), int(right)), lambda needed: iter(()))

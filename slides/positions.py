@@ -11,6 +11,7 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 
 from common import POSITION_COLUMNS
 from slides import imaging, inputs
+from slides.hest_patches import holds_patches
 from slides.sections import (
     check_one_sample,
     find_part_spots,
@@ -285,7 +286,7 @@ def check_pitch(slide, positions):
     Visium and ST may be a tenth off: on sections of ST whose spots were measured one by one it is
     6 %. Patches that were made elsewhere do not follow from the positions.
     """
-    if imaging.holds_patches(slide.image):
+    if holds_patches(slide.image):
         return
     pitch = measure_pitch(positions)
     um = pitch * slide.um_per_px
@@ -341,7 +342,7 @@ def is_hexagonal(positions):
 
 def check_tags(slide):
     """Warn where the image states another resolution than um_per_px."""
-    if imaging.holds_patches(slide.image):
+    if holds_patches(slide.image):
         return
     try:
         stated = imaging.read_resolution(inputs.unpack(slide.image))

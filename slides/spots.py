@@ -6,8 +6,9 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from slides import imaging, inputs
+from slides import inputs
 from slides.counts import check_counts, has_one_depth, read_matrix
+from slides.hest_patches import holds_patches, open_hest_patches
 from slides.positions import lay_blocks, measure_pitch
 from study.shell import InputError
 
@@ -33,8 +34,8 @@ def read_spots(slide, positions, genome="", named=()):
         table = leave_out(slide, table, table.obs["n_counts"] == 0, "without counts")
         if not table.n_obs:
             raise InputError(f"{slide.matrix}: no spot has a count")
-    if imaging.holds_patches(slide.image):
-        with imaging.open_hest_patches(slide.image) as (barcodes, _):
+    if holds_patches(slide.image):
+        with open_hest_patches(slide.image) as (barcodes, _):
             lost = ~table.obs_names.isin(barcodes)
         if lost.all():
             raise InputError(f"{slide.image}: no patch for barcode {table.obs_names[0]}, or others")

@@ -29,7 +29,7 @@ from test_files import (
 from test_hest import make_anndata, make_h5ad
 
 import common
-from slides import hest, imaging
+from slides import alignment, hest
 from slides.counts import CONTROLS, read_matrix
 from slides.manifest import check_sources, read_manifest
 from slides.positions import place_spots
@@ -572,7 +572,7 @@ def test_smooth_tissue_of_a_stain_is_no_glass():
     noise = np.random.default_rng(0).normal(0, 3, (4, 112, 112, 3))
     means = np.array([[90, 117, 90], [150, 120, 145], [244, 240, 246], [20, 20, 20]])
     patches = np.clip(means[:, None, None] + noise, 0, 255).astype(np.uint8)
-    assert imaging.find_blank(patches).tolist() == [False, False, True, True]
+    assert alignment.find_blank(patches).tolist() == [False, False, True, True]
 
 
 def with_controls(table):
