@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 from sklearn.decomposition import PCA
-from sklearn.neighbors import radius_neighbors_graph
+from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 
 import common
@@ -20,8 +20,9 @@ def weigh_neighbours(places, radius):
     """Sparse (n, n) float32 matrix that takes the values of spots at places in pitches, (n, 2) or
     (n, 3), to the means over each spot and those within the radius.
     """
-    near = radius_neighbors_graph(places, radius, include_self=True)
-    return normalize(near, "l1").astype(np.float32)
+    # A tree tells exactly what is near: brute force, which few spots would get, loses digits.
+    tree = NearestNeighbors(radius=radius, algorithm="kd_tree").fit(places)
+    return normalize(tree.radius_neighbors_graph(places), "l1").astype(np.float32)
 
 
 def average_neighbours(values, places, scale):

@@ -59,6 +59,17 @@ def test_r_of_neighbourhoods_is_that_of_means_over_one_slide_each():
             assert found[scale][gene] == pytest.approx(np.mean(r), abs=1e-5)
 
 
+def test_few_spots_of_slides_with_large_numbers_have_neighbours_of_their_own():
+    random = np.random.default_rng(5)
+    values = random.normal(size=(2, 8, 3)).astype(np.float32)
+    places = np.tile(lay_grid("hexagonal", 2), (2, 1))
+    alone = scales.score_neighbourhoods(*values[:, :4], np.zeros(4), places[:4])
+    other = scales.score_neighbourhoods(*values[:, 4:], np.zeros(4), places[4:])
+    slides = np.repeat([7, 2**31 - 1], 4)
+    both = scales.score_neighbourhoods(*values, slides, places)
+    np.testing.assert_allclose(both["k7"], (alone["k7"] + other["k7"]) / 2, rtol=1e-6)
+
+
 def test_components_are_the_singular_vectors_of_the_prediction():
     random = np.random.default_rng(2)
     predicted = random.normal(size=(60, 12)) * np.linspace(3, 0.2, 12)
