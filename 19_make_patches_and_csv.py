@@ -618,7 +618,7 @@ def link_hest(root):
     filters = {"organ": ORGAN, "species": SPECIES, "st_technology": TECHNOLOGY}
     filters = {column: value for column, value in filters.items() if value}
     named = [sample.strip() for sample in SAMPLES.split(",") if sample.strip()]
-    if hest.has_splits(folder):
+    if (folder / "splits").is_dir():
         if named or filters:
             raise InputError(
                 f"--from-hest {FROM_HEST}: a task of HEST-Benchmark, whose splits/ names its "

@@ -2,20 +2,21 @@
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 
 import common
 from slides import inputs, space_ranger
 from slides.hest_patches import open_hest_patches
-from slides.manifest import NO_FILE, Slide
+from slides.manifest import NO_FILE, Slide, link_slides
 from slides.positions import read_positions
 from study import shell
 from study.shell import InputError
 
 NUMBERS = re.compile(r"\d+").findall
 HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
+POSITIONS = "positions_patches.csv"  # of spots that have a patch, in a data root
 
 
 # -------------------------------------------------------------------------------- HEST
@@ -40,28 +41,10 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
             scale = slide.um_per_px / HEST_UM_PER_PX
             positions[number] = space_ranger.scale_positions(read_positions(slide.matrix), scale)
         slides = [replace(slide, um_per_px=HEST_UM_PER_PX) for slide in slides]
-    table = link_slides(root, slides, positions)
+    table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
     path = root / "slides.csv"
     shell.save_csv(path, table)
     print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
-
-
-def link_slides(root, slides, positions):
-    """Make links in a data root to the files of slides, and the files of their positions where
-    these are not None; returns the slides.csv that names them.
-    """
-    linked = []
-    for slide, places in zip(slides, positions, strict=True):
-        name = None if places is None else "positions_patches.csv"
-        linked.append(space_ranger.name_links(slide, name))
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    space_ranger.check_manifest_is_new(root / "slides.csv", table, "--from-hest")
-    for slide, links, places in zip(slides, linked, positions, strict=True):
-        space_ranger.place_link(root / links.image, slide.image)
-        space_ranger.place_link(root / links.matrix, slide.matrix)
-        if places is not None:
-            shell.save_csv(root / links.positions, places.reset_index())
-    return table
 
 
 def read_hest_metadata(folder):
@@ -160,11 +143,6 @@ def read_hest_json(folder, sample, row):
 # -------------------------------------------------------------------------------- HEST-Benchmark
 
 
-def has_splits(folder):
-    """Whether a folder has splits/, as a task of HEST-Benchmark does and HEST-1k does not."""
-    return (folder / "splits").is_dir()
-
-
 def list_tasks(folder):
     """The names of the tasks in a folder above them, as the data set MahmoodLab/hest-bench is."""
     return sorted(path.parent.name for path in folder.glob("[!.]*/splits") if path.is_dir())
@@ -183,7 +161,7 @@ def write_task(root, folder):
     for number, row in enumerate(rows, 1):
         slides.append(read_task_sample(folder, number, row, metadata))
     positions = [read_task_positions(slide) for slide in slides]  # Refused before a link is made.
-    table = link_slides(root, slides, positions)
+    table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
     numbers = {slide.name: slide.tissue_index for slide in slides}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
     shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))

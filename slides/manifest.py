@@ -1,15 +1,17 @@
-"""The manifest: which slides there are and where their files lie, as slides.csv says; and whether
-that is still so after script 19. What cannot be read raises InputError.
+"""The manifest: which slides there are and where their files lie, as slides.csv says; whether that
+is still so after script 19; and links to files elsewhere. What cannot be read raises InputError.
 """
 
 import os
 import re
 import shlex
+import shutil
 import unicodedata
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from common import PATCH_SIZE
 from slides import inputs
@@ -263,3 +265,60 @@ def name_command(root, meta, without=()):
         if flag not in without:
             words += [flag, value]
     return shlex.join(words)
+
+
+def link_slides(root, slides, positions, name, flag):
+    """Make links in a data root to the files of slides; returns the slides.csv that names them.
+
+    Of `positions` those that are not None, tables as read_positions gives them, are written as
+    files of this name in place of the slide's own. `flag` is what makes the slides.csv.
+    """
+    linked = []
+    for slide, places in zip(slides, positions, strict=True):
+        folder = Path("links", slide.name)
+        own = slide.positions and folder / slide.positions.name
+        linked.append(
+            replace(
+                slide,
+                image=folder / slide.image.name,
+                positions=own if places is None else folder / name,
+                matrix=folder / slide.matrix.name,
+            )
+        )
+    table = pd.DataFrame([asdict(slide) for slide in linked])
+    check_manifest_is_new(root / "slides.csv", table, flag)
+    for slide, links, places in zip(slides, linked, positions, strict=True):
+        place_link(root / links.image, slide.image)
+        place_file(root / links.matrix, slide.matrix)
+        if places is not None:
+            shell.save_csv(root / links.positions, places.reset_index())
+        elif slide.positions is not None:
+            place_file(root / links.positions, slide.positions)
+    return table
+
+
+def check_manifest_is_new(path, table, flag):
+    """InputError where a slides.csv is there that is not this table; `flag` is what makes it."""
+    if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != table.to_csv(index=False):
+        raise InputError(
+            f"{path} is there already and names other slides: leave out {flag}, or remove it"
+        )
+
+
+def place_file(place, path):
+    """Make a link to a path, or a copy of a file that would go when the process ends."""
+    if inputs.scratch_folder() not in path.parents:
+        place_link(place, path)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with shell.whole_file(place) as partial:
+        shutil.copyfile(path, partial)
+
+
+def place_link(link, path):
+    """Make a link to a path, in place of an older link."""
+    if link.exists() and not link.is_symlink():
+        raise InputError(f"{link} is no link: move it away")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.resolve())

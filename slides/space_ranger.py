@@ -3,20 +3,18 @@
 import json
 import math
 import re
-import shutil
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, visium_hd
 from slides.counts import find_part
-from slides.manifest import Slide
+from slides.manifest import Slide, link_slides
 from slides.positions import SPOT_PITCH, measure_pitch, read_positions
 from study import shell
 from study.shell import InputError
@@ -279,29 +277,12 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
     samples = read_samples(folders, images or [None] * len(folders), bin_um)
     if images:
         check_images("--images", folders, images)
-    linked = [
-        name_links(slide, slide.positions.name if images else "positions_hires.csv")
-        for slide, _ in samples
-    ]
-    table = pd.DataFrame([asdict(slide) for slide in linked])
-    check_manifest_is_new(path, table, "--from-spaceranger")
-    for (slide, positions), links in zip(samples, linked, strict=True):
-        place_link(root / links.image, slide.image)
-        place_file(root / links.matrix, slide.matrix)
-        if images:
-            place_file(root / links.positions, slide.positions)
-        else:
-            shell.save_csv(root / links.positions, positions.reset_index())
+    slides = [slide for slide, _ in samples]
+    # Of a full-resolution image they are Space Ranger's own.
+    positions = [None if images else places for _, places in samples]
+    table = link_slides(root, slides, positions, "positions_hires.csv", "--from-spaceranger")
     shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; fix that there if it is not so")
-
-
-def check_manifest_is_new(path, table, flag):
-    """InputError where a slides.csv is there that is not this table; `flag` is what makes it."""
-    if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != table.to_csv(index=False):
-        raise InputError(
-            f"{path} is there already and names other slides: leave out {flag}, or remove it"
-        )
 
 
 def read_samples(folders, images, bin_um):
@@ -314,35 +295,3 @@ def read_samples(folders, images, bin_um):
         slide = replace(slide, tissue_index=number, name=name, donor=name)
         samples.append((slide, positions))
     return samples
-
-
-def name_links(slide, positions):
-    """The slide with the paths that its files get in a data root; `positions` is the name of the
-    file of positions there, or None.
-    """
-    folder = Path("links", slide.name)
-    return replace(
-        slide,
-        image=folder / slide.image.name,
-        positions=positions and folder / positions,
-        matrix=folder / slide.matrix.name,
-    )
-
-
-def place_file(place, path):
-    """Make a link to a path, or a copy of a file that would go when the process ends."""
-    if inputs.scratch_folder() not in path.parents:
-        place_link(place, path)
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with shell.whole_file(place) as partial:
-        shutil.copyfile(path, partial)
-
-
-def place_link(link, path):
-    """Make a link to a path, in place of an older link."""
-    if link.exists() and not link.is_symlink():
-        raise InputError(f"{link} is no link: move it away")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.resolve())
