@@ -437,7 +437,7 @@ def test_maps_have_the_scores_of_sets(tmp_path):
     predicted = random.normal(size=(40, 9)).astype(np.float32)
     var = pd.DataFrame({"valid_r": np.linspace(0, 0.8, 9), "ceiling": 0.9}, names)
     var["valid_r_k7"] = var["valid_r"] + 0.1
-    obs = pd.DataFrame({"pitch": 60.0}, [f"{i}" for i in range(40)])
+    obs = pd.DataFrame({"pitch": 60.0, "distance": 1.0}, [f"{i}" for i in range(40)])
     table = anndata.AnnData(predicted, obs, var)
     table.layers["measured"] = (predicted + random.normal(size=(40, 9))).astype(np.float32)
     table.layers["measured"][:, 1] = np.nan  # of a gene that the slide lacks
