@@ -37,10 +37,10 @@ import zlib
 from pathlib import Path
 
 import pandas as pd
-import scipy.io
 import scipy.sparse
 from tqdm import tqdm
 
+from slides import inputs
 from slides.imaging import open_image
 from study.shell import InputError
 
@@ -466,7 +466,9 @@ def convert_section(root, section, source):
     copy_whole(image, root / slide["image"])
     with shell.whole_file(root / slide["positions"]) as path:
         spots.reset_index().to_csv(path, header=False, index=False)
-    write_matrix(root / slide["matrix"], counts.loc[both])
+    genes = pd.DataFrame({"id": counts.columns, "name": counts.columns})
+    table = scipy.sparse.csc_matrix(counts.loc[both].to_numpy())
+    inputs.write_10x_folder(root / slide["matrix"], table, both, genes)
     return slide
 
 
@@ -496,16 +498,6 @@ def one_file(folder, pattern):
     if len(found) != 1:
         raise InputError(f"{folder}: {len(found)} files match {pattern}; expected one")
     return found[0]
-
-
-def write_matrix(folder, counts):
-    """Write a table of counts, spots x genes, as a 10x folder, each file whole or not at all."""
-    with shell.whole_file(folder / "barcodes.tsv") as path:
-        path.write_text("".join(f"{spot}\n" for spot in counts.index))
-    with shell.whole_file(folder / "features.tsv") as path:
-        path.write_text("".join(f"{gene}\t{gene}\tGene Expression\n" for gene in counts.columns))
-    with shell.whole_file(folder / "matrix.mtx") as path:
-        scipy.io.mmwrite(path, scipy.sparse.coo_matrix(counts.to_numpy().T))
 
 
 # ------------------------------------------------------------------------------------------- script

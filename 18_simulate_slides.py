@@ -33,7 +33,6 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import scipy.io
 import scipy.sparse
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
@@ -44,6 +43,7 @@ from scipy.stats import norm
 from tqdm import tqdm
 
 import common
+from slides import inputs
 from study.shell import InputError
 
 # ---------------------------------------------------------------------------------------- constants
@@ -100,9 +100,8 @@ HOUSEKEEPING = (
     "MT-CO3 MT-ATP6 MT-CYB UBA52 EEF1A1 TPT1 FAU ACTB B2M GAPDH TUBA1B CD81 IFITM3 P4HB SERF2 "
     "CST3 COX7B ATP5IF1 CALR PPIA HSPA5"
 )
-# Optical density of the two dyes in red, green and blue (Ruifrok and Johnston 2001).
-HEMATOXYLIN = np.array([0.650, 0.704, 0.286], np.float32)
-EOSIN = np.array([0.072, 0.990, 0.105], np.float32)
+# Optical density of the two dyes in red, green and blue.
+HEMATOXYLIN, EOSIN, _ = np.array(common.DYES, np.float32)
 
 
 # ----------------------------------------------------------------------------------------- geometry
@@ -506,7 +505,7 @@ def write_slide(root, slide, table, names, genes, rng):
     counts, rate, visible = simulate_counts(fields, spots, genes, rng)
     (root / slide["positions"]).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(root / slide["positions"], header=False, index=False)
-    write_10x_folder(root / slide["matrix"], counts, spots["barcode"], names)
+    inputs.write_10x_folder(root / slide["matrix"], counts, spots["barcode"], names)
     morphology = {name: spot_means(field, spots) for name, field in fields.items()}
     truth = anndata.AnnData(
         rate,
@@ -519,15 +518,6 @@ def write_slide(root, slide, table, names, genes, rng):
     depth = np.median(np.asarray(counts.sum(1)))
     print(f"{slide['tissue_index']:>5}  {slide['name']:8} {len(spots):6} {size} {depth:10.0f}")
     return best_r(counts, rate, visible)
-
-
-def write_10x_folder(folder, counts, barcodes, names):
-    """Write (n, G) counts as an unpacked 10x folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "barcodes.tsv").write_text("\n".join(barcodes) + "\n")
-    features = names.assign(kind="Gene Expression")
-    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
-    scipy.io.mmwrite(folder / "matrix.mtx", counts.T.tocoo(), field="integer")
 
 
 def main():

@@ -1,5 +1,5 @@
-"""Files as people have them, packed or not, of any encoding and separator; and warnings of what was
-found in them.
+"""Files as people have them, packed or not, of any encoding and separator; warnings of what was
+found in them; and counts written as 10x does.
 
 What cannot be read raises InputError.
 """
@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import polars
+import scipy.io
 
+from study import shell
 from study.shell import InputError
 
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
@@ -316,3 +318,16 @@ def check_unique(names, kind, path):
     twice = names[names.duplicated()]
     if len(twice):
         raise InputError(f"{path}: {kind} {twice.iloc[0]} stands there twice")
+
+
+def write_10x_folder(folder, counts, barcodes, genes):
+    """Write sparse counts (n, G) as an unpacked 10x folder, each file whole or not at all; `genes`
+    is a table id, name.
+    """
+    with shell.whole_file(folder / "barcodes.tsv") as path:
+        path.write_text("".join(f"{barcode}\n" for barcode in barcodes))
+    with shell.whole_file(folder / "features.tsv") as path:
+        features = genes.assign(kind="Gene Expression")
+        features.to_csv(path, sep="\t", header=False, index=False)
+    with shell.whole_file(folder / "matrix.mtx") as path:
+        scipy.io.mmwrite(path, counts.T.tocoo())
