@@ -1,10 +1,7 @@
 """The spots of a slide: positions and counts that belong together, and which spots are left out."""
 
-import re
-
 import anndata
 import numpy as np
-import pandas as pd
 
 from slides import inputs
 from slides.counts import check_counts, has_one_depth, read_matrix
@@ -121,11 +118,8 @@ def match_barcodes(slide, barcodes, positioned):
 
 def strip_barcodes(barcodes):
     """Barcodes without prefix and suffix: their 14 letters or more, or what precedes -1."""
-    bare = []
-    for barcode in barcodes:
-        letters = re.search("[ACGT]{14,}", barcode)
-        bare.append(letters[0] if letters else re.sub(r"[-.]\d+$", "", barcode))
-    return pd.Index(bare)
+    letters = barcodes.str.extract("([ACGT]{14,})", expand=False)
+    return letters.where(letters.notna(), barcodes.str.replace(r"[-.]\d+$", "", regex=True))
 
 
 def check_tissue(slide, spots, positions):

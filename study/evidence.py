@@ -115,7 +115,8 @@ def describe_validation(split, predicted):
 
 # ------------------------------------------------------------------------------------ another slide
 COLUMNS = ["r", "low", "high", "p", "q", "r_k7", "r_k19"]  # of judge_genes, beside believe
-MEANS = {"r": "single spots", "r_k7": "means over 7 spots", "r_k19": "means over 19 spots"}
+MEANS = {"r": "single spots"}
+MEANS |= {f"r_{scale}": f"means over {name}" for scale, name in scales.NAMES.items()}
 
 
 def read_genes(described, genes):

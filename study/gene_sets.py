@@ -83,9 +83,8 @@ def parse_gmt(text, path):
 
 def check_name(name, path):
     """InputError for a set whose columns in rows.csv another set or group could have."""
-    for ending in ENDINGS:
-        if name.endswith(ending):
-            raise InputError(f"{path}: rename the set {name}: rows.csv has columns that end so")
+    if name.endswith(ENDINGS):
+        raise InputError(f"{path}: rename the set {name}: rows.csv has columns that end so")
 
 
 def read_all_sets(path, root):

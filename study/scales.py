@@ -12,6 +12,7 @@ import common
 # and 21 of a square one, fewer at a border or beside a hole. Hexagons have their next spots at 1.73
 # and 2.65 pitches; spots of Spatial Transcriptomics lie up to a tenth beside their squares.
 RADII = {"k7": 1.65, "k19": 2.55}
+NAMES = {"k7": "7 spots", "k19": "19 spots"}
 COMPONENTS = 2  # of the prediction, that are scored
 
 

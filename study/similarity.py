@@ -33,6 +33,11 @@ class TrainingSlides:
     patches: list  # (n, 40) standardised
     distances: list  # (n,) of each to the other slides, or of the only one to its other parts
 
+    @property
+    def unit(self):
+        """The distance of the median training patch, in which others are told."""
+        return max(np.median(self.distances), 1e-6)  # Training patches may all be the same.
+
 
 def describe_training(colour, table):
     """TrainingSlides of the colour statistics (n, 40) of the training patches, whose spots are the
@@ -77,8 +82,7 @@ def measure_distances(training, colour):
     patches as the median training patch is from the other training slides.
     """
     seen = (colour - np.array(training.mean)) / np.array(training.sd)
-    unit = max(np.median(training.distances), 1e-6)  # Training patches may all be the same.
-    return find_distances(np.array(training.patches), seen) / unit
+    return find_distances(np.array(training.patches), seen) / training.unit
 
 
 def is_far(distances):
@@ -88,8 +92,7 @@ def is_far(distances):
 
 def describe_distances(training, distances):
     """One line for the reader about a slide with these distances (m,)."""
-    unit = max(np.median(training.distances), 1e-6)
-    n_far = int((distances > np.quantile(training.distances, FAR) / unit).sum())
+    n_far = int((distances > np.quantile(training.distances, FAR) / training.unit).sum())
     from_whom, each_other = "the training slides", "they are from each other"
     if training.n_slides == 1:
         from_whom, each_other = "the training slide", "its parts are from each other"

@@ -33,7 +33,6 @@ SIDE = 800  # px of the H&E, at most
 DOT = 0.8  # of the pitch: the diameter of a spot, wider than it is, so that its colour shows
 MARGIN = 112  # px of the slide around the spots, at least
 GROUPS = ("heg", "hvg", "mg")  # columns of script 26's var
-RADII = {"k7": "mean of 7 spots", "k19": "mean of 19 spots"}  # of study/scales.py
 STYLE = """.viewer .panels{display:flex;flex-wrap:wrap;gap:1rem}
 .viewer figure{flex:1 1 17rem;max-width:22rem;margin:0}
 .viewer figure>canvas{width:100%;height:auto;display:block}
@@ -260,7 +259,7 @@ def map_slide_gene(facts, predicted, layers, means):
     maps = [Map("predicted", predicted, caption_validation(facts))]
     for scale, values in means.items():
         caption = describe_r(facts[f"valid_r_{scale}"], " in validation")
-        maps.append(Map(RADII[scale], values, caption))
+        maps.append(Map(f"mean of {scales.NAMES[scale]}", values, caption))
     if "measured" in layers:
         caption = describe_r(facts["r"], " on this slide")
         maps.insert(0, Map("measured", layers["measured"], caption))
