@@ -1,4 +1,4 @@
-"""Slides to patches.npy, dataset.csv and counts.h5ad, which all training scripts read.
+"""Slides to patches.npy, lognorm.npy and counts.h5ad, which all training scripts read.
 
 Question   Which pixels and which expression belong to each spot?
 Reads      <DATA_ROOT>/slides.csv and the images, positions and matrices that it names
@@ -373,9 +373,9 @@ class StoredSpots:
         return StoredSpots(self.path, take_genes(self.read(), genes))
 
 
-def write_expression(root, out, tables, manifest):
+def write_expression(root, out, tables, manifest, named):
     """counts.h5ad, lognorm.npy, target.npy and dataset.csv, from the StoredSpots of every slide, of
-    which one is in memory at a time.
+    which one is in memory at a time; `named` are the genes that a file names for the panel.
     """
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
@@ -394,7 +394,7 @@ def write_expression(root, out, tables, manifest):
         chosen = table.var_names[find_variable_genes(table, HVG_PER_SLIDE)]
         variable[f"hvg_{slide.tissue_index}"] = genes["gene_ids"].isin(chosen).to_numpy()
     published = published_panel(root, tables, genes)
-    panel = choose_panel(genes.assign(**variable), find_panel(root), published)
+    panel = choose_panel(genes.assign(**variable), find_panel(root), named, published)
     tables = [table.take(panel) for table in tables]
     var = write_lognorm(root, out / "lognorm.npy", tables, panel)
     values = common.map_array(out / "lognorm.npy")
@@ -659,9 +659,8 @@ def choose_target(root):
     return TARGET
 
 
-def check_task(root, manifest, tables):
+def check_task(manifest, tables, genes):
     """InputError where a sample of a task of HEST-Benchmark lacks one of its genes."""
-    genes = read_panel(root / common.TASK_GENES)
     for slide, table in zip(manifest, tables, strict=True):
         names = set(table.read_features()["name"])
         lost = [gene for gene in genes if gene not in names]
@@ -710,14 +709,14 @@ def main():
             table = read_spots(slide, positions, GENOME, named)
             tables.append(StoredSpots(Path(scratch, f"{slide.tissue_index}.h5ad"), table))
         if has_folds(root):
-            check_task(root, manifest, tables)
+            check_task(manifest, tables, named)
         obs = pd.concat([table.obs for table in tables])
         over_border, inside = write_patches(out, manifest, obs, thumbnails)
         if not inside.all():
             tables = [table.keep(obs.index[inside]) for table in tables]
             obs = obs[inside]
         if target:
-            write_expression(root, out, tables, manifest)
+            write_expression(root, out, tables, manifest, named)
         else:
             spots = obs.reset_index(names="id")
             shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])

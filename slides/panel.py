@@ -35,17 +35,16 @@ def find_variable_genes(counts, n_genes):
     return part.var["highly_variable"].to_numpy()
 
 
-def choose_panel(genes, path, published):
+def choose_panel(genes, path, wanted, published):
     """The table of genes, whose columns listed_<slide> and hvg_<slide> stay, of the panel, with the
     columns MG (a marker) and named (by a file, so that every split keeps it).
 
-    The panel is that of the file at `path`, if one is given, or the `published` ids, or the union
-    of the slides' variable genes; the markers among the genes belong to the last two.
+    The panel is the `wanted` genes of the file at `path`, if one is given, or the `published` ids,
+    or the union of the slides' variable genes; the markers among the genes belong to the last two.
     """
     markers = genes.index.isin(common.MARKER_GENES)
     named = np.zeros(len(genes), bool)
     if path:
-        wanted = read_panel(path)
         panel = named = genes.index.isin(wanted)
         markers = markers & panel
         if not panel.any():
