@@ -210,9 +210,6 @@ class PatchesWithId:
         self.device = patches.device
         self.ids = torch.from_numpy(ids.astype(np.uint8)).to(patches.device)
 
-    def __len__(self):
-        return len(self.patches)
-
     def __getitem__(self, spots):
         images = self.patches[spots]
         ids = self.ids[spots][:, None, None, None]

@@ -359,11 +359,8 @@ STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 def draw_augmentation(n, aug, generator, aspect="fixed"):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down,
     transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's and, if `aug`
-    changes stains, stain (n, 3, 3) as change_stain's. `aspect` is WARP_ASPECT. InputError for an
-    unknown name.
+    changes stains, stain (n, 3, 3) as change_stain's. `aspect` is WARP_ASPECT.
     """
-    if aug not in AUGMENTATIONS:
-        raise InputError(f"augmentation {aug!r}: expected one of {', '.join(AUGMENTATIONS)}")
     preset = AUGMENTATIONS[aug]
     # Every preset draws as much, so that seeds are comparable.
     uniform = torch.rand((n, 9), generator=generator)
@@ -507,9 +504,6 @@ class StainShiftedPatches:
         self.patches = patches
         self.device = patches.device
         self.change = change.to(patches.device)  # (3, 3) as change_stain's
-
-    def __len__(self):
-        return len(self.patches)
 
     def __getitem__(self, spots):
         images = self.patches[spots]
@@ -875,17 +869,14 @@ adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser
 
 
 def prepare_optimiser(network, recipe, optimise=adam):
-    """(`optimise` of the parameters that are trained, its schedule, stepped by the epoch)."""
+    """(`optimise` of the parameters that are trained, SCHEDULE of its rates over the epochs: cosine
+    to zero, or constant).
+    """
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = optimise(trainable, recipe["LEARNING_RATE"])
-    return optimiser, schedule_rate(optimiser, recipe)
-
-
-def schedule_rate(optimiser, recipe):
-    """SCHEDULE of the rates over the epochs: cosine to zero, or constant."""
     if recipe["SCHEDULE"] == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+        return optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
 def count_steps(n_spots, recipe):
@@ -917,10 +908,10 @@ def fit(
 
     patches (N, 3, S, S) uint8. `split` is a study.splitting.Split, whose training spots are learnt
     from. `loss` and `optimise` are LOSS and adam unless given. The best epoch has the lowest
-     validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a
-    ridge is judged before its first epoch, too. With `stop` there is no validation, and training
-    ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it
-    was made with. report(history, best_epoch) is called after each epoch.
+    validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a ridge
+    is judged before its first epoch, too. With `stop` there is no validation, and training ends
+    with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it was
+    made with. report(history, best_epoch) is called after each epoch.
     """
     device = next(network.parameters()).device
     _, dtype, _ = choose_device(recipe)
@@ -969,15 +960,9 @@ def fit(
 
 def begin_line(epoch, schedule):
     """A line of the history in which nothing is known yet."""
-    return {
-        "epoch": epoch,
-        "learning_rate": schedule.get_last_lr()[0],
-        "train_loss": None,
-        "valid_mse": None,
-        "valid_heg": None,
-        "images_per_s": None,
-        "seconds": 0.0,
-    }
+    line = {"epoch": epoch, "learning_rate": schedule.get_last_lr()[0]}
+    line |= dict.fromkeys(("train_loss", "valid_mse", "valid_heg", "images_per_s"))
+    return line | {"seconds": 0.0}
 
 
 def validate(network, patches, split, dtype):
@@ -1074,22 +1059,13 @@ def save_checkpoint(path, stateful, history, best, made_with):
 
 
 def resume(path, stateful, made_with, device):
-    """(history, best) of a checkpoint, whose state goes into `stateful`; ([], None) if there is
-    none.
-    """
-    if path is None or not path.is_file():
-        return [], None
-    state = read_checkpoint(path, device, made_with)
-    for part, owner in stateful.items():
-        owner.load_state_dict(state[part])
-    return state["history"], state["best"]
-
-
-def read_checkpoint(path, device, made_with):
-    """What save_checkpoint wrote.
+    """(history, best) of what save_checkpoint wrote, whose state goes into `stateful`; ([], None)
+    if there is none.
 
     InputError where it is damaged, or was made with other constants or data, which are named.
     """
+    if path is None or not path.is_file():
+        return [], None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         then = state["made_with"] or {}
@@ -1105,7 +1081,9 @@ def read_checkpoint(path, device, made_with):
             f"{path} was made with {', '.join(differ)}: remove it, or go back to what it was made "
             "with"
         )
-    return state
+    for part, owner in stateful.items():
+        owner.load_state_dict(state[part])
+    return state["history"], state["best"]
 
 
 # --------------------------------------------------------------------------------------- prediction
