@@ -249,13 +249,6 @@ def rank_genes(data, spots):
     return pd.Series(lists).explode().rename_axis("group").reset_index(name="gene")
 
 
-def members_of(groups, genes):
-    """{"heg": its genes that are in the panel `genes`, "hvg", "mg", "all": the panel}."""
-    inside = groups[groups["gene"].isin(genes)]
-    members = {group.lower(): inside["gene"][inside["group"] == group].tolist() for group in GROUPS}
-    return members | {"all": genes}
-
-
 # ------------------------------------------------------------------------------------------ patches
 class MappedPatches:
     """SpotData's patches as they lie on disk: [spots] reads them, (B, 3, size, size) uint8,

@@ -202,18 +202,14 @@ def summarise_genes(genes, members):
         mean = defined[inside].mean()
         line |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
         lacking = sorted({*group} - {*defined.index})
-        line[f"{key}_lacks"] = hash_names(lacking) if lacking else "-"
+        digest = hashlib.sha256(json.dumps(lacking).encode()).hexdigest()
+        line[f"{key}_lacks"] = digest[:8] if lacking else "-"
         line[f"{key}_pooled"] = mean["r_pooled"]
         line |= {f"{key}_{name}": mean[name] for name in averaged}
     order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
     line["r_against_moran"] = order["moran"]
     line["r_against_mean"] = order["mean"]
     return line
-
-
-def hash_names(names):
-    """A short text that stands for a list of names."""
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------------- differences
@@ -264,25 +260,17 @@ def join_columns(lines, out, name, columns):
     return joined[keys], joined[PLACE]
 
 
-def find_mean_interval(lines, out, group):
-    """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
-    undefined.
-    """
-    headline = headline_of_lines(lines)
-    influence, places = join_influence(lines, out)
-    (error,), (freedom,) = measure_errors(influence[[group]], places)
-    value = lines.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
-    return intervals.find_interval(value, error, freedom), freedom
-
-
 def find_headline_interval(lines, out):
     """[low, high] of the headline's r of a setting on its test slides; NaN of other spots, and
     where it is undefined.
     """
-    interval = None
-    if (lines["split"] == "test").all():
-        interval, _ = find_mean_interval(lines, out, headline_of_lines(lines).group.lower())
-    return interval or [np.nan, np.nan]
+    if (lines["split"] != "test").any():
+        return [np.nan, np.nan]
+    headline = headline_of_lines(lines)
+    influence, places = join_influence(lines, out)
+    (error,), (freedom,) = measure_errors(influence[[headline.group.lower()]], places)
+    value = lines.groupby(headline.unit)[headline.column].mean().mean()
+    return intervals.find_interval(value, error, freedom) or [np.nan, np.nan]
 
 
 def pair_differences(lines, out, minus):

@@ -27,7 +27,7 @@ from slides import inputs
 from slides.counts import check_counts, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
-from study import panels, runs, shell
+from study import panels, runs, shell, splitting
 from study.shell import InputError
 
 
@@ -545,7 +545,7 @@ def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
     (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
     data = common.load_dataset(tmp_path, "lognorm")
     groups = panels.choose_gene_groups(data, np.arange(7), published=True)
-    members = common.members_of(groups, data.genes)
+    members = splitting.Split(data, np.full(7, "train"), groups, 42).members
     assert (members["heg"], members["hvg"], members["mg"]) == (["G1"], ["G2"], [])
     code, _ = network_of(tmp_path, "--test-slide", 2)
     assert code == 0

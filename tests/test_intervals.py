@@ -203,8 +203,11 @@ def test_a_paired_difference_is_narrower_than_either_interval(written):
     assert line["difference"] == pytest.approx(np.mean(r["b"]) - np.mean(r["a"]))
     assert line["low"] < line["difference"] < line["high"]
     table = recording.select_lines(records)
-    (low, high), freedom = recording.find_mean_interval(table[table["setting"] == "a"], out, "heg")
+    of_one = table[table["setting"] == "a"]
+    low, high = recording.find_headline_interval(of_one, out)
     assert high - low > 2 * (line["high"] - line["low"])
+    influence, places = recording.join_influence(of_one, out)
+    _, (freedom, *_) = recording.measure_errors(influence[["heg"]], places)
     assert 3 < freedom < 144
 
 
