@@ -51,14 +51,15 @@ class InputError(Exception):
 
 # -------------------------------------------------------------------------------------------- files
 @contextmanager
-def whole_file(path):
+def whole_file(path, mark=RANK):
     """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
-    What a kill leaves behind is overwritten the next time.
+    What a kill leaves behind is overwritten the next time. The `mark` in its name keeps apart
+    processes that write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Writers look at the suffix, so it stays.
-    partial = path.with_name(f".partial-{RANK}-{path.name}")
+    partial = path.with_name(f".partial-{mark}-{path.name}")
     try:
         yield partial
         with open(partial, "rb+") as file:
