@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -127,6 +128,20 @@ class SpotData:
 def places_in_pitches(spots):
     """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""
     return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
+
+
+def pitches_to_nearest(spots, others):
+    """(n,) pitches from the spots of a table to the nearest of `others` on the same slide; inf
+    where that has none.
+    """
+    pitches = np.full(len(spots), np.inf)
+    inside = spots.groupby("tissue_index").indices
+    for slide, near in others.groupby("tissue_index"):
+        if slide in inside:
+            tree = cKDTree(places_in_pitches(near))
+            here = inside[slide]
+            pitches[here], _ = tree.query(places_in_pitches(spots.iloc[here]))
+    return pitches
 
 
 def parts_of(n, size):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 import common
 from common import GROUPS, SCORED
@@ -284,7 +283,8 @@ def split_folds(spots, pool, protocol, folds, seed):
         valid = pool[fold_of == fold]
         train = pool[fold_of != fold]
         if protocol == "block" and len(valid):
-            train = leave_margin(spots, train, valid)
+            pitches = common.pitches_to_nearest(spots.iloc[train], spots.iloc[valid])
+            train = train[pitches > common.MARGIN + 0.1]  # A grid in whole px is not exact.
         if len(valid) == 0 or len(train) < 2:
             raise InputError(
                 f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
@@ -309,14 +309,3 @@ def assign_folds(spots, protocol, folds, seed):
     drawn_before = np.empty(len(sizes), np.int64)
     drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
     return drawn_before[units] * folds // len(spots)
-
-
-def leave_margin(spots, train, valid):
-    """The numbers `train` of the spots that lie farther than MARGIN pitches from all of `valid` on
-    their slide.
-    """
-    places = common.places_in_pitches(spots)
-    places["slide"] = spots["tissue_index"] * 1e9  # Slides lie far apart.
-    places = places.to_numpy()
-    distance = cKDTree(places[valid]).query(places[train])[0]
-    return train[distance > common.MARGIN + 0.1]  # A grid in whole px is not exact.
