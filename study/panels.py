@@ -62,10 +62,8 @@ def harmonise(lognorm, slides, seed):
     import harmonypy  # Here, because lognorm does without.
 
     batch = pd.DataFrame({"slide": np.asarray(slides).astype(str)})
-    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False).Z_corr
-    if result.shape != lognorm.shape:  # Versions of harmonypy differ.
-        result = result.T
-    return np.ascontiguousarray(result, np.float32)
+    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False)
+    return np.ascontiguousarray(result.Z_corr, np.float32)
 
 
 def choose_gene_groups(data, spots, published):
