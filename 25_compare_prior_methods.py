@@ -456,9 +456,8 @@ def computed_methods(run):
         wide = pooled | {"NEIGHBOURHOOD": NEIGHBOURHOOD}
         found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
-            plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             for probe, changed in methods.name_probes(backbone).items():
-                found[probe] = (plain_probe | changed, methods.hest_probe)
+                found[probe] = (recipe | changed, methods.hest_probe)
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:

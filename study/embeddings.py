@@ -287,9 +287,8 @@ def settings_of(models, baseline):
         recipe = baseline | model.constants
         found[f"ridge ({model.name})"] = recipe, functools.partial(ridge_on, model)
         if baseline["PROTOCOL"] == "hest":
-            plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
             for probe, changed in methods.name_probes(model.name).items():
-                found[probe] = plain_probe | changed, functools.partial(probe_on, model)
+                found[probe] = recipe | changed, functools.partial(probe_on, model)
     return found
 
 

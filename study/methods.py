@@ -95,9 +95,10 @@ PROBE_SEED = 1  # of the benchmark's runs
 
 def name_probes(backbone):
     """{setting: {CONSTANT: value}} of the two probes that HEST-Benchmark describes."""
+    plain = {"REFIT": False}  # They learn from validation spots anyway.
     return {
-        f"hest probe ({backbone})": {},
-        f"hest probe ({backbone}, full width)": {"FULL_WIDTH": True},
+        f"hest probe ({backbone})": plain,
+        f"hest probe ({backbone}, full width)": plain | {"FULL_WIDTH": True},
     }
 
 
