@@ -51,11 +51,11 @@ def find_chance(predicted, truth, slides, places):
     valid: a null gene gets a p below 1 / (1 + LAID) only if it would in ROUNDS alone, too (Besag
     and Clifford 1991).
     """
-    p, _ = intervals.compare_with_chance(predicted, truth, slides, places)
+    p = intervals.compare_with_chance(predicted, truth, slides, places)
     never = np.flatnonzero(p == 1 / (1 + intervals.LAID))
     if len(never):
         x, y = predicted[:, never], truth[:, never]
-        p[never], _ = intervals.compare_with_chance(x, y, slides, places, ROUNDS)
+        p[never] = intervals.compare_with_chance(x, y, slides, places, ROUNDS)
     return p
 
 

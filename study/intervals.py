@@ -136,8 +136,8 @@ def find_interval(value, error, freedom):
 
 # ------------------------------------------------------------------------------------------- chance
 def compare_with_chance(predicted, truth, slides, places, rounds=1):
-    """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
-    in pitches; NaN where r is undefined.
+    """(G,) p of each gene's r, the mean over slides, on the slides (n,) at places (n, 2) in
+    pitches; NaN where r is undefined.
 
     p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
     angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
@@ -155,8 +155,7 @@ def compare_with_chance(predicted, truth, slides, places, rounds=1):
                 x, y = predicted[inside][:, genes], truth[inside][:, genes]
                 by_slide.append(correlate_laid(x, y, laid[slide]))
             reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
-    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
-    return p, control_discoveries(p)
+    return np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
 
 
 def control_discoveries(p):

@@ -94,8 +94,8 @@ def score_split(setting, recipe, split, predicted, more):
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = tabulate_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
-            p, q = intervals.compare_with_chance(x, y, *part_places(influence))
-            genes = genes.assign(p=p, q=q)
+            p = intervals.compare_with_chance(x, y, *part_places(influence))
+            genes = genes.assign(p=p, q=intervals.control_discoveries(p))
         if role == "test":
             half_widths = conformal.find_half_widths(split, predicted, values)
             genes = genes.assign(**conformal.measure_coverage(x, y, half_widths))
