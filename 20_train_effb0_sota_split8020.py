@@ -29,7 +29,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-from study import embeddings, methods, printing, runs, shell
+from study import embeddings, methods, printing, probes, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -130,8 +130,8 @@ def fill_rows(run, split, recipe, suffix="", models=()):
         run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
         plain = baseline | {"POOL_STAGES": False}
-        for probe, changed in methods.name_probes(BACKBONE).items():
-            run.fill(run.row(probe, split, plain | changed), methods.hest_probe)
+        for probe, changed in probes.name_probes(BACKBONE).items():
+            run.fill(run.row(probe, split, plain | changed), probes.hest_probe)
 
 
 def main():

@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from study import embeddings, methods, printing, recording, ridges, runs, shell, splitting
+from study import embeddings, methods, printing, probes, recording, ridges, runs, shell, splitting
 from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
@@ -456,8 +456,8 @@ def computed_methods(run):
         wide = pooled | {"NEIGHBOURHOOD": NEIGHBOURHOOD}
         found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
-            for probe, changed in methods.name_probes(backbone).items():
-                found[probe] = (recipe | changed, methods.hest_probe)
+            for probe, changed in probes.name_probes(backbone).items():
+                found[probe] = (recipe | changed, probes.hest_probe)
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:

@@ -1,5 +1,5 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
-gene groups -> patches -> augmentation -> stain -> model -> training -> prediction -> correlation
+patches -> augmentation -> stain -> model -> training -> prediction -> correlation
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in study/,
 how slides become patches and counts in slides/ and script 19.
@@ -248,20 +248,6 @@ def mean_and_variance(values, spots):
         squares = squares + (read**2).sum(0)
     mean = sums / len(spots)
     return mean, (squares / len(spots) - mean**2).clip(0)
-
-
-# -------------------------------------------------------------------------------------- gene groups
-def rank_genes(data, spots):
-    """Table group, gene: HEG and HVG are the 50 genes of the panel with the highest mean and
-    variance of log-normalised expression over `spots` (numbers), MG the markers.
-    """
-    mean, variance = mean_and_variance(data.lognorm, spots)
-    lists = {}
-    for group, values in {"HEG": mean, "HVG": variance}.items():
-        best = np.argsort(-values, kind="stable")[:GROUP_SIZE]
-        lists[group] = [data.genes[gene] for gene in best]
-    lists["MG"] = MARKER_GENES
-    return pd.Series(lists).explode().rename_axis("group").reset_index(name="gene")
 
 
 # ------------------------------------------------------------------------------------------ patches
@@ -1206,6 +1192,15 @@ def average_slides(metric, predicted, truth, slides):
         inside = slides == slide
         values.append(metric(predicted[inside], truth[inside]))
     return pd.DataFrame(values).mean().to_numpy()
+
+
+def mean_of_defined(arrays):
+    """The mean of arrays of one shape, element by element, over those that are finite."""
+    arrays = np.stack(arrays)
+    defined = np.isfinite(arrays)
+    total = np.where(defined, arrays, 0).sum(0)
+    count = defined.sum(0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
 
 
 def score_genes(predicted, truth, slides):

@@ -155,6 +155,7 @@ def measure_errors(influence, places):
     return intervals.measure_error(influence.to_numpy(), *part_places(places))
 
 
+R_THRESHOLD = 0.30  # the paper counts the genes above it
 Q_THRESHOLD = 0.05  # genes below it are told from chance
 # What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
@@ -189,7 +190,7 @@ def summarise_genes(genes, members):
     <group>_lacks stands for which have none.
     """
     line = {
-        "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
+        "n_genes_r30": int((genes["r"] >= R_THRESHOLD).sum()),
         "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
         "mse": genes["mse"].mean(),
         "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),

@@ -7,7 +7,6 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 
 import common
-from study import intervals
 
 # Pitches around a spot within which its neighbourhood lies: 7 and 19 spots of a hexagonal grid, 9
 # and 21 of a square one, fewer at a border or beside a hole. Hexagons have their next spots at 1.73
@@ -48,7 +47,7 @@ def score_neighbourhoods(predicted, truth, slides, places):
             inside = slides == slide
             weights = weigh_neighbours(places[inside], radius)
             by_slide.append(correlate_means(predicted[inside], truth[inside], weights))
-        found[scale] = intervals.mean_of_defined(by_slide)
+        found[scale] = common.mean_of_defined(by_slide)
     return pd.DataFrame(found)
 
 
@@ -70,7 +69,7 @@ def score_components(predicted, truth, slides):
     for slide in np.unique(slides):
         inside = slides == slide
         by_slide.append(correlate_components(predicted[inside], truth[inside]))
-    return intervals.mean_of_defined(by_slide)
+    return common.mean_of_defined(by_slide)
 
 
 def correlate_components(predicted, truth):
