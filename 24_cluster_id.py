@@ -243,11 +243,9 @@ def network(ids_of, row):
     """A method, given the cluster of every spot by seed and fold: the network is built, with the
     row's ID at its head, trained on the patches, and predicts the scored spots.
     """
-    model = methods.start_network(row)
-    patches = row.place_patches()
     if row.recipe["ID"] == "no id":
-        row.fit(model, patches)
-        return row.predict(model, patches)
+        return methods.network(row)
+    model = methods.start_network(row)
     split = row.split
     ids = ids_of[split.seed, split.fold]
     if row.recipe["ID"] == "shuffled id":
@@ -255,7 +253,7 @@ def network(ids_of, row):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shell.seed_of(split.seed, "embedding"))
         with_id = WithId(model, ids.max() + 1, row.recipe["EMBEDDING"]).to(row.device)
-    patches = PatchesWithId(patches, ids)
+    patches = PatchesWithId(row.place_patches(), ids)
     row.fit(with_id, patches, model=model)
     return row.predict(with_id, patches)
 

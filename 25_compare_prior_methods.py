@@ -154,21 +154,9 @@ def trained_methods():
 
 
 # ----------------------------------------------------------------------------------------- networks
-def network(row, **how):
-    """A method: a network with a head is built, trained on the patches, and predicts the scored
-    spots; `how`, of common.fit, is the recipe's unless given.
-    """
-    if not row.recipe["EPOCHS"]:
-        return methods.network_of_no_epoch(row)
-    model = methods.start_network(row)
-    patches = row.place_patches()
-    row.fit(model, patches, **how)
-    return row.predict(model, patches)
-
-
 def stnet(row):
     """A method: ST-Net as published."""
-    return network(row, loss=sum_of_squares, optimise=sgd_with_momentum)
+    return methods.network(row, loss=sum_of_squares, optimise=sgd_with_momentum)
 
 
 def bleep(row):
@@ -283,11 +271,18 @@ def build_bleep(model, row):
     return Bleep(model, expression, row.recipe["MICRO_BATCH"]).to(model.mean.device)
 
 
-METHODS = {"network": network, "ST-Net": stnet, "ST-Net, Adam": network, "BLEEP": bleep}
+METHODS = {
+    "network": methods.network,
+    "ST-Net": stnet,
+    "ST-Net, Adam": methods.network,
+    "BLEEP": bleep,
+}
 
 
 def train_method(row):
-    """A method: that of METHODS which the row's recipe names."""
+    """A method: that of METHODS which the row's recipe names; without an epoch, the ridge start."""
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     return METHODS[row.recipe["METHOD"]](row)
 
 

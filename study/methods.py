@@ -1,5 +1,5 @@
-"""How a network starts, what its weights' file says, and the methods that need no training by
-epochs: ridges on frozen features and on colour.
+"""The methods that scripts share: networks, how they start and predict once more, and what needs no
+training by epochs: ridges on frozen features and on colour.
 
 A method, method(row), returns the prediction (n, G) of row.split.scored(): see study.rows.Row.
 """
@@ -42,6 +42,16 @@ def start_network(row):
     return model
 
 
+def network(row, **how):
+    """A method: the network is built, trained on the patches, and predicts the scored spots; `how`,
+    of common.fit, is the recipe's unless given.
+    """
+    model = start_network(row)
+    patches = row.place_patches()
+    row.fit(model, patches, **how)
+    return row.predict(model, patches)
+
+
 def network_of_no_epoch(row):
     """A method: the network whose head is the ridge on its frozen features, by which it predicts.
 
@@ -80,15 +90,15 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     """
     recipe = row.recipe | {"PRETRAINED": False}
     model = common.build_model(recipe, len(row.split.data.genes), row.split.seed)
-    network = wrap(model, row) if wrap else model
+    predictor = wrap(model, row) if wrap else model
     model.load_state_dict(safetensors.torch.load_file(trained.folder / "weights.safetensors"))
-    network = network.to(row.device, memory_format=torch.channels_last)
+    predictor = predictor.to(row.device, memory_format=torch.channels_last)
     patches = row.place_patches()
     if stain_shift:
         patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     kept = ("weights", "steps", "best_epoch", *PARAMETERS)
     row.note(**{name: trained.lines[0][name] for name in kept})
-    predicted = row.predict(network, patches)
+    predicted = row.predict(predictor, patches)
     is_valid = row.split.roles[row.split.scored()] == "valid"
     if stain_shift and is_valid.any():
         # What validation says of the weights, as the width of intervals, is of slides as they are.

@@ -82,7 +82,6 @@ ALLOWED = {
     "BIN_UM": (2, 2000),
     # of 22, 24 and 25
     "FOLDS": (2, 10**6),
-    "VIEWS": (0, 1000),
     "MIN_CLUSTER": (0, 1),
     "NEIGHBOURS": (2, 10**6),
     "EMBEDDING": (1, 10**6),

@@ -285,7 +285,6 @@ OTHERS = [
     ("21", ["--only", "resnet5"], ["--only resnet5", "resnet50"]),
     ("22", ["--folds", "1"], ["--folds 1", "from 2"]),
     ("22", ["--folds", "99"], ["too few", "fewer folds"]),
-    ("22", ["--views", "-1"], ["--views -1", "from 0"]),
     ("23", ["--only", "blur"], ["--only blur", "stnet_color"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
     ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
