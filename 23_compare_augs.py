@@ -36,7 +36,7 @@ from torch import nn
 
 import common
 from slides.colour import colour_statistics
-from study import methods, runs, shell, splitting
+from study import methods, recipes, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -72,16 +72,7 @@ QUICK = False  # the small budget below, on simulated slides
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "SEEDS": (42,),
-    "PRETRAINED": False,
-    "HIDDEN": 512,
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-}
+QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,)}
 
 
 def constant_on(images, values):

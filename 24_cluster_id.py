@@ -42,7 +42,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from study import methods, printing, runs, shell
+from study import methods, printing, recipes, runs, shell
 from study.features import encode_spots
 
 # ---------------------------------------------------------------------------------------- constants
@@ -85,18 +85,7 @@ WEIGHTS = ((1, 0), (1, 0.25), (1, 0.5), (1, 1), (0.5, 1), (0, 1))
 SETTINGS = ("no id", "cluster id", "shuffled id")
 MOST_CLUSTERS = 256  # an id travels as a byte
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "SEEDS": (42,),
-    "PRETRAINED": False,
-    "FEATURES": "",
-    "HIDDEN": 512,
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-    "WEIGHTS": ((1, 0), (1, 0.5)),
-}
+QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,), "FEATURES": "", "WEIGHTS": ((1, 0), (1, 0.5))}
 
 
 # ----------------------------------------------------------------------------------------- clusters

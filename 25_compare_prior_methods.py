@@ -84,18 +84,7 @@ PUBLISHED = True  # published numbers below the table, which were not computed h
 QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "PRETRAINED": False,
-    "HIDDEN": 512,
-    "FEATURES": "resnet18",
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-    "STNET_EPOCHS": 3,
-    "BLEEP_EPOCHS": 3,
-}
+QUICK_BUDGET = recipes.QUICK | {"FEATURES": "resnet18", "STNET_EPOCHS": 3, "BLEEP_EPOCHS": 3}
 
 
 STNET_BACKBONE = "densenet121"
