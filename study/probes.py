@@ -1,4 +1,7 @@
-"""The probes of HEST-Benchmark: its ridge on frozen features, by the steps of its own code."""
+"""The probes of HEST-Benchmark: its ridge on frozen features, by the steps of its own code.
+
+Shapes: N spots, of which n are learnt from and m predicted, F features, G genes.
+"""
 
 import numpy as np
 import pandas as pd
