@@ -29,7 +29,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-from study import embeddings, methods, printing, runs, shell
+from study import embeddings, methods, printing, probes, recipes, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -73,15 +73,7 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32
 QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "PRETRAINED": False,
-    "HIDDEN": 512,
-    "IMAGE_SIZE": 96,
-    "EPOCHS": 12,
-    "LEARNING_RATE": 1e-3,
-}
+QUICK_BUDGET = recipes.QUICK | {"IMAGE_SIZE": 96, "EPOCHS": 12}
 
 
 def efficientnet(row):
@@ -129,9 +121,9 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     if EPOCHS:  # Without any, the network is this ridge.
         run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
-        plain = baseline | {"POOL_STAGES": False, "REFIT": False}
-        for probe, changed in methods.name_probes(BACKBONE).items():
-            run.fill(run.row(probe, split, plain | changed), methods.hest_probe)
+        plain = baseline | {"POOL_STAGES": False}
+        for probe, changed in probes.name_probes(BACKBONE).items():
+            run.fill(run.row(probe, split, plain | changed), probes.hest_probe)
 
 
 def main():

@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recording, runs, shell
+from study import methods, recipes, recording, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -71,14 +71,7 @@ BACKBONES = (
 )
 FROZEN = ("resnet50",)  # trained once more with no stage trainable, as published
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "PRETRAINED": False,
-    "HIDDEN": 512,
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
+QUICK_BUDGET = recipes.QUICK | {
     "BACKBONES": ("efficientnet_b0", "mobilenetv2_100", "resnet18"),
     "FROZEN": ("resnet18",),
 }

@@ -17,9 +17,7 @@ Source     the paper's search, whose settings were all the same network
 The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen
 on its validation spots, so out-of-fold r is a little optimistic for every setting.) The chosen one
 is trained once on all training spots, up to the epoch that was best over the folds. A frozen stage
-keeps its BatchNorm, parameters and statistics alike; with all of them frozen, features are computed
-once: of each plain patch and, where AUG asks, of VIEWS augmented views of it, one of which a spot
-draws in each epoch.
+keeps its BatchNorm, parameters and statistics alike.
 """
 
 from study import shell
@@ -37,11 +35,9 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import nn
-from tqdm import tqdm
 
 import common
-from study import methods, printing, recipes, recording, runs, shell, splitting
+from study import methods, printing, recording, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -61,7 +57,6 @@ PRETRAINED = True  # ImageNet weights: true (timm's hub), false (random), a file
 HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
-VIEWS = 8  # augmented views of each patch whose features a wholly frozen backbone computes
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
@@ -103,88 +98,6 @@ def fold_whole(whole, first):
     count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
     folds = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
     return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
-
-
-# ---------------------------------------------------------------------------------- frozen features
-class FrozenFeatures(nn.Module):
-    """In place of a backbone that never changes: (B, 1, 1, 1) spot numbers -> (B, F) features.
-
-    Of the plain patch or, while training, of one of its augmented views drawn at random.
-    """
-
-    def __init__(self, features):
-        super().__init__()
-        # (1 + views, N, F), the plain patches first
-        self.register_buffer("features", features, persistent=False)
-
-    def forward(self, spots):
-        spots = spots.flatten().round().long()
-        n_views = len(self.features) - 1
-        if not self.training or n_views == 0:
-            return self.features[0, spots]
-        view = torch.randint(1, n_views + 1, (len(spots),))
-        return self.features[view.to(spots.device, non_blocking=True), spots]
-
-
-@functools.lru_cache(maxsize=4)  # all folds and widths of the head share them; one entry a seed
-def compute_features(patches, seed, views, constants):
-    """(1 + views, N, F) features of the recipe's untrained backbone; view 0 is the plain patch."""
-    recipe = recipes.PAPER | dict(constants) | {"TRAINABLE_STAGES": 0, "HIDDEN": 0}
-    device, dtype, _ = common.choose_device(recipe)
-    model = common.build_model(recipe, 1, seed)
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    patches = common.place_patches(patches, recipe["IMAGE_SIZE"], device)
-    tqdm.write(
-        f"all stages frozen: features of the plain patches and {views} augmented views are "
-        "computed once"
-    )
-    batches = torch.arange(len(patches)).split(common.PREDICT_BATCH[device.type])
-    parts = []
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        tqdm(total=(1 + views) * len(patches), unit="patch", leave=False) as bar,
-    ):
-        for view in range(1 + views):
-            aug = recipe["AUG"] if view else "none"
-            generator = torch.Generator().manual_seed(shell.seed_of(seed, "view", view))
-            draws = common.draw_augmentation(len(patches), aug, generator, recipe["WARP_ASPECT"])
-            images_of = common.read_ahead(patches, batches, device)
-            for spots, images in zip(batches, images_of, strict=True):
-                images = common.augment(
-                    images, *(draw[spots] for draw in draws), border=recipe["WARP_BORDER"]
-                )
-                parts.append(model.encode(images).float())
-                bar.update(len(spots))
-    return torch.cat(parts).view(1 + views, len(patches), -1)
-
-
-def network(row):
-    """A method: the network is built, trained, and predicts the scored spots. With no stage to
-    train, the head alone is trained, on features.
-    """
-    model = methods.start_network(row)
-    if row.recipe["TRAINABLE_STAGES"] == 0:
-        head, spots = use_features(model, row)
-        row.fit(head, spots, model=model, aug="none")
-        return row.predict(head, spots)
-    patches = row.place_patches()
-    row.fit(model, patches)
-    return row.predict(model, patches)
-
-
-def use_features(model, row):
-    """(the head on the features of the frozen backbone, (N, 1, 1, 1) its input: spot numbers)."""
-    recipe = row.recipe
-    views = 0 if recipe["AUG"] == "none" else min(VIEWS, recipe["EPOCHS"])
-    names = ("BACKBONE", "PRETRAINED", "POOL_STAGES", "CHANNELS", "IMAGE_SIZE", "AUG")
-    names += ("WARP_BORDER", "WARP_ASPECT", "DEVICE", "PRECISION")
-    constants = tuple((name, recipe[name]) for name in names)
-    features = compute_features(row.split.data.patches, row.split.seed, views, constants)
-    if model.pool_stages:
-        features = features * model.feature_scale
-    spots = torch.arange(features.shape[1], dtype=torch.float32).view(-1, 1, 1, 1)
-    return nn.Sequential(FrozenFeatures(features), model.head), spots
 
 
 # -------------------------------------------------------------------------------------- out of fold
@@ -308,7 +221,7 @@ def train_chosen(run, joined, settings):
         recipe = run.recipe | settings[best] | {"KEEP": stop}
         row = run.row(best, whole, recipe, stop=stop)
         row.report = None
-        chosen.append(run.fill(row, network))
+        chosen.append(run.fill(row, methods.network))
     return chosen
 
 
@@ -327,7 +240,7 @@ def main():
     for whole in run.splits:
         folds.append(fold_whole(whole, n_folds[whole.seed]))
         n_folds[whole.seed] += len(folds[-1])
-    trained = run.train(settings, network, list(itertools.chain(*folds)))
+    trained = run.train(settings, methods.network, list(itertools.chain(*folds)))
     joined = []
     for setting, (whole, parts) in itertools.product(settings, zip(run.splits, folds, strict=True)):
         rows = [row for row in trained if row.setting == setting and row.split in parts]

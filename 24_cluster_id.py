@@ -42,7 +42,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from study import methods, printing, runs, shell
+from study import methods, printing, recipes, runs, shell
 from study.features import encode_spots
 
 # ---------------------------------------------------------------------------------------- constants
@@ -85,18 +85,7 @@ WEIGHTS = ((1, 0), (1, 0.25), (1, 0.5), (1, 1), (0.5, 1), (0, 1))
 SETTINGS = ("no id", "cluster id", "shuffled id")
 MOST_CLUSTERS = 256  # an id travels as a byte
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "SEEDS": (42,),
-    "PRETRAINED": False,
-    "FEATURES": "",
-    "HIDDEN": 512,
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-    "WEIGHTS": ((1, 0), (1, 0.5)),
-}
+QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,), "FEATURES": "", "WEIGHTS": ((1, 0), (1, 0.5))}
 
 
 # ----------------------------------------------------------------------------------------- clusters
@@ -210,9 +199,6 @@ class PatchesWithId:
         self.device = patches.device
         self.ids = torch.from_numpy(ids.astype(np.uint8)).to(patches.device)
 
-    def __len__(self):
-        return len(self.patches)
-
     def __getitem__(self, spots):
         images = self.patches[spots]
         ids = self.ids[spots][:, None, None, None]
@@ -246,11 +232,9 @@ def network(ids_of, row):
     """A method, given the cluster of every spot by seed and fold: the network is built, with the
     row's ID at its head, trained on the patches, and predicts the scored spots.
     """
-    model = methods.start_network(row)
-    patches = row.place_patches()
     if row.recipe["ID"] == "no id":
-        row.fit(model, patches)
-        return row.predict(model, patches)
+        return methods.network(row)
+    model = methods.start_network(row)
     split = row.split
     ids = ids_of[split.seed, split.fold]
     if row.recipe["ID"] == "shuffled id":
@@ -258,7 +242,7 @@ def network(ids_of, row):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shell.seed_of(split.seed, "embedding"))
         with_id = WithId(model, ids.max() + 1, row.recipe["EMBEDDING"]).to(row.device)
-    patches = PatchesWithId(patches, ids)
+    patches = PatchesWithId(row.place_patches(), ids)
     row.fit(with_id, patches, model=model)
     return row.predict(with_id, patches)
 

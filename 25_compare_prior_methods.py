@@ -42,7 +42,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from study import embeddings, methods, printing, recording, ridges, runs, shell, splitting
+from study import embeddings, methods, printing, probes, recording, ridges, runs, shell, splitting
 from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
@@ -80,22 +80,10 @@ MICRO_BATCH = 64  # patches in memory at once; where there are more, BLEEP compu
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 ONLY = ""  # one method; empty = all
-PUBLISHED = True  # published numbers below the table, which were not computed here
 QUICK = False  # the small budget below, on simulated slides
 # --------------------------------------------------------------------------------------------------
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "PRETRAINED": False,
-    "HIDDEN": 512,
-    "FEATURES": "resnet18",
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-    "STNET_EPOCHS": 3,
-    "BLEEP_EPOCHS": 3,
-}
+QUICK_BUDGET = recipes.QUICK | {"FEATURES": "resnet18", "STNET_EPOCHS": 3, "BLEEP_EPOCHS": 3}
 
 
 STNET_BACKBONE = "densenet121"
@@ -113,7 +101,8 @@ def trained_methods():
     constants stay out of it.
     """
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
-    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "NEIGHBOURHOOD", "PUBLISHED")
+    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "NEIGHBOURHOOD")
+    others += ("PUBLISHED",)  # no constant any more, but a part of the hash of rows on disk
     shared = dict.fromkeys(others)
     network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
@@ -154,21 +143,9 @@ def trained_methods():
 
 
 # ----------------------------------------------------------------------------------------- networks
-def network(row, **how):
-    """A method: a network with a head is built, trained on the patches, and predicts the scored
-    spots; `how`, of common.fit, is the recipe's unless given.
-    """
-    if not row.recipe["EPOCHS"]:
-        return methods.network_of_no_epoch(row)
-    model = methods.start_network(row)
-    patches = row.place_patches()
-    row.fit(model, patches, **how)
-    return row.predict(model, patches)
-
-
 def stnet(row):
     """A method: ST-Net as published."""
-    return network(row, loss=sum_of_squares, optimise=sgd_with_momentum)
+    return methods.network(row, loss=sum_of_squares, optimise=sgd_with_momentum)
 
 
 def bleep(row):
@@ -283,11 +260,18 @@ def build_bleep(model, row):
     return Bleep(model, expression, row.recipe["MICRO_BATCH"]).to(model.mean.device)
 
 
-METHODS = {"network": network, "ST-Net": stnet, "ST-Net, Adam": network, "BLEEP": bleep}
+METHODS = {
+    "network": methods.network,
+    "ST-Net": stnet,
+    "ST-Net, Adam": methods.network,
+    "BLEEP": bleep,
+}
 
 
 def train_method(row):
-    """A method: that of METHODS which the row's recipe names."""
+    """A method: that of METHODS which the row's recipe names; without an epoch, the ridge start."""
+    if not row.recipe["EPOCHS"]:
+        return methods.network_of_no_epoch(row)
     return METHODS[row.recipe["METHOD"]](row)
 
 
@@ -456,9 +440,8 @@ def computed_methods(run):
         wide = pooled | {"NEIGHBOURHOOD": NEIGHBOURHOOD}
         found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
         if PROTOCOL == "hest":
-            plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
-            for probe, changed in methods.name_probes(backbone).items():
-                found[probe] = (plain_probe | changed, methods.hest_probe)
+            for probe, changed in probes.name_probes(backbone).items():
+                found[probe] = (recipe | changed, probes.hest_probe)
     found["depth only (control)"] = (plain, depth_only)
     found["nearest spot (control)"] = (plain, nearest_spot)
     if PRETRAINED is not False:
@@ -544,7 +527,7 @@ def main():
         columns=describe_costs_and_gain(run.tested()),
         leave_out=("HVG", "MG", "all", "in slides", "r>=.30", "q<.05"),
     )
-    run.finish(printing.print_published(run.data.root) if PUBLISHED else {})
+    run.finish(printing.print_published(run.data.root))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from study import drawing, printing, viewer
+from study import drawing, printing, recording, viewer
 from study.shell import InputError, fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
@@ -291,7 +291,7 @@ def draw_ranks(ax, genes, groups):
     for group, names in groups.groupby("group", sort=False)["gene"]:
         inside = genes.index.isin(names)
         ax.plot(rank[inside], genes["r"][inside], ".", label=group)
-    ax.axhline(shell.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
+    ax.axhline(recording.R_THRESHOLD, color="black", linewidth=0.6, linestyle=":")
     ax.set(xlabel="gene, best first", ylabel="Pearson r")
     lay_legend(ax)
 

@@ -1,5 +1,5 @@
 """One patch of H&E to one Pearson r, in the order in which the data flows: device -> spot data ->
-gene groups -> patches -> augmentation -> stain -> model -> training -> prediction -> correlation
+patches -> augmentation -> stain -> model -> training -> prediction -> correlation
 
 Arrays and tensors in, arrays and tensors out. What belongs to one start of a script is in study/,
 how slides become patches and counts in slides/ and script 19.
@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -127,6 +128,20 @@ class SpotData:
 def places_in_pitches(spots):
     """Table (N, 2): where the spots lie, column and row, in pitches of their slide."""
     return spots[["pxl_col", "pxl_row"]].div(spots["pitch"], axis=0)
+
+
+def pitches_to_nearest(spots, others):
+    """(n,) pitches from the spots of a table to the nearest of `others` on the same slide; inf
+    where that has none.
+    """
+    pitches = np.full(len(spots), np.inf)
+    inside = spots.groupby("tissue_index").indices
+    for slide, near in others.groupby("tissue_index"):
+        if slide in inside:
+            tree = cKDTree(places_in_pitches(near))
+            here = inside[slide]
+            pitches[here], _ = tree.query(places_in_pitches(spots.iloc[here]))
+    return pitches
 
 
 def parts_of(n, size):
@@ -235,27 +250,6 @@ def mean_and_variance(values, spots):
     return mean, (squares / len(spots) - mean**2).clip(0)
 
 
-# -------------------------------------------------------------------------------------- gene groups
-def rank_genes(data, spots):
-    """Table group, gene: HEG and HVG are the 50 genes of the panel with the highest mean and
-    variance of log-normalised expression over `spots` (numbers), MG the markers.
-    """
-    mean, variance = mean_and_variance(data.lognorm, spots)
-    lists = {}
-    for group, values in {"HEG": mean, "HVG": variance}.items():
-        best = np.argsort(-values, kind="stable")[:GROUP_SIZE]
-        lists[group] = [data.genes[gene] for gene in best]
-    lists["MG"] = MARKER_GENES
-    return pd.Series(lists).explode().rename_axis("group").reset_index(name="gene")
-
-
-def members_of(groups, genes):
-    """{"heg": its genes that are in the panel `genes`, "hvg", "mg", "all": the panel}."""
-    inside = groups[groups["gene"].isin(genes)]
-    members = {group.lower(): inside["gene"][inside["group"] == group].tolist() for group in GROUPS}
-    return members | {"all": genes}
-
-
 # ------------------------------------------------------------------------------------------ patches
 class MappedPatches:
     """SpotData's patches as they lie on disk: [spots] reads them, (B, 3, size, size) uint8,
@@ -359,11 +353,8 @@ STRENGTH = 0.25  # of each dye's optical density, by which it is changed at most
 def draw_augmentation(n, aug, generator, aspect="fixed"):
     """Parameters for n patches, on the CPU: symmetry (n, 3) bool (flip left-right, flip up-down,
     transpose, in this order), warped (n,) bool, affine (n, 2, 3) as F.affine_grid's and, if `aug`
-    changes stains, stain (n, 3, 3) as change_stain's. `aspect` is WARP_ASPECT. InputError for an
-    unknown name.
+    changes stains, stain (n, 3, 3) as change_stain's. `aspect` is WARP_ASPECT.
     """
-    if aug not in AUGMENTATIONS:
-        raise InputError(f"augmentation {aug!r}: expected one of {', '.join(AUGMENTATIONS)}")
     preset = AUGMENTATIONS[aug]
     # Every preset draws as much, so that seeds are comparable.
     uniform = torch.rand((n, 9), generator=generator)
@@ -507,9 +498,6 @@ class StainShiftedPatches:
         self.patches = patches
         self.device = patches.device
         self.change = change.to(patches.device)  # (3, 3) as change_stain's
-
-    def __len__(self):
-        return len(self.patches)
 
     def __getitem__(self, spots):
         images = self.patches[spots]
@@ -875,17 +863,14 @@ adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser
 
 
 def prepare_optimiser(network, recipe, optimise=adam):
-    """(`optimise` of the parameters that are trained, its schedule, stepped by the epoch)."""
+    """(`optimise` of the parameters that are trained, SCHEDULE of its rates over the epochs: cosine
+    to zero, or constant).
+    """
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = optimise(trainable, recipe["LEARNING_RATE"])
-    return optimiser, schedule_rate(optimiser, recipe)
-
-
-def schedule_rate(optimiser, recipe):
-    """SCHEDULE of the rates over the epochs: cosine to zero, or constant."""
     if recipe["SCHEDULE"] == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
+        return optimiser, torch.optim.lr_scheduler.ConstantLR(optimiser, factor=1.0)
+    return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
 def count_steps(n_spots, recipe):
@@ -917,10 +902,10 @@ def fit(
 
     patches (N, 3, S, S) uint8. `split` is a study.splitting.Split, whose training spots are learnt
     from. `loss` and `optimise` are LOSS and adam unless given. The best epoch has the lowest
-     validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a
-    ridge is judged before its first epoch, too. With `stop` there is no validation, and training
-    ends with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it
-    was made with. report(history, best_epoch) is called after each epoch.
+    validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a ridge
+    is judged before its first epoch, too. With `stop` there is no validation, and training ends
+    with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it was
+    made with. report(history, best_epoch) is called after each epoch.
     """
     device = next(network.parameters()).device
     _, dtype, _ = choose_device(recipe)
@@ -969,15 +954,9 @@ def fit(
 
 def begin_line(epoch, schedule):
     """A line of the history in which nothing is known yet."""
-    return {
-        "epoch": epoch,
-        "learning_rate": schedule.get_last_lr()[0],
-        "train_loss": None,
-        "valid_mse": None,
-        "valid_heg": None,
-        "images_per_s": None,
-        "seconds": 0.0,
-    }
+    line = {"epoch": epoch, "learning_rate": schedule.get_last_lr()[0]}
+    line |= dict.fromkeys(("train_loss", "valid_mse", "valid_heg", "images_per_s"))
+    return line | {"seconds": 0.0}
 
 
 def validate(network, patches, split, dtype):
@@ -1074,22 +1053,13 @@ def save_checkpoint(path, stateful, history, best, made_with):
 
 
 def resume(path, stateful, made_with, device):
-    """(history, best) of a checkpoint, whose state goes into `stateful`; ([], None) if there is
-    none.
-    """
-    if path is None or not path.is_file():
-        return [], None
-    state = read_checkpoint(path, device, made_with)
-    for part, owner in stateful.items():
-        owner.load_state_dict(state[part])
-    return state["history"], state["best"]
-
-
-def read_checkpoint(path, device, made_with):
-    """What save_checkpoint wrote.
+    """(history, best) of what save_checkpoint wrote, whose state goes into `stateful`; ([], None)
+    if there is none.
 
     InputError where it is damaged, or was made with other constants or data, which are named.
     """
+    if path is None or not path.is_file():
+        return [], None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         then = state["made_with"] or {}
@@ -1105,7 +1075,9 @@ def read_checkpoint(path, device, made_with):
             f"{path} was made with {', '.join(differ)}: remove it, or go back to what it was made "
             "with"
         )
-    return state
+    for part, owner in stateful.items():
+        owner.load_state_dict(state[part])
+    return state["history"], state["best"]
 
 
 # --------------------------------------------------------------------------------------- prediction
@@ -1220,6 +1192,15 @@ def average_slides(metric, predicted, truth, slides):
         inside = slides == slide
         values.append(metric(predicted[inside], truth[inside]))
     return pd.DataFrame(values).mean().to_numpy()
+
+
+def mean_of_defined(arrays):
+    """The mean of arrays of one shape, element by element, over those that are finite."""
+    arrays = np.stack(arrays)
+    defined = np.isfinite(arrays)
+    total = np.where(defined, arrays, 0).sum(0)
+    count = defined.sum(0)
+    return np.where(count, total / np.maximum(count, 1), np.nan)
 
 
 def score_genes(predicted, truth, slides):

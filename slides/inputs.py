@@ -331,3 +331,31 @@ def write_10x_folder(folder, counts, barcodes, genes):
         features.to_csv(path, sep="\t", header=False, index=False)
     with shell.whole_file(folder / "matrix.mtx") as path:
         scipy.io.mmwrite(path, counts.T.tocoo())
+
+
+def parse_gene_sets(text, path):
+    """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
+
+    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
+    for other columns and for a line that lacks a cell.
+    """
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    rows = io.StringIO(text, newline=None)
+    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
+    lines, columns = [], None
+    try:
+        for line in cells:
+            line = [cell.strip() for cell in line]
+            if columns is None:
+                columns = line.index("group"), line.index("gene")
+            elif any(line):
+                lines.append([line[column] for column in columns])
+                if not lines[-1][0]:
+                    raise ValueError("no group")
+    except (ValueError, LookupError, csv.Error):
+        expected = "expected the columns group, gene and a cell of each in every line"
+        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
+    if columns is None:
+        raise InputError(f"{path}: is empty; expected the columns group, gene")
+    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
+    return table[table["gene"] != ""].reset_index(drop=True)

@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 
 import common
 from slides import inputs
-from study import methods, ridges, shell
+from study import methods, probes, ridges, shell
 from study.shell import InputError
 
 VALUES = ("embeddings", "features")  # what the dataset of the embeddings is called
@@ -328,9 +328,8 @@ def settings_of(models, baseline):
         recipe = baseline | model.constants
         found[f"ridge ({model.name})"] = recipe, functools.partial(ridge_on, model)
         if baseline["PROTOCOL"] == "hest":
-            plain_probe = recipe | {"REFIT": False}  # It learns from validation spots anyway.
-            for probe, changed in methods.name_probes(model.name).items():
-                found[probe] = plain_probe | changed, functools.partial(probe_on, model)
+            for probe, changed in probes.name_probes(model.name).items():
+                found[probe] = recipe | changed, functools.partial(probe_on, model)
     return found
 
 
@@ -345,7 +344,7 @@ def ridge_on(model, row):
 def probe_on(model, row):
     """A method, given a Model: the probe of HEST-Benchmark on its embeddings."""
     row.note(weights=f"{model.name}, {model.width}")
-    return methods.predict_by_probe(row, model.read(row.split.data.spots))
+    return probes.predict_by_probe(row, model.read(row.split.data.spots))
 
 
 # ------------------------------------------------------------------------------------------ weights

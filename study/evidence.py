@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 import common
 from study import intervals, recording, scales, shell
@@ -52,11 +51,11 @@ def find_chance(predicted, truth, slides, places):
     valid: a null gene gets a p below 1 / (1 + LAID) only if it would in ROUNDS alone, too (Besag
     and Clifford 1991).
     """
-    p, _ = intervals.compare_with_chance(predicted, truth, slides, places)
+    p = intervals.compare_with_chance(predicted, truth, slides, places)
     never = np.flatnonzero(p == 1 / (1 + intervals.LAID))
     if len(never):
         x, y = predicted[:, never], truth[:, never]
-        p[never], _ = intervals.compare_with_chance(x, y, slides, places, ROUNDS)
+        p[never] = intervals.compare_with_chance(x, y, slides, places, ROUNDS)
     return p
 
 
@@ -80,15 +79,10 @@ def find_claim(spots, roles):
     valid, train = spots[roles == "valid"], spots[roles == "train"]
     if valid.empty:
         return "none"
-    distances = []
-    for slide, part in valid.groupby("tissue_index"):
-        near = train[train["tissue_index"] == slide]
-        if len(near):
-            tree = cKDTree(common.places_in_pitches(near))
-            distances.append(tree.query(common.places_in_pitches(part))[0])
-    if distances:
-        among = np.median(np.concatenate(distances)) <= common.MARGIN
-        return "among" if among else "apart"
+    pitches = common.pitches_to_nearest(valid, train)
+    pitches = pitches[np.isfinite(pitches)]
+    if len(pitches):
+        return "among" if np.median(pitches) <= common.MARGIN else "apart"
     return "donor" if {*valid["donor"]} & {*train["donor"]} else "other"
 
 

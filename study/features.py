@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from study import recipes, ridges
+from study import recipes, ridges, shell
 from study.shell import InputError
 
 FOLDER = "features"  # in dataset/, beside patches.npy
@@ -178,18 +178,10 @@ def keep_features(path, features):
     Other processes may write the same file: each has a temporary one, and the last to end wins,
     with the same content.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        path.parent.mkdir(exist_ok=True)
         remove_leftovers(path.parent)
-        try:
-            with open(partial, "wb") as file:
-                np.save(file, features)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with shell.whole_file(path, mark=os.getpid()) as partial, open(partial, "wb") as file:
+            np.save(file, features)
         return common.map_array(path)
     except OSError as error:
         tqdm.write(f"frozen features are not kept in {path.parent} ({error.strerror or error})")

@@ -19,7 +19,7 @@ import common
 from common import GROUPS
 from slides import inputs
 from slides.counts import VERSION
-from study import intervals, panels, printing, recipes, recording, shell
+from study import intervals, printing, recipes, recording, shell
 from study.shell import InputError
 
 LEAST = 5  # genes of a set in the panel, of which fewer say little
@@ -42,7 +42,7 @@ def read_sets(path):
     text = inputs.read_text(path)
     head = re.split(r"[,;\t]", text.partition("\n")[0])
     if {"group", "gene"} <= {cell.strip(' "\r') for cell in head}:
-        table = panels.parse_gene_sets(text, path)
+        table = inputs.parse_gene_sets(text, path)
         sets = {name: part.tolist() for name, part in table.groupby("group", sort=False)["gene"]}
     else:
         sets = parse_gmt(text, path)

@@ -136,8 +136,8 @@ def find_interval(value, error, freedom):
 
 # ------------------------------------------------------------------------------------------- chance
 def compare_with_chance(predicted, truth, slides, places, rounds=1):
-    """((G,) p, (G,) q) of each gene's r, the mean over slides, on the slides (n,) at places (n, 2)
-    in pitches; NaN where r is undefined.
+    """(G,) p of each gene's r, the mean over slides, on the slides (n,) at places (n, 2) in
+    pitches; NaN where r is undefined.
 
     p is how often r is as high when the prediction is laid on the slide otherwise: turned by any
     angle, half the times mirrored, shifted by up to a quarter of the slide, every spot taking the
@@ -154,9 +154,8 @@ def compare_with_chance(predicted, truth, slides, places, rounds=1):
             for slide, inside in numbers.items():
                 x, y = predicted[inside][:, genes], truth[inside][:, genes]
                 by_slide.append(correlate_laid(x, y, laid[slide]))
-            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
-    p = np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
-    return p, control_discoveries(p)
+            reached[genes] += (common.mean_of_defined(by_slide) >= found[genes]).sum(0)
+    return np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
 
 
 def control_discoveries(p):
@@ -198,12 +197,3 @@ def correlate_laid(predicted, truth, laid):
     together = np.array([np.einsum("ng,ng->g", x[spots], y) for spots in laid]) / len(x)
     with np.errstate(invalid="ignore", divide="ignore"):
         return together / np.sqrt(spread.clip(0) * (y**2).mean(0))
-
-
-def mean_of_defined(arrays):
-    """The mean of arrays of one shape, element by element, over those that are finite."""
-    arrays = np.stack(arrays)
-    defined = np.isfinite(arrays)
-    total = np.where(defined, arrays, 0).sum(0)
-    count = defined.sum(0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)

@@ -1,16 +1,14 @@
 """Which genes a training is about: the panel of the slides that take part, and the gene groups."""
 
-import csv
 import functools
-import io
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from common import GROUPS, rank_genes
+import common
+from common import GROUPS
 from slides import inputs
-from study.shell import InputError
 
 
 class GenesOf:
@@ -63,10 +61,8 @@ def harmonise(lognorm, slides, seed):
     import harmonypy  # Here, because lognorm does without.
 
     batch = pd.DataFrame({"slide": np.asarray(slides).astype(str)})
-    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False).Z_corr
-    if result.shape != lognorm.shape:  # Versions of harmonypy differ.
-        result = result.T
-    return np.ascontiguousarray(result, np.float32)
+    result = harmonypy.run_harmony(lognorm, batch, "slide", random_state=seed, verbose=False)
+    return np.ascontiguousarray(result.Z_corr, np.float32)
 
 
 def choose_gene_groups(data, spots, published):
@@ -78,7 +74,7 @@ def choose_gene_groups(data, spots, published):
     path = data.root / "gene_sets.csv"
     table = pd.DataFrame()
     if published and path.is_file():
-        listed = parse_gene_sets(inputs.read_text(path), path)
+        listed = inputs.parse_gene_sets(inputs.read_text(path), path)
         table, source = listed[listed["group"].isin(GROUPS)].reset_index(drop=True), path.name
     if table.empty:
         table, source = rank_genes(data, spots), "training spots"
@@ -87,29 +83,14 @@ def choose_gene_groups(data, spots, published):
     return table
 
 
-def parse_gene_sets(text, path):
-    """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
-
-    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
-    for other columns and for a line that lacks a cell.
+def rank_genes(data, spots):
+    """Table group, gene: HEG and HVG are the 50 genes of the panel with the highest mean and
+    variance of log-normalised expression over `spots` (numbers), MG the markers.
     """
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    rows = io.StringIO(text, newline=None)
-    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
-    lines, columns = [], None
-    try:
-        for line in cells:
-            line = [cell.strip() for cell in line]
-            if columns is None:
-                columns = line.index("group"), line.index("gene")
-            elif any(line):
-                lines.append([line[column] for column in columns])
-                if not lines[-1][0]:
-                    raise ValueError("no group")
-    except (ValueError, LookupError, csv.Error):
-        expected = "expected the columns group, gene and a cell of each in every line"
-        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
-    if columns is None:
-        raise InputError(f"{path}: is empty; expected the columns group, gene")
-    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
-    return table[table["gene"] != ""].reset_index(drop=True)
+    mean, variance = common.mean_and_variance(data.lognorm, spots)
+    lists = {}
+    for group, values in {"HEG": mean, "HVG": variance}.items():
+        best = np.argsort(-values, kind="stable")[: common.GROUP_SIZE]
+        lists[group] = [data.genes[gene] for gene in best]
+    lists["MG"] = common.MARKER_GENES
+    return pd.Series(lists).explode().rename_axis("group").reset_index(name="gene")

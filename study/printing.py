@@ -97,10 +97,8 @@ def group_sizes(split):
     """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
     that are constant on a slide are no news.
     """
-    sizes = {}
-    for group, count in split.groups["group"].value_counts().items():
-        sizes[group.lower()] = count
-    return sizes
+    counts = split.groups["group"].value_counts()
+    return {group.lower(): count for group, count in counts.items()}
 
 
 def describe_scores(lines, interval, sizes, n_genes):

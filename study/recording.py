@@ -94,8 +94,8 @@ def score_split(setting, recipe, split, predicted, more):
         x, y, spots = predicted[at], values[scored[at]], data.spots.iloc[scored[at]]
         genes = tabulate_genes(data, x, y, spots, name_ceilings(recipe, split, role, truth))
         if role == "test" and truth == recipes.headline_of(recipe["PROTOCOL"]).truth:
-            p, q = intervals.compare_with_chance(x, y, *part_places(influence))
-            genes = genes.assign(p=p, q=q)
+            p = intervals.compare_with_chance(x, y, *part_places(influence))
+            genes = genes.assign(p=p, q=intervals.control_discoveries(p))
         if role == "test":
             half_widths = conformal.find_half_widths(split, predicted, values)
             genes = genes.assign(**conformal.measure_coverage(x, y, half_widths))
@@ -155,6 +155,7 @@ def measure_errors(influence, places):
     return intervals.measure_error(influence.to_numpy(), *part_places(places))
 
 
+R_THRESHOLD = 0.30  # the paper counts the genes above it
 Q_THRESHOLD = 0.05  # genes below it are told from chance
 # What script 19 tells of a gene on a slide; image_ceiling on simulated slides alone.
 GENE_COLUMNS = ("ceiling", "image_ceiling", "moran")
@@ -189,7 +190,7 @@ def summarise_genes(genes, members):
     <group>_lacks stands for which have none.
     """
     line = {
-        "n_genes_r30": int((genes["r"] >= shell.R_THRESHOLD).sum()),
+        "n_genes_r30": int((genes["r"] >= R_THRESHOLD).sum()),
         "n_genes_q05": int((genes["q"] < Q_THRESHOLD).sum()) if "q" in genes else None,
         "mse": genes["mse"].mean(),
         "variance_ratio": genes["variance_predicted"].sum() / (genes["variance"].sum() or np.nan),
@@ -202,18 +203,14 @@ def summarise_genes(genes, members):
         mean = defined[inside].mean()
         line |= {key: mean["r"], f"{key}_n": int(inside.sum()), f"{key}_ci": None}
         lacking = sorted({*group} - {*defined.index})
-        line[f"{key}_lacks"] = hash_names(lacking) if lacking else "-"
+        digest = hashlib.sha256(json.dumps(lacking).encode()).hexdigest()
+        line[f"{key}_lacks"] = digest[:8] if lacking else "-"
         line[f"{key}_pooled"] = mean["r_pooled"]
         line |= {f"{key}_{name}": mean[name] for name in averaged}
     order = defined[["r", "moran", "mean"]].corr("spearman")["r"]
     line["r_against_moran"] = order["moran"]
     line["r_against_mean"] = order["mean"]
     return line
-
-
-def hash_names(names):
-    """A short text that stands for a list of names."""
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------------- differences
@@ -264,25 +261,17 @@ def join_columns(lines, out, name, columns):
     return joined[keys], joined[PLACE]
 
 
-def find_mean_interval(lines, out, group):
-    """([low, high] of the headline's r of a setting, degrees of freedom); (None, NaN) where it is
-    undefined.
-    """
-    headline = headline_of_lines(lines)
-    influence, places = join_influence(lines, out)
-    (error,), (freedom,) = measure_errors(influence[[group]], places)
-    value = lines.groupby(headline.unit)[f"{group}{headline.ending}"].mean().mean()
-    return intervals.find_interval(value, error, freedom), freedom
-
-
 def find_headline_interval(lines, out):
     """[low, high] of the headline's r of a setting on its test slides; NaN of other spots, and
     where it is undefined.
     """
-    interval = None
-    if (lines["split"] == "test").all():
-        interval, _ = find_mean_interval(lines, out, headline_of_lines(lines).group.lower())
-    return interval or [np.nan, np.nan]
+    if (lines["split"] != "test").any():
+        return [np.nan, np.nan]
+    headline = headline_of_lines(lines)
+    influence, places = join_influence(lines, out)
+    (error,), (freedom,) = measure_errors(influence[[headline.group.lower()]], places)
+    value = lines.groupby(headline.unit)[headline.column].mean().mean()
+    return intervals.find_interval(value, error, freedom) or [np.nan, np.nan]
 
 
 def pair_differences(lines, out, minus):

@@ -165,10 +165,9 @@ def on_one_core():
     return find_libraries().limit(limits=1, user_api="blas")
 
 
-@functools.cache  # The search takes longer than a small step.
-def find_libraries():
-    """threadpoolctl's hold on the libraries of linear algebra that are loaded."""
-    return ThreadpoolController()
+# threadpoolctl's hold on the libraries of linear algebra that are loaded; to search for them takes
+# longer than a small step, so it is done once.
+find_libraries = functools.cache(ThreadpoolController)
 
 
 def choose_shrinkage(centred, spots, table, full_rank=False):

@@ -64,17 +64,16 @@ class Row:
         """The data root's patches in IMAGE_SIZE, on the device if they have room there."""
         return common.place_patches(self.split.data.patches, self.recipe["IMAGE_SIZE"], self.device)
 
-    def fit(self, network, patches, *, model=None, aug=None, **how):
+    def fit(self, network, patches, *, model=None, **how):
         """Train a network on these patches by common.fit, which takes `how`; keep its history, and
-        its weights: those of `model`, where the network is more than a common.SpotRegressor. `aug`
-        takes the place of AUG.
+        its weights: those of `model`, where the network is more than a common.SpotRegressor.
         """
         self.model = network if model is None else model
         self.history = common.fit(
             network,
             patches,
             self.split,
-            self.recipe if aug is None else self.recipe | {"AUG": aug},
+            self.recipe,
             stop=self.stop,
             checkpoint=self.checkpoint,
             report=self.report,

@@ -31,7 +31,6 @@ from study.recipes import ALLOWED, PAPER, RECIPES
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
 WHOLE_BYTES = 16 * 2**20  # of a file, up to which hash_blocks takes all of it
 BLOCKS, BLOCK_BYTES = 65, 2**14  # of a larger file, what it takes
-R_THRESHOLD = 0.30  # the paper counts the genes above it
 # Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
 BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
@@ -51,14 +50,15 @@ class InputError(Exception):
 
 # -------------------------------------------------------------------------------------------- files
 @contextmanager
-def whole_file(path):
+def whole_file(path, mark=RANK):
     """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
-    What a kill leaves behind is overwritten the next time.
+    What a kill leaves behind is overwritten the next time. The `mark` in its name keeps apart
+    processes that write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Writers look at the suffix, so it stays.
-    partial = path.with_name(f".partial-{RANK}-{path.name}")
+    partial = path.with_name(f".partial-{mark}-{path.name}")
     try:
         yield partial
         with open(partial, "rb+") as file:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.spatial import cKDTree
 
 import common
-from common import SCORED
+from common import GROUPS, SCORED
 from study import panels, shell
 from study.shell import InputError
 
@@ -30,7 +29,12 @@ class Split:
     @functools.cached_property
     def members(self):
         """{"heg": its genes that are in the panel, "hvg", "mg", "all": the panel}."""
-        return common.members_of(self.groups, self.data.genes)
+        genes = self.data.genes
+        inside = self.groups[self.groups["gene"].isin(genes)]
+        members = {
+            group.lower(): inside["gene"][inside["group"] == group].tolist() for group in GROUPS
+        }
+        return members | {"all": genes}
 
     @property
     def reported(self):
@@ -83,11 +87,12 @@ class Split:
         made_with = {name: value for name, value in recipe.items() if name not in elsewhere}
         if isinstance(recipe["PRETRAINED"], str):
             # The files' content counts, not where they lie.
-            made_with["PRETRAINED"] = {
-                recipe[name]: identify_weights(recipe["PRETRAINED"], recipe[name])
-                for name in ("BACKBONE", "FEATURES")
-                if recipe.get(name)
-            }
+            files = {}
+            for name in ("BACKBONE", "FEATURES"):
+                if recipe.get(name):
+                    path = common.find_weights(recipe["PRETRAINED"], recipe[name])
+                    files[recipe[name]] = f"{path.name} {shell.identify_file(path)}"
+            made_with["PRETRAINED"] = files
         if "AUG" in recipe:
             made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
         device, dtype, _ = common.choose_device(recipe)
@@ -100,12 +105,6 @@ class Split:
         genes = json.dumps([self.groups.values.tolist(), self.data.genes])
         made_with["genes"] = hashlib.sha256(genes.encode()).hexdigest()
         return json.loads(json.dumps(made_with))  # tuples become lists, as they are when read again
-
-
-def identify_weights(pretrained, backbone):
-    """Name of the file that PRETRAINED names for a backbone, and shell.identify_file of it."""
-    path = common.find_weights(pretrained, backbone)
-    return f"{path.name} {shell.identify_file(path)}"
 
 
 def make_split(data, roles, recipe, seed, fold):
@@ -284,7 +283,8 @@ def split_folds(spots, pool, protocol, folds, seed):
         valid = pool[fold_of == fold]
         train = pool[fold_of != fold]
         if protocol == "block" and len(valid):
-            train = leave_margin(spots, train, valid)
+            pitches = common.pitches_to_nearest(spots.iloc[train], spots.iloc[valid])
+            train = train[pitches > common.MARGIN + 0.1]  # A grid in whole px is not exact.
         if len(valid) == 0 or len(train) < 2:
             raise InputError(
                 f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
@@ -309,14 +309,3 @@ def assign_folds(spots, protocol, folds, seed):
     drawn_before = np.empty(len(sizes), np.int64)
     drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
     return drawn_before[units] * folds // len(spots)
-
-
-def leave_margin(spots, train, valid):
-    """The numbers `train` of the spots that lie farther than MARGIN pitches from all of `valid` on
-    their slide.
-    """
-    places = common.places_in_pitches(spots)
-    places["slide"] = spots["tissue_index"] * 1e9  # Slides lie far apart.
-    places = places.to_numpy()
-    distance = cKDTree(places[valid]).query(places[train])[0]
-    return train[distance > common.MARGIN + 0.1]  # A grid in whole px is not exact.

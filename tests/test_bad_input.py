@@ -27,7 +27,7 @@ from slides import inputs
 from slides.counts import check_counts, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
-from study import panels, runs, shell
+from study import panels, runs, shell, splitting
 from study.shell import InputError
 
 
@@ -285,7 +285,6 @@ OTHERS = [
     ("21", ["--only", "resnet5"], ["--only resnet5", "resnet50"]),
     ("22", ["--folds", "1"], ["--folds 1", "from 2"]),
     ("22", ["--folds", "99"], ["too few", "fewer folds"]),
-    ("22", ["--views", "-1"], ["--views -1", "from 0"]),
     ("23", ["--only", "blur"], ["--only blur", "stnet_color"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
     ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
@@ -373,7 +372,7 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
 )
 def test_gene_sets_csv_with_other_columns_names_the_line(tmp_path, text, line):
     with pytest.raises(shell.InputError, match=f"gene_sets.csv, line {line}: .* group, gene"):
-        panels.parse_gene_sets(text, tmp_path / "gene_sets.csv")
+        inputs.parse_gene_sets(text, tmp_path / "gene_sets.csv")
 
 
 def test_pretrained_weights_without_a_network_name_the_way_out(
@@ -544,7 +543,7 @@ def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
     (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
     data = common.load_dataset(tmp_path, "lognorm")
     groups = panels.choose_gene_groups(data, np.arange(7), published=True)
-    members = common.members_of(groups, data.genes)
+    members = splitting.Split(data, np.full(7, "train"), groups, 42).members
     assert (members["heg"], members["hvg"], members["mg"]) == (["G1"], ["G2"], [])
     code, _ = network_of(tmp_path, "--test-slide", 2)
     assert code == 0

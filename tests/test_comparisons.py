@@ -15,12 +15,10 @@ import timm
 import torch
 from conftest import (
     NETWORK,
-    PAPER,
     SMALL_GRID,
     SMALL_RUNS,
     TINY,
     TINY_SEARCH,
-    ask,
     load_script,
     printed_table,
     rows_of,
@@ -34,7 +32,7 @@ from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
-from study import recipes, ridges, rows, shell, splitting
+from study import ridges, rows, shell, splitting
 
 # ------------------------------------------------------------------------------- what is trainable
 
@@ -164,6 +162,17 @@ def test_frozen_stages_are_bit_equal_after_training(stages):
             assert statistics <= changed, number
             assert own & changed - statistics, number
     assert any(name.startswith("head") for name in changed)
+
+
+@pytest.mark.parametrize("pool_stages", [True, False])
+def test_a_frozen_backbone_is_in_no_graph_and_the_same_in_training(pool_stages):
+    recipe = NETWORK | {"TRAINABLE_STAGES": 0, "POOL_STAGES": pool_stages}
+    model = common.build_model(recipe, 5, 0)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    features = model.train().encode(pixels)
+    assert not features.requires_grad
+    assert model(pixels).requires_grad, "the head is trained"
+    assert torch.equal(features, model.eval().encode(pixels))
 
 
 def test_a_transformers_own_parameters_are_frozen_with_its_stem():
@@ -600,65 +609,6 @@ def test_a_killed_search_loses_no_row_and_computes_none_twice(
     (tmp_path / "rows.csv").unlink()
     assert run_script("22", **options) == 0
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(whole), "mended from the rows' folders"
-
-
-FROZEN = {
-    **recipes.RECIPES["paper"],
-    **PAPER,
-    **NETWORK,
-    "TRAINABLE_STAGES": 0,
-    "HIDDEN": 4,
-    "AUG": "none",
-    "IMAGE_SIZE": 32,
-    "EPOCHS": 3,
-    "BATCH_SIZE": 8,
-    "LEARNING_RATE": 0.01,
-    "LOSS": "mse",
-    "TTA": False,
-    "DEVICE": "cpu",
-    "PRECISION": "fp32",
-    "TARGET": "lognorm",
-}
-
-
-def test_frozen_features_are_exact_without_augmentation(paper_split, tmp_path, capsys):
-    """Training the head on stored features equals training it behind the frozen backbone."""
-    slow, _ = ask(load_script("21").network, FROZEN, paper_split, tmp_path / "slow")
-    fast, _ = ask(load_script("22").network, FROZEN, paper_split, tmp_path / "fast")
-    np.testing.assert_allclose(slow, fast, rtol=1e-4, atol=1e-4)
-    assert "0 augmented views" in capsys.readouterr().out
-
-
-def test_features_of_one_backbone_are_computed_once(paper_split, monkeypatch):
-    script = load_script("22")
-    n_spots = len(paper_split.data.spots)
-    seen = []
-
-    def look(images, *draws, border):
-        seen.append(len(images))
-        return images.float()
-
-    monkeypatch.setattr(common, "augment", look)
-    for hidden in (4, 0):
-        recipe = FROZEN | {"AUG": "mpa", "HIDDEN": hidden}
-        model = common.build_model(recipe, 5, 42)
-        network, spots = script.use_features(model, rows.Row("", recipe, paper_split, None))
-        assert len(spots) == n_spots
-        assert network[1] is model.head
-        assert sum(seen) == (1 + 3) * n_spots, "the plain patches and three views, for both heads"
-
-
-def test_a_view_is_drawn_while_training_and_the_plain_patch_scored():
-    features = torch.arange(3 * 5 * 2, dtype=torch.float32).view(3, 5, 2)
-    stored = load_script("22").FrozenFeatures(features)
-    spots = torch.tensor([4.0, 0, 2]).view(3, 1, 1, 1)
-    assert torch.equal(stored.eval()(spots), features[0, [4, 0, 2]])
-    stored.train()
-    drawn = torch.stack([stored(spots) for _ in range(40)])
-    views = {int((value[0] - features[0, 4, 0]) // 10) for value in drawn[:, 0]}
-    assert views == {1, 2}
-    assert not list(stored.parameters())
-    assert not stored.state_dict()
 
 
 # --------------------------------------------------------------------------------------- script 23

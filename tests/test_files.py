@@ -24,7 +24,7 @@ from slides import inputs
 from slides.counts import read_barcodes, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import check_pitch, read_positions
-from study import panels, shell
+from study import shell
 from study.shell import InputError
 
 FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
@@ -264,7 +264,7 @@ def test_names_are_found_however_a_disk_spells_them(tmp_path, kind, form):
 def test_gene_sets_of_spreadsheets(tmp_path, separator):
     text = "\ufeffgroup,gene\r\nHEG,NA\r\nMG, ALB \r\n".replace(",", separator)
     (tmp_path / "gene_sets.csv").write_bytes(text.encode())
-    table = panels.parse_gene_sets(inputs.read_text(tmp_path / "gene_sets.csv"), "gene_sets.csv")
+    table = inputs.parse_gene_sets(inputs.read_text(tmp_path / "gene_sets.csv"), "gene_sets.csv")
     assert table.to_numpy().tolist() == [["HEG", "NA"], ["MG", "ALB"]]
 
 

@@ -21,7 +21,7 @@ from test_hest import make_anndata, make_patches
 from test_weights import SMALL, pretend
 
 import common
-from study import methods, splitting
+from study import probes, splitting
 from study.features import encode_spots
 from study.rows import Row
 
@@ -265,11 +265,11 @@ def test_a_probe_is_the_benchmarks_trainer_on_made_features(full_width, n_spots,
     noise = random.normal(0, 3, (n_spots + 60, 7))
     target = (features @ weights + noise).astype(np.float32)
     arrays = features[:n_spots], target[:n_spots], features[n_spots:]
-    predicted, alpha = methods.probe_features(*arrays, full_width=full_width)
+    predicted, alpha = probes.probe_features(*arrays, full_width=full_width)
     expected, alpha_of_benchmark = benchmarks_trainer(*arrays, full_width)
     np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-8)
     assert alpha == alpha_of_benchmark
-    other, _ = methods.probe_features(*arrays, full_width=not full_width)
+    other, _ = probes.probe_features(*arrays, full_width=not full_width)
     assert np.abs(predicted - other).max() > 0.01
 
 
@@ -283,12 +283,12 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
     if full_width:
         asked["FULL_WIDTH"] = True
     for split in splits:
-        train, test = methods.order_by_fold_file(split), split.roles == "test"
+        train, test = probes.order_by_fold_file(split), split.roles == "test"
         expected, alpha = benchmarks_trainer(
             features[train], data.target[train], features[test], full_width
         )
         row = Row("probe", asked, split, tmp_path)
-        predicted = methods.hest_probe(row)
+        predicted = probes.hest_probe(row)
         found = predicted[split.roles[split.scored()] == "test"]
         np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
         r = common.pearson_per_gene(found, data.target[test])
@@ -302,7 +302,7 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
 def test_the_probe_sees_spots_in_the_order_of_the_fold_file(root, data, splits):
     names = pd.read_csv(root / "slides.csv").set_index("tissue_index")["name"]
     for split, (train, _) in zip(splits, SPLITS, strict=True):
-        known = methods.order_by_fold_file(split)
+        known = probes.order_by_fold_file(split)
         assert sorted(known) == sorted(split.spots("train", "valid"))
         samples = names[data.spots["tissue_index"].to_numpy()[known]]
         assert list(dict.fromkeys(samples)) == list(train)

@@ -203,8 +203,11 @@ def test_a_paired_difference_is_narrower_than_either_interval(written):
     assert line["difference"] == pytest.approx(np.mean(r["b"]) - np.mean(r["a"]))
     assert line["low"] < line["difference"] < line["high"]
     table = recording.select_lines(records)
-    (low, high), freedom = recording.find_mean_interval(table[table["setting"] == "a"], out, "heg")
+    of_one = table[table["setting"] == "a"]
+    low, high = recording.find_headline_interval(of_one, out)
     assert high - low > 2 * (line["high"] - line["low"])
+    influence, places = recording.join_influence(of_one, out)
+    _, (freedom, *_) = recording.measure_errors(influence[["heg"]], places)
     assert 3 < freedom < 144
 
 
@@ -232,10 +235,10 @@ def test_fields_without_a_relation_are_rarely_told_from_chance():
     places, random = hexagons(14), np.random.default_rng(0)
     predicted, truth = (smooth_fields(places, 400, 1.5, random) for _ in range(2))
     slides = np.ones(len(places), int)
-    p, q = intervals.compare_with_chance(predicted, truth, slides, places)
+    p = intervals.compare_with_chance(predicted, truth, slides, places)
     assert 0.015 < (p <= 0.05).mean() < 0.09
     assert 0.4 < np.median(p) < 0.6
-    assert (q < 0.05).mean() < 0.02
+    assert (intervals.control_discoveries(p) < 0.05).mean() < 0.02
 
 
 def test_a_shared_field_is_told_from_chance_and_the_rest_is_not():
@@ -244,9 +247,10 @@ def test_a_shared_field_is_told_from_chance_and_the_rest_is_not():
     truth[:, :60] += predicted[:, :60]
     truth[:, 199] = 2.0
     slides = np.repeat([1, 2], len(places))
-    p, q = intervals.compare_with_chance(
+    p = intervals.compare_with_chance(
         np.tile(predicted, (2, 1)), np.tile(truth, (2, 1)), slides, np.tile(places, (2, 1))
     )
+    q = intervals.control_discoveries(p)
     assert (q[:60] < 0.05).mean() > 0.9
     assert (q[60:199] < 0.05).mean() < 0.06
     assert np.isnan([p[199], q[199]]).all()

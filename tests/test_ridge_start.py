@@ -255,7 +255,7 @@ def test_the_first_prediction_is_the_ridges(split, pool_stages):
 @pytest.mark.parametrize("name", ["20", "25"])
 def test_without_an_epoch_the_network_is_the_ridge_on_its_features(split, name):
     script = load_script(name)
-    method = script.efficientnet if name == "20" else script.network
+    method = script.efficientnet if name == "20" else script.train_method
     row = rows.Row("best", RECIPE | {"EPOCHS": 0}, split, None)
     predicted = method(row)
     ridge, told = ask(methods.ridge_on_features, RECIPE, split)
@@ -277,7 +277,7 @@ def test_without_an_epoch_one_view_is_one_view(split):
 
 def test_a_network_of_no_epoch_predicts_again(split, tmp_path):
     recipe = RECIPE | {"EPOCHS": 0}
-    row = rows.Row("best", recipe, split, tmp_path / "best").fill(load_script("25").network)
+    row = rows.Row("best", recipe, split, tmp_path / "best").fill(methods.network_of_no_epoch)
     again = rows.Row("best, 1 view", recipe | {"TTA": False}, split, tmp_path / "again")
     predicted = methods.predict_again(row, again)
     assert np.isfinite(predicted).all()
@@ -294,7 +294,7 @@ def test_a_stain_shift_is_of_the_test_slide_alone(split, tmp_path):
     np.testing.assert_array_equal(shifted[is_valid], first[is_valid])
     assert np.abs(shifted[~is_valid] - first[~is_valid]).max(1).min() > 1e-3
     colour, _ = ask(methods.ridge_on_colour, RECIPE, split)
-    other, _ = ask(methods.ridge_under_stain_shift, RECIPE, split)
+    other, _ = ask(load_script("23").ridge_under_stain_shift, RECIPE, split)
     np.testing.assert_array_equal(other[is_valid], colour[is_valid])
     assert np.abs(other[~is_valid] - colour[~is_valid]).max(1).min() > 1e-3
 
