@@ -47,7 +47,6 @@ import common
 from common import PATCH_SIZE
 from slides import imaging, inputs, space_ranger
 from slides.colour import colour_statistics
-from slides.counts import join_genes, take_genes
 from slides.cutting import cut_spots
 from slides.manifest import Slide
 from slides.positions import place_spots
@@ -359,20 +358,42 @@ def measure(slide, spots, trained):
     """Measured expression of the model's genes, (n, G) float32: log-normalised counts or, of a
     model of HEST-Benchmark, log1p of counts; NaN for genes that the slide lacks.
     """
-    genes = trained.genes
-    measured = join_genes([(slide.tissue_index, spots.var)])
-    known = measured.index.isin(genes)
-    if not known.any():
+    lines = find_genes(spots.var, trained)
+    known = np.flatnonzero(lines >= 0)
+    if not len(known):
         raise InputError(
-            f"{slide.matrix}: holds none of the model's {len(genes)} genes, as {genes[0]}"
+            f"{slide.matrix}: holds none of the model's {len(lines)} genes, as {trained.genes[0]}"
         )
-    counts = take_genes(spots, measured[known])
+    counts = spots.X[:, lines[known]]
     if trained.recipe["TARGET"] == "log1p":
-        values = counts.X.log1p().toarray()
+        values = counts.astype(np.float32).log1p().toarray()
     else:
-        values = common.log_normalise(counts.X, counts.obs["n_counts"])
-    table = pd.DataFrame(values, columns=counts.var_names)
-    return table.reindex(columns=genes).to_numpy(np.float32)
+        values = common.log_normalise(counts, spots.obs["n_counts"])
+    measured = np.full((spots.n_obs, len(lines)), np.nan, np.float32)
+    measured[:, known] = values
+    return measured
+
+
+def find_genes(features, trained):
+    """(G,) the line of each of the model's genes in the table of a slide's features, -1 where it is
+    not there: by its id or, where the slide has other ids, by its symbol. A symbol that several
+    ids of the slide share tells nothing.
+    """
+    symbols = pd.Index(features["name"].astype(str))
+    is_shared = symbols.duplicated(keep=False)
+    line_of = pd.Series(range(len(symbols)), symbols)[~is_shared]
+    lines = line_of.reindex(trained.genes, fill_value=-1).to_numpy()
+    if trained.gene_ids is not None:
+        by_id = features.index.get_indexer(trained.gene_ids)
+        lines = np.where(by_id >= 0, by_id, lines)
+    lost = [gene for gene, line in zip(trained.genes, lines, strict=True) if line < 0]
+    doubtful = [gene for gene in lost if gene in symbols[is_shared]]
+    if doubtful:
+        inputs.warn(
+            f"{len(doubtful)} genes of the model are not compared, as {doubtful[0]}: several ids "
+            "of this slide have this symbol"
+        )
+    return lines
 
 
 def choose_sets(trained):

@@ -46,6 +46,7 @@ class Trained:
     half_width_80: list  # of the intervals; None where the validation spots are few
     half_width_95: list
     evidence: dict | None  # of evidence.describe_validation; None of a fold of a search
+    gene_ids: list | None = None  # None of weights that were made before ids were kept
 
     @property
     def candidates(self):
@@ -110,6 +111,7 @@ def describe_model(split, made_with, predicted):
     return Trained(
         recipe=made_with,
         genes=data.genes,
+        gene_ids=data.annotations.var["gene_ids"].astype(str).tolist(),
         um_per_px=find_patch_resolution(split),
         patch_size=common.PATCH_SIZE,
         groups={key: genes for key, genes in split.members.items() if key != "all"},

@@ -25,7 +25,7 @@ from test_report import Page
 from test_similarity import blur, fold, glass, ink
 
 import common
-from slides import imaging
+from slides import imaging, inputs
 from slides.counts import read_matrix
 from slides.manifest import MANIFEST, Slide
 from slides.positions import place_spots, read_positions
@@ -404,12 +404,28 @@ def test_counts_are_measured_in_the_unit_of_the_prediction(target):
     var = pd.DataFrame({"name": ["A", "B", "C"]}, ["ID1", "ID2", "ID3"])
     spots = anndata.AnnData(counts, obs, var)
     slide = SimpleNamespace(tissue_index=1, matrix="matrix")
-    trained = SimpleNamespace(genes=["C", "A", "NOVEL"], recipe={"TARGET": target})
+    genes = ["C", "A", "NOVEL"]
+    trained = SimpleNamespace(genes=genes, gene_ids=None, recipe={"TARGET": target})
     scale = 1 if target == "log1p" else 1e4 / obs["n_counts"].to_numpy()[:, None]
     expected = np.log1p(counts.toarray()[:, [2, 0]] * scale)
     found = load_script("26").measure(slide, spots, trained)
     np.testing.assert_allclose(found[:, :2], expected, rtol=1e-6)
     assert np.isnan(found[:, 2]).all()
+
+
+def test_a_gene_is_compared_by_its_id_where_its_symbol_is_shared():
+    features = pd.DataFrame({"name": ["ALB", "ALB", "HAL"]}, ["ID0", "ID1", "ID2"])
+    script = load_script("26")
+    inputs.WARNINGS.clear()
+    trained = SimpleNamespace(genes=["HAL", "ALB"], gene_ids=["ID2", "ID1"])
+    assert script.find_genes(features, trained).tolist() == [2, 1]
+    trained.gene_ids = ["HAL", "ALB"]  # of a table of symbols
+    assert script.find_genes(features, trained).tolist() == [2, -1]
+    trained.gene_ids = None
+    assert script.find_genes(features, trained).tolist() == [2, -1]
+    assert len(inputs.WARNINGS) == 2
+    assert "1 genes of the model are not compared, as ALB" in inputs.WARNINGS[0]
+    inputs.WARNINGS.clear()
 
 
 @pytest.mark.parametrize("tags, um", [
@@ -667,7 +683,8 @@ def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_pat
     folder = tmp_path / "matrix"
     shutil.copytree(simulated / row["matrix"], folder)
     features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
-    features[1] = "mouse-" + features[1]
+    for column in (0, 1):
+        features[column] = "mouse-" + features[column]
     features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
     options = (*slide_of(simulated, 1), "--matrix", folder)
     assert predict(weights, *options, out=tmp_path / "out") == 2
