@@ -78,7 +78,7 @@ def read_matrix(path, genome="", named=()):
             "filtered_feature_bc_matrix"
         )
     symbols = table.var["name"].astype(str)
-    unnamed = symbols.str.strip().isin(["", "nan", "NA"])
+    unnamed = symbols.str.strip() == ""
     table.var["name"] = symbols.where(~unnamed, table.var_names.to_series())
     table = leave_out_controls(choose_genome(table, path, genome), path, named)
     bare = table.var_names.str.replace(VERSION, r"\1", regex=True)

@@ -223,7 +223,7 @@ def test_counts_of_probes_are_refused(tmp_path):
 
 def test_genes_without_a_symbol_are_called_by_their_ids(tmp_path):
     ids = [f"ENSG0000000000{number}" for number in range(4)]
-    var = pd.DataFrame({"hgnc_symbol": ["HAL", "", "nan", "VWF"]}, ids)
+    var = pd.DataFrame({"hgnc_symbol": ["HAL", "", " ", "VWF"]}, ids)
     names = read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist()
     assert names == ["HAL", ids[1], ids[2], "VWF"]
 

@@ -290,7 +290,8 @@ def test_a_probe_sees_frozen_features_of_all_training_spots(data, splits, tmp_pa
         row = Row("probe", asked, split, tmp_path)
         predicted = probes.hest_probe(row)
         found = predicted[split.roles[split.scored()] == "test"]
-        np.testing.assert_allclose(found, expected, rtol=2e-7, atol=1e-7)
+        # Some processors add the sums of a batch in an order that depends on its size.
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
         r = common.pearson_per_gene(found, data.target[test])
         np.testing.assert_allclose(
             r, common.pearson_per_gene(expected, data.target[test]), atol=1e-7

@@ -78,6 +78,10 @@ def test_results_do_not_depend_on_how_much_is_read_at_a_time(simulated, monkeypa
     assert groups.equals(expected[0])
     for one, other in zip(found, expected[1:], strict=True):
         one, other = (pd.DataFrame(values).select_dtypes("number") for values in (one, other))
+        # A layout that scores as the prediction but for the last bit may count for chance or not.
+        by_chance = one.columns.astype(str).str.contains("_[pq]$")
+        np.testing.assert_allclose(one.loc[:, by_chance], other.loc[:, by_chance], atol=0.03)
+        one, other = one.loc[:, ~by_chance], other.loc[:, ~by_chance]
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 

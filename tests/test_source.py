@@ -65,7 +65,7 @@ PRINTED = {
     "of out-of-fold r": r"out of fold, slides",
     "mean and sd over the folds": r"HEG by fold",
     "the chosen setting on the test slide": r"the chosen setting.*test slide",
-    "sd over the seeds": r"^mpa +\d\.\d{3}±",
+    "sd over the seeds": r"^mpa +-?\d\.\d{3}±",
     "differences": r"HEG minus",
     "parameters": r" M ",
     "speed": r" images/s ",
