@@ -33,7 +33,7 @@ def test_a_table_says_what_its_rows_say(path):
         for short, name in SHORT.items():
             method = method.replace(short, name)
         found = rows[rows["setting"] == method]
-        assert len(found) == 4, method
+        assert len(found) == (3 if "_c5_" in path.name else 4), method  # seeds, or sections
         mean, sd = re.match(r"(\S+) ± (\S+)", heg).groups()
         assert float(mean) == pytest.approx(found["heg"].mean(), abs=5.1e-4), method
         assert float(sd) == pytest.approx(found["heg"].std(), abs=5.1e-4), method
