@@ -250,10 +250,11 @@ def embed_slide(slide, spots, patches, recipe):
 
     InputError where none has one, or where the model of the recipe takes another width.
     """
-    names = (slide.image.stem, slide.name)
+    path, names = Path(FEATURES), (slide.image.stem, slide.name)
+    held = embeddings.read_embeddings(path)
     side_um = recipe.get("SIDE_UM")  # Files with barcodes do not tell it.
-    embeddings.check_embedded_slide(Path(FEATURES), names, side_um, slide.um_per_px)
-    embedded = embeddings.embed_spots(Path(FEATURES), slide.name, spots.obs)
+    embeddings.check_embedded_slide(path, held, names, side_um, slide.um_per_px)
+    embedded = embeddings.pick_embeddings(path, held, slide.name, spots.obs)
     if embedded.shape[1] != recipe["WIDTH"]:
         raise InputError(
             f"--features {FEATURES}: {embedded.shape[1]} numbers an embedding; the model takes "

@@ -1194,15 +1194,6 @@ def average_slides(metric, predicted, truth, slides):
     return pd.DataFrame(values).mean().to_numpy()
 
 
-def mean_of_defined(arrays):
-    """The mean of arrays of one shape, element by element, over those that are finite."""
-    arrays = np.stack(arrays)
-    defined = np.isfinite(arrays)
-    total = np.where(defined, arrays, 0).sum(0)
-    count = defined.sum(0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)
-
-
 def score_genes(predicted, truth, slides):
     """{name: (G,)}: the mean over slides of every metric; r_pooled and mse over all spots.
 

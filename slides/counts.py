@@ -125,9 +125,9 @@ def choose_genome(table, path, genome):
                 f"{path}: {found} are read together: choose one with --genome {counted.index[0]}"
             )
         return table
-    if len(counted) == 1 and str(counted.index[0]).startswith(genome):
-        return table  # A slide of this species alone, by a fuller name, as GRCh38-2020-A.
     if genome not in counted:
+        if len(counted) == 1 and str(counted.index[0]).startswith(genome):
+            return table  # A slide of this species alone, by a fuller name, as GRCh38-2020-A.
         raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
     table = table[:, (genomes == genome).to_numpy()].copy()
     prefix = rf"^{re.escape(genome)}_+"

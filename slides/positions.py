@@ -320,7 +320,7 @@ def check_array(slide, positions):
     array = positions[["array_row", "array_col"]].to_numpy(np.float64)
     centres = positions[["pxl_row", "pxl_col"]].to_numpy(np.float64)
     array = np.column_stack([array, np.ones(len(array))])
-    if len(array) < 4 or np.linalg.matrix_rank(array - array.mean(0) * [1, 1, 0]) < 3:
+    if len(array) < 4 or np.linalg.matrix_rank(array) < 3:  # The array is no more than a line.
         return
     fitted = array @ np.linalg.lstsq(array, centres)[0]
     away = np.linalg.norm(fitted - centres, axis=1) / measure_pitch(positions)

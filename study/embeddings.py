@@ -91,7 +91,7 @@ def read_values(path, dataset):
             f"{path}: {name} are {values.dtype} of shape {values.shape}; expected numbers of "
             "shape (patches, width): an embedding a patch, and not one a slide"
         )
-    with np.errstate(over="ignore"):  # What is too large becomes infinite, which embed_spots tells.
+    with np.errstate(over="ignore"):  # What is too large becomes infinite, which is told later.
         return values.astype(np.float32)
 
 
@@ -151,11 +151,16 @@ def match_spots(path, embeddings, spots):
 
 
 def embed_spots(path, slide, spots):
-    """(n, D) float32 embeddings of the spots of a table; NaN for a spot that has none in the file.
+    """As pick_embeddings, of a file that is not read yet."""
+    return pick_embeddings(path, read_embeddings(path), slide, spots)
+
+
+def pick_embeddings(path, embeddings, slide, spots):
+    """(n, D) float32 of a file's Embeddings, those of the spots of a table; NaN for a spot that has
+    none.
 
     InputError with the name of the `slide` where an embedding itself holds NaN or infinity.
     """
-    embeddings = read_embeddings(path)
     bad = ~np.isfinite(embeddings.values).all(axis=1)
     if bad.any():
         raise InputError(
@@ -277,7 +282,7 @@ def open_model(folder, names, spots, um_per_px):
         if held.side:  # Files with barcodes do not tell it.
             sides[names[slide]] = held.side * um_per_px[slide]
         here = spots[spots["tissue_index"] == slide]
-        values = embed_spots(path, names[slide], here)
+        values = pick_embeddings(path, held, names[slide], here)
         widths[names[slide]] = values.shape[1]
         missing = here["barcode"][np.isnan(values[:, 0])]
         if len(missing):
@@ -303,11 +308,11 @@ def open_model(folder, names, spots, um_per_px):
     return Model(folder.resolve().name, files, widths[names[slide]], side_um)
 
 
-def check_embedded_slide(path, names, side_um, um_per_px):
-    """Warn where the file of a slide of these `names` says that it is of another image; InputError
-    where its patches are of another size than the `side_um` of those that a model has learnt from.
+def check_embedded_slide(path, held, names, side_um, um_per_px):
+    """Warn where the Embeddings `held` by the file of a slide of these `names` are of another
+    image; InputError where their patches are of another size than the `side_um` of those that a
+    model has learnt from.
     """
-    held = read_embeddings(path)
     if held.slide and held.slide not in names:
         inputs.warn(f"{path}: by its coords it is of {held.slide}, and not of {names[0]}")
     side = held.side * um_per_px

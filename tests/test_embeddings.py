@@ -264,11 +264,12 @@ def test_patches_of_a_model_are_of_one_size_and_of_their_slide(paper_split, tmp_
     (model,) = open_models(tmp_path / "uni", paper_split)
     assert model.constants["SIDE_UM"] == pytest.approx(200 * um_per_px, abs=0.05)
     path = tmp_path / "uni" / "1.h5"
-    embeddings.check_embedded_slide(path, [names[0]], model.side_um, um_per_px)
+    held = embeddings.read_embeddings(path)
+    embeddings.check_embedded_slide(path, held, [names[0]], model.side_um, um_per_px)
     with pytest.raises(shell.InputError, match="embed the slide as those"):
-        embeddings.check_embedded_slide(path, [names[0]], model.side_um, 4 * um_per_px)
+        embeddings.check_embedded_slide(path, held, [names[0]], model.side_um, 4 * um_per_px)
     inputs.WARNINGS.clear()
-    embeddings.check_embedded_slide(path, ["photo", "S"], None, um_per_px)
+    embeddings.check_embedded_slide(path, held, ["photo", "S"], None, um_per_px)
     assert f"it is of {names[0]}, and not of photo" in inputs.WARNINGS.pop()
     write_all_as_trident(tmp_path / "uni", data, [200.0, 200.0, 200.0, 150.0], names)
     with pytest.raises(shell.InputError, match="patches are of several sizes"):

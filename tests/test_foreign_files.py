@@ -259,6 +259,10 @@ def test_a_slide_of_one_genome_goes_beside_one_of_two(tmp_path):
     var = pd.DataFrame({"name": GENES, "genome": "GRCh38-2020-A"}, GENES)
     path = write(tmp_path / "m.h5ad", var)
     assert read_matrix(path, "GRCh38").var["name"].tolist() == GENES
+    prefixed = [f"GRCh38_{gene}" for gene in GENES]
+    var = pd.DataFrame({"name": prefixed, "genome": "GRCh38"}, prefixed)
+    read = read_matrix(write(tmp_path / "prefixed.h5ad", var), "GRCh38")
+    assert read.var["name"].tolist() == read.var_names.tolist() == GENES
     with pytest.raises(InputError, match="--genome mm10"):
         read_matrix(path, "mm10")
 
