@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recipes, recording, runs, shell
+from study import methods, printing, recipes, recording, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -161,7 +161,7 @@ def main():
     run.print_scores(title, minus=minus, columns=costs, leave_out=leave_out)
     if not ONLY:
         path = run.out / "r_against_parameters.png"
-        draw_figure(path, run.title(f"test slide {TEST_SLIDE}"), lines)
+        draw_figure(path, run.title(printing.describe_scored(lines)), lines)
         print(f"figure: {path}")
     run.finish()
 

@@ -3,10 +3,9 @@
 Question   Which number of trainable stages and hidden units predicts spots best that were left out
            of training?
 Reads      <DATA_ROOT>/dataset/ (script 19)
-Writes     <OUT>/rows.csv, a folder a training and one for each setting's out-of-fold predictions
-           (as script 20), search.png
-Prints     header, the table of out-of-fold r with mean and sd over the folds, the chosen setting on
-           the test slide
+Writes     <OUT>/rows.csv, a folder a training (as script 20), search.png
+Prints     header, the table of r in validation with mean and sd over the folds, the chosen setting
+           on the test slide
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
            python 22_search_freeze_and_hidden_cv5.py --quick      (a smoke test, not a result)
@@ -14,10 +13,10 @@ Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
 Time       --quick: 80 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network
 
-The choice is by out-of-fold HEG, then HVG, never by the test slide. (A fold's best epoch is chosen
-on its validation spots, so out-of-fold r is a little optimistic for every setting.) The chosen one
-is trained once on all training spots, up to the epoch that was best over the folds. A frozen stage
-keeps its BatchNorm, parameters and statistics alike.
+The choice is by HEG's r in validation, mean over the folds, then HVG's, never by the test slide. (A
+fold's best epoch is chosen on its validation spots, so this r is a little optimistic for every
+setting.) The chosen one is trained once on all training spots, up to the epoch that was best over
+the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike.
 """
 
 from study import shell
@@ -26,10 +25,9 @@ if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__, dataset=True, files=("GENE_SETS",))
 
 
-import functools
 import itertools
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -37,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, printing, recording, runs, shell, splitting
+from study import methods, recording, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -100,53 +98,48 @@ def fold_whole(whole, first):
     return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
 
 
-# -------------------------------------------------------------------------------------- out of fold
-def join_folds(folds, row):
-    """A method, given the rows of the folds: each spot is predicted by the network that did not
-    see it.
-    """
-    parts = [recording.read_prediction(fold.folder) for fold in folds]
-    if PROTOCOL != "loso":  # There each slide is of one fold.
-        parts = share_intercept(parts, folds)
+# ------------------------------------------------------------------------------------------- choice
+@dataclass(frozen=True, eq=False)
+class Search:
+    """The choice for one test slide, by the folds of its training slides."""
+
+    whole: splitting.Split  # all their spots train
+    folds: list  # a Split a fold
+
+    def select_rows(self, trained, setting):
+        """Those of the `trained` rows that are of this setting and these folds."""
+        return [row for row in trained if row.setting == setting and row.split in self.folds]
+
+
+def open_searches(run):
+    """A Search a test slide and seed."""
+    searches, n_folds = [], Counter()
+    for whole in run.splits:
+        folds = fold_whole(whole, n_folds[whole.seed])
+        n_folds[whole.seed] += len(folds)  # No two folds of a seed have one number.
+        searches.append(Search(whole, folds))
+    return searches
+
+
+def choose_epoch(rows):
+    """The epoch that is best in the mean history of the folds, which these rows are of."""
     histories = [
-        shell.read_csv(fold.folder / "history.csv", numbers=("epoch", "valid_mse"))
-        for fold in folds
+        shell.read_csv(row.folder / "history.csv", numbers=("epoch", "valid_mse", "valid_heg"))
+        for row in rows
     ]
     mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
-    row.note(**{name: folds[0].lines[0][name] for name in ("weights", *methods.PARAMETERS)})
-    row.note(
-        best_epoch=common.choose_epoch(mean.to_dict("records"), row.recipe),
-        seconds=sum(fold.lines[0]["seconds"] for fold in folds),
-    )
-    ids = row.split.data.spots["id"].to_numpy()[row.split.spots("oof")]
-    return pd.concat(parts).loc[ids].to_numpy()
-
-
-def share_intercept(parts, folds):
-    """The folds' predictions, tables (n, G), with one intercept for the mean expression of the
-    spots that each network has learnt from, which the least squared error puts into it.
-
-    Where a fold is high, the others are low, so over joined folds these means alone have an r below
-    0, that of permuted counts.
-    """
-    means = []
-    for fold in folds:
-        mean, _ = common.mean_and_variance(fold.split.data.target, fold.split.spots("train"))
-        means.append(mean.astype(np.float32))
-    shared = np.mean(means, axis=0)
-    return [part + (shared - mean) for part, mean in zip(parts, means, strict=True)]
+    return common.choose_epoch(mean.to_dict("records"), rows[0].recipe)
 
 
 def rank_settings(rows):
-    """Names of the settings, best first: by out-of-fold HEG, then HVG, against the target, mean
-    over the seeds. A setting whose r of HEG is undefined, or defined for fewer genes than
-    another's, is left out.
+    """Names of the settings, best first: by HEG, then HVG, in validation against the target, mean
+    over folds and seeds. A setting whose r of HEG is undefined in a fold, or defined for fewer
+    genes than another's, is left out.
     """
-    table = recording.select_lines(runs.lines_of(rows), "oof", TARGET)
-    table = table.astype({"heg": float, "hvg": float})
-    table = table.groupby("setting", sort=False)[["heg", "hvg", "heg_n"]].mean()
-    table = table.dropna(subset="heg")
-    table = table[table["heg_n"] == table["heg_n"].max()]
+    table = recording.select_lines(runs.lines_of(rows), "valid", TARGET)
+    table = table.astype({"heg": float, "hvg": float}).groupby("setting", sort=False)
+    n_genes = table["heg_n"].min()
+    table = table[["heg", "hvg"]].mean()[n_genes == n_genes.max()].dropna(subset="heg")
     if table.empty:
         raise shell.InputError(
             "no setting has a defined r of HEG: its genes are missing from the panel or constant"
@@ -155,27 +148,24 @@ def rank_settings(rows):
     return order.index.tolist()
 
 
-def describe_folds(trained, joined):
-    """{setting: {column: text}}: mean±sd over the folds of HEG's and HVG's r, against the
-    target.
+def describe_folds(trained, searches, settings):
+    """{setting: {column: text}}: the epoch that is best over the folds, mean over the searches, and
+    the minutes of them all.
     """
-    folds = recording.select_lines(runs.lines_of(trained), "valid", TARGET)
-    lines = recording.select_lines(runs.lines_of(joined), "oof", TARGET)
     columns = {}
-    for setting, group in lines.groupby("setting"):
-        of_setting = folds[folds["setting"] == setting]
+    for setting in settings:
+        epochs = [choose_epoch(search.select_rows(trained, setting)) for search in searches]
+        seconds = sum(row.lines[0]["seconds"] for row in trained if row.setting == setting)
         columns[setting] = {
-            "HEG by fold": printing.format_mean(of_setting["heg"].astype(float)),
-            "HVG by fold": printing.format_mean(of_setting["hvg"].astype(float)),
-            "best epoch": f"{group['best_epoch'].mean():.0f}",
-            "minutes": f"{group['seconds'].sum() / 60:.1f}",
+            "best epoch": f"{np.mean(epochs):.0f}",
+            "minutes": f"{seconds / 60:.1f}",
         }
     return columns
 
 
 def draw_figure(path, title, rows):
-    """Out-of-fold HEG r of the grid, against the target."""
-    table = recording.select_lines(runs.lines_of(rows), "oof", TARGET).astype({"heg": float})
+    """HEG r in validation of the grid, against the target."""
+    table = recording.select_lines(runs.lines_of(rows), "valid", TARGET).astype({"heg": float})
     grid = table.groupby("setting")["heg"].mean()
     hiddens = choose_hiddens()
     values = np.array([[grid[name_setting(k, h)] for h in hiddens] for k in STAGES])
@@ -183,7 +173,7 @@ def draw_figure(path, title, rows):
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     image = ax.imshow(values, aspect="auto")
-    figure.colorbar(image, label="mean Pearson r, HEG, out of fold")
+    figure.colorbar(image, label="mean Pearson r, HEG, in validation")
     box = {"fc": "white", "ec": "none", "pad": 1}
     for (y, x), value in np.ndenumerate(values):
         ax.text(x, y, f"{value:.3f}", ha="center", va="center", size=8, bbox=box)
@@ -191,7 +181,7 @@ def draw_figure(path, title, rows):
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
-    shell.save_figure(path, figure, "out-of-fold r by trainable stages and hidden units")
+    shell.save_figure(path, figure, "r in validation by trainable stages and hidden units")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -204,22 +194,26 @@ def choose_hiddens():
     return (0,) if HEAD_START == "ridge" else HIDDENS
 
 
-def train_chosen(run, joined, settings):
-    """Train the chosen setting of each test slide on all its training spots: the rows.
+CHOSEN = "chosen by search"
 
-    It is chosen on the training spots alone, over the seeds, and trained up to the epoch that was
+
+def train_chosen(run, searches, trained, settings):
+    """Train the setting that each search has chosen on all its training spots: the rows.
+
+    It is chosen on the training slides alone, over the seeds, and trained up to the epoch that was
     best over the folds.
     """
     chosen = []
-    for whole in run.splits:
-        on_its_slides = [row for row in joined if row.split.fold == whole.fold]
-        best = rank_settings(on_its_slides)[0]
-        (out_of_fold,) = [
-            row for row in on_its_slides if (row.setting, row.split.seed) == (best, whole.seed)
-        ]
-        stop = out_of_fold.lines[0]["best_epoch"]
+    for search in searches:
+        whole = search.whole
+        of_slide = [other.folds for other in searches if other.whole.fold == whole.fold]
+        folds = [*itertools.chain(*of_slide)]
+        best = rank_settings([row for row in trained if row.split in folds])[0]
+        stop = choose_epoch(search.select_rows(trained, best))
+        slides = ",".join(map(str, whole.slides("test")))
+        print(f"chosen for slide {slides}, seed {whole.seed}: {best}, {stop} epochs")
         recipe = run.recipe | settings[best] | {"KEEP": stop}
-        row = run.row(best, whole, recipe, stop=stop)
+        row = run.row(CHOSEN, whole, recipe, stop=stop)
         row.report = None
         chosen.append(run.fill(row, methods.network))
     return chosen
@@ -236,31 +230,24 @@ def main():
     with torch.device("meta"):  # too few stages are told now, not hours from now
         most = {"TRAINABLE_STAGES": max(STAGES), "HIDDEN": 0, "PRETRAINED": False}
         common.build_model(run.recipe | most, 1, 0)
-    folds, n_folds = [], Counter()  # No two folds of a seed have one number.
-    for whole in run.splits:
-        folds.append(fold_whole(whole, n_folds[whole.seed]))
-        n_folds[whole.seed] += len(folds[-1])
-    trained = run.train(settings, methods.network, list(itertools.chain(*folds)))
-    joined = []
-    for setting, (whole, parts) in itertools.product(settings, zip(run.splits, folds, strict=True)):
-        rows = [row for row in trained if row.setting == setting and row.split in parts]
-        left_out = replace(whole, roles=np.where(whole.roles == "train", "oof", ""))
-        names = sorted({row.folder.name for row in rows})
-        row = run.row(setting, left_out, run.recipe | settings[setting] | {"JOINED": names})
-        joined.append(run.fill(row, functools.partial(join_folds, rows)))
-    order = rank_settings(joined)
-    joined.sort(key=lambda r: order.index(r.setting) if r.setting in order else len(order))
-    title = f"{len(folds[0])} folds, best setting first"
-    columns = describe_folds(trained, joined)
+    searches = open_searches(run)
+    folds = [*itertools.chain(*(search.folds for search in searches))]
+    trained = run.train(settings, methods.network, folds)
+    order = rank_settings(trained)
+    trained.sort(key=lambda r: order.index(r.setting) if r.setting in order else len(order))
+    title = f"{len(searches[0].folds)} folds, best setting first"
+    columns = describe_folds(trained, searches, settings)
     leave_out = ("[95 %]", "MG", "r>=.30", "q<.05")
-    run.print_scores(title, joined, columns=columns, leave_out=leave_out, role="oof", truth=TARGET)
+    run.print_scores(
+        title, trained, columns=columns, leave_out=leave_out, role="valid", truth=TARGET
+    )
     chosen = []
     if not ONLY:
-        draw_figure(run.out / "search.png", run.title(""), joined)
-        chosen = train_chosen(run, joined, settings)
+        draw_figure(run.out / "search.png", run.title(""), trained)
+        chosen = train_chosen(run, searches, trained, settings)
         run.print_scores("the chosen setting, trained on all training spots", chosen)
         print(f"figure: {run.out / 'search.png'}")
-    run.rows = joined + chosen + trained
+    run.rows = chosen + trained
     run.finish()
 
 

@@ -222,7 +222,7 @@ def predict_anew(run, aug, split):
     as another laboratory would have stained it.
     """
     trained = run.find(aug, split)
-    recipe = run.recipe | setting_of(aug)
+    recipe = run.recipe | setting_of(aug) | {"AGAIN": trained.folder.name}
     split = splitting.final_split(recipe, split)
     row = run.row(f"{aug}, 8 views", split, recipe | {"TTA": True})
     run.fill(row, functools.partial(methods.predict_again, trained))

@@ -298,7 +298,7 @@ def show_patches(ax, patches, train, ids, columns=5, rows=10):
 def cluster_every_split(run):
     """Cluster the spots for every training; save grid.csv, clusters.csv and clusters.png of it.
 
-    Returns (ids of every spot by seed and fold, the table of them).
+    Returns the ids of every spot by seed and fold.
     """
     every = {}
     for split in run.splits:
@@ -314,20 +314,23 @@ def cluster_every_split(run):
     ids_of = {training: found[0] for training, found in every.items()}
     table = pd.DataFrame({f"cluster_{seed}_{fold}": ids for (seed, fold), ids in ids_of.items()})
     shell.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
-    return ids_of, table
+    return ids_of
 
 
 def main():
     run = runs.open_run(globals())
     run.print_header()
-    ids_of, table = cluster_every_split(run)
+    ids_of = cluster_every_split(run)
     # A row follows from the ids, not from how they were found; without an id, from neither.
     shared = {"TTA": False, "AUG": "mpa", "TRAINABLE_STAGES": -1}
     shared |= dict.fromkeys(("FEATURES", "MIN_CLUSTER", "NEIGHBOURS"))
-    found = hashlib.sha256(table.to_numpy().tobytes()).hexdigest()
-    settings = {name: shared | {"ID": name, "IDS": found} for name in SETTINGS}
-    settings["no id"] |= {"IDS": None, "EMBEDDING": None}
-    run.train(run.chosen(settings), functools.partial(network, ids_of))
+    settings = {name: shared | {"ID": name} for name in SETTINGS}
+    settings["no id"] |= {"EMBEDDING": None, "IDS": None}
+    settings = run.chosen(settings)
+    for split in run.splits:
+        found = hashlib.sha256(ids_of[split.seed, split.fold].tobytes()).hexdigest()
+        of_split = {name: {"IDS": found} | setting for name, setting in settings.items()}
+        run.train(of_split, functools.partial(network, ids_of), [split])
     minus = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
     run.print_scores(f"{methods.name_network(BACKBONE)} with and without a cluster id", minus=minus)
     print(f"figure: {run.out / 'clusters.png'}")

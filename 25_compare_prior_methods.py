@@ -69,7 +69,7 @@ EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
-TTA = True  # every method averages its predictions over the 8 symmetries
+TTA = True  # average predictions over the 8 symmetries; what ridges see, always is
 REFIT = False  # true = every method is refitted on training + validation spots, best too
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
@@ -121,7 +121,8 @@ def trained_methods():
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
     }
-    best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best", "REFIT": REFIT}
+    best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best"}
+    best |= {"REFIT": REFIT, "TTA": TTA}
     found = {
         network: ("network", paper),
         f"{network}, random start": ("network", paper | at_random),
@@ -203,7 +204,9 @@ def retrieve(images, spots, expression, k=50):
     """(B, G) plain mean of the expression (n, G) of the k spots whose (n, 256) embedding has the
     highest cosine.
     """
-    similarity = F.normalize(images) @ F.normalize(spots).T
+    # In 16 bits many of the spots would tie.
+    with torch.autocast(images.device.type, enabled=False):
+        similarity = F.normalize(images.float()) @ F.normalize(spots).T
     nearest = similarity.topk(min(k, len(spots))).indices
     return expression[nearest].mean(1)
 
@@ -231,7 +234,7 @@ class Bleep(nn.Module):
 
     def forward(self, patches):
         if not self.training:
-            return retrieve(self.model(patches).float(), self.embedded, self.expression)
+            return retrieve(self.model(patches), self.embedded, self.expression)
         # The encoder holds one part in memory and computes it again, with the same dropout, when
         # its gradient is due. Loss and gradient are those of the whole batch; BatchNorm averages
         # within a part.
@@ -489,12 +492,15 @@ def describe_costs_and_gain(lines):
     """{setting: {column: text}}: parameters (millions), minutes, variance of what is predicted over
     that of what is measured, and r over BLEEP's.
     """
-    column = recording.headline_of_lines(lines).column
-    bleep_r = lines[column][lines["setting"] == name_bleep()].astype(float).mean()
+    headline = recording.headline_of_lines(lines)
+    column, lacks = headline.column, f"{headline.group.lower()}_lacks"
+    bleep = lines[lines["setting"] == name_bleep()]
+    bleep_r = bleep[column].astype(float).mean()
     columns = {}
     for setting, group in lines.groupby("setting"):
         parameters = group.get("parameters_total", pd.Series(dtype=float)).mean()
-        gain = group[column].mean() / bleep_r - 1 if bleep_r > 0 else np.nan
+        same_genes = sorted(group[lacks]) == sorted(bleep[lacks])
+        gain = group[column].mean() / bleep_r - 1 if same_genes and bleep_r > 0 else np.nan
         columns[setting] = {
             "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
             "min": f"{group['seconds'].mean() / 60:.1f}",

@@ -226,10 +226,9 @@ def draw_settings(rows, label):
     headline = recipes.headline_of(rows[0]["protocol"])
     table = pd.DataFrame(rows)
     table["r"] = table[headline.column].astype(float)  # None becomes NaN.
-    table["name"] = table["setting"] + np.where(table["split"] == "oof", ", out of fold", "")
-    means = table.groupby("name", sort=False)["r"].mean()
-    table["height"] = place_rows(table["name"])
-    rows_a_line = table["name"].value_counts().max()
+    means = table.groupby("setting", sort=False)["r"].mean()
+    table["height"] = place_rows(table["setting"])
+    rows_a_line = table["setting"].value_counts().max()
     inches = 1.1 + len(means) * max(0.32, 0.1 * rows_a_line)
     figure = Figure(figsize=(9.5, inches), layout="constrained")
     ax = figure.subplots()
@@ -243,7 +242,8 @@ def draw_settings(rows, label):
     ax.grid(axis="x", color="0.9")
     ax.set_xlabel(f"Pearson r, {headline.name}; its mean stands beside the name")
     lay_legend(ax)
-    shown = f"{headline.name} of each setting, its 95 % interval and its ceiling"
+    where = " in validation" if (table["split"] == "valid").all() else ""
+    shown = f"{headline.name} of each setting{where}, its 95 % interval and its ceiling"
     figure.suptitle(f"{label}{shown}", size=10)
     return figure, f"{label}{shown}: {'; '.join(names)}"
 
@@ -480,9 +480,9 @@ def list_metrics(row):
 
 
 def is_headline(row):
-    """Whether a row is of spots that took no part in training, against the headline's truth."""
+    """Whether a row is of a test slide, against the headline's truth."""
     truth = recipes.headline_of(row["protocol"]).truth
-    return row["split"] != "valid" and row["truth"] == truth
+    return row["split"] == "test" and row["truth"] == truth
 
 
 def show_scores(rows):
@@ -522,13 +522,15 @@ def show_further(run, rows):
 
 
 def choose_viewed(run, rows):
-    """The row of the test slide of the network that is best in validation, as script 26 takes it;
-    None without a network that has tested.
+    """The row of the test slide of the weights that are best in validation, as script 26 takes
+    them; None without any that have tested.
     """
-    trained = {row["folder"]: row for row in rows if row["split"] == "valid" and row["heg"]}
-    for folder in [*trained]:
-        if not (run / folder / "weights.safetensors").is_file():
-            del trained[folder]
+    truth = recipes.headline_of(rows[0]["protocol"]).truth if rows else None
+    trained = {}
+    for row in rows:
+        is_judged = row["split"] == "valid" and row["truth"] == truth and row["heg"]
+        if is_judged and (run / row["folder"] / "weights.safetensors").is_file():
+            trained[row["folder"]] = row
     tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
     return max(tested, key=lambda row: trained[row["folder"]]["heg"], default=None)
 
@@ -578,6 +580,8 @@ def write_report(run, facts):
         f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
     ]
     scored = [row for row in rows if is_headline(row)]
+    if not scored:  # as of one setting of a search
+        scored = [row for row in rows if row["truth"] == recipes.headline_of(row["protocol"]).truth]
     if scored:
         figure, text = draw_settings(scored, facts["label"])
         buffer = io.BytesIO()

@@ -37,7 +37,7 @@ from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, rows and weights; raised when one of them changes
-RESULTS = 7  # raised when the same constants give another number: rows on disk are made anew then
+RESULTS = 8  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -45,8 +45,8 @@ MARKER_GENES = ("HAL", "CYP3A4", "VWF", "SOX9", "KRT7", "ANXA4", "ACTA2", "DCN")
 ID_COLUMNS = ["id", "tissue_index", "barcode", "array_row", "array_col", "pxl_row", "pxl_col"]
 SPOT_COLUMNS = ["donor", "pitch", "block"]  # what script 19 adds to them
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row", "pxl_col"]
-ROLES = ("train", "oof", "valid", "test")  # of a spot; oof = out of fold; "" takes no part
-SCORED = ("oof", "valid", "test")  # the roles whose spots are predicted and scored
+ROLES = ("train", "valid", "test")  # of a spot; "" takes no part
+SCORED = ("valid", "test")  # the roles whose spots are predicted and scored
 FOLDS = 5  # of PROTOCOL block
 TASK_FOLDS = "folds.csv"  # in a data root that 19 made of a task of HEST-Benchmark
 TASK_GENES = "hest_genes.csv"  # there as well: the task's genes, which are the panel
@@ -873,9 +873,11 @@ def prepare_optimiser(network, recipe, optimise=adam):
     return optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe["EPOCHS"])
 
 
-def count_steps(n_spots, recipe):
-    """How many steps a training of all EPOCHS takes."""
-    return recipe["EPOCHS"] * len(split_batches(n_spots, recipe))
+def count_steps(n_spots, recipe, stop=None):
+    """How many steps a training takes, of all EPOCHS or up to the epoch `stop`."""
+    epochs = recipe["EPOCHS"] if stop is None else stop
+    ranks, _ = joined_ranks()
+    return epochs * len(split_batches(n_spots, recipe, ranks))
 
 
 def split_batches(n_spots, recipe, ranks=1):

@@ -14,12 +14,36 @@ WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that 
 
 # ----------------------------------------------------------------------------------- printed tables
 def print_table(title, table):
-    """One ruled table under its title; no line is wider than WIDTH."""
-    head, *body = table.to_string(index=False).splitlines()
-    lines = [cut(line.rstrip(), WIDTH) for line in (head, *body)]
-    width = max(map(len, lines))
-    print(f"\n{textwrap.fill(title, WIDTH)}", "=" * width, lines[0], "-" * width, sep="\n")
-    print(*lines[1:], "=" * width, sep="\n")
+    """One ruled table under its title. Columns that have no room in WIDTH follow below, beside the
+    first column again.
+    """
+    parts = [format_lines(table[names]) for names in part_columns(table)]
+    width = max(len(line) for lines in parts for line in lines)
+    print(f"\n{textwrap.fill(title, WIDTH)}")
+    for head, *body in parts:
+        print("=" * width, head, "-" * width, *body, sep="\n")
+    print("=" * width)
+
+
+def format_lines(table):
+    """A table's lines, its head first; of texts that alone are wider than WIDTH the end is left
+    out.
+    """
+    return [cut(line.rstrip(), WIDTH) for line in table.to_string(index=False).splitlines()]
+
+
+def part_columns(table):
+    """Lists of the names of a table's columns: as many as have room in WIDTH, the first one in
+    each.
+    """
+    first, *others = table.columns
+    parts = [[first]]
+    for name in others:
+        wider = table[[*parts[-1], name]].to_string(index=False)
+        if len(parts[-1]) > 1 and max(map(len, wider.splitlines())) > WIDTH:
+            parts.append([first])
+        parts[-1].append(name)
+    return parts
 
 
 def print_epoch(history, best_epoch):
@@ -84,21 +108,33 @@ def format_share(r, ceiling):
     return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
 
 
-def format_group(lines, group, size):
-    """Mean r of a gene group; 0.310/47 is of 47 genes only, where the group has more."""
-    mean = lines[group].mean()
-    if np.isnan(mean):
+def format_group(lines, group, size, over=None):
+    """Mean r of a gene group, or with `over`, a column or columns, its mean within them and ±sd.
+
+    0.310/47 is of 47 genes only, where the group has more; 0.310 (3 of 4) of 3 lines, where r is
+    undefined in the fourth.
+    """
+    defined = lines.dropna(subset=group)
+    if defined.empty:
         return "-"
-    n_genes = int(lines[f"{group}_n"].min())
-    return f"{mean:.3f}/{n_genes}" if n_genes < size else f"{mean:.3f}"
+    text = f"{defined[group].mean():.3f}"
+    if over is not None:
+        text = format_mean(defined.groupby(over)[group].mean())
+    n_genes = int(defined[f"{group}_n"].min())
+    if n_genes < size:
+        text += f"/{n_genes}"
+    if len(defined) < len(lines):
+        text += f" ({len(defined)} of {len(lines)})"
+    return text
 
 
 def group_sizes(split):
-    """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
-    that are constant on a slide are no news.
+    """{"heg": number of genes, ...} that the groups should hold; "all" nine tenths of the panel,
+    since a few genes that are constant on a slide are no news.
     """
     counts = split.groups["group"].value_counts()
-    return {group.lower(): count for group, count in counts.items()}
+    sizes = {group.lower(): count for group, count in counts.items()}
+    return sizes | {"all": 0.9 * len(split.data.genes)}
 
 
 def describe_scores(lines, interval, sizes, n_genes):
@@ -110,7 +146,7 @@ def describe_scores(lines, interval, sizes, n_genes):
     if recording.headline_of_lines(lines) is recipes.OF_HEST:
         return describe_hest(lines, interval, n_genes)
     over = "slide" if lines["slide"].nunique() > 1 else ["seed", "fold"]
-    columns = {"HEG": format_mean(lines.groupby(over)["heg"].mean())}
+    columns = {"HEG": format_group(lines, "heg", sizes.get("heg", 0), over)}
     columns["[95 %]"] = format_interval(*interval)
     columns["of ceiling"] = format_share(lines["heg"].mean(), lines["heg_ceiling"].mean())
     for group in ("HVG", "MG", "all"):
@@ -173,19 +209,19 @@ def describe_differences(table, settings, headline=recipes.HEG):
 
 def describe_scored(lines):
     """Which spots and which truth a table of scores is about."""
-    slides = lines["slide"].unique()
-    roles = {"test": "test slide", "oof": "out of fold, slide", "valid": "validation, slide"}
+    slides = {slide for several in lines["slide"] for slide in several.split(",")}
+    slides = sorted(slides, key=lambda slide: (len(slide), slide))
+    roles = {"test": "test slide", "valid": "validation, slide"}
     truths = {
         "lognorm": "log-normalised counts",
         "harmony": "Harmony's values",
         "log1p": "log1p of raw counts",
     }
-    first = lines.drop_duplicates(["slide", "fold"])
-    n_spots = first.groupby("slide")["n_spots"].max().sum()
     n_trainings = len(lines.drop_duplicates(["seed", "fold"]))
-    slides = ",".join(slides)
-    role = roles[lines["split"].iloc[0]] + ("s" if "," in slides else "")
-    where = f"{role} {slides} ({n_spots} spots)"
+    role = lines["split"].iloc[0]
+    where = f"{roles[role]}{'s' if len(slides) > 1 else ''} {','.join(slides)}"
+    if role == "test":  # Validation spots of several folds may be the same or others.
+        where += f" ({lines.groupby('slide')['n_spots'].max().sum()} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
     return f"{where}, {truths[lines['truth'].iloc[0]]}, {trainings}"
 

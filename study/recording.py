@@ -83,7 +83,7 @@ def score_split(setting, recipe, split, predicted, more):
     scored = split.scored()
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
     roles = [role for role in SCORED if role in split.roles]
-    usual_spots = split.spots("train", "oof")
+    usual_spots = split.spots("train")
     usual = {
         truth: common.mean_and_variance(values, usual_spots)[0] for truth, values in truths.items()
     }

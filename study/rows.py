@@ -88,7 +88,7 @@ class Row:
                 best_epoch = common.choose_epoch(self.history, self.recipe)
             rates = [line["images_per_s"] for line in self.history if line["images_per_s"]]
             self.note(
-                steps=common.count_steps(len(self.split.spots("train")), self.recipe),
+                steps=common.count_steps(len(self.split.spots("train")), self.recipe, self.stop),
                 best_epoch=best_epoch,
                 images_per_s=float(np.median(rates)) if rates else np.nan,
             )

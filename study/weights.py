@@ -130,7 +130,7 @@ def find_patch_resolution(split):
     slide has what lies between them.
     """
     names, of_slide = split.data.slide_names, split.data.meta["um_per_px"]
-    found = [of_slide[names[number]] for number in split.slides("train", "oof", "valid")]
+    found = [of_slide[names[number]] for number in split.slides("train", "valid")]
     return float(np.quantile(found, 0.5, method="higher"))
 
 
@@ -212,6 +212,7 @@ def choose_model(run, image, takes_embeddings):
         raise InputError(f"--run {run}: no rows.csv there: is it the folder of a run?")
     texts = ("folder", "split", "truth", "protocol")
     table = shell.read_csv(path, texts=texts, numbers=("heg",))
+    table = keep_last_start(run, table)
     truth = [headline_of(protocol).truth for protocol in table["protocol"]]
     judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
     judged = keep_fitting(run, judged, takes_embeddings).sort_values("heg", kind="stable")
@@ -224,6 +225,16 @@ def choose_model(run, image, takes_embeddings):
     chosen = judged.iloc[number]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return run / chosen["folder"]
+
+
+def keep_last_start(run, table):
+    """The rows of a table of a run that its report shows, those of its last start: what one
+    protocol says in validation is not to be compared with what another says.
+    """
+    facts = run / "run.json"
+    if not facts.is_file():
+        return table
+    return table[table["folder"].isin(json.loads(facts.read_text())["folders"])]
 
 
 def find_slide_of_run(run, image):

@@ -149,10 +149,19 @@ def table_of(stdout):
 
 
 def printed_table(stdout, title):
-    """(head, lines) of the ruled table under the title that holds these words."""
-    lines = stdout[stdout.index(title) :].splitlines()
-    double, single, end = [i for i, line in enumerate(lines) if line and set(line) <= {*"=-"}][:3]
-    return "\n".join(lines[double + 1 : single]), lines[single + 1 : end]
+    """(head, lines) of the ruled table under the title that holds these words; of a table in
+    several parts the lines of each part stand side by side.
+    """
+    lines = iter(stdout[stdout.index(title) :].splitlines())
+    rule = next(line for line in lines if line and set(line) == {"="})
+    heads, parts = [next(lines)], []
+    while len(parts) < len(heads):
+        assert set(next(lines)) == {"-"}
+        parts.append([*itertools.takewhile(lambda line: line != rule, lines)])
+        following = next(lines, "")
+        if following.startswith("setting "):
+            heads.append(following)
+    return "\n".join(heads), ["  ".join(several) for several in zip(*parts, strict=True)]
 
 
 def without_timing(records):

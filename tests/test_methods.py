@@ -89,6 +89,18 @@ def test_retrieval_is_the_plain_mean_of_the_nearest_by_cosine():
     np.testing.assert_allclose(retrieve(*given, k=50), everything)
 
 
+def test_retrieval_does_not_tie_in_16_bits():
+    random = np.random.default_rng(2)
+    images, spots, expression = (
+        torch.from_numpy(random.normal(size=shape).astype(np.float32))
+        for shape in ((20, 256), (400, 256), (400, 5))
+    )
+    retrieve = load_script("25").retrieve
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        retrieved = retrieve(images, spots, expression)
+    np.testing.assert_array_equal(retrieved, retrieve(images, spots, expression))
+
+
 class Encoder(nn.Module):
     """An image encoder without BatchNorm, so that nothing but the loss ties a batch together."""
 

@@ -512,8 +512,15 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     better.loc[test, "heg"] -= 0.5
     # Against Harmony's values r is another number, which chooses nothing.
     harmony = better.assign(folder="none", truth="harmony", heg=0.9)
-    pd.concat([harmony, better, table]).to_csv(run / "rows.csv", index=False)
-    shutil.copytree(run / table["folder"][network].iloc[0], run / "better")
+    # Another protocol's r in validation is not to be compared.
+    earlier = better.assign(folder="earlier", setting="an earlier start", protocol="block")
+    earlier.loc[valid, "heg"] += 0.1
+    pd.concat([harmony, earlier, better, table]).to_csv(run / "rows.csv", index=False)
+    for name in ("better", "earlier"):
+        shutil.copytree(run / table["folder"][network].iloc[0], run / name)
+    facts = json.loads((run / "run.json").read_text())
+    facts["folders"].append("better")
+    (run / "run.json").write_text(json.dumps(facts))
     options = [*slide_of(simulated), "--out", tmp_path / "out", "--device", "cpu"]
     assert run_script("26", "--run", run, *options) == 0
     assert "another seed: better, HEG r" in capsys.readouterr().out

@@ -94,3 +94,4 @@ def test_steps_are_those_that_training_takes():
     recipe = {"EPOCHS": 3, "BATCH_SIZE": 4}
     assert common.count_steps(9, recipe) == 3 * 2, "a last batch of one spot is left out"
     assert common.count_steps(10, recipe) == 3 * 3
+    assert common.count_steps(10, recipe, stop=2) == 2 * 3, "a training that ends before"

@@ -103,7 +103,7 @@ def test_points_intervals_and_ceilings_stand_at_their_numbers():
         scored_row("a", "1", 0.3, [0.2, 0.4]),
         scored_row("a", "2", 0.1, [0.05, 0.2]),
         scored_row("b", "1", None, None),
-        scored_row("b", "2", 0.2, None, split="oof"),
+        scored_row("c", "2", 0.2, None),
     ]
     figure, words = load_script("27").draw_settings(rows, "")
     (ax,) = figure.axes
@@ -115,7 +115,7 @@ def test_points_intervals_and_ceilings_stand_at_their_numbers():
     assert sorted(drawn["|"]) == [[0.6, -0.3], [0.6, 0.3], [0.6, 1], [0.6, 2]]
     for end in ([0.2, -0.3], [0.4, -0.3], [0.05, 0.3], [0.2, 0.3]):
         assert end in drawn["None"]
-    names = ["a  0.200", "b  -", "b, out of fold  0.200"]
+    names = ["a  0.200", "b  -", "c  0.200"]
     assert [text.get_text() for text in ax.get_yticklabels()] == names
     assert words.endswith("; ".join(names))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]

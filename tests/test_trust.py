@@ -3,6 +3,7 @@ metrics, leak check.
 """
 
 import itertools
+import json
 import shutil
 
 import anndata
@@ -127,6 +128,37 @@ def test_no_share_of_a_ceiling_of_nothing():
     assert printing.format_share(0.2, 0.4) == "50%"
     for r, ceiling in ((0.2, 0.0), (0.2, np.nan), (np.nan, 0.4)):
         assert printing.format_share(r, ceiling) == "-"
+
+
+def test_a_mean_says_of_how_many_genes_and_slides_it_is():
+    lines = pd.DataFrame({"slide": ["1", "2"], "heg": [0.3, 0.2], "heg_n": [50, 50]})
+    assert printing.format_group(lines, "heg", 50) == "0.250"
+    assert printing.format_group(lines, "heg", 50, "slide") == "0.250±0.071"
+    lines.loc[1, "heg_n"] = 47
+    assert printing.format_group(lines, "heg", 50) == "0.250/47"
+    lines.loc[1, ["heg", "heg_n"]] = np.nan, 0
+    assert printing.format_group(lines, "heg", 50, "slide") == "0.300 (1 of 2)"
+    assert printing.format_group(lines[1:], "heg", 50) == "-"
+
+
+def test_columns_that_have_no_room_follow_below(capsys):
+    table = pd.DataFrame({"setting": ["a", "b"]})
+    for number in range(4):
+        table[f"number {number}"] = [f"{number}." + 40 * "1", f"{number}." + 40 * "2"]
+    printing.print_table("a title", table)
+    stdout = capsys.readouterr().out
+    assert max(map(len, stdout.splitlines())) <= printing.WIDTH
+    head, lines = printed_table(stdout, "a title")
+    for number in range(4):
+        assert f"number {number}" in head
+        assert f"{number}." + 40 * "1" in lines[0]
+        assert f"{number}." + 40 * "2" in lines[1]
+
+
+def test_slides_of_a_table_are_listed_once():
+    lines = pd.DataFrame({"slide": ["1,10", "1,2"], "fold": [0, 1], "n_spots": [9, 9], "seed": 42})
+    lines["split"], lines["truth"] = "valid", "lognorm"
+    assert printing.describe_scored(lines).startswith("validation, slides 1,2,10, log-norm")
 
 
 def test_ceiling_stays_in_its_bounds():
@@ -356,14 +388,16 @@ def test_search_chooses_for_every_test_slide_on_its_own(disturbed, tmp_path):
     options |= {"backbone": "mobilenetv3_small_050"}  # of 28 trainings
     rows = table_of(stdout_of("22", data_root=disturbed[0], out=tmp_path, **options))
     rows = rows.astype({"heg": float, "hvg": float})
-    counts = {"valid": 2 * 4 * 3, "oof": 2 * 4, "test": 4}
-    assert rows["split"].value_counts().to_dict() == counts
-    final = rows[rows["split"] == "test"].set_index("fold")
-    for fold, of in rows[rows["split"] == "oof"].groupby("fold"):
-        of = of[of["heg_n"] == of["heg_n"].max()]
-        best = of.sort_values(["heg", "hvg"], ascending=False)["setting"].iloc[0]
-        assert final.loc[fold, "setting"] == best
-        assert final.loc[fold, "slide"] not in of["slide"].iloc[0].split(",")
+    assert rows["split"].value_counts().to_dict() == {"valid": 2 * 4 * 3, "test": 4}
+    for final in rows[rows["split"] == "test"].itertuples():
+        numbers = range(3 * final.fold, 3 * final.fold + 3)  # of the folds of its search
+        valid = rows[(rows["split"] == "valid") & rows["fold"].isin(numbers)]
+        assert final.slide not in set(valid["slide"])
+        means = valid.groupby("setting")[["heg", "hvg"]].mean()
+        means = means[valid.groupby("setting")["heg_n"].min() == valid["heg_n"].max()]
+        best = means.sort_values(["heg", "hvg"], ascending=False).index[0]
+        recipe = json.loads((tmp_path / final.folder / "recipe.json").read_text())
+        assert f"stages={recipe['TRAINABLE_STAGES']} hidden={recipe['HIDDEN']}" == best
 
 
 def test_targets_are_set_side_by_side_on_one_truth(simulated, tmp_path):

@@ -189,10 +189,13 @@ def test_of_several_networks_the_best_in_validation_is_viewed(tmp_path):
         if folder != "ridge":
             (tmp_path / folder / "weights.safetensors").touch()
         for split, heg in (("valid", valid), ("test", test)):
-            rows.append({"folder": folder, "split": split, "heg": heg})
+            row = {"folder": folder, "split": split, "heg": heg, "protocol": "paper"}
+            rows.append(row | {"truth": "lognorm"})
+            # What Harmony's values say is no headline.
+            rows.append(row | {"truth": "harmony", "heg": 1 - heg})
     choose = load_script("27").choose_viewed
     assert choose(tmp_path, rows)["folder"] == "b"
-    assert choose(tmp_path, rows[4:]) is None
+    assert choose(tmp_path, rows[8:]) is None
     assert choose(tmp_path, [row for row in rows if row["split"] == "test"]) is None
 
 
