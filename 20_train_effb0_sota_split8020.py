@@ -53,6 +53,7 @@ HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training mea
 POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
 STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
+NORMALISE_STAIN = False  # true = every slide's stain is brought to one, by all its patches
 FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
@@ -114,7 +115,7 @@ def fill_rows(run, split, recipe, suffix="", models=()):
         run.fill(run.row(setting + suffix, split, constants), method)
     if PRETRAINED is False:  # Features of a random network are no baseline.
         return
-    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):
+    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES", "NORMALISE_STAIN"):
         baseline[name] = recipe[name]
     stages = ", all stages" if POOL_STAGES else ""
     ridge = f"ridge ({BACKBONE}{stages}){suffix}"

@@ -206,7 +206,7 @@ def retrieve(images, spots, expression, k=50):
     """
     # In 16 bits many of the spots would tie.
     with torch.autocast(images.device.type, enabled=False):
-        similarity = F.normalize(images.float()) @ F.normalize(spots).T
+        similarity = F.normalize(images.to(spots.dtype)) @ F.normalize(spots).T
     nearest = similarity.topk(min(k, len(spots))).indices
     return expression[nearest].mean(1)
 

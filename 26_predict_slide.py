@@ -239,6 +239,8 @@ def predict_patches(model, trained, patches):
     device, dtype, reason = common.choose_device(trained.recipe)
     print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
     placed = common.place_patches(torch.from_numpy(patches), trained.recipe["IMAGE_SIZE"], device)
+    if trained.recipe["NORMALISE_STAIN"]:
+        placed = common.normalise_stain(placed, np.zeros(len(patches)))
     model = model.to(device, memory_format=torch.channels_last)
     rows = np.arange(len(patches))
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])

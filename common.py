@@ -491,19 +491,76 @@ def change_stain(pixels, change):
 OTHER_STAINING = change_of_stain(OTHER_STRENGTHS, DYES, OTHER_DYES)  # (3, 3)
 
 
-class StainShiftedPatches:
-    """Patches as another laboratory would have stained them, for [spots]: uint8 as they are."""
+# Mean products of the optical densities of red, green and blue over HER2ST's sections: the stain to
+# which NORMALISE_STAIN brings every slide.
+ONE_STAIN = ((0.763, 0.783, 0.434), (0.783, 0.827, 0.458), (0.434, 0.458, 0.256))
+MEASURED_SPOTS = 256  # of a slide, from whose patches its stain is measured
+# Of the mean squared density; added to it along every direction, so that a direction which a slide
+# lacks is not made much stronger.
+LEAST_STAIN = 1e-4
 
-    def __init__(self, patches, change):
+
+def normalise_stain(patches, slides):
+    """The patches of slides (N,), each slide's stain brought to ONE_STAIN.
+
+    A slide's optical densities are mapped so that their mean products are ONE_STAIN's: by the one
+    linear map that moves them least (Pitie and Kokaram, CVMP 2007). White stays white.
+    """
+    changes = torch.empty(len(slides), 3, 3)
+    for slide in np.unique(slides):
+        spots = np.flatnonzero(slides == slide)
+        some = spots[:: -(-len(spots) // MEASURED_SPOTS)]
+        changes[spots] = match_stain(measure_stain(patches, torch.from_numpy(some)))
+    return RestainedPatches(patches, changes)
+
+
+def measure_stain(patches, spots):
+    """(3, 3) float64 mean products of the optical densities of red, green and blue over these
+    spots' patches.
+    """
+    total = torch.zeros(3, 3, dtype=torch.float64)
+    for part in spots.split(32):
+        pixels = patches[part.to(patches.device)].cpu().movedim(1, 3).reshape(-1, 3)
+        density = -torch.log((pixels.double() + 1) / 256)
+        total += len(part) * (density.T @ density) / len(density)
+    return total / len(spots)
+
+
+def match_stain(products):
+    """(3, 3) float32 linear map of optical densities of these mean products to ONE_STAIN's."""
+    there = torch.tensor(ONE_STAIN, dtype=torch.float64)
+    steady = torch.eye(3, dtype=torch.float64) * LEAST_STAIN * there.trace() / 3
+    root = root_of(products + steady)
+    inverse = torch.linalg.inv(root)
+    return (inverse @ root_of(root @ (there + steady) @ root) @ inverse).float()
+
+
+def root_of(matrix):
+    """The symmetric square root of a symmetric matrix (n, n) without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+class RestainedPatches:
+    """Patches whose stain is changed, for [spots]: uint8 as they are."""
+
+    def __init__(self, patches, changes):
         self.patches = patches
         self.device = patches.device
-        self.change = change.to(patches.device)  # (3, 3) as change_stain's
+        self.changes = changes.to(patches.device)  # (N, 3, 3) as change_stain's
+
+    def __len__(self):
+        return len(self.patches)
 
     def __getitem__(self, spots):
-        images = self.patches[spots]
-        changed = change_stain(images, self.change.expand(len(images), 3, 3))
+        changed = change_stain(self.patches[spots], self.changes[spots])
         changed = changed.round().clamp(0, 255).to(torch.uint8)
         return changed.contiguous(memory_format=torch.channels_last)
+
+
+def shift_stain(patches):
+    """The patches as another laboratory would have stained them."""
+    return RestainedPatches(patches, OTHER_STAINING.expand(len(patches), 3, 3))
 
 
 # -------------------------------------------------------------------------------------------- model

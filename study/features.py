@@ -49,6 +49,8 @@ def encode_spots(data, recipe, seed, *, tta=False):
     recipe = recipes.PAPER | recipe
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "CHANNELS", "DEVICE", "PRECISION")
     constants = {name: recipe[name] for name in names}
+    slides = data.spots["tissue_index"]
+    constants["ONE_STAIN_OF"] = tuple(slides.tolist()) if recipe["NORMALISE_STAIN"] else None
     pools = recipe["POOL_STAGES"]
     if recipe["PRETRAINED"] is False:  # Another seed gives other features: these are not kept.
         constants["POOL_STAGES"] = pools
@@ -105,6 +107,8 @@ def encode_patches(patches, constants, seed, tta, kept):
             return features, model.widths
     model = model.to(device, memory_format=torch.channels_last)
     placed = common.place_patches(patches, recipe["IMAGE_SIZE"], device)
+    if recipe["ONE_STAIN_OF"]:
+        placed = common.normalise_stain(placed, np.array(recipe["ONE_STAIN_OF"]))
     features = common.predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
     if path and common.joined_ranks()[1] == 0:
         features = keep_features(path, features)
@@ -121,6 +125,7 @@ def name_features(of_patches, model, recipe, device, dtype, tta):
         "weights": hash_weights(model),
         "size": recipe["IMAGE_SIZE"],
         "channels": recipe["CHANNELS"],
+        "one stain of": recipe["ONE_STAIN_OF"],
         "stages": recipe["POOL_STAGES"],
         "views": 8 if tta else 1,
         "precision": f"{device.type} {dtype}",

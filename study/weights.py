@@ -19,7 +19,8 @@ from study.recipes import headline_of
 from study.shell import InputError
 
 # What a recipe must say of a network, and of a ridge on embeddings.
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "NORMALISE_STAIN", "TTA"}
+NETWORK |= {"TARGET", "REFIT"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
 TRAIN_AGAIN = "train it again with this version"
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
