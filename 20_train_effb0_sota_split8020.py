@@ -122,7 +122,7 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     if EPOCHS:  # Without any, the network is this ridge.
         run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
-        plain = baseline | {"POOL_STAGES": False}
+        plain = baseline | {"POOL_STAGES": False, "NORMALISE_STAIN": False}
         for probe, changed in probes.name_probes(BACKBONE).items():
             run.fill(run.row(probe, split, plain | changed), probes.hest_probe)
 

@@ -133,12 +133,12 @@ def choose_epoch(rows):
 
 def rank_settings(rows):
     """Names of the settings, best first: by HEG, then HVG, in validation against the target, mean
-    over folds and seeds. A setting whose r of HEG is undefined in a fold, or defined for fewer
-    genes than another's, is left out.
+    over folds and seeds. A setting whose r of HEG is defined for fewer genes than another's, summed
+    over the folds, is left out.
     """
     table = recording.select_lines(runs.lines_of(rows), "valid", TARGET)
     table = table.astype({"heg": float, "hvg": float}).groupby("setting", sort=False)
-    n_genes = table["heg_n"].min()
+    n_genes = table["heg_n"].sum()
     table = table[["heg", "hvg"]].mean()[n_genes == n_genes.max()].dropna(subset="heg")
     if table.empty:
         raise shell.InputError(
@@ -148,7 +148,7 @@ def rank_settings(rows):
     return order.index.tolist()
 
 
-def describe_folds(trained, searches, settings):
+def describe_costs(trained, searches, settings):
     """{setting: {column: text}}: the epoch that is best over the folds, mean over the searches, and
     the minutes of them all.
     """
@@ -194,9 +194,6 @@ def choose_hiddens():
     return (0,) if HEAD_START == "ridge" else HIDDENS
 
 
-CHOSEN = "chosen by search"
-
-
 def train_chosen(run, searches, trained, settings):
     """Train the setting that each search has chosen on all its training spots: the rows.
 
@@ -213,7 +210,9 @@ def train_chosen(run, searches, trained, settings):
         slides = ",".join(map(str, whole.slides("test")))
         print(f"chosen for slide {slides}, seed {whole.seed}: {best}, {stop} epochs")
         recipe = run.recipe | settings[best] | {"KEEP": stop}
-        row = run.row(CHOSEN, whole, recipe, stop=stop)
+        # One name for all, so that their mean is that of the search, whatever it has chosen.
+        row = run.row("chosen by search", whole, recipe, stop=stop)
+        row.note(chosen=best)
         row.report = None
         chosen.append(run.fill(row, methods.network))
     return chosen
@@ -236,7 +235,7 @@ def main():
     order = rank_settings(trained)
     trained.sort(key=lambda r: order.index(r.setting) if r.setting in order else len(order))
     title = f"{len(searches[0].folds)} folds, best setting first"
-    columns = describe_folds(trained, searches, settings)
+    columns = describe_costs(trained, searches, settings)
     leave_out = ("[95 %]", "MG", "r>=.30", "q<.05")
     run.print_scores(
         title, trained, columns=columns, leave_out=leave_out, role="valid", truth=TARGET

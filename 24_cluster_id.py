@@ -307,7 +307,7 @@ def cluster_every_split(run):
     ids, points, grid = every[SEEDS[0], 0]
     shell.save_csv(run.out / "grid.csv", grid)
     title = run.title("clusters of the first training by weights; the first line is used")
-    printing.print_table(title, grid.round(3).fillna("-"))
+    printing.print_table(title, grid.round(3).fillna("-"), keys=2)
     draw_clusters(
         run.out / "clusters.png", run.title("the first training"), run.splits[0], ids, points
     )
@@ -327,10 +327,12 @@ def main():
     settings = {name: shared | {"ID": name} for name in SETTINGS}
     settings["no id"] |= {"EMBEDDING": None, "IDS": None}
     settings = run.chosen(settings)
-    for split in run.splits:
+
+    def settings_of(split):
         found = hashlib.sha256(ids_of[split.seed, split.fold].tobytes()).hexdigest()
-        of_split = {name: {"IDS": found} | setting for name, setting in settings.items()}
-        run.train(of_split, functools.partial(network, ids_of), [split])
+        return {name: {"IDS": found} | setting for name, setting in settings.items()}
+
+    run.train(settings_of, functools.partial(network, ids_of))
     minus = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
     run.print_scores(f"{methods.name_network(BACKBONE)} with and without a cluster id", minus=minus)
     print(f"figure: {run.out / 'clusters.png'}")

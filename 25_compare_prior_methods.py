@@ -102,7 +102,6 @@ def trained_methods():
     """
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
     others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "NEIGHBOURHOOD")
-    others += ("PUBLISHED",)  # no constant any more, but a part of the hash of rows on disk
     shared = dict.fromkeys(others)
     network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
@@ -499,7 +498,8 @@ def describe_costs_and_gain(lines):
     columns = {}
     for setting, group in lines.groupby("setting"):
         parameters = group.get("parameters_total", pd.Series(dtype=float)).mean()
-        same_genes = sorted(group[lacks]) == sorted(bleep[lacks])
+        paired = group.merge(bleep, on=["seed", "fold"], suffixes=("", "_bleep"))
+        same_genes = len(paired) and (paired[lacks] == paired[f"{lacks}_bleep"]).all()
         gain = group[column].mean() / bleep_r - 1 if same_genes and bleep_r > 0 else np.nan
         columns[setting] = {
             "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",

@@ -242,8 +242,9 @@ def draw_settings(rows, label):
     ax.grid(axis="x", color="0.9")
     ax.set_xlabel(f"Pearson r, {headline.name}; its mean stands beside the name")
     lay_legend(ax)
-    where = " in validation" if (table["split"] == "valid").all() else ""
-    shown = f"{headline.name} of each setting{where}, its 95 % interval and its ceiling"
+    shown = f"{headline.name} of each setting, its 95 % interval and its ceiling"
+    if (table["split"] == "valid").all():
+        shown = f"{headline.name} of each setting in validation, and its ceiling"
     figure.suptitle(f"{label}{shown}", size=10)
     return figure, f"{label}{shown}: {'; '.join(names)}"
 
@@ -494,7 +495,8 @@ def show_scores(rows):
         about = ABOUT_HEST
     first = [row for row in rows if is_headline(row)]
     others = [row for row in rows if not is_headline(row)]
-    tables = [(caption, first), ("The same of validation spots, and against other truths", others)]
+    about_others = "Of validation spots, and against other truths"
+    tables = [(caption, first), (about_others, others)]
     parts = [as_table(caption, map(list_scores, part)) for caption, part in tables if part]
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
@@ -522,13 +524,13 @@ def show_further(run, rows):
 
 
 def choose_viewed(run, rows):
-    """The row of the test slide of the weights that are best in validation, as script 26 takes
-    them; None without any that have tested.
+    """The row of the test slide of the weights that are best in validation; None without any that
+    have tested.
     """
     truth = recipes.headline_of(rows[0]["protocol"]).truth if rows else None
     trained = {}
     for row in rows:
-        is_judged = row["split"] == "valid" and row["truth"] == truth and row["heg"]
+        is_judged = row["split"] == "valid" and row["truth"] == truth and row["heg"] is not None
         if is_judged and (run / row["folder"] / "weights.safetensors").is_file():
             trained[row["folder"]] = row
     tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
@@ -591,11 +593,10 @@ def write_report(run, facts):
     if facts.get("warnings"):
         lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in facts["warnings"])
         parts.append(f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>")
+    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_scores(rows)
         parts += show_scales(rows)
-    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
-    if rows:
         parts += show_further(run, rows)
     parts += show_viewer(run, facts, rows)
     parts += show_tested(run, facts, rows)

@@ -494,24 +494,39 @@ OTHER_STAINING = change_of_stain(OTHER_STRENGTHS, DYES, OTHER_DYES)  # (3, 3)
 # Mean products of the optical densities of red, green and blue over HER2ST's sections: the stain to
 # which NORMALISE_STAIN brings every slide.
 ONE_STAIN = ((0.763, 0.783, 0.434), (0.783, 0.827, 0.458), (0.434, 0.458, 0.256))
-MEASURED_SPOTS = 256  # of a slide, from whose patches its stain is measured
-# Of the mean squared density; added to it along every direction, so that a direction which a slide
-# lacks is not made much stronger.
-LEAST_STAIN = 1e-4
+# How many times as strong a colour may become, at the least and the most: what a slide lacks, as
+# grey ones do, is not invented.
+STAIN_GAINS = (0.25, 4.0)
+STAIN_SPOTS = 256  # of a slide, from whose patches its stain is measured
+STAIN_STEP = 4  # px; of every so many one is measured, down and across
+
+
+def describe_stain():
+    """What NORMALISE_STAIN does, so that a row's hash follows from it."""
+    return [ONE_STAIN, STAIN_GAINS, STAIN_SPOTS, STAIN_STEP]
 
 
 def normalise_stain(patches, slides):
-    """The patches of slides (N,), each slide's stain brought to ONE_STAIN.
+    """The patches (N, 3, S, S), of which `slides` (N,) tells the slide, with every slide's stain
+    brought to ONE_STAIN.
 
-    A slide's optical densities are mapped so that their mean products are ONE_STAIN's: by the one
-    linear map that moves them least (Pitie and Kokaram, CVMP 2007). White stays white.
+    A slide's optical densities are mapped so that their mean products become ONE_STAIN's: by the
+    linear map that moves them least (Pitie and Kokaram, CVMP 2007), with its gains in STAIN_GAINS.
+    White stays white.
     """
+    return RestainedPatches(patches, find_stain_changes(patches, tuple(slides)))
+
+
+@functools.lru_cache(maxsize=1)  # The trainings of a run have the same patches.
+def find_stain_changes(patches, slides):
+    """(N, 3, 3) float32 linear maps of optical densities, one a patch, as normalise_stain says."""
+    slides = np.array(slides)
     changes = torch.empty(len(slides), 3, 3)
     for slide in np.unique(slides):
         spots = np.flatnonzero(slides == slide)
-        some = spots[:: -(-len(spots) // MEASURED_SPOTS)]
+        some = spots[:: -(-len(spots) // STAIN_SPOTS)]
         changes[spots] = match_stain(measure_stain(patches, torch.from_numpy(some)))
-    return RestainedPatches(patches, changes)
+    return changes
 
 
 def measure_stain(patches, spots):
@@ -520,7 +535,8 @@ def measure_stain(patches, spots):
     """
     total = torch.zeros(3, 3, dtype=torch.float64)
     for part in spots.split(32):
-        pixels = patches[part.to(patches.device)].cpu().movedim(1, 3).reshape(-1, 3)
+        pixels = patches[part.to(patches.device)][:, :, ::STAIN_STEP, ::STAIN_STEP]
+        pixels = pixels.cpu().movedim(1, 3).reshape(-1, 3)
         density = -torch.log((pixels.double() + 1) / 256)
         total += len(part) * (density.T @ density) / len(density)
     return total / len(spots)
@@ -528,11 +544,12 @@ def measure_stain(patches, spots):
 
 def match_stain(products):
     """(3, 3) float32 linear map of optical densities of these mean products to ONE_STAIN's."""
-    there = torch.tensor(ONE_STAIN, dtype=torch.float64)
-    steady = torch.eye(3, dtype=torch.float64) * LEAST_STAIN * there.trace() / 3
-    root = root_of(products + steady)
+    target = torch.tensor(ONE_STAIN, dtype=torch.float64)
+    # So little is added that a slide of one colour alone has an inverse, and others keep theirs.
+    root = root_of(products + 1e-6 * torch.eye(3))
     inverse = torch.linalg.inv(root)
-    return (inverse @ root_of(root @ (there + steady) @ root) @ inverse).float()
+    gains, colours = torch.linalg.eigh(inverse @ root_of(root @ target @ root) @ inverse)
+    return (colours * gains.clamp(*STAIN_GAINS) @ colours.T).float()
 
 
 def root_of(matrix):
@@ -542,7 +559,7 @@ def root_of(matrix):
 
 
 class RestainedPatches:
-    """Patches whose stain is changed, for [spots]: uint8 as they are."""
+    """Patches with another stain, for [spots]: (B, 3, S, S) uint8, as the patches themselves."""
 
     def __init__(self, patches, changes):
         self.patches = patches

@@ -373,4 +373,4 @@ def print_sets(title, lines):
     for name in ("setting", "set"):
         shortened = table.pop(name).map(functools.partial(printing.cut_middle, width=25))
         texts.append(printing.justify_left(shortened))
-    printing.print_table(title, pd.concat([*texts, table], axis=1))
+    printing.print_table(title, pd.concat([*texts, table], axis=1), keys=2)

@@ -13,11 +13,11 @@ WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that 
 
 
 # ----------------------------------------------------------------------------------- printed tables
-def print_table(title, table):
+def print_table(title, table, keys=1):
     """One ruled table under its title. Columns that have no room in WIDTH follow below, beside the
-    first column again.
+    first `keys` columns again.
     """
-    parts = [format_lines(table[names]) for names in part_columns(table)]
+    parts = [format_lines(table[names]) for names in part_columns(table, keys)]
     width = max(len(line) for lines in parts for line in lines)
     print(f"\n{textwrap.fill(title, WIDTH)}")
     for head, *body in parts:
@@ -32,16 +32,16 @@ def format_lines(table):
     return [cut(line.rstrip(), WIDTH) for line in table.to_string(index=False).splitlines()]
 
 
-def part_columns(table):
-    """Lists of the names of a table's columns: as many as have room in WIDTH, the first one in
+def part_columns(table, keys):
+    """Lists of the names of a table's columns: as many as have room in WIDTH, the first `keys` in
     each.
     """
-    first, *others = table.columns
-    parts = [[first]]
-    for name in others:
+    first = [*table.columns[:keys]]
+    parts = [[*first]]
+    for name in table.columns[keys:]:
         wider = table[[*parts[-1], name]].to_string(index=False)
-        if len(parts[-1]) > 1 and max(map(len, wider.splitlines())) > WIDTH:
-            parts.append([first])
+        if len(parts[-1]) > keys and max(map(len, wider.splitlines())) > WIDTH:
+            parts.append([*first])
         parts[-1].append(name)
     return parts
 
@@ -129,12 +129,11 @@ def format_group(lines, group, size, over=None):
 
 
 def group_sizes(split):
-    """{"heg": number of genes, ...} that the groups should hold; "all" nine tenths of the panel,
-    since a few genes that are constant on a slide are no news.
+    """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
+    that are constant on a slide are no news.
     """
     counts = split.groups["group"].value_counts()
-    sizes = {group.lower(): count for group, count in counts.items()}
-    return sizes | {"all": 0.9 * len(split.data.genes)}
+    return {group.lower(): count for group, count in counts.items()}
 
 
 def describe_scores(lines, interval, sizes, n_genes):
@@ -145,7 +144,9 @@ def describe_scores(lines, interval, sizes, n_genes):
     """
     if recording.headline_of_lines(lines) is recipes.OF_HEST:
         return describe_hest(lines, interval, n_genes)
-    over = "slide" if lines["slide"].nunique() > 1 else ["seed", "fold"]
+    # Test slides count alike; folds of a search validate on slides that they share.
+    is_tested = lines["split"].iloc[0] == "test"
+    over = "slide" if is_tested and lines["slide"].nunique() > 1 else ["seed", "fold"]
     columns = {"HEG": format_group(lines, "heg", sizes.get("heg", 0), over)}
     columns["[95 %]"] = format_interval(*interval)
     columns["of ceiling"] = format_share(lines["heg"].mean(), lines["heg_ceiling"].mean())

@@ -99,7 +99,7 @@ class Run:
     out: Path
     sets: gene_sets.GeneSets = field(default_factory=gene_sets.GeneSets)  # beside the groups
     rows: list = field(default_factory=list)  # that are filled, in the order of table and report
-    set_tables: dict = field(default_factory=dict)  # {caption: lines} of gene sets, as printed
+    tables: dict = field(default_factory=dict)  # {caption: lines} of those printed, for the report
 
     @property
     def data(self):
@@ -187,14 +187,17 @@ class Run:
         raise LookupError(f"no row of {setting}")
 
     def train(self, settings, method, splits=None):
-        """The rows of each setting {name: {CONSTANT: value}} and split, which `method` fills.
+        """The rows of each setting {name: {CONSTANT: value}} and split, which `method` fills;
+        `settings` may be a function of the split that gives them.
 
         Of torchrun's processes each fills every so many-th row, and then waits for the others'.
         """
+        splits = self.splits if splits is None else splits
+        settings_of = settings if callable(settings) else lambda split: settings
         rows = []
-        for setting, changed in settings.items():
-            for split in self.splits if splits is None else splits:
-                rows.append(self.row(setting, split, self.recipe | changed))
+        for setting, split in itertools.product(settings_of(splits[0]), splits):
+            recipe = self.recipe | settings_of(split)[setting]
+            rows.append(self.row(setting, split, recipe))
         mine_first = sorted(range(len(rows)), key=lambda number: number % RANKS != RANK)
         epochs = sum(row.recipe["EPOCHS"] for row in rows)
         with tqdm(total=epochs, unit="epoch", smoothing=0, mininterval=2, disable=RANK > 0) as bar:
@@ -241,11 +244,13 @@ class Run:
             shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
         title = f"{title}: {scored} ({self.data.root})"
-        printing.print_table(self.title(title), pd.concat(shown, axis=1))
+        printed = pd.concat(shown, axis=1)
+        printing.print_table(self.title(title), printed)
+        self.tables[title] = printed.rename(columns=str.strip).to_dict("records")
         if self.sets.members and not RANK:
             scores = gene_sets.describe_sets(chosen, self.sets.members, self.out)
             gene_sets.print_sets(self.title(f"gene sets: {scored} ({self.data.root})"), scores)
-            self.set_tables[f"Gene sets, {scored}"] = scores
+            self.tables[f"Gene sets, {scored}"] = scores
         return differences
 
     def finish(self, tables=None):
@@ -260,7 +265,7 @@ class Run:
             data_root=self.data.root,
             label=self.data.label,
             folders=list(folders),
-            tables=self.set_tables | (tables or {}),
+            tables=self.tables | (tables or {}),
             recipe=self.recipe,
             warnings=self.data.meta.get("warnings", []),
         )

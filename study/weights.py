@@ -19,8 +19,7 @@ from study.recipes import headline_of
 from study.shell import InputError
 
 # What a recipe must say of a network, and of a ridge on embeddings.
-NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "NORMALISE_STAIN", "TTA"}
-NETWORK |= {"TARGET", "REFIT"}
+NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
 TRAIN_AGAIN = "train it again with this version"
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
@@ -186,10 +185,15 @@ def check_metadata(path, metadata):
             f"{TRAIN_AGAIN}"
         )
     needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
+    if isinstance(trained.recipe, dict):  # Weights of before it was made saw slides as they are.
+        trained.recipe = {"NORMALISE_STAIN": False} | trained.recipe
     if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
             f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
+    as_now = json.loads(json.dumps(common.describe_stain()))
+    if trained.recipe["NORMALISE_STAIN"] and trained.recipe.get("stain") != as_now:
+        raise InputError(f"{path}: another version normalised its slides' stain: {TRAIN_AGAIN}")
     try:
         trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
         evidence.read_genes(trained.evidence, trained.genes)
@@ -235,7 +239,8 @@ def keep_last_start(run, table):
     facts = run / "run.json"
     if not facts.is_file():
         return table
-    return table[table["folder"].isin(json.loads(facts.read_text())["folders"])]
+    folders = json.loads(facts.read_text()).get("folders", [])
+    return table[table["folder"].isin(folders)]
 
 
 def find_slide_of_run(run, image):
@@ -297,7 +302,10 @@ def keep_fitting(run, judged, takes_embeddings):
         kind = "network with a validation r (a ridge on embeddings needs --features)"
         if takes_embeddings:
             kind = "ridge on embeddings with a validation r, which --features are for"
-        raise InputError(f"--run {run}: holds no {kind}: give --weights")
+        raise InputError(
+            f"--run {run}: its last start made no {kind}: give --weights, a row's folder there, or "
+            "run its script again"
+        )
     names = {recipe["BACKBONE"] for recipe in recipes if embeddings.is_ridge(recipe)}
     if takes_embeddings and len(names) > 1:
         raise InputError(

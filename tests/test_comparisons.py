@@ -506,6 +506,11 @@ def test_ranking_is_by_r_in_validation_and_never_by_nan():
         valid_record("best where it is defined", 0.8, 0.8),
         valid_record("best where it is defined", None, 0.8, heg_n=0),
     ]
+    # In a second fold the others have as many genes again.
+    for name, heg in (("second", 0.3), ("first", 0.3), ("no hvg", 0.3)):
+        records.append(valid_record(name, heg, None if name == "no hvg" else 0.1))
+    for name in ("test is not looked at", "best of a few genes"):
+        records.append(valid_record(name, 0.1, 0.1))
     ranked = ["first", "second", "no hvg", "test is not looked at"]
     assert script.rank_settings([SimpleNamespace(lines=records)]) == ranked
     undefined = [valid_record("undefined", None, 0.9, heg_n=0)]

@@ -420,18 +420,19 @@ def test_pure_dyes_become_the_other_laboratorys():
 
 
 def stained(strengths, others, seed):
-    """(4, 3, 32, 32) uint8 of two dyes in random strengths, these times as strong, on glass."""
+    """(4, 3, 32, 32) uint8 of dyes in random strengths, these times as strong, on glass."""
     rng = np.random.default_rng(seed)
     dyes = torch.tensor(others)
     dyes = dyes / dyes.norm(dim=1, keepdim=True)
-    amounts = torch.from_numpy(rng.gamma(2, 0.3, (4, 2, 32, 32))).float()
+    amounts = torch.from_numpy(rng.gamma(2, 0.3, (4, 3, 32, 32))).float()
+    amounts[:, 2] /= 4  # what is neither
     density = torch.einsum("bkhw,kc->bchw", amounts * torch.tensor(strengths)[:, None, None], dyes)
     return (256 * torch.exp(-density) - 1).round().clamp(0, 255).to(torch.uint8)
 
 
 def test_normalised_slides_have_one_stain():
-    pale = stained((1.0, 1.0), common.DYES[:2], seed=0)
-    other = stained((1.3, 0.7), common.OTHER_DYES[:2], seed=0)
+    pale = stained((1.0, 1.0, 1.0), common.DYES, seed=0)
+    other = stained(common.OTHER_STRENGTHS, common.OTHER_DYES, seed=0)
     slides = np.repeat([1, 2], 4)
     patches = torch.cat([pale, other])
     normalised = common.normalise_stain(patches, slides)[torch.arange(8)]
@@ -452,6 +453,8 @@ def test_normalising_keeps_white_and_grey_finite():
     normalised = common.normalise_stain(torch.cat([white, grey]), slides)[torch.arange(6)]
     assert torch.equal(normalised[:3], white)
     assert 0 < normalised[3:].float().mean() < 255
+    gains = torch.linalg.eigvalsh(common.match_stain(torch.zeros(3, 3, dtype=torch.float64)))
+    assert gains.max() <= common.STAIN_GAINS[1] + 1e-3, "a slide of glass is not painted"
 
 
 def test_a_slide_is_normalised_by_itself_alone(tissue):

@@ -141,6 +141,23 @@ def test_a_mean_says_of_how_many_genes_and_slides_it_is():
     assert printing.format_group(lines[1:], "heg", 50) == "-"
 
 
+def test_folds_that_validate_on_unlike_slides_count_alike():
+    lines = pd.DataFrame({"slide": ["1,2", "1", "1"], "fold": [0, 1, 2], "seed": 42})
+    lines = lines.assign(split="valid", heg=[0.1, 0.2, 0.6], heg_n=50, heg_ceiling=0.6)
+    lines = lines.assign(hvg=0.1, hvg_n=50, mg=0.1, mg_n=8, all=0.1, all_n=900, protocol="block")
+    lines = lines.assign(n_genes_r30=9, n_genes_q05=np.nan)
+    shown = printing.describe_scores(lines, [np.nan, np.nan], {}, 900)
+    assert shown["HEG"].startswith("0.300±")
+
+
+def test_every_part_of_a_table_says_what_its_lines_are(capsys):
+    table = pd.DataFrame({"setting": ["a", "a"], "set": ["first", "second"]})
+    table["one"], table["two"] = 70 * "1", 70 * "2"
+    printing.print_table("a title", table, keys=2)
+    _, lines = printed_table(capsys.readouterr().out, "a title")
+    assert [line.count("second") for line in lines] == [0, 2]
+
+
 def test_columns_that_have_no_room_follow_below(capsys):
     table = pd.DataFrame({"setting": ["a", "b"]})
     for number in range(4):
