@@ -69,7 +69,7 @@ from study import (
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
-RUN = ""  # folder of a run of scripts 20 to 23: its best network in validation
+RUN = ""  # folder of a run of scripts 20 to 23: the best network of its last start, in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse

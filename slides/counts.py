@@ -505,7 +505,26 @@ def join_genes(features):
     for key, found in listed.items():
         genes[f"listed_{key}"] = ids.isin(found)
     report_missing_genes(genes, list(listed))
+    warn_of_spellings(genes)
     return genes
+
+
+def warn_of_spellings(genes):
+    """Warn of genes of join_genes's table whose names differ by case, dots or dashes alone, and
+    which no slide lists both: HLA.A is what R makes of HLA-A. Ids tell genes apart.
+    """
+    symbols = genes[genes["gene_ids"] == genes["name"]]
+    spelling = symbols["name"].str.upper().str.replace("[._]", "-", regex=True)
+    listed = symbols.filter(like="listed_").groupby(spelling.to_numpy())
+    is_split = (listed.size() > 1) & (listed.sum() <= 1).all(axis=1)
+    split = symbols["name"][spelling.isin(is_split.index[is_split])]
+    if len(split):
+        first = sorted(split[spelling == spelling[split.index[0]]])
+        inputs.warn(
+            f"genes that are spelled otherwise on other slides: {is_split.sum()}, as "
+            f"{' and '.join(first)}. These are two genes here, each without counts where the other "
+            "stands: spell them alike"
+        )
 
 
 def warn_of_renamed(symbols):

@@ -206,8 +206,8 @@ def check_metadata(path, metadata):
 
 # --------------------------------------------------------------------------------- which of a run's
 def choose_model(run, image, takes_embeddings):
-    """The folder of a run's row whose model has the highest validation r of HEG: of its networks
-    or, where it `takes_embeddings`, of its ridges on embeddings.
+    """The folder of the row of a run's last start whose model has the highest validation r of HEG:
+    of its networks or, where it `takes_embeddings`, of its ridges on embeddings.
 
     Of the slide in the file `image` those that have not learnt from it come first, then those of
     which that is not known, and a warning says which it is. The test slide chooses nothing.

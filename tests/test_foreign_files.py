@@ -215,6 +215,23 @@ def test_names_that_became_dates_are_warned_of(name):
     assert f"a gene is called {name}" in line
 
 
+def slide_genes(*names):
+    return pd.DataFrame({"name": names}, names)
+
+
+def test_a_gene_spelled_otherwise_on_another_slide_is_warned_of():
+    join_genes(
+        [(1, slide_genes("HAL", "HLA-A", "MT-CO1")), (2, slide_genes("HAL", "HLA.A", "VWF"))]
+    )
+    (line,) = inputs.WARNINGS
+    assert "spelled otherwise on other slides: 1, as HLA-A and HLA.A." in line
+
+
+def test_names_that_one_slide_tells_apart_are_other_genes():
+    join_genes([(1, slide_genes("HAL", "Hal", "MT-CO1")), (2, slide_genes("HAL", "Hal", "VWF"))])
+    assert not inputs.WARNINGS
+
+
 def test_counts_of_probes_are_refused(tmp_path):
     var = pd.DataFrame({"name": GENES}, [f"ENSG0{gene}|{gene}|00a{gene:>04}" for gene in "1234"])
     with pytest.raises(InputError, match="counts of probes"):
