@@ -147,7 +147,7 @@ def headings_of(text, caption):
 def test_no_number_of_a_row_stands_in_two_tables(report):
     run, text = report
     scores, n_first = headings_of(text, "Mean Pearson r")
-    others, n_others = headings_of(text, "The same of validation spots")
+    others, n_others = headings_of(text, "Of validation spots")
     further, n_further = headings_of(text, "Further metrics")
     assert n_first + n_others == n_further == len(pd.read_csv(run / "rows.csv"))
     shared = {"setting", "split", "truth", "slide", "seed", "fold"}
