@@ -53,7 +53,6 @@ HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training mea
 POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
 STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
-NORMALISE_STAIN = False  # true = every slide's stain is brought to one, by all its patches
 FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
 
 AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
@@ -115,14 +114,14 @@ def fill_rows(run, split, recipe, suffix="", models=()):
         run.fill(run.row(setting + suffix, split, constants), method)
     if PRETRAINED is False:  # Features of a random network are no baseline.
         return
-    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES", "NORMALISE_STAIN"):
+    for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):
         baseline[name] = recipe[name]
     stages = ", all stages" if POOL_STAGES else ""
     ridge = f"ridge ({BACKBONE}{stages}){suffix}"
     if EPOCHS:  # Without any, the network is this ridge.
         run.fill(run.row(ridge, split, baseline), methods.ridge_on_features)
     if PROTOCOL == "hest":
-        plain = baseline | {"POOL_STAGES": False, "NORMALISE_STAIN": False}
+        plain = baseline | {"POOL_STAGES": False}
         for probe, changed in probes.name_probes(BACKBONE).items():
             run.fill(run.row(probe, split, plain | changed), probes.hest_probe)
 

@@ -142,7 +142,8 @@ def rank_settings(rows):
     table = table[["heg", "hvg"]].mean()[n_genes == n_genes.max()].dropna(subset="heg")
     if table.empty:
         raise shell.InputError(
-            "no setting has a defined r of HEG: its genes are missing from the panel or constant"
+            "no setting has a defined r of HEG: its genes are missing from the panel or constant, "
+            "or all predictions are: take more epochs or a higher rate"
         )
     order = table.sort_values(["heg", "hvg"], ascending=False, kind="stable")
     return order.index.tolist()

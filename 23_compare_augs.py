@@ -57,7 +57,6 @@ HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 
-NORMALISE_STAIN = False  # true = every slide's stain is brought to one, by all its patches
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
@@ -168,7 +167,7 @@ def ridge_under_stain_shift(row):
     """A method: ridge_on_colour of test slides that another laboratory would have stained."""
     data = row.split.data
     patches = common.MappedPatches(data.patches, common.PATCH_SIZE)
-    patches = common.shift_stain(patches)
+    patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     colour = data.annotations.obsm["colour"].copy()
     for spots in torch.from_numpy(row.split.spots("test")).split(64):
         shifted = patches[spots].permute(0, 2, 3, 1).numpy()

@@ -199,13 +199,13 @@ def choose_sample():
     return space_ranger.read_space_ranger(Path(POSITIONS), Path(IMAGE) if IMAGE else None)
 
 
-def choose_folder(slide, name):
+def choose_folder(slide, name, weights_path):
     """OUT, or a folder of this image, its positions, embeddings and these weights alone.
 
     Images of several samples may have one name, as pipelines write them.
     """
     paths = [
-        Path(path).resolve() for path in (slide.image, POSITIONS, RUN, WEIGHTS, FEATURES) if path
+        Path(path).resolve() for path in (slide.image, POSITIONS, weights_path, FEATURES) if path
     ]
     digest = hashlib.sha256(repr(paths).encode()).hexdigest()[:8]
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
@@ -239,8 +239,6 @@ def predict_patches(model, trained, patches):
     device, dtype, reason = common.choose_device(trained.recipe)
     print(f"device      {device.type}, {str(dtype).removeprefix('torch.')} ({reason})")
     placed = common.place_patches(torch.from_numpy(patches), trained.recipe["IMAGE_SIZE"], device)
-    if trained.recipe["NORMALISE_STAIN"]:
-        placed = common.normalise_stain(placed, np.zeros(len(patches)))
     model = model.to(device, memory_format=torch.channels_last)
     rows = np.arange(len(patches))
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
@@ -556,7 +554,8 @@ def report(slide, table, genes, scored, trained, out):
     judged = trained.judged
     of_genes = table.var[columns].rename_axis("gene")
     if judged is not None:
-        of_genes = of_genes.join(judged[REPORTED])
+        ends = {"low": "valid_low", "high": "valid_high"}  # of validation's r, not of an expression
+        of_genes = of_genes.join(judged[REPORTED].rename(columns=ends))
     groups = describe_groups(table)
     tables = {caption: groups}
     if genes:
@@ -603,7 +602,7 @@ def main():
     tell_evidence(trained)
     genes, sets = choose_genes(trained), choose_sets(trained)
     name = Path(IMAGE).stem if IMAGE else slide.name
-    out = choose_folder(slide, name)
+    out = choose_folder(slide, name, path)
     shell.hold_folder(out)
     (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 
 import base64
+import functools
 import html
 import io
 import json
@@ -56,7 +57,7 @@ KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
 # is of the measured expression alone.
 SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "n_genes_q05", "steps", "heg", "heg_moran"}
-SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "gene_lists", "folder"}
+SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "gene_lists", "folder", "heg_lacks"}
 # What the table of scales shows: (a column of a row, its heading).
 SCALES = (
     ("heg", "HEG, spots"),
@@ -452,11 +453,13 @@ def read_rows_of_run(run, folders):
     return table.where(table.notna(), None).to_dict("records")
 
 
-def list_scores(row):
+def list_scores(run, row):
     """{heading: value} of a row's line in the tables of scores: the columns of the screen."""
     line = pd.DataFrame([row]).astype({name: float for name in row if row[name] is None})
     interval = row.get(f"{recipes.headline_of(row['protocol']).column}_ci")
-    scores = printing.describe_scores(line, interval or [np.nan, np.nan], {}, 0)
+    groups = shell.read_csv(run / row["folder"] / "genes.csv", ("group", "gene"))
+    sizes = printing.count_genes(groups)
+    scores = printing.describe_scores(line, interval or [np.nan, np.nan], sizes, 0)
     scores = {name: None if text == "-" else text for name, text in scores.items()}
     place = {name: row[name] for name in KEYS} | {"spots": row["n_spots"]}
     return place | scores | {"each gene": Path(row["folder"], "per_gene.csv")}
@@ -486,7 +489,7 @@ def is_headline(row):
     return row["split"] == "test" and row["truth"] == truth
 
 
-def show_scores(rows):
+def show_scores(run, rows):
     """Every row once, those first that a reader wants, as the parts of a page."""
     caption = "Mean Pearson r over the spots of a slide, against log-normalised counts"
     about = ABOUT_SCORES
@@ -497,7 +500,8 @@ def show_scores(rows):
     others = [row for row in rows if not is_headline(row)]
     about_others = "Of validation spots, and against other truths"
     tables = [(caption, first), (about_others, others)]
-    parts = [as_table(caption, map(list_scores, part)) for caption, part in tables if part]
+    list_row = functools.partial(list_scores, run)
+    parts = [as_table(caption, map(list_row, part)) for caption, part in tables if part]
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
@@ -595,7 +599,7 @@ def write_report(run, facts):
         parts.append(f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>")
     parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
-        parts += show_scores(rows)
+        parts += show_scores(run, rows)
         parts += show_scales(rows)
         parts += show_further(run, rows)
     parts += show_viewer(run, facts, rows)

@@ -491,93 +491,19 @@ def change_stain(pixels, change):
 OTHER_STAINING = change_of_stain(OTHER_STRENGTHS, DYES, OTHER_DYES)  # (3, 3)
 
 
-# Mean products of the optical densities of red, green and blue over HER2ST's sections: the stain to
-# which NORMALISE_STAIN brings every slide.
-ONE_STAIN = ((0.763, 0.783, 0.434), (0.783, 0.827, 0.458), (0.434, 0.458, 0.256))
-# How many times as strong a colour may become, at the least and the most: what a slide lacks, as
-# grey ones do, is not invented.
-STAIN_GAINS = (0.25, 4.0)
-STAIN_SPOTS = 256  # of a slide, from whose patches its stain is measured
-STAIN_STEP = 4  # px; of every so many one is measured, down and across
+class StainShiftedPatches:
+    """Patches as another laboratory would have stained them, for [spots]: uint8 as they are."""
 
-
-def describe_stain():
-    """What NORMALISE_STAIN does, so that a row's hash follows from it."""
-    return [ONE_STAIN, STAIN_GAINS, STAIN_SPOTS, STAIN_STEP]
-
-
-def normalise_stain(patches, slides):
-    """The patches (N, 3, S, S), of which `slides` (N,) tells the slide, with every slide's stain
-    brought to ONE_STAIN.
-
-    A slide's optical densities are mapped so that their mean products become ONE_STAIN's: by the
-    linear map that moves them least (Pitie and Kokaram, CVMP 2007), with its gains in STAIN_GAINS.
-    White stays white.
-    """
-    return RestainedPatches(patches, find_stain_changes(patches, tuple(slides)))
-
-
-@functools.lru_cache(maxsize=1)  # The trainings of a run have the same patches.
-def find_stain_changes(patches, slides):
-    """(N, 3, 3) float32 linear maps of optical densities, one a patch, as normalise_stain says."""
-    slides = np.array(slides)
-    changes = torch.empty(len(slides), 3, 3)
-    for slide in np.unique(slides):
-        spots = np.flatnonzero(slides == slide)
-        some = spots[:: -(-len(spots) // STAIN_SPOTS)]
-        changes[spots] = match_stain(measure_stain(patches, torch.from_numpy(some)))
-    return changes
-
-
-def measure_stain(patches, spots):
-    """(3, 3) float64 mean products of the optical densities of red, green and blue over these
-    spots' patches.
-    """
-    total = torch.zeros(3, 3, dtype=torch.float64)
-    for part in spots.split(32):
-        pixels = patches[part.to(patches.device)][:, :, ::STAIN_STEP, ::STAIN_STEP]
-        pixels = pixels.cpu().movedim(1, 3).reshape(-1, 3)
-        density = -torch.log((pixels.double() + 1) / 256)
-        total += len(part) * (density.T @ density) / len(density)
-    return total / len(spots)
-
-
-def match_stain(products):
-    """(3, 3) float32 linear map of optical densities of these mean products to ONE_STAIN's."""
-    target = torch.tensor(ONE_STAIN, dtype=torch.float64)
-    # So little is added that a slide of one colour alone has an inverse, and others keep theirs.
-    root = root_of(products + 1e-6 * torch.eye(3))
-    inverse = torch.linalg.inv(root)
-    gains, colours = torch.linalg.eigh(inverse @ root_of(root @ target @ root) @ inverse)
-    return (colours * gains.clamp(*STAIN_GAINS) @ colours.T).float()
-
-
-def root_of(matrix):
-    """The symmetric square root of a symmetric matrix (n, n) without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-class RestainedPatches:
-    """Patches with another stain, for [spots]: (B, 3, S, S) uint8, as the patches themselves."""
-
-    def __init__(self, patches, changes):
+    def __init__(self, patches, change):
         self.patches = patches
         self.device = patches.device
-        self.changes = changes.to(patches.device)  # (N, 3, 3) as change_stain's
-
-    def __len__(self):
-        return len(self.patches)
+        self.change = change.to(patches.device)  # (3, 3) as change_stain's
 
     def __getitem__(self, spots):
-        changed = change_stain(self.patches[spots], self.changes[spots])
+        images = self.patches[spots]
+        changed = change_stain(images, self.change.expand(len(images), 3, 3))
         changed = changed.round().clamp(0, 255).to(torch.uint8)
         return changed.contiguous(memory_format=torch.channels_last)
-
-
-def shift_stain(patches):
-    """The patches as another laboratory would have stained them."""
-    return RestainedPatches(patches, OTHER_STAINING.expand(len(patches), 3, 3))
 
 
 # -------------------------------------------------------------------------------------------- model

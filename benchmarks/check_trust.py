@@ -51,7 +51,7 @@ SETTING = "tf_efficientnet_lite0"  # of RUN, a network
 def shift_stain(patches):
     """Patches (n, 224, 224, 3) uint8 as 23 stains them otherwise."""
     stored = common.MappedPatches(torch.from_numpy(patches), common.PATCH_SIZE)
-    shifted = common.shift_stain(stored)
+    shifted = common.StainShiftedPatches(stored, common.OTHER_STAINING)
     parts = torch.arange(len(patches)).split(64)
     return np.concatenate([shifted[part].permute(0, 2, 3, 1).numpy() for part in parts])
 
@@ -168,8 +168,6 @@ def measure_network(data, folder):
     for change, apply in CHANGES.items():
         patches = apply(data.patches[test].numpy())
         placed = common.MappedPatches(torch.from_numpy(patches), recipe["IMAGE_SIZE"])
-        if recipe["NORMALISE_STAIN"]:
-            placed = common.normalise_stain(placed, np.zeros(len(test)))
         seen = common.predict(model, placed, range(len(test)), dtype=dtype, tta=recipe["TTA"])
         coverage = conformal.measure_coverage(seen, truth, half_widths)
         line = {"slide": split.slides("test")[0], "change": change}

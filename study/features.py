@@ -49,8 +49,6 @@ def encode_spots(data, recipe, seed, *, tta=False):
     recipe = recipes.PAPER | recipe
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "CHANNELS", "DEVICE", "PRECISION")
     constants = {name: recipe[name] for name in names}
-    slides = data.spots["tissue_index"]
-    constants["STAINED_SLIDES"] = tuple(slides.tolist()) if recipe["NORMALISE_STAIN"] else None
     pools = recipe["POOL_STAGES"]
     if recipe["PRETRAINED"] is False:  # Another seed gives other features: these are not kept.
         constants["POOL_STAGES"] = pools
@@ -107,8 +105,6 @@ def encode_patches(patches, constants, seed, tta, kept):
             return features, model.widths
     model = model.to(device, memory_format=torch.channels_last)
     placed = common.place_patches(patches, recipe["IMAGE_SIZE"], device)
-    if recipe["STAINED_SLIDES"]:
-        placed = common.normalise_stain(placed, np.array(recipe["STAINED_SLIDES"]))
     features = common.predict(model, placed, np.arange(len(patches)), dtype=dtype, tta=tta)
     if path and common.joined_ranks()[1] == 0:
         features = keep_features(path, features)
@@ -130,8 +126,6 @@ def name_features(of_patches, model, recipe, device, dtype, tta):
         "precision": f"{device.type} {dtype}",
         "versions": [version("torch"), version("timm")],
     }
-    if recipe["STAINED_SLIDES"]:
-        made_with["stain"] = [common.describe_stain(), recipe["STAINED_SLIDES"]]
     digest = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
     return f"{of_patches[:16]}-{digest[:16]}.npy"
 

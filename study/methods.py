@@ -93,7 +93,9 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     predictor = wrap(model, row) if wrap else model
     model.load_state_dict(safetensors.torch.load_file(trained.folder / "weights.safetensors"))
     predictor = predictor.to(row.device, memory_format=torch.channels_last)
-    patches = row.place_patches(stain_shift)
+    patches = row.place_patches()
+    if stain_shift:
+        patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
     kept = ("weights", "steps", "best_epoch", *PARAMETERS)
     row.note(**{name: trained.lines[0][name] for name in kept})
     predicted = row.predict(predictor, patches)

@@ -128,11 +128,11 @@ def format_group(lines, group, size, over=None):
     return text
 
 
-def group_sizes(split):
-    """{"heg": number of genes, ...} that the groups should hold; not of "all", where a few genes
-    that are constant on a slide are no news.
+def count_genes(groups):
+    """{"heg": number of genes, ...} that the groups of a table of genes.csv should hold; not of
+    "all", where a few genes that are constant on a slide are no news.
     """
-    counts = split.groups["group"].value_counts()
+    counts = groups["group"].value_counts()
     return {group.lower(): count for group, count in counts.items()}
 
 
@@ -140,7 +140,7 @@ def describe_scores(lines, interval, sizes, n_genes):
     """{column: text} of one setting's scores, on the screen and in the report.
 
     `lines` is a table of its lines of rows.csv, one or several, and `interval` that of their
-    headline's mean; `sizes` as of group_sizes, `n_genes` of the panel.
+    headline's mean; `sizes` as of count_genes, `n_genes` of the panel.
     """
     if recording.headline_of_lines(lines) is recipes.OF_HEST:
         return describe_hest(lines, interval, n_genes)

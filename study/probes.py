@@ -38,7 +38,7 @@ def hest_probe(row):
     row ResNet50 ends after the third of the four stages of timm's resnet50.tv_in1k
     (inference_models.py), so that of resnet50 here is another one.
     """
-    plain = row.recipe | {"POOL_STAGES": False, "NORMALISE_STAIN": False, "PRECISION": "fp32"}
+    plain = row.recipe | {"POOL_STAGES": False, "PRECISION": "fp32"}
     features, _ = encode_spots(row.split.data, plain, row.split.seed)
     row.note(weights=methods.name_weights(row.recipe))
     return predict_by_probe(row, features)

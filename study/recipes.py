@@ -16,7 +16,6 @@ PAPER = {
     "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
     "STOCHASTIC_DEPTH": 0.0,  # chance that the last block is left out of a step; others less
     "CHANNELS": "rgb",  # bgr = blue is taken for red
-    "NORMALISE_STAIN": False,  # every slide's stain is brought to one, by all its patches
     # how
     "AUG": "mpa",  # a name of common.AUGMENTATIONS
     "WARP_BORDER": "reflect",  # what a warp shows beyond the patch: reflect or black
@@ -44,7 +43,6 @@ BEST = PAPER | {
     "HIDDEN": 0,
     "HEAD_START": "ridge",
     "POOL_STAGES": True,
-    "NORMALISE_STAIN": True,
     "EPOCHS": 0,
     "REFIT": True,
     "TTA": True,

@@ -60,17 +60,9 @@ class Row:
         self.notes |= values
 
     # ------------------------------------------------------------------------------------- networks
-    def place_patches(self, stain_shift=False):
-        """The data root's patches in IMAGE_SIZE, on the device if they have room there; as another
-        laboratory would have stained them, if asked for.
-        """
-        data = self.split.data
-        patches = common.place_patches(data.patches, self.recipe["IMAGE_SIZE"], self.device)
-        if stain_shift:
-            patches = common.shift_stain(patches)
-        if self.recipe["NORMALISE_STAIN"]:
-            patches = common.normalise_stain(patches, data.spots["tissue_index"].to_numpy())
-        return patches
+    def place_patches(self):
+        """The data root's patches in IMAGE_SIZE, on the device if they have room there."""
+        return common.place_patches(self.split.data.patches, self.recipe["IMAGE_SIZE"], self.device)
 
     def fit(self, network, patches, *, model=None, **how):
         """Train a network on these patches by common.fit, which takes `how`; keep its history, and

@@ -222,7 +222,7 @@ class Run:
         """
         lines = lines_of(self.rows if rows is None else rows)
         chosen = recording.select_lines(lines, role, truth)
-        sizes = printing.group_sizes(self.splits[0])
+        sizes = printing.count_genes(self.splits[0].groups)
         headline = recording.headline_of_lines(chosen)
         if headline is recipes.OF_HEST:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
@@ -243,9 +243,9 @@ class Run:
             settings = chosen["setting"].unique()
             shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
-        title = f"{title}: {scored} ({self.data.root})"
+        title = self.title(f"{title}: {scored} ({self.data.root})")
         printed = pd.concat(shown, axis=1)
-        printing.print_table(self.title(title), printed)
+        printing.print_table(title, printed)
         self.tables[title] = printed.rename(columns=str.strip).to_dict("records")
         if self.sets.members and not RANK:
             scores = gene_sets.describe_sets(chosen, self.sets.members, self.out)

@@ -195,10 +195,12 @@ LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of const
 
 
 def recipe_of(script):
-    """{name: value} of the constants in a script's ruled block as they stand now, and of what its
-    RECIPE sets beside them.
+    """{name: value} of the constants in a script's ruled block as they stand now and, where it
+    trains, of what its RECIPE sets beside them.
     """
     constants = {name: script[name] for name in read_comments(script)}
+    if "EPOCHS" not in constants:
+        return constants
     return RECIPES[constants.get("RECIPE", "paper")] | constants
 
 
@@ -261,7 +263,8 @@ def build_parser(script):
                 return parse_constant(name, default, text)
             except (KeyError, ValueError):
                 kind = type(default).__name__
-                raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}") from None
+                hint = ": expected true or false" if kind == "bool" else ""
+                raise argparse.ArgumentTypeError(f"invalid {kind} value: {text!r}{hint}") from None
 
         options = {"metavar": ""}
         if isinstance(value, bool):

@@ -95,8 +95,6 @@ class Split:
             made_with["PRETRAINED"] = files
         if "AUG" in recipe:
             made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
-        if recipe.get("NORMALISE_STAIN"):
-            made_with["stain"] = common.describe_stain()
         device, dtype, _ = common.choose_device(recipe)
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")

@@ -185,15 +185,10 @@ def check_metadata(path, metadata):
             f"{TRAIN_AGAIN}"
         )
     needed = RIDGE if embeddings.is_ridge(trained.recipe) else NETWORK
-    if isinstance(trained.recipe, dict):  # Weights of before it was made saw slides as they are.
-        trained.recipe = {"NORMALISE_STAIN": False} | trained.recipe
     if not isinstance(trained.recipe, dict) or not trained.recipe.keys() >= needed:
         raise InputError(
             f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
-    as_now = json.loads(json.dumps(common.describe_stain()))
-    if trained.recipe["NORMALISE_STAIN"] and trained.recipe.get("stain") != as_now:
-        raise InputError(f"{path}: another version normalised its slides' stain: {TRAIN_AGAIN}")
     try:
         trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
         evidence.read_genes(trained.evidence, trained.genes)

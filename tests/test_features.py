@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from conftest import ask, run_script, stdout_of
 from test_weights import SMALL, pretend
 
 import common
-from study import features, methods, rows
+from study import features, methods
 
 
 @pytest.fixture(scope="module")
@@ -120,27 +119,12 @@ def test_what_changes_features_has_a_file_of_its_own(data, recipe, tmp_path):
     state = pretend(SMALL, seed=8).state_dict()
     safetensors.torch.save_file(state, other / f"{SMALL}.safetensors")
     kinds = [{}, {"IMAGE_SIZE": 64}, {"CHANNELS": "bgr"}, {"PRETRAINED": str(other)}]
-    kinds.append({"NORMALISE_STAIN": True})
     for kind in kinds:
         features.encode_spots(data, recipe | kind, 42)
     features.encode_spots(data, recipe, 42, tta=True)
     dark = dataclasses.replace(data, patches=data.patches // 2, meta={})
     features.encode_spots(dark, recipe, 42)
     assert len(list_kept(data)) == len(kinds) + 2
-
-
-def test_features_of_one_stain_are_of_the_patches_that_a_network_sees(data, recipe):
-    recipe |= {"NORMALISE_STAIN": True}
-    kept, _ = features.encode_spots(data, recipe, 42)
-    model = features.build_encoder(recipe, None).to(memory_format=torch.channels_last)
-    split = SimpleNamespace(data=data)
-    row = SimpleNamespace(split=split, recipe=recipe, device=torch.device("cpu"))
-    patches = rows.Row.place_patches(row)
-    every = np.arange(len(patches))
-    seen = common.predict(model, patches, every, dtype=torch.float32)
-    np.testing.assert_array_equal(kept, seen)
-    plain, _ = features.encode_spots(data, recipe | {"NORMALISE_STAIN": False}, 42)
-    assert np.abs(kept - plain).max() > 1e-3
 
 
 def test_a_network_and_its_ridge_compute_them_once(data, recipe, monkeypatch):

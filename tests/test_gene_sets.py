@@ -386,7 +386,7 @@ def test_the_second_table_has_a_line_a_set(scored, capsys):
     assert f"{line['set_SOME'] / line['set_SOME_ceiling']:.0%}" in shown[-1]
     assert shown[0].split()[3] == shown[3].split()[3], "HEG again"
     (first, caption), (_, table) = run.tables, run.tables.values()
-    assert first.startswith("methods: test slide 3")
+    assert first.startswith(f"{run.data.label}methods: test slide 3")
     assert caption.startswith("Gene sets, test slide 3")
     assert [line["set"] for line in table][-1] == "SOME"
 
