@@ -106,9 +106,15 @@ class Search:
     whole: splitting.Split  # all their spots train
     folds: list  # a Split a fold
 
-    def select_rows(self, trained, setting):
-        """Those of the `trained` rows that are of this setting and these folds."""
-        return [row for row in trained if row.setting == setting and row.split in self.folds]
+    def choose_epoch(self, trained, setting):
+        """The epoch that is best in the mean history of the folds, of this setting's rows among
+        the `trained` ones.
+        """
+        rows = [row for row in trained if row.setting == setting and row.split in self.folds]
+        numbers = ("epoch", "valid_mse", "valid_heg")
+        histories = [shell.read_csv(row.folder / "history.csv", numbers=numbers) for row in rows]
+        mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
+        return common.choose_epoch(mean.to_dict("records"), rows[0].recipe)
 
 
 def open_searches(run):
@@ -119,16 +125,6 @@ def open_searches(run):
         n_folds[whole.seed] += len(folds)  # No two folds of a seed have one number.
         searches.append(Search(whole, folds))
     return searches
-
-
-def choose_epoch(rows):
-    """The epoch that is best in the mean history of the folds, which these rows are of."""
-    histories = [
-        shell.read_csv(row.folder / "history.csv", numbers=("epoch", "valid_mse", "valid_heg"))
-        for row in rows
-    ]
-    mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
-    return common.choose_epoch(mean.to_dict("records"), rows[0].recipe)
 
 
 def rank_settings(rows):
@@ -149,13 +145,13 @@ def rank_settings(rows):
     return order.index.tolist()
 
 
-def describe_costs(trained, searches, settings):
+def describe_epochs(trained, searches, settings):
     """{setting: {column: text}}: the epoch that is best over the folds, mean over the searches, and
     the minutes of them all.
     """
     columns = {}
     for setting in settings:
-        epochs = [choose_epoch(search.select_rows(trained, setting)) for search in searches]
+        epochs = [search.choose_epoch(trained, setting) for search in searches]
         seconds = sum(row.lines[0]["seconds"] for row in trained if row.setting == setting)
         columns[setting] = {
             "best epoch": f"{np.mean(epochs):.0f}",
@@ -207,7 +203,7 @@ def train_chosen(run, searches, trained, settings):
         of_slide = [other.folds for other in searches if other.whole.fold == whole.fold]
         folds = [*itertools.chain(*of_slide)]
         best = rank_settings([row for row in trained if row.split in folds])[0]
-        stop = choose_epoch(search.select_rows(trained, best))
+        stop = search.choose_epoch(trained, best)
         slides = ",".join(map(str, whole.slides("test")))
         print(f"chosen for slide {slides}, seed {whole.seed}: {best}, {stop} epochs")
         recipe = run.recipe | settings[best] | {"KEEP": stop}
@@ -236,7 +232,7 @@ def main():
     order = rank_settings(trained)
     trained.sort(key=lambda r: order.index(r.setting) if r.setting in order else len(order))
     title = f"{len(searches[0].folds)} folds, best setting first"
-    columns = describe_costs(trained, searches, settings)
+    columns = describe_epochs(trained, searches, settings)
     leave_out = ("[95 %]", "MG", "r>=.30", "q<.05")
     run.print_scores(
         title, trained, columns=columns, leave_out=leave_out, role="valid", truth=TARGET

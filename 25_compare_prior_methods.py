@@ -492,15 +492,14 @@ def describe_costs_and_gain(lines):
     that of what is measured, and r over BLEEP's.
     """
     headline = recording.headline_of_lines(lines)
-    column, lacks = headline.column, f"{headline.group.lower()}_lacks"
     bleep = lines[lines["setting"] == name_bleep()]
-    bleep_r = bleep[column].astype(float).mean()
+    bleep_r = bleep[headline.column].astype(float).mean()
     columns = {}
     for setting, group in lines.groupby("setting"):
         parameters = group.get("parameters_total", pd.Series(dtype=float)).mean()
-        paired = group.merge(bleep, on=["seed", "fold"], suffixes=("", "_bleep"))
-        same_genes = len(paired) and (paired[lacks] == paired[f"{lacks}_bleep"]).all()
-        gain = group[column].mean() / bleep_r - 1 if same_genes and bleep_r > 0 else np.nan
+        gain = np.nan
+        if bleep_r > 0 and recording.share_genes(group, bleep, headline.group):
+            gain = group[headline.column].mean() / bleep_r - 1
         columns[setting] = {
             "M": "-" if np.isnan(parameters) else f"{parameters / 1e6:.1f}",
             "min": f"{group['seconds'].mean() / 60:.1f}",

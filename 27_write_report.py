@@ -20,7 +20,6 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 
 import base64
-import functools
 import html
 import io
 import json
@@ -54,8 +53,8 @@ or was made anew"""
 
 # Columns of a row that say what it is of.
 KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
-# What the table of further metrics leaves out: the tables of scores or the settings hold it, or it
-# is of the measured expression alone.
+# What the table of further metrics leaves out: the tables of scores or the settings hold it, it is
+# of the measured expression alone, or no number for a reader.
 SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "n_genes_q05", "steps", "heg", "heg_moran"}
 SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "gene_lists", "folder", "heg_lacks"}
 # What the table of scales shows: (a column of a row, its heading).
@@ -453,12 +452,12 @@ def read_rows_of_run(run, folders):
     return table.where(table.notna(), None).to_dict("records")
 
 
-def list_scores(run, row):
-    """{heading: value} of a row's line in the tables of scores: the columns of the screen."""
+def list_scores(row, sizes):
+    """{heading: value} of a row's line in the tables of scores: the columns of the screen, for gene
+    groups of these sizes.
+    """
     line = pd.DataFrame([row]).astype({name: float for name in row if row[name] is None})
     interval = row.get(f"{recipes.headline_of(row['protocol']).column}_ci")
-    groups = shell.read_csv(run / row["folder"] / "genes.csv", ("group", "gene"))
-    sizes = printing.count_genes(groups)
     scores = printing.describe_scores(line, interval or [np.nan, np.nan], sizes, 0)
     scores = {name: None if text == "-" else text for name, text in scores.items()}
     place = {name: row[name] for name in KEYS} | {"spots": row["n_spots"]}
@@ -483,10 +482,14 @@ def list_metrics(row):
     return line
 
 
+def has_headline_truth(row):
+    """Whether a row's r are against the headline's truth."""
+    return row["truth"] == recipes.headline_of(row["protocol"]).truth
+
+
 def is_headline(row):
     """Whether a row is of a test slide, against the headline's truth."""
-    truth = recipes.headline_of(row["protocol"]).truth
-    return row["split"] == "test" and row["truth"] == truth
+    return row["split"] == "test" and has_headline_truth(row)
 
 
 def show_scores(run, rows):
@@ -500,8 +503,15 @@ def show_scores(run, rows):
     others = [row for row in rows if not is_headline(row)]
     about_others = "Of validation spots, and against other truths"
     tables = [(caption, first), (about_others, others)]
-    list_row = functools.partial(list_scores, run)
-    parts = [as_table(caption, map(list_row, part)) for caption, part in tables if part]
+    sizes = {}
+    for folder in dict.fromkeys(row["folder"] for row in rows):
+        groups = shell.read_csv(run / folder / "genes.csv", ("group", "gene"))
+        sizes[folder] = printing.count_genes(groups)
+    parts = []
+    for caption, part in tables:
+        if part:
+            lines = [list_scores(row, sizes[row["folder"]]) for row in part]
+            parts.append(as_table(caption, lines))
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
 
@@ -531,10 +541,10 @@ def choose_viewed(run, rows):
     """The row of the test slide of the weights that are best in validation; None without any that
     have tested.
     """
-    truth = recipes.headline_of(rows[0]["protocol"]).truth if rows else None
     trained = {}
     for row in rows:
-        is_judged = row["split"] == "valid" and row["truth"] == truth and row["heg"] is not None
+        is_valid = row["split"] == "valid" and has_headline_truth(row)
+        is_judged = is_valid and row["heg"] is not None
         if is_judged and (run / row["folder"] / "weights.safetensors").is_file():
             trained[row["folder"]] = row
     tested = [row for row in rows if row["split"] == "test" and row["folder"] in trained]
@@ -587,7 +597,7 @@ def write_report(run, facts):
     ]
     scored = [row for row in rows if is_headline(row)]
     if not scored:  # as of one setting of a search
-        scored = [row for row in rows if row["truth"] == recipes.headline_of(row["protocol"]).truth]
+        scored = [row for row in rows if has_headline_truth(row)]
     if scored:
         figure, text = draw_settings(scored, facts["label"])
         buffer = io.BytesIO()

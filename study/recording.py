@@ -274,6 +274,17 @@ def find_headline_interval(lines, out):
     return intervals.find_interval(value, error, freedom) or [np.nan, np.nan]
 
 
+def share_genes(ones, others, group):
+    """Whether r of a gene group is defined for the same genes in two settings' lines, training by
+    training.
+    """
+    lacking = [
+        lines.set_index(["seed", "fold"])[f"{group.lower()}_lacks"].sort_index()
+        for lines in (ones, others)
+    ]
+    return lacking[0].equals(lacking[1])
+
+
 def pair_differences(lines, out, minus):
     """r of a setting minus r of another, {setting: another}, of the same trainings, on test slides
     against the headline's truth: table setting, minus, group, n, difference, low, high (95 %).
@@ -292,8 +303,7 @@ def pair_differences(lines, out, minus):
             key = group.lower()
             pair = {"setting": setting, "minus": other, "group": group, "n": len(ones)}
             pair |= {"difference": np.nan, "low": np.nan, "high": np.nan}
-            same_genes = (ones[f"{key}_lacks"] == others[f"{key}_lacks"]).all()
-            if same_genes and ones[f"{key}_n"].all():
+            if share_genes(ones, others, group) and ones[f"{key}_n"].all():
                 difference = (ones[f"{key}{ending}"] - others[f"{key}{ending}"]).mean()
                 interval = intervals.find_interval(difference, errors[place], freedoms[place])
                 pair["difference"] = difference

@@ -231,21 +231,24 @@ def keep_last_start(run, table):
     """The rows of a table of a run that its report shows, those of its last start: what one
     protocol says in validation is not to be compared with what another says.
     """
-    facts = run / "run.json"
-    if not facts.is_file():
-        return table
-    folders = json.loads(facts.read_text()).get("folders", [])
-    return table[table["folder"].isin(folders)]
+    facts = read_facts(run)
+    return table[table["folder"].isin(facts.get("folders", []))] if facts else table
+
+
+def read_facts(run):
+    """What run.json tells of a run; {} without one."""
+    path = run / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def find_slide_of_run(run, image):
     """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
     root) of the data root of a run; None where none has, or the run or its data root is not there.
     """
-    facts = run / "run.json"
-    if not facts.is_file():
+    facts = read_facts(run)
+    if not facts:
         return None
-    path = Path(run, json.loads(facts.read_text())["data_root"], "dataset", "meta.json").resolve()
+    path = Path(run, facts["data_root"], "dataset", "meta.json").resolve()
     if not path.is_file():
         print(f"no {path}: so it is not known whether the model has learnt from this slide")
         return None
