@@ -71,6 +71,13 @@ MOST_THREADS = 4  # that paint tiles; each holds about 50 MB
 HALO = 48  # px painted around a tile, so that objects and blur cross its border seamlessly
 GRAIN = 1024  # px; side of the square of noise that is repeated over the slide
 CORNERS = 12  # corners of the polygon that an ellipse is drawn as
+# {layer: {kind of object: its strength}}, where a stronger kind covers a weaker one.
+LAYERS = {
+    "nuclei": {"hepatocyte": 0.85, "fibroblast": 0.95, "lymphocyte": 1},
+    "fibres": {"fibre": 1},
+    "granules": {"granule": 1},
+    "holes": {"sinusoid": 0.9, "droplet": 1},
+}
 
 # What a gene follows, with real symbols of the human liver. Other genes follow one at random.
 PROGRAMMES = {
@@ -282,17 +289,19 @@ def ellipses(points, length, width, rng):
     return np.column_stack([points, length * wobble, width * wobble, angle]).astype(np.float32)
 
 
-def draw(objects, rows, columns):
-    """Ellipses of one kind as a blurred mask, (len(rows), len(columns)) uint8."""
+def draw(kinds, layer, rows, columns):
+    """The objects of a layer as a blurred mask, (len(rows), len(columns)) uint8."""
     height = len(rows) + 2 * HALO
     width = len(columns) + 2 * HALO
-    local = objects[:, :2] - (np.array([rows[0], columns[0]]) - HALO)
-    near = ((local > -HALO) & (local < [height + HALO, width + HALO])).all(1)
     canvas = Image.new("L", (width, height))
     pen = ImageDraw.Draw(canvas)
-    for outline in outlines(objects[near], local[near]).tolist():
-        pen.polygon(outline, fill=255)
-    blurred = np.asarray(canvas.filter(ImageFilter.GaussianBlur(1.2)))
+    for kind, strength in LAYERS[layer].items():
+        local = kinds[kind][:, :2] - (np.array([rows[0], columns[0]]) - HALO)
+        near = ((local > -HALO) & (local < [height + HALO, width + HALO])).all(1)
+        for outline in outlines(kinds[kind][near], local[near]).tolist():
+            pen.polygon(outline, fill=round(255 * strength))
+    # A box of the same width as Pillow's Gaussian, which is three boxes, one after the other.
+    blurred = np.asarray(canvas.filter(ImageFilter.BoxBlur(1.6)))
     return blurred[HALO:-HALO, HALO:-HALO]
 
 
@@ -331,10 +340,10 @@ def paint(path, fields, kinds, shape, rng):
         top, left = corner
         rows = np.arange(top, min(top + TILE, shape[0]))
         columns = np.arange(left, min(left + TILE, shape[1]))
-        masks = {kind: draw(objects, rows, columns) for kind, objects in kinds.items()}
+        masks = {layer: draw(kinds, layer, rows, columns) for layer in LAYERS}
         # Strips stay in the processor's caches, where a tile takes twice as long.
         for part in common.parts_of(len(rows), STRIP):
-            drawn = {kind: mask[part] for kind, mask in masks.items()}
+            drawn = {layer: mask[part] for layer, mask in masks.items()}
             hematoxylin, eosin, solid = stain_strip(fields, drawn, grain, rows[part], columns)
             strip = image[top : top + len(rows), left : left + len(columns)][part]
             for channel in range(3):
@@ -356,17 +365,14 @@ def stain_strip(fields, drawn, grain, rows, columns):
 
     The amount of either dye, and how much of the light's path goes through tissue.
     """
-    mask = {kind: values.astype(np.float32) / 255 for kind, values in drawn.items()}
+    mask = {layer: values.astype(np.float32) / 255 for layer, values in drawn.items()}
     field = {name: resample(values, rows, columns) for name, values in fields.items()}
     speckle = grain.take(rows % GRAIN, 1).take(columns % GRAIN, 2)
-    nuclei = np.maximum(0.85 * mask["hepatocyte"], mask["lymphocyte"])
-    nuclei = np.maximum(nuclei, 0.95 * mask["fibroblast"])
-    hematoxylin = 0.08 + 0.22 * field["zone"] + 1.15 * nuclei + 0.55 * mask["granule"]
+    hematoxylin = 0.08 + 0.22 * field["zone"] + 1.15 * mask["nuclei"] + 0.55 * mask["granules"]
     hematoxylin = hematoxylin + 0.03 * speckle[0]
-    eosin = 0.56 - 0.38 * field["zone"] + 0.15 * field["fibrosis"] + 0.30 * mask["fibre"]
+    eosin = 0.56 - 0.38 * field["zone"] + 0.15 * field["fibrosis"] + 0.30 * mask["fibres"]
     eosin = eosin + 0.05 * speckle[1]
-    holes = np.maximum(mask["droplet"], 0.9 * mask["sinusoid"])
-    solid = (1 - 0.95 * holes) * field["tissue"] * field["stain"]
+    solid = (1 - 0.95 * mask["holes"]) * field["tissue"] * field["stain"]
     return hematoxylin, eosin, solid
 
 
