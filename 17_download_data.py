@@ -284,17 +284,8 @@ def prepare_gse240429(root):
 
 
 def download_gse240429(root, slides):
-    """Fetch what is missing; a file that is there with the right size is left alone."""
-    plan = plan_images(slides) + plan_tables(slides)
-    missing = [(entry, root / path) for entry, path in plan if not is_done(entry, root / path)]
-    needed = sum(bytes_needed(entry, path) for entry, path in missing)
-    check_space(root, needed)
-    print(f"{len(missing)} files to fetch, {needed / 1e9:.1f} GB")
-    for entry, path in missing:
-        if not path.exists() or path.stat().st_size != remote_size(entry):
-            fetch(entry, path)
-        if is_packed(path):
-            unpack_download(path)
+    """Fetch images and tables of the slides."""
+    fetch_missing(plan_images(slides) + plan_tables(slides), root)
 
 
 def plan_images(slides):
@@ -343,6 +334,21 @@ def find_file(base, path):
 def is_packed(path):
     """Whether a file of the plan is a TIFF that is to be unpacked."""
     return path.name.endswith(".tiff.gz")
+
+
+def fetch_missing(plan, root, copies=1):
+    """Fetch the files [(listing entry, path in `root`)] that are missing; one that is there with
+    the right size is left alone. InputError without disk for them, `copies` times.
+    """
+    missing = [(entry, root / path) for entry, path in plan if not is_done(entry, root / path)]
+    needed = copies * sum(bytes_needed(entry, path) for entry, path in missing)
+    check_space(root, needed)
+    print(f"{len(missing)} files to fetch, {needed / 1e9:.1f} GB")
+    for entry, path in missing:
+        if not path.exists() or path.stat().st_size != remote_size(entry):
+            fetch(entry, path)
+        if is_packed(path):
+            unpack_download(path)
 
 
 def is_done(entry, path):
@@ -412,11 +418,8 @@ def download_her2st(root):
     """Fetch the sections' files into <root>/download, under their public paths; that folder."""
     base = f"{source_or(GITHUB)}/repos/almaan/her2st/contents/data"
     plan = plan_her2st_tables(base) + plan_her2st_images(base)
-    sizes = [remote_size(entry) or 0 for entry, _ in plan]
-    check_space(root, 2 * sum(sizes))  # what is fetched is converted into files of the same size
-    for entry, path in plan:
-        if not (root / "download" / path).exists():
-            fetch(entry, root / "download" / path)
+    # What is fetched is converted into files of the same size.
+    fetch_missing(plan, root / "download", copies=2)
     return root / "download"
 
 

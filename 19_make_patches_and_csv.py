@@ -50,13 +50,7 @@ from slides.colour import colour_statistics
 from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import cut_spots
 from slides.hest_patches import holds_patches
-from slides.manifest import (
-    describe_row,
-    list_files,
-    name_file,
-    read_manifest,
-    warn_of_magnifications,
-)
+from slides.manifest import describe_file, describe_slide, read_manifest, warn_of_magnifications
 from slides.panel import (
     choose_panel,
     find_variable_genes,
@@ -474,6 +468,7 @@ def write_meta(root, out, manifest, target, over_border):
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
     given = shell.flags_given(globals())
+    task_files = (common.TASK_FOLDS, common.TASK_GENES) if has_folds(root) else ()
     meta = {
         "format": common.FORMAT,
         "target": target,
@@ -488,26 +483,13 @@ def write_meta(root, out, manifest, target, over_border):
         "dataset_sha256": shell.hash_file(out / "dataset.csv"),
         "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
+        "task": {name: describe_file(root / name) for name in task_files},
         "warnings": inputs.WARNINGS,
         "flags": {flag: value for flag, value in given.items() if flag != "--data-root"},
         "versions": {library: version(library) for library in libraries},
     }
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta
-
-
-def describe_slide(root, slide):
-    """What meta.json says of a slide: its row of slides.csv, and size and hashes of its files, of
-    which check_sources compares `blocks`.
-    """
-    files = {}
-    for path in list_files(slide):
-        files[name_file(root, path)] = {
-            "bytes": path.stat().st_size,
-            "sha256": shell.hash_file(path),
-            "blocks": shell.hash_blocks(path),
-        }
-    return describe_row(root, slide) | {"files": files}
 
 
 # -------------------------------------------------------------------------------- check
@@ -627,7 +609,8 @@ def link_hest(root):
         shell.hold_folder(root)
         hest.write_task(root, folder)
         return
-    tasks = hest.list_tasks(folder)
+    # A folder above tasks, as the data set MahmoodLab/hest-bench is.
+    tasks = sorted(path.parent.name for path in folder.glob("[!.]*/splits") if path.is_dir())
     if tasks and not (folder / "st").is_dir():
         raise InputError(
             f"--from-hest {FROM_HEST}: a folder of {len(tasks)} tasks of HEST-Benchmark, "
@@ -680,6 +663,10 @@ def main():
         raise InputError(
             "--samples, --organ, --species, --technology and --hest-patches go with --from-hest"
         )
+    if (IMAGES or USE_HIRES) and not FROM_SPACERANGER:
+        raise InputError("--images and --use-hires go with --from-spaceranger")
+    if IMAGES and USE_HIRES:
+        raise InputError("--images and --use-hires: give one of them")
     if FROM_SPACERANGER:
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)

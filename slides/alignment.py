@@ -32,22 +32,22 @@ TURNS = {  # (rows, columns) on an image of (height, width), were it turned or m
 }
 
 
-def warn_of_swap(slide, spots, patches, shape):
+def warn_of_swap(slide, spots, shape):
     """Print a warning where pxl_row and pxl_col look swapped.
 
     Swapped, the array lies mirrored on the image; the spots would then cover its tissue, which has
     colour, better the other way round.
     """
-    inside = find_inside(spots, shape)
-    spots, patches = spots[inside], patches[inside]
+    spots = spots[find_inside(spots, shape)]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
         return
-    some = choose_some(spots)
-    swapped = spots.iloc[some].rename(columns=SWAPPED)
-    others = np.empty((len(some), *patches.shape[1:]), np.uint8)
-    read_patches(slide.image, swapped, others)
-    # From 0 to 1: the largest less the smallest of red, green and blue.
-    here, there = (np.ptp(cut, axis=3).mean() / 255 for cut in (patches[some], others))
+    some = spots.iloc[choose_some(spots)]
+    saturations = []  # from 0 to 1: the largest less the smallest of red, green and blue
+    for places in (some, some.rename(columns=SWAPPED)):
+        patches = np.empty((len(some), PATCH_SIZE, PATCH_SIZE, 3), np.uint8)
+        read_patches(slide.image, places, patches)
+        saturations.append(np.ptp(patches, axis=3).mean() / 255)
+    here, there = saturations
     if there > 1.25 * here:
         inputs.warn(
             f"{slide.positions}: pxl_row and pxl_col look swapped: the other way round, "

@@ -231,7 +231,6 @@ def read_anndata_matrix(path):
     """
     stored = read_anndata(path)
     table = choose_counts(stored, path)
-    check_layers(stored, table, path)
     check_depths(table, path)
     var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
     var = var.loc[:, ~var.columns.duplicated()]  # Of names that differ in case the first counts.
@@ -259,17 +258,14 @@ def choose_counts(table, path):
     of few genes to those of most. Where none holds counts, X is as it stands, for check_counts to
     refuse.
     """
-    found = {}
-    if "counts" in table.layers:
-        found['layers["counts"]'] = table.layers["counts"]
-    found["X"] = table.X
-    if table.raw is not None:
-        found["raw"] = table.raw.X
+    found = {'layers["counts"]': table.layers.get("counts"), "X": table.X}
+    found["raw"] = None if table.raw is None else table.raw.X
     found = {name: counts for name, counts in found.items() if counts is not None}
     usable = {name: counts for name, counts in found.items() if holds_counts(counts)}
     if not usable:
         if table.X is None:
             raise InputError(f"{path}: holds no X; raw counts are needed")
+        refuse_layers(table, path)
         return table
     # Of equals max() takes the first.
     name = max(usable, key=lambda name: (not has_one_depth(usable[name]), usable[name].shape[1]))
@@ -307,17 +303,17 @@ def has_one_depth(counts):
     return len(depth) >= FEW_DEPTHS and depth.std() < ONE_DEPTH * depth.mean()
 
 
-def check_layers(stored, table, path):
-    """InputError that names the layers of an .h5ad, where it has some and `table`, what
-    choose_counts took of it, holds no counts.
+def refuse_layers(table, path):
+    """InputError that names the layers, where there are some, of an .h5ad in which choose_counts
+    found no counts.
     """
-    if not len(stored.layers) or holds_counts(table.X):
+    if not len(table.layers):
         return
-    counts = [name for name in stored.layers if holds_counts(stored.layers[name])]
+    counts = [name for name in table.layers if holds_counts(table.layers[name])]
     fix = f'copy that of raw counts, as {counts[0]}, to layers["counts"]' if counts else "add them"
     raise InputError(
         f'{path}: raw counts are needed, and neither X nor layers["counts"] nor raw holds them; of '
-        f"the layers {', '.join(stored.layers)} these hold counts: "
+        f"the layers {', '.join(table.layers)} these hold counts: "
         f"{', '.join(counts) or '-'}: {fix}"
     )
 

@@ -29,11 +29,12 @@ def cut_spots(slide, spots, patches, um_per_px, scratch, *, thumbnail):
     image, made, over = read_resampled(slide, spots, patches, um_per_px, scratch, step)
     whole = not holds_patches(slide.image)  # Patches that were made elsewhere tell nothing of it.
     if whole and slide.positions is not None:
-        alignment.warn_of_swap(slide, spots, patches, image.shape)
+        alignment.warn_of_swap(slide, spots, image.shape)
     space_ranger.check_hires(slide, image.shape, made)
     if whole:
         alignment.report_blank(slide, spots, alignment.cut_centres(patches), image.shape)
-    return Cut(image, made, over, imaging.find_inside(spots, image.shape))
+    inside = imaging.find_inside(spots, image.shape) if whole else np.ones(len(spots), bool)
+    return Cut(image, made, over, inside)
 
 
 def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):

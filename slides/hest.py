@@ -143,11 +143,6 @@ def read_hest_json(folder, sample, row):
 # -------------------------------------------------------------------------------- HEST-Benchmark
 
 
-def list_tasks(folder):
-    """The names of the tasks in a folder above them, as the data set MahmoodLab/hest-bench is."""
-    return sorted(path.parent.name for path in folder.glob("[!.]*/splits") if path.is_dir())
-
-
 def write_task(root, folder):
     """slides.csv, folds.csv and hest_genes.csv for a task of HEST-Benchmark, and root/links/.
 

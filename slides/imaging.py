@@ -13,7 +13,7 @@ import struct
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -421,11 +421,9 @@ def decode_segment(page, number):
 def read_resolution(path):
     """um per px that a TIFF states; InputError where it states none that a slide can have."""
     found = 0.0
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            found = find_resolution(tiff)
-    except (tifffile.TiffFileError, struct.error, ValueError, TypeError, ArithmeticError, OSError):
-        pass  # A JPEG or PNG, or tags that say nothing: it is asked for below.
+    # A JPEG or PNG, or tags that say nothing: it is asked for below.
+    with suppress(InputError), tiff_errors(path), tifffile.TiffFile(path) as tiff:
+        found = find_resolution(tiff)
     if not 0.05 < found < 20:
         raise InputError(
             f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px"
@@ -498,15 +496,11 @@ class Thumbnail:
         """Where squares begin, or go on, within `length` px that begin at px `first`."""
         return np.union1d([0], np.arange(-first % self.step, length, self.step))
 
-    def _square_sides(self, length):
-        """px of the squares along `length` px of the slide; the last one may be cut."""
-        return np.diff(np.arange(0, length, self.step), append=length)
-
     def pixels(self):
         """(h, w, 3) uint8."""
-        height, width = self.slide_shape
-        areas = np.outer(self._square_sides(height), self._square_sides(width))
-        return np.rint(self.sums / areas[:, :, None]).astype(np.uint8)
+        # px of the squares down and across; the last one may be cut.
+        sides = [np.diff(np.arange(0, n, self.step), append=n) for n in self.slide_shape]
+        return np.rint(self.sums / np.outer(*sides)[:, :, None]).astype(np.uint8)
 
 
 def thumbnail_step(slide):

@@ -193,18 +193,31 @@ def find_named(root, row, column, need_files=True):
     return path
 
 
+def describe_slide(root, slide):
+    """What meta.json says of a slide: its row of slides.csv, and its files."""
+    files = {name_file(root, path): describe_file(path) for path in list_files(slide)}
+    return describe_row(root, slide) | {"files": files}
+
+
 def describe_row(root, slide):
     """{column of slides.csv: value} of a Slide, whose paths are relative to `root`."""
-    values = {column: getattr(slide, column) for column in MANIFEST}
-    for column in PATHS:
-        if values[column] is not None:
-            values[column] = name_file(root, values[column])
-    return values
+    values = asdict(slide)
+    paths = {column: name_file(root, values[column]) for column in PATHS if values[column]}
+    return values | paths
 
 
 def name_file(root, path):
     """What meta.json calls a file: its path in the data root, since folders may share names."""
     return Path(os.path.relpath(path, root)).as_posix()
+
+
+def describe_file(path):
+    """What meta.json says of a file, of which check_source compares size and `blocks`."""
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": shell.hash_file(path),
+        "blocks": shell.hash_blocks(path),
+    }
 
 
 def list_files(slide):
@@ -240,6 +253,8 @@ def check_sources(root, meta):
                 )
         for path in list_files(slide):
             check_source(path, row["files"].get(name_file(root, path), {}), root, meta)
+    for name, described in meta.get("task", {}).items():
+        check_source(root / name, described, root, meta)
 
 
 def check_source(path, described, root, meta):
@@ -286,7 +301,11 @@ def link_slides(root, slides, positions, name, flag):
             )
         )
     table = pd.DataFrame([asdict(slide) for slide in linked])
-    check_manifest_is_new(root / "slides.csv", table, flag)
+    path, text = root / "slides.csv", table.to_csv(index=False)
+    if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != text:
+        raise InputError(
+            f"{path} is there already and names other slides: leave out {flag}, or remove it"
+        )
     for slide, links, places in zip(slides, linked, positions, strict=True):
         place_link(root / links.image, slide.image)
         place_file(root / links.matrix, slide.matrix)
@@ -295,14 +314,6 @@ def link_slides(root, slides, positions, name, flag):
         elif slide.positions is not None:
             place_file(root / links.positions, slide.positions)
     return table
-
-
-def check_manifest_is_new(path, table, flag):
-    """InputError where a slides.csv is there that is not this table; `flag` is what makes it."""
-    if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != table.to_csv(index=False):
-        raise InputError(
-            f"{path} is there already and names other slides: leave out {flag}, or remove it"
-        )
 
 
 def place_file(place, path):

@@ -2,6 +2,8 @@
 
 import hashlib
 
+import numpy as np
+
 from study.shell import InputError
 
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
@@ -40,7 +42,8 @@ def tell_counts(table):
         genes, values = matrix.indices[row], matrix.data[row]
         counted = values.sum()
         if counted >= FEW_COUNTS and (counted == total or len(genes) >= FEW_GENES):
-            yield spot, genes.tobytes() + values.tobytes()
+            # Readers of other formats give other types of the same numbers.
+            yield spot, genes.astype(np.int64).tobytes() + values.astype(np.float64).tobytes()
 
 
 def refuse_twin(seen, spot, kind, content):

@@ -3,6 +3,7 @@ and statistic, each held against a few lines of its own.
 """
 
 import json
+import shutil
 
 import anndata
 import numpy as np
@@ -21,7 +22,8 @@ from test_hest import make_anndata, make_patches
 from test_weights import SMALL, pretend
 
 import common
-from study import probes, splitting
+from slides.manifest import check_sources
+from study import probes, shell, splitting
 from study.features import encode_spots
 from study.rows import Row
 
@@ -141,6 +143,17 @@ def test_folds_are_the_benchmarks_and_no_test_spot_trains(root, splits):
         assert len(split.spots("train", "valid", "test")) == 3 * SPOTS
         assert len(split.spots("valid")) == round(0.2 * SPOTS * len(train))
         assert split.members["all"] == split.data.genes
+
+
+@pytest.mark.parametrize("name", [common.TASK_FOLDS, common.TASK_GENES])
+def test_folds_that_changed_after_19_are_refused(root, tmp_path, name):
+    """Ceilings of the folds, and the panel, are those of then."""
+    mine = tmp_path / "IDC"
+    shutil.copytree(root, mine, symlinks=True)
+    lines = (mine / name).read_text().splitlines(keepends=True)
+    (mine / name).write_text("".join(lines[:-1]))
+    with pytest.raises(shell.InputError, match=f"{name}: .* bytes, and .* when the dataset"):
+        check_sources(mine, json.loads((mine / "dataset" / "meta.json").read_text()))
 
 
 def test_target_is_log1p_of_raw_counts(task, root, data):
