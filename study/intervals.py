@@ -154,7 +154,8 @@ def compare_with_chance(predicted, truth, slides, places, rounds=1):
             for slide, inside in numbers.items():
                 x, y = predicted[inside][:, genes], truth[inside][:, genes]
                 by_slide.append(correlate_laid(x, y, laid[slide]))
-            reached[genes] += (mean_of_defined(by_slide) >= found[genes]).sum(0)
+            laid_r = np.ma.masked_invalid(by_slide).mean(0).filled(np.nan)
+            reached[genes] += (laid_r >= found[genes]).sum(0)
     return np.where(np.isfinite(found), reached / (1 + LAID * rounds), np.nan)
 
 
@@ -197,12 +198,3 @@ def correlate_laid(predicted, truth, laid):
     together = np.array([np.einsum("ng,ng->g", x[spots], y) for spots in laid]) / len(x)
     with np.errstate(invalid="ignore", divide="ignore"):
         return together / np.sqrt(spread.clip(0) * (y**2).mean(0))
-
-
-def mean_of_defined(arrays):
-    """The mean of arrays of one shape, element by element, over those that are finite."""
-    arrays = np.stack(arrays)
-    defined = np.isfinite(arrays)
-    total = np.where(defined, arrays, 0).sum(0)
-    count = defined.sum(0)
-    return np.where(count, total / np.maximum(count, 1), np.nan)

@@ -257,7 +257,9 @@ def join_columns(lines, out, name, columns):
             moved = table[[*columns]].rename(columns=columns) / len(folders) / len(units)
             parts.append(pd.concat([table[PLACE], moved], axis=1))
     keys = [*columns.values()]
-    joined = pd.concat(parts).groupby(PLACE)[keys].sum(min_count=1).reset_index()
+    grouped = pd.concat(parts).groupby(PLACE)[keys]
+    # Where one training has none, as of a constant prediction, the mean is not known either.
+    joined = grouped.sum().where(grouped.count().eq(grouped.size(), axis=0)).reset_index()
     return joined[keys], joined[PLACE]
 
 

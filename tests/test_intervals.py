@@ -222,6 +222,16 @@ def test_r_of_other_numbers_of_genes_has_no_difference(written):
     assert table[["difference", "low", "high"]].isna().all(axis=None)
 
 
+def test_of_two_seeds_one_without_r_leaves_no_interval(written):
+    """The other's alone, halved by the number of seeds, would be half as wide as it should be."""
+    records, out = written
+    of_one = recording.select_lines(records).query("setting == 'a'")
+    path = out / "a2" / "influence.csv"
+    influence = pd.read_csv(path).assign(lognorm_heg=np.nan)
+    influence.to_csv(path, index=False)
+    assert np.isnan(recording.find_headline_interval(of_one, out)).all()
+
+
 def test_differences_do_not_depend_on_the_order_of_the_records(written):
     records, out = written
     minus = {"b": "a", "c": "a"}
