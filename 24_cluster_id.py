@@ -11,7 +11,6 @@ Prints     header, the grid of weights with its cluster scores, the table of r w
 Command    python 24_cluster_id.py --data-root GSE240429_data
 Override   python 24_cluster_id.py --data-root HER2ST_data --test-slide 4 --features ""
            python 24_cluster_id.py --quick      (a smoke test, not a result)
-           python 24_cluster_id.py --gene-sets FILE      (scores of sets)
 Time       --quick: 85 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's cluster-id experiment
 
@@ -71,7 +70,7 @@ HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training mea
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
 LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -320,22 +319,25 @@ def cluster_every_split(run):
 def main():
     run = runs.open_run(globals())
     run.print_header()
-    ids_of = cluster_every_split(run)
     # A row follows from the ids, not from how they were found; without an id, from neither.
     shared = {"TTA": False, "AUG": "mpa", "TRAINABLE_STAGES": -1}
     shared |= dict.fromkeys(("FEATURES", "MIN_CLUSTER", "NEIGHBOURS"))
     settings = {name: shared | {"ID": name} for name in SETTINGS}
     settings["no id"] |= {"EMBEDDING": None, "IDS": None}
     settings = run.chosen(settings)
+    ids_of = {} if [*settings] == ["no id"] else cluster_every_split(run)
 
     def settings_of(split):
+        if not ids_of:
+            return settings
         found = hashlib.sha256(ids_of[split.seed, split.fold].tobytes()).hexdigest()
         return {name: {"IDS": found} | setting for name, setting in settings.items()}
 
     run.train(settings_of, functools.partial(network, ids_of))
     minus = {} if ONLY else {"cluster id": "no id", "shuffled id": "no id"}
     run.print_scores(f"{methods.name_network(BACKBONE)} with and without a cluster id", minus=minus)
-    print(f"figure: {run.out / 'clusters.png'}")
+    if ids_of:
+        run.show_figure(run.out / "clusters.png")
     run.finish()
 
 

@@ -190,7 +190,6 @@ def fingerprint_of(meta_text):
 
 
 # ---------------------------------------------------------------------------------------- constants
-TAKES_A_PATH = ("PRETRAINED",)  # true, false, or a file or folder
 LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of constants
 
 
@@ -232,10 +231,10 @@ def show_constant(value):
 
 def parse_constant(name, default, text):
     """The text of the command line as a value of the type of `default`; () takes whole numbers."""
+    words = {"true": True, "false": False}
+    if name == "PRETRAINED":  # true, false, or a file or folder, whatever it is edited to
+        return words.get(text.lower(), text)
     if isinstance(default, bool):
-        words = {"true": True, "false": False}
-        if name in TAKES_A_PATH:
-            return words.get(text.lower(), text)
         return words[text.lower()]
     if isinstance(default, tuple):
         kind = type(default[0]) if default else int

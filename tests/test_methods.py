@@ -697,6 +697,7 @@ def test_a_constant_of_the_ids_does_not_touch_the_row_without_one(finished, simu
     options = SMALL_RUNS["24"] | {"embedding": 8, "only": "no id"}
     stdout = stdout_of("24", data_root=simulated, out=finished("24")[0], **options)
     assert "on disk already" in stdout
+    assert "clusters of" not in stdout, "which that row does not need"
 
 
 def test_clusters_that_cannot_be_are_told(finished, simulated, capsys):

@@ -61,6 +61,13 @@ def test_a_flag_wins_over_the_recipe():
     assert script["CHANNELS"] == "bgr"
 
 
+def test_true_and_false_are_no_paths_of_weights_whatever_the_script_says():
+    for default in (True, "weights"):
+        found = [shell.parse_constant("PRETRAINED", default, text) for text in ("false", "True")]
+        assert found == [False, True]
+        assert shell.parse_constant("PRETRAINED", default, "folder") == "folder"
+
+
 def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulated, tmp_path):
     """Each deviation of the published scripts changes the numbers, and so has a row of its own."""
     found = {}
