@@ -10,7 +10,6 @@ Prints     header, the table with parameters, speed and memory
 Command    python 21_train_backbones.py --data-root GSE240429_data
 Override   python 21_train_backbones.py --data-root HER2ST_data --test-slide 4 --only resnet18
            python 21_train_backbones.py --quick      (a smoke test, not a result)
-           python 21_train_backbones.py --gene-sets FILE      (scores of sets)
 Time       --quick: 80 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's comparison, which left ResNet frozen; the row "resnet50 frozen" shows what
            that was worth
@@ -49,7 +48,7 @@ AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
 LOSS = "mse"  # a name of common.LOSSES
 TTA = False  # average predictions over the 8 symmetries
 
@@ -114,7 +113,7 @@ def describe_costs(lines, resnet):
     return {
         "backbone M": f"{mean['parameters_backbone'] / 1e6:.1f}",
         "of ResNet-50": f"{mean['parameters_backbone'] / resnet['backbone']:.2f}",
-        "images/s": f"{mean['images_per_s']:.0f}",
+        "images/s": printing.format_count(lines["images_per_s"]),
         "peak GB": f"{mean['peak_memory_mb'] / 1024:.1f}",
     }
 
@@ -162,7 +161,7 @@ def main():
     if not ONLY:
         path = run.out / "r_against_parameters.png"
         draw_figure(path, run.title(printing.describe_scored(lines)), lines)
-        print(f"figure: {path}")
+        run.show_figure(path)
     run.finish()
 
 

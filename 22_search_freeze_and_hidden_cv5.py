@@ -9,7 +9,6 @@ Prints     header, the table of r in validation with mean and sd over the folds,
 Command    python 22_search_freeze_and_hidden_cv5.py --data-root GSE240429_data
 Override   python 22_search_freeze_and_hidden_cv5.py --data-root HER2ST_data
            python 22_search_freeze_and_hidden_cv5.py --quick      (a smoke test, not a result)
-           python 22_search_freeze_and_hidden_cv5.py --gene-sets FILE      (scores of sets)
 Time       --quick: 80 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's search, whose settings were all the same network
 
@@ -58,7 +57,7 @@ AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
 LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -87,17 +86,6 @@ QUICK_BUDGET = {
 }
 
 
-# ------------------------------------------------------------------------------------------- splits
-def fold_whole(whole, first):
-    """The Splits of `whole`'s training spots, numbered from `first`: FOLDS of them or, under loso,
-    one a slide.
-    """
-    pool = whole.spots("train")
-    count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
-    folds = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
-    return [replace(whole, roles=roles, fold=fold) for fold, roles in enumerate(folds, first)]
-
-
 # ------------------------------------------------------------------------------------------- choice
 @dataclass(frozen=True, eq=False)
 class Search:
@@ -118,11 +106,16 @@ class Search:
 
 
 def open_searches(run):
-    """A Search a test slide and seed."""
+    """A Search a test slide and seed, of FOLDS of its training spots; under loso, of slides."""
     searches, n_folds = [], Counter()
     for whole in run.splits:
-        folds = fold_whole(whole, n_folds[whole.seed])
-        n_folds[whole.seed] += len(folds)  # No two folds of a seed have one number.
+        pool = whole.spots("train")
+        count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
+        roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
+        # No two folds of a seed have one number.
+        numbers = itertools.count(n_folds[whole.seed])
+        folds = [replace(whole, roles=of_fold, fold=next(numbers)) for of_fold in roles]
+        n_folds[whole.seed] += len(folds)
         searches.append(Search(whole, folds))
     return searches
 
@@ -242,7 +235,7 @@ def main():
         draw_figure(run.out / "search.png", run.title(""), trained)
         chosen = train_chosen(run, searches, trained, settings)
         run.print_scores("the chosen setting, trained on all training spots", chosen)
-        print(f"figure: {run.out / 'search.png'}")
+        run.show_figure(run.out / "search.png")
     run.rows = chosen + trained
     run.finish()
 

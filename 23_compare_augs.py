@@ -9,7 +9,6 @@ Prints     header, the table of mean r and sd over the seeds with differences to
 Command    python 23_compare_augs.py --data-root GSE240429_data
 Override   python 23_compare_augs.py --data-root HER2ST_data --test-slide 4 --seeds 42,43
            python 23_compare_augs.py --quick      (a smoke test, not a result)
-           python 23_compare_augs.py --gene-sets FILE      (scores of sets)
 Time       --quick: 85 s, slides included (two Intel Xeon cores, 2026-11-23)
 Source     the paper's comparison of MPA with ST-Net's augmentation; stnet_color is what its
            published scripts did
@@ -60,7 +59,7 @@ HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training mea
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
+LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
 LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -172,7 +171,10 @@ def ridge_under_stain_shift(row):
     for spots in torch.from_numpy(row.split.spots("test")).split(64):
         shifted = patches[spots].permute(0, 2, 3, 1).numpy()
         colour[spots.numpy()] = colour_statistics(shifted)
-    return methods.apply_ridge_to(row, colour)
+    return methods.ridge_on_colour(row, colour)
+
+
+STAIN_SHIFT = {"STAIN_SHIFT": common.OTHER_STAINING.tolist()}  # what its rows are made with
 
 
 def setting_of(aug):
@@ -226,7 +228,7 @@ def predict_anew(run, aug, split):
     split = splitting.final_split(recipe, split)
     row = run.row(f"{aug}, 8 views", split, recipe | {"TTA": True})
     run.fill(row, functools.partial(methods.predict_again, trained))
-    row = run.row(f"{aug}, stain shift", split, recipe | {"STAIN_SHIFT": True})
+    row = run.row(f"{aug}, stain shift", split, recipe | STAIN_SHIFT)
     run.fill(row, functools.partial(methods.predict_again, trained, stain_shift=True))
 
 
@@ -243,14 +245,14 @@ def main():
     for split in [] if ONLY else run.splits:
         row = run.row("ridge (colour)", split, run.baseline)
         run.fill(row, methods.ridge_on_colour)
-        row = run.row("ridge (colour), stain shift", split, run.baseline)
+        row = run.row("ridge (colour), stain shift", split, run.baseline | STAIN_SHIFT)
         run.fill(row, ridge_under_stain_shift)
     title = "augmentations; 8 views = averaged over the symmetries at test time"
     differences = run.print_scores(title, minus=compare_with_mpa())
     if differences is not None:
         path = run.out / "paired_differences.png"
         draw_figure(path, run.title(f"{differences['n'][0]} pairs"), differences)
-        print(f"figure: {path}")
+        run.show_figure(path)
     run.finish()
 
 

@@ -10,17 +10,17 @@ Override   python 25_compare_prior_methods.py --data-root HER2ST_data --only BLE
            python 25_compare_prior_methods.py --quick      (a smoke test, not a result)
            python 25_compare_prior_methods.py --data-root IDC --protocol hest --target log1p
            python 25_compare_prior_methods.py --features embeddings      (a folder a model)
-           python 25_compare_prior_methods.py --gene-sets FILE      (scores of sets)
 Time       --quick: 2 min, slides included (two Intel Xeon cores, 2026-11-23)
 Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et al., NeurIPS 2023.
            The idea of a ridge on frozen features is HEST-Benchmark's (Jaume et al., NeurIPS 2024),
            whose two probes stand beside it under protocol hest; low rank: Mukherjee and Zhu 2011
 
-ST-Net from random weights learns next to nothing at its published rate, so it has a second row with
-this project's optimiser. BLEEP's loss compares the spots of a batch with each other: BLEEP_BATCH is
-what it compares, MICRO_BATCH only what the image encoder holds in memory at once. All but the rows
-"neighbourhood" see single spots; those rows tell what the tissue around a spot would add. A
-control uses what no image model may: the test spots' own depth, or expression measured next door.
+At its published rate ST-Net learns next to nothing in few steps, so it has rows with this project's
+optimiser, each also from a random last layer. BLEEP's loss compares the spots of a batch with each
+other: BLEEP_BATCH is what it compares, MICRO_BATCH only what the image encoder holds in memory at
+once. All but the rows "neighbourhood" see single spots; those rows tell what the tissue around a
+spot would add. A control uses what no image model may: the test spots' own depth, or expression
+measured next door.
 """
 
 from study import recipes, shell
@@ -65,7 +65,7 @@ FEATURES = "resnet50"  # frozen timm backbone of ridges; or a folder of others' 
 NEIGHBOURHOOD = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
-EPOCHS = 30  # of BACKBONE, and of ST-Net with its optimiser
+EPOCHS = 30  # of all networks but ST-Net as published and BLEEP
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
@@ -463,27 +463,24 @@ def embedded_methods(run):
     return embeddings.settings_of(models, run.baseline)
 
 
+# {what is averaged: how the names of these settings end}: of what sees single spots the networks
+# and ridges at their best, and the ridges that see the neighbourhood.
+ENSEMBLES = {
+    "models": (", best recipe", ", Adam", ", all stages)"),
+    "ridges, neighbourhood": (", neighbourhood)",),
+}
+
+
 def fill_ensembles(run):
-    """Fill the rows of two means of predictions: of the networks and ridges that see single spots
-    at their best, and of the ridges that see the neighbourhood; none from random weights.
-    """
-    if PRETRAINED is False:
-        return
-    average_settings(run, (", best recipe", ", Adam", ", all stages)"), "models")
-    average_settings(run, (", neighbourhood)",), "ridges, neighbourhood")
-
-
-def average_settings(run, endings, kind):
-    """Fill the rows of the mean of the settings whose names end so; none of fewer than two."""
+    """Fill the rows of the means of predictions that ENSEMBLES name; none of fewer than two."""
     settings = dict.fromkeys(row.setting for row in run.rows)
-    names = [name for name in settings if name.endswith(endings)]
-    if len(names) < 2:
-        return
-    for split in run.splits:
-        members = [run.find(name, split) for name in names]
-        recipe = run.baseline | {"MEMBERS": sorted(member.folder.name for member in members)}
-        row = run.row(f"mean of {len(names)} {kind}", split, recipe)
-        run.fill(row, functools.partial(average_predictions, members), refit=False)
+    for kind, endings in ENSEMBLES.items():
+        names = [name for name in settings if name.endswith(endings)]
+        for split in run.splits if len(names) > 1 else ():
+            members = [run.find(name, split) for name in names]
+            recipe = run.baseline | {"MEMBERS": sorted(member.folder.name for member in members)}
+            row = run.row(f"mean of {len(names)} {kind}", split, recipe)
+            run.fill(row, functools.partial(average_predictions, members), refit=False)
 
 
 # -------------------------------------------------------------------------------------------- table

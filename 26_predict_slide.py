@@ -1,7 +1,7 @@
 """Expression maps for a slide that has no expression, or whose own is to be compared.
 
 Question   What would the genes of a trained model look like on this slide?
-Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
+Reads      RUN, the folder of a run of scripts 20 to 25, of which the model with the highest
            validation r of HEG is taken, of those that have not learnt from the slide if it is one
            of the run's; or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a folder outs/ of
            Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid;
@@ -69,7 +69,7 @@ from study import (
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
-RUN = ""  # folder of a run of scripts 20 to 23: the best network of its last start, in validation
+RUN = ""  # folder of a run of scripts 20 to 25: the best model of its last start, in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
@@ -91,7 +91,12 @@ UNITS = {
     "log1p": "log1p of counts",
 }
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
-REPORTED = ["low", "high", "q", "r_k7", "r_k19", "believe"]  # of evidence.judge_genes, in tables
+# Columns of var that the tables of genes hold where validation tells them, beside r and ceiling.
+REPORTED = ["valid_low", "valid_high", "valid_q", "valid_r_k7", "valid_r_k19", "believe"]
+ABOUT_GENES = """valid_r is Pearson's r in validation, valid_low to valid_high its 95 % interval,
+valid_q how often chance gives as high an r (after Benjamini and Hochberg), valid_r_k7 and
+valid_r_k19 are r of means over 7 and 19 spots, believe is whether the gene passes. ceiling is the
+best r that counting noise allows on the training slides, r is that on this slide."""
 
 
 # -------------------------------------------------------------------------------- model
@@ -101,7 +106,7 @@ def choose_weights(image):
     """The path of WEIGHTS, or of the best model of RUN for the slide in the file `image`."""
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
-            "give --run FOLDER of scripts 20 to 23, or --weights, a weights.safetensors or its "
+            "give --run FOLDER of scripts 20 to 25, or --weights, a weights.safetensors or its "
             "folder"
         )
     if RUN:
@@ -127,7 +132,7 @@ def check_features(path, recipe):
 
 def choose_genes(trained):
     """Names of the genes to be drawn: those of GENES, or the best that pass in validation."""
-    asked = [gene.strip() for gene in GENES.split(",") if gene.strip()]
+    asked = [*dict.fromkeys(gene.strip() for gene in GENES.split(",") if gene.strip())]
     for gene in asked:
         if gene not in trained.genes:
             raise InputError(
@@ -146,16 +151,6 @@ def choose_genes(trained):
         if r.empty:
             inputs.warn("no gene of HEG and HVG passes in validation: --genes draws those it names")
     return r.sort_values(ascending=False, na_position="last").index[:6].tolist()
-
-
-def tell_evidence(trained):
-    """Print what validation says of the genes."""
-    if trained.evidence is None:
-        print("weights     of a fold of 22, which do not tell which genes pass")
-        return
-    told = evidence.tell_of_genes(trained.evidence, trained.judged, trained.candidates)
-    for word, text in told:
-        print(f"{word:11} {text}")
 
 
 # -------------------------------------------------------------------------------- slide
@@ -384,9 +379,8 @@ def find_genes(features, trained):
     is_shared = symbols.duplicated(keep=False)
     line_of = pd.Series(range(len(symbols)), symbols)[~is_shared]
     lines = line_of.reindex(trained.genes, fill_value=-1).to_numpy()
-    if trained.gene_ids is not None:
-        by_id = features.index.get_indexer(trained.gene_ids)
-        lines = np.where(by_id >= 0, by_id, lines)
+    by_id = features.index.get_indexer(trained.gene_ids)
+    lines = np.where(by_id >= 0, by_id, lines)
     lost = [gene for gene, line in zip(trained.genes, lines, strict=True) if line < 0]
     doubtful = [gene for gene in lost if gene in symbols[is_shared]]
     if doubtful:
@@ -402,7 +396,8 @@ def choose_sets(trained):
     if not GENE_SETS:
         return {}
     listed = gene_sets.read_sets(Path(GENE_SETS))
-    sets = gene_sets.match_sets(listed, pd.DataFrame(index=trained.genes), [trained.genes])
+    var = pd.DataFrame({"gene_ids": trained.gene_ids}, trained.genes)
+    sets = gene_sets.match_sets(listed, var, [trained.genes])
     print(f"gene sets   {sets.describe()}")
     return sets.members
 
@@ -447,7 +442,7 @@ def join_drawn(table, genes, scored):
         obsm=table.obsm,
     )
     counts = scored.var["genes"]
-    titles = [f"{printing.cut_middle(name, 24)}, score of {counts[name]} genes" for name in best]
+    titles = [f"{name}, score of {counts[name]} genes" for name in best]
     drawn.var_names = [*genes, *titles]
     for layer in scored.layers:
         drawn.layers[layer] = np.hstack([part.layers[layer] for part in parts])
@@ -463,9 +458,7 @@ def draw_maps(path, table, genes, title):
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds if kind]
-    lines = lines or [((), "predicted")]
-    if len(lines) == 1:
-        lines.append(((), "predicted"))  # room for the distance
+    lines += [((), "predicted")] * (2 - len(lines))  # room for the distance
     height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
     figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
     rows = figure.subplots(len(lines), 4, squeeze=False)
@@ -503,12 +496,12 @@ def draw_map(ax, table, thumbnail, gene, kind):
         known = f"r {facts['r']:.2f} on this slide"
     elif np.isnan(facts["valid_r"]):
         known = "not validated"
-    elif kind in scales.RADII:
-        known = f"r {facts[f'valid_r_{kind}']:.2f} in validation"
     else:
-        known = f"r {facts['valid_r']:.2f} in validation"
+        column = f"valid_r_{kind}" if kind in scales.RADII else "valid_r"
+        known = f"r {facts[column]:.2f} in validation"
     if kind == "predicted" and facts["ceiling"] > 0:
         known += f", ceiling {facts['ceiling']:.2f}"
+    gene = printing.cut_middle(gene, 44)  # The score of a set has a long name.
     ax.set_title(f"{gene}, {evidence.MEANS.get(f'r_{kind}', kind)}\n{known}", size=9)
 
 
@@ -521,15 +514,11 @@ def describe_groups(table):
     genes = table.var.dropna(subset="r") if measured else table.var
     lines = []
     for group in (*common.GROUPS, "all"):
-        key = group.lower()
-        if group != "all" and key not in genes:
-            continue
-        part = genes if group == "all" else genes[genes[key]]
+        part = genes if group == "all" else genes[genes[group.lower()]]
         line = {"group": group, "genes": len(part)}
         if measured:
             line["r"] = part["r"].mean()
-            if "coverage_80" in part:
-                line["in 80 % interval"] = part["coverage_80"].mean()
+            line["in 80 % interval"] = part["coverage_80"].mean()
         if "believe" in part:
             line["pass"] = int(part["believe"].sum())
         line["r in validation"] = part["valid_r"].mean()
@@ -551,11 +540,8 @@ def report(slide, table, genes, scored, trained, out):
         caption += f", and r against this slide's own {unit}"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
-    judged = trained.judged
-    of_genes = table.var[columns].rename_axis("gene")
-    if judged is not None:
-        ends = {"low": "valid_low", "high": "valid_high"}  # of validation's r, not of an expression
-        of_genes = of_genes.join(judged[REPORTED].rename(columns=ends))
+    is_judged = trained.judged is not None
+    of_genes = table.var[[*columns, *(REPORTED if is_judged else [])]].rename_axis("gene")
     groups = describe_groups(table)
     tables = {caption: groups}
     if genes:
@@ -572,7 +558,7 @@ def report(slide, table, genes, scored, trained, out):
     files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
     made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
-    if judged is not None:
+    if is_judged:
         reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
         reported = reported.sort_values("valid_r", ascending=False).reset_index()
         tables[f"HEG, HVG and MG in validation: {trained.evidence['claim']}"] = reported
@@ -587,8 +573,10 @@ def report(slide, table, genes, scored, trained, out):
         label=trained.title,
         folders=[],  # It has no rows.
         tables=records,
+        figures=[out / "maps.png"],
         recipe=shell.recipe_of(globals()),
         warnings=inputs.WARNINGS,
+        about=ABOUT_GENES if is_judged else "",
     )
 
 
@@ -599,7 +587,8 @@ def main():
     model, trained = weights.read_weights(path)
     check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}
-    tell_evidence(trained)
+    for word, text in evidence.tell_of_genes(trained):
+        print(f"{word:11} {text}")
     genes, sets = choose_genes(trained), choose_sets(trained)
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name, path)

@@ -23,6 +23,7 @@ import base64
 import html
 import io
 import json
+import textwrap
 from pathlib import Path
 from urllib.parse import quote
 
@@ -32,7 +33,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from study import drawing, printing, recording, viewer
@@ -42,7 +43,8 @@ from study.shell import InputError, fingerprint_of
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
 # --------------------------------------------------------------------------------------------------
 
-NEEDED = {"title", "label", "tables", "folders", "settings", "machine", "data_root"}  # of run.json
+# What run.json must hold.
+NEEDED = {"title", "label", "tables", "figures", "folders", "settings", "machine", "data_root"}
 HISTORY = ("epoch", "train_loss", "valid_mse")  # the columns of history.csv that are drawn
 ABOUT_MAPS = "as trained on; circles of the spots' size; each map with its own colour scale"
 NO_THUMBNAIL = """no H&E:
@@ -89,16 +91,13 @@ of 80 and 95 % by the validation spots hold."""
 ABOUT_SCALES = """r of single spots; of the means of prediction and measurement over neighbourhoods
 of 7 and 19 spots (9 and 21 where the grid is square, fewer at borders, and of random validation
 spots those near); and of the scores of all genes on the first two principal components of the
-prediction. A map whose single spots are noise may hold over more of them. The columns of rows.csv
-are heg_k7, heg_k19, component_1_r and so on."""
-ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes.
-heg_image_ceiling: r of what a simulated slide's image shows. heg_coverage_80, heg_coverage_95:
-share of spots that intervals of 80 and 95 % by the validation spots hold. heg_pooled: r over all
-spots of several slides at once. heg_score: r of HEG's score, the mean of its genes' standardised
-expression. spot_r: over the genes of a spot, mean over spots, after the training mean of each gene
-is taken away. variance_ratio: of predicted to measured expression. r_against_moran and
-r_against_mean: rank correlation, over genes, of r with Moran's I and with the mean of a gene's
-measured expression."""
+prediction. A map whose single spots are noise may hold over more of them."""
+ABOUT_FURTHER = """The columns are those of rows.csv, which has the same of HVG, MG and all genes;
+heg_spearman and so on are means over HEG of what each gene has. heg_score: r of HEG's score, the
+mean of its genes' standardised expression. spot_r: over the genes of a spot, mean over spots, after
+the training mean of each gene is taken away. variance_ratio: of predicted to measured expression.
+r_against_moran and r_against_mean: rank correlation, over genes, of r with Moran's I and with the
+mean of a gene's measured expression."""
 
 STYLE = """:root{color-scheme:light dark}
 body{font:1rem/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:1rem}
@@ -175,7 +174,9 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     for (gene, label), *axes in zip(genes.items(), measured, predicted, strict=True):
         draw_gene(axes, table, thumbnail, gene, label)
     shown = f"measured and predicted expression of {', '.join(genes)}"
-    figure.suptitle(f"{title}\n{shown}\n{ABOUT_MAPS}", size=10)
+    letters = int(13 * figure.get_figwidth())  # of a line in this size
+    lines = [textwrap.fill(line, letters) for line in (title, shown, ABOUT_MAPS)]
+    figure.suptitle("\n".join(lines), size=10)
     ground = "the H&E" if thumbnail else "white"
     save_picture(path, figure, f"{title}: {shown}, on {ground}")
 
@@ -206,15 +207,21 @@ def draw_agreement(ax, table, genes, shape):
 
 
 def save_picture(path, figure, description):
-    """Write a figure that holds photographs in 192 colours, which take a quarter of the bytes."""
+    """Write a figure that holds photographs, without its white margins and in 192 colours, which
+    take a quarter of the bytes.
+    """
     information = PngInfo()
     information.add_text("Description", description)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, bbox_inches="tight")
-    with shell.whole_file(path) as partial, Image.open(buffer) as picture:
+    figure.savefig(buffer, dpi=100)
+    with shell.whole_file(path) as partial, Image.open(buffer) as image:
+        picture = image.convert("RGB")
+        # Cut here, since bbox_inches="tight" would draw all of it twice.
+        picture = picture.crop(ImageOps.invert(picture).getbbox())
+        picture = ImageOps.expand(picture, 10, "white")
         # The other methods dull the colours that are rare, as yellow, or the shades of grey.
         method = Image.Quantize.MAXCOVERAGE
-        reduced = picture.convert("RGB").quantize(192, method, kmeans=1)
+        reduced = picture.quantize(192, method, kmeans=1)
         reduced.save(partial, pnginfo=information, optimize=True)
 
 
@@ -362,6 +369,8 @@ def draw_row(folder, row, data_root, title):
     draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
     table = read_test_slide(folder / "predictions.h5ad")
     table.var["r"] = genes["r"]
+    if "," in row["slide"]:  # as of a fold of HEST-Benchmark
+        title += f"; slide {table.obs['tissue_index'].iloc[0]} is drawn, r is the mean of all"
     thumbnail = read_row_thumbnail(folder, table, data_root)
     draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
@@ -452,21 +461,16 @@ def read_rows_of_run(run, folders):
     return table.where(table.notna(), None).to_dict("records")
 
 
-def list_scores(row, sizes):
+def list_scores(row, sizes, n_genes):
     """{heading: value} of a row's line in the tables of scores: the columns of the screen, for gene
-    groups of these sizes.
+    groups of these sizes in a panel of `n_genes`.
     """
     line = pd.DataFrame([row]).astype({name: float for name in row if row[name] is None})
     interval = row.get(f"{recipes.headline_of(row['protocol']).column}_ci")
-    scores = printing.describe_scores(line, interval or [np.nan, np.nan], sizes, 0)
+    scores = printing.describe_scores(line, interval or [np.nan, np.nan], sizes, n_genes)
     scores = {name: None if text == "-" else text for name, text in scores.items()}
     place = {name: row[name] for name in KEYS} | {"spots": row["n_spots"]}
     return place | scores | {"each gene": Path(row["folder"], "per_gene.csv")}
-
-
-def list_scales(row):
-    """{heading: value} of a row's line in the table of scales."""
-    return {name: row[name] for name in KEYS} | {name: row.get(key) for key, name in SCALES}
 
 
 def list_metrics(row):
@@ -501,16 +505,16 @@ def show_scores(run, rows):
         about = ABOUT_HEST
     first = [row for row in rows if is_headline(row)]
     others = [row for row in rows if not is_headline(row)]
-    about_others = "Of validation spots, and against other truths"
-    tables = [(caption, first), (about_others, others)]
-    sizes = {}
+    tables = [(caption, first), ("Of validation spots, and against other truths", others)]
+    counts = {}
     for folder in dict.fromkeys(row["folder"] for row in rows):
         groups = shell.read_csv(run / folder / "genes.csv", ("group", "gene"))
-        sizes[folder] = printing.count_genes(groups)
+        panel = shell.read_csv(run / folder / "per_gene.csv", ("gene",), usecols=["gene"])
+        counts[folder] = printing.count_genes(groups), len(panel)
     parts = []
     for caption, part in tables:
         if part:
-            lines = [list_scores(row, sizes[row["folder"]]) for row in part]
+            lines = [list_scores(row, *counts[row["folder"]]) for row in part]
             parts.append(as_table(caption, lines))
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 
@@ -518,23 +522,11 @@ def show_scores(run, rows):
 def show_scales(rows):
     """r of every row by scale, as the parts of a page."""
     caption = "At which scale: mean Pearson r over single spots, neighbourhoods and components"
-    return [as_table(caption, map(list_scales, rows)), as_paragraph(ABOUT_SCALES)]
-
-
-def show_further(run, rows):
-    """Paired differences and the further metrics of every row, as the parts of a page."""
-    parts = []
-    path = run / "paired_differences.csv"
-    if path.is_file():
-        group = recipes.headline_of(rows[0]["protocol"]).group
-        table = shell.read_csv(path, ("setting", "minus", "group"), ("difference", "low", "high"))
-        differences = table[table["group"] == group].to_dict("records")
-        if differences:
-            caption = f"r of a setting minus another's on the same spots; all groups in {path.name}"
-            parts.append(as_table(caption, differences))
-    parts.append(as_table("Further metrics", map(list_metrics, rows)))
-    parts.append(as_paragraph(ABOUT_FURTHER))
-    return parts
+    lines = []
+    for row in rows:
+        keys = {name: row[name] for name in KEYS}
+        lines.append(keys | {heading: row.get(column) for column, heading in SCALES})
+    return [as_table(caption, lines), as_paragraph(ABOUT_SCALES)]
 
 
 def choose_viewed(run, rows):
@@ -603,15 +595,18 @@ def write_report(run, facts):
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=100)
         parts.append(as_image(buffer.getvalue(), text))
-    parts += [as_picture(path) for path in sorted(run.glob("[!.]*.png"))]
+    parts += [as_picture(run / name) for name in facts["figures"]]
     if facts.get("warnings"):
         lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in facts["warnings"])
         parts.append(f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>")
     parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
+    if facts.get("about"):
+        parts.append(as_paragraph(facts["about"]))
     if rows:
         parts += show_scores(run, rows)
         parts += show_scales(rows)
-        parts += show_further(run, rows)
+        parts.append(as_table("Further metrics", map(list_metrics, rows)))
+        parts.append(as_paragraph(ABOUT_FURTHER))
     parts += show_viewer(run, facts, rows)
     parts += show_tested(run, facts, rows)
     for caption in ("settings", "machine"):

@@ -73,23 +73,18 @@ def find_device(recipe):
 def choose_device(recipe):
     """(torch.device, autocast dtype, reason of the dtype) by DEVICE, PRECISION and IMAGE_SIZE."""
     device = find_device(recipe)
-    return device, *choose_precision(recipe, device.type == "cuda")
-
-
-def choose_precision(recipe, cuda):
-    """(autocast dtype, reason) from PRECISION and IMAGE_SIZE."""
     asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if recipe["PRECISION"] != "auto":
-        return asked[recipe["PRECISION"]], "as asked"
-    if cuda and torch.cuda.is_bf16_supported(False):
-        return torch.bfloat16, "the device has it"
-    if cuda:
-        return torch.float16, "no bf16; with a loss scaler"
+        return device, asked[recipe["PRECISION"]], "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(False):
+            return device, torch.bfloat16, "the device has it"
+        return device, torch.float16, "no bf16; with a loss scaler"
     if not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32, "the processor lacks bf16"
+        return device, torch.float32, "the processor lacks bf16"
     if recipe["IMAGE_SIZE"] < 160:
-        return torch.float32, "on processors as fast as bf16 below 160 px"
-    return torch.bfloat16, "the device has it"
+        return device, torch.float32, "on processors as fast as bf16 below 160 px"
+    return device, torch.bfloat16, "the device has it"
 
 
 def joined_ranks():
@@ -218,10 +213,9 @@ def check_meta(meta, folder, target, command):
             f"{folder} is of no task of HEST-Benchmark, which --protocol hest is for: make a data "
             "root with 19_make_patches_and_csv.py --from-hest FOLDER_OF_A_TASK"
         )
-    if target == "harmony":
-        raise InputError(
-            f"{folder} was made with target {meta['target']}: run {command} --target harmony first"
-        )
+    raise InputError(
+        f"{folder} was made with target {meta['target']}: run {command} --target harmony first"
+    )
 
 
 def read_annotations(path):
@@ -369,7 +363,9 @@ def draw_augmentation(n, aug, generator, aspect="fixed"):
 
 def describe_augmentation(aug):
     """[all that the draws of an augmentation follow from], for what a row is made with."""
-    return [*asdict(AUGMENTATIONS[aug]).values(), SHIFT, *SCALE, ROTATION, STRENGTH]
+    mix = AUGMENTATIONS[aug]
+    numbers = [SHIFT, *SCALE, ROTATION, STRENGTH]
+    return [*asdict(mix).values(), *numbers, *(DYES if mix.stain else ())]
 
 
 def sample_affine(uniform, aspect="fixed"):
@@ -690,8 +686,12 @@ def build_backbone(recipe):
     if from_hub:
         check_hub()
     depth = recipe["STOCHASTIC_DEPTH"]
+    options = {}
     try:
-        options = choose_input_size(name, recipe["IMAGE_SIZE"])
+        usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        is_fixed = usual is not None and usual.fixed_input_size
+        if is_fixed and usual.input_size[1] != recipe["IMAGE_SIZE"]:
+            options["img_size"] = recipe["IMAGE_SIZE"]
         if depth:
             options["drop_path_rate"] = depth
         backbone = timm.create_model(name, pretrained=from_hub, num_classes=0, **options)
@@ -770,10 +770,10 @@ def load_weights(backbone, name, path):
         for key, value in backbone.state_dict().items()
         if not is_counter(key)
     }
-    check_extra(backbone, name, path, state, wanted)
     names = dict.fromkeys(wanted)
     if wanted.keys() <= state.keys():
         names = {key: key for key in wanted}
+        refuse_extra(backbone, name, path, state)
     else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
         names |= dict(zip(wanted, state, strict=False))
     for key, shape in wanted.items():
@@ -788,14 +788,12 @@ def load_weights(backbone, name, path):
     backbone.load_state_dict(state, strict=False)
 
 
-def check_extra(backbone, name, path, state, wanted):
-    """InputError where a file holds all that a backbone has, and more than a classifier beside."""
+def refuse_extra(backbone, name, path, state):
+    """InputError where a file that holds all of a backbone holds more than a classifier beside."""
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    if not wanted.keys() <= state.keys():
-        return
-    for key in state:
-        if key not in wanted and not key.startswith(classifiers):
+    for key in state.keys() - backbone.state_dict().keys():
+        if not key.startswith(classifiers):
             raise InputError(
                 f"{path}: holds {key}, which {name} does not have: these are weights of another "
                 "backbone"
@@ -805,16 +803,6 @@ def check_extra(backbone, name, path, state, wanted):
 def is_counter(key):
     """Whether a tensor only counts BatchNorm's steps; files may lack these."""
     return key.endswith("num_batches_tracked")
-
-
-def choose_input_size(name, size):
-    """{"img_size": size} for a backbone that is built for one size of images, {} for others."""
-    import timm
-
-    usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if size is None or usual is None or not usual.fixed_input_size:
-        return {}
-    return {} if usual.input_size[1] == size else {"img_size": size}
 
 
 def check_hub():
@@ -1150,22 +1138,9 @@ def pearson_per_gene(predicted, truth):
 
 def spearman_per_gene(predicted, truth):
     """Spearman's rank correlation of every column, as pearson_per_gene."""
-    return pearson_per_gene(rank_spots(predicted), rank_spots(truth))
-
-
-def rank_spots(values):
-    """(n, G) ranks within every column; along rows of the transpose, which is faster."""
-    return rankdata(np.ascontiguousarray(values.T), axis=1).T
-
-
-def variance_of_truth(predicted, truth):
-    """(G,) float64 variance of the measured expression."""
-    return truth.var(0, np.float64)
-
-
-def variance_of_prediction(predicted, truth):
-    """(G,) float64 variance of the predicted expression."""
-    return predicted.var(0, np.float64)
+    # Along rows of the transpose, which is faster.
+    by_gene = [np.ascontiguousarray(values.T) for values in (predicted, truth)]
+    return pearson_per_gene(*(rankdata(values, axis=1).T for values in by_gene))
 
 
 def mean_square(predicted, truth):
@@ -1182,8 +1157,8 @@ def mean_square(predicted, truth):
 METRICS = {
     "r": pearson_per_gene,
     "spearman": spearman_per_gene,
-    "variance": variance_of_truth,
-    "variance_predicted": variance_of_prediction,
+    "variance": lambda predicted, truth: truth.var(0, np.float64),
+    "variance_predicted": lambda predicted, truth: predicted.var(0, np.float64),
 }
 
 

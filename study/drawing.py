@@ -26,17 +26,6 @@ def shape_of(table):
     return min(1.6, max(0.4, (bottom - top) / (right - left)))
 
 
-def draw_circles(ax, table, values, **colours):
-    """Values (n,) of the spots, in circles of their size; returns them for a colour bar."""
-    diameter = [diameter_of(table)]
-    places = {"offsets": table.obsm["spatial"], "offset_transform": ax.transData}
-    spots = EllipseCollection(
-        diameter, diameter, [0], units="x", array=values, linewidths=0, **places, **colours
-    )
-    ax.add_collection(spots)
-    return spots
-
-
 def draw_tissue(ax, table, thumbnail, pale=False):
     """The H&E around the spots, in px of the slide: `thumbnail` is an RGB image and how many px of
     the slide a px of it is, or None, which leaves the ground white.
@@ -62,6 +51,11 @@ def draw_spots(ax, table, thumbnail, values, extend="neither", **colours):
     ends in an arrow where it is to `extend`.
     """
     draw_tissue(ax, table, thumbnail, pale=True)
-    spots = draw_circles(ax, table, values, **colours)
+    diameter = [diameter_of(table)]
+    places = {"offsets": table.obsm["spatial"], "offset_transform": ax.transData}
+    spots = EllipseCollection(
+        diameter, diameter, [0], units="x", array=values, linewidths=0, **places, **colours
+    )
+    ax.add_collection(spots)
     bar = {"shrink": 0.8, "format": "{x:.4g}", "ticks": MaxNLocator(4), "extend": extend}
     ax.figure.colorbar(spots, ax=ax, **bar)

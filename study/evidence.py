@@ -139,16 +139,19 @@ def choose_scale(judged, candidates):
     return None if best == "r" else best.removeprefix("r_")
 
 
-def tell_of_genes(described, judged, candidates):
-    """[(word, text)] for the lines that tell how many genes are believed, what validation can
-    claim, and at which scale the candidates among them hold.
+def tell_of_genes(trained):
+    """[(word, text)] for the lines that tell of a weights.Trained how many genes are believed, what
+    validation can claim, and at which scale the candidates among them hold.
     """
+    if trained.evidence is None:
+        return [("weights", "of a fold of 22, which do not tell which genes pass")]
+    judged, candidates = trained.judged, trained.candidates
     lines = []
     if judged is not None:
         passed = f"{judged['believe'].sum():,} of {len(judged):,}"
         q = recording.Q_THRESHOLD
         lines.append(("genes", f"{passed} pass in validation: q < {q:g} and interval above 0"))
-    lines.append(("validation", described["claim"]))
+    lines.append(("validation", trained.evidence["claim"]))
     scale = choose_scale(judged, candidates)
     if scale:
         chosen = judged[judged.index.isin(candidates) & judged["believe"]].mean()

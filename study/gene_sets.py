@@ -151,8 +151,7 @@ def match_sets(sets, var, panels):
     LEAST of its genes.
     """
     panels = [{*panel} for panel in panels]
-    ids = var["gene_ids"] if "gene_ids" in var else pd.Series(dtype=str)
-    name_of = {strip_version(str(gene_id)): name for name, gene_id in ids.items()}
+    name_of = {strip_version(str(gene_id)): name for name, gene_id in var["gene_ids"].items()}
     name_of |= {name: name for name in var.index}
     by_case = {name.upper(): name for name in var.index}
     members, left_out, other_case = {}, {}, {}

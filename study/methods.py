@@ -134,14 +134,11 @@ def ridge_on_features(row):
     return predict_by_ridge(row, features, features[row.split.scored()], full_rank)
 
 
-def ridge_on_colour(row):
-    """A method: the ridge on standardised colour statistics."""
-    return apply_ridge_to(row, row.split.data.annotations.obsm["colour"])
-
-
-def apply_ridge_to(row, colour):
-    """The prediction from these statistics (N, 40) of the ridge on colour."""
+def ridge_on_colour(row, seen=None):
+    """A method: the ridge on standardised colour statistics, which predicts from these or, where
+    others (N, 40) are `seen`, from those.
+    """
     statistics = row.split.data.annotations.obsm["colour"]
     scaler = StandardScaler().fit(statistics[row.split.spots("train")])
-    seen = scaler.transform(colour[row.split.scored()])
+    seen = scaler.transform((statistics if seen is None else seen)[row.split.scored()])
     return predict_by_ridge(row, scaler.transform(statistics), seen)

@@ -108,19 +108,20 @@ def format_share(r, ceiling):
     return f"{r / ceiling:.0%}" if ceiling > 0 and not np.isnan(r) else "-"
 
 
-def format_group(lines, group, size, over=None):
-    """Mean r of a gene group, or with `over`, a column or columns, its mean within them and ±sd.
+def format_group(lines, column, size, over=None, counts=None):
+    """Mean of a column of r of a gene group, or with `over`, a column or columns, its mean within
+    them and ±sd; `counts` is the column of numbers of genes, if not <column>_n.
 
     0.310/47 is of 47 genes only, where the group has more; 0.310 (3 of 4) of 3 lines, where r is
     undefined in the fourth.
     """
-    defined = lines.dropna(subset=group)
+    defined = lines.dropna(subset=column)
     if defined.empty:
         return "-"
-    text = f"{defined[group].mean():.3f}"
+    text = f"{defined[column].mean():.3f}"
     if over is not None:
-        text = format_mean(defined.groupby(over)[group].mean())
-    n_genes = int(defined[f"{group}_n"].min())
+        text = format_mean(defined.groupby(over)[column].mean())
+    n_genes = int(defined[counts or f"{column}_n"].min())
     if n_genes < size:
         text += f"/{n_genes}"
     if len(defined) < len(lines):
@@ -161,8 +162,7 @@ def describe_hest(lines, interval, n_genes):
     hold, over all test spots of a fold at once; `in slides` is the same slide by slide.
     """
     unit, column = recipes.OF_HEST.unit, recipes.OF_HEST.column
-    mean, defined = format_mean(lines.groupby(unit)[column].mean()), int(lines["all_n"].min())
-    columns = {recipes.OF_HEST.name: f"{mean}/{defined}" if defined < n_genes else mean}
+    columns = {recipes.OF_HEST.name: format_group(lines, column, n_genes, unit, "all_n")}
     columns["[95 %]"] = format_interval(*interval)
     ceiling = lines[recipes.OF_HEST.ceiling].mean()
     columns["of ceiling"] = format_share(lines[column].mean(), ceiling)

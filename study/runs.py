@@ -59,11 +59,14 @@ def describe_machine(device):
     }
 
 
-def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnings=()):
+def finish_run(
+    script, *, out, data_root, label, folders, tables, figures, recipe, warnings=(), about=""
+):
     """Save run.json and have script 27 make the report of it.
 
-    `folders` are those of the run's rows in rows.csv; `tables` {caption: lines} and `warnings` are
-    shown in the report; `recipe` names DEVICE.
+    `folders` are those of the run's rows in rows.csv; `tables` {caption: lines}, what there is to
+    say `about` them, `figures` (PNG files of the folder) and `warnings` are shown in the report;
+    `recipe` names DEVICE.
     """
     if RANK:
         return
@@ -76,6 +79,8 @@ def finish_run(script, *, out, data_root, label, folders, tables, recipe, warnin
         "label": label,
         "folders": folders,
         "tables": tables,
+        "about": about,
+        "figures": [path.name for path in figures],
         "settings": shell.recipe_of(script),
         "warnings": list(warnings),
         "machine": describe_machine(common.find_device(recipe)),
@@ -100,6 +105,7 @@ class Run:
     sets: gene_sets.GeneSets = field(default_factory=gene_sets.GeneSets)  # beside the groups
     rows: list = field(default_factory=list)  # that are filled, in the order of table and report
     tables: dict = field(default_factory=dict)  # {caption: lines} of those printed, for the report
+    figures: list = field(default_factory=list)  # Paths of those in its folder, for the report
 
     @property
     def data(self):
@@ -253,6 +259,11 @@ class Run:
             self.tables[f"Gene sets, {scored}"] = scores
         return differences
 
+    def show_figure(self, path):
+        """Print the path of a figure in the run's folder, which the report then holds."""
+        self.figures.append(path)
+        print(f"figure: {path}")
+
     def finish(self, tables=None):
         """Save run.json, have the report made of it, and print where the rows are.
 
@@ -266,6 +277,7 @@ class Run:
             label=self.data.label,
             folders=list(folders),
             tables=self.tables | (tables or {}),
+            figures=self.figures,
             recipe=self.recipe,
             warnings=self.data.meta.get("warnings", []),
         )
@@ -320,7 +332,7 @@ def describe_run(recipe, splits):
         "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
         "protocol": f"{recipe['PROTOCOL']} ({protocol})",
         "split": roles,
-        **({"steps": describe_steps(recipe, split)} if "EPOCHS" in recipe else {}),
+        "steps": describe_steps(recipe, split),
         "gene groups": groups,
         "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
         "weights": describe_weights(recipe),

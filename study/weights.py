@@ -46,7 +46,7 @@ class Trained:
     half_width_80: list  # of the intervals; None where the validation spots are few
     half_width_95: list
     evidence: dict | None  # of evidence.describe_validation; None of a fold of a search
-    gene_ids: list | None = None  # None of weights that were made before ids were kept
+    gene_ids: list
 
     @property
     def candidates(self):
@@ -212,7 +212,11 @@ def choose_model(run, image, takes_embeddings):
         raise InputError(f"--run {run}: no rows.csv there: is it the folder of a run?")
     texts = ("folder", "split", "truth", "protocol")
     table = shell.read_csv(path, texts=texts, numbers=("heg",))
-    table = keep_last_start(run, table)
+    facts = read_facts(run)
+    if facts:
+        # The rows of its last start, which its report shows: what one protocol says in validation
+        # is not to be compared with what another says.
+        table = table[table["folder"].isin(facts.get("folders", []))]
     truth = [headline_of(protocol).truth for protocol in table["protocol"]]
     judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
     judged = keep_fitting(run, judged, takes_embeddings).sort_values("heg", kind="stable")
@@ -225,14 +229,6 @@ def choose_model(run, image, takes_embeddings):
     chosen = judged.iloc[number]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return run / chosen["folder"]
-
-
-def keep_last_start(run, table):
-    """The rows of a table of a run that its report shows, those of its last start: what one
-    protocol says in validation is not to be compared with what another says.
-    """
-    facts = read_facts(run)
-    return table[table["folder"].isin(facts.get("folders", []))] if facts else table
 
 
 def read_facts(run):

@@ -221,7 +221,7 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     (caption,) = [name for name in tables if "in validation: validation spots lie" in name]
     lines = {line["gene"]: line for line in tables[caption]}
     assert {*heg_of(weights)} <= {*lines}
-    assert lines[passing[0]]["believe"] and lines[passing[0]]["r_k7"] == 0.4
+    assert lines[passing[0]]["believe"] and lines[passing[0]]["valid_r_k7"] == 0.4
     capsys.readouterr()
     other = heg_of(weights)[5]
     genes = ("--genes", f"{passing[0]},{other}")
@@ -275,6 +275,33 @@ def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsy
     assert "set_A" in anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert any(caption.startswith("Gene sets") for caption in facts["tables"])
+
+
+def test_sets_of_ensembl_ids_are_scored(simulated, weights, tmp_path, capsys):
+    def name_ids(metadata, _):
+        genes = json.loads(metadata["genes"])
+        metadata["gene_ids"] = json.dumps([f"ENSG{n:011}" for n in range(len(genes))])
+
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", name_ids)
+    path = tmp_path / "sets.gmt"
+    path.write_text("\t".join(["A", "-", *(f"ENSG{n:011}.3" for n in range(12))]) + "\n")
+    options = (*slide_of(simulated), "--gene-sets", path)
+    assert predict(changed, *options, out=tmp_path / "out") == 0
+    assert "gene sets   1 of 1, of 12 genes in the panel" in capsys.readouterr().out
+
+
+def test_sets_of_long_names_that_are_nearly_the_same_are_all_drawn(
+    simulated, weights, tmp_path, capsys
+):
+    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
+    names = [f"GOBP_POSITIVE_REGULATION_OF_{cell}_CELL_PROLIFERATION" for cell in "TB"]
+    path = tmp_path / "sets.gmt"
+    path.write_text("".join("\t".join([name, "-", *genes[:12]]) + "\n" for name in names))
+    twice = ("--genes", f"{genes[0]},{genes[0]}")
+    options = (*slide_of(simulated), "--gene-sets", path, *twice)
+    assert predict(weights, *options, out=tmp_path / "out") == 0
+    _, lines = printed_table(capsys.readouterr().out, "Gene sets: mean r")
+    assert len(lines) == 2
 
 
 def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypatch):

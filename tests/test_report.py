@@ -15,6 +15,7 @@ from conftest import TINY, load_script, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import distance_transform_cdt
 from test_bad_input import check_one_line
 
@@ -49,7 +50,8 @@ def report(trained):
     return trained[0], (trained[0] / "report.html").read_text()
 
 
-FACTS = {"title": "run", "label": "", "tables": {}, "folders": [], "settings": {}, "machine": {}}
+FACTS = {"title": "run", "label": "", "tables": {}, "figures": [], "folders": []}
+FACTS |= {"settings": {}, "machine": {}}
 
 
 def written(folder, **facts):
@@ -176,6 +178,20 @@ def test_rows_of_an_earlier_start_are_left_out(report):
     for chosen in (folders, folders[::-1], folders[:1]):
         rows = script.read_rows_of_run(run, chosen)
         assert list(dict.fromkeys(row["folder"] for row in rows)) == chosen
+
+
+def test_figures_of_an_earlier_start_are_left_out(tmp_path):
+    for name in ("now.png", "before.png"):
+        image, about = Image.new("RGB", (8, 8)), PngInfo()
+        about.add_text("Description", f"drawn {name}")
+        image.save(tmp_path / name, pnginfo=about)
+    text = written(tmp_path, figures=["now.png"])
+    assert "drawn now.png" in text and "before.png" not in text
+
+
+def test_what_there_is_to_say_about_tables_follows_them(tmp_path):
+    text = written(tmp_path, tables={"Genes": [{"gene": "ALB"}]}, about="q < 0.05 passes")
+    assert text.index("ALB") < text.index("<p>q &lt; 0.05 passes</p>")
 
 
 def test_a_row_is_read_as_it_was_written(report):

@@ -545,3 +545,16 @@ def test_blank_patches_and_empty_spots_are_no_leak():
         twins.check_patches(patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
     with pytest.raises(shell.InputError, match="same counts, on two slides"):
         twins.check_alike_counts({}, count_spots([500, 3], [1, 0], [500, 3]))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_the_same_counts_in_numbers_of_another_type_are_a_leak(kind):
+    """A folder of Space Ranger has whole numbers, its .h5 floats; an .h5ad has its own."""
+    seen, one = {}, count_spots([500, 3], [1, 0], [7, 300])
+    other = one[[0]].copy()
+    other.X = other.X.astype(kind)
+    other.X.indices = other.X.indices.astype(np.int64)
+    other.obs_names = ["2_a"]
+    twins.check_alike_counts(seen, one)
+    with pytest.raises(shell.InputError, match="the same counts"):
+        twins.check_alike_counts(seen, other)
