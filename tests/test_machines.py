@@ -390,6 +390,7 @@ def test_help_loads_no_package(number):
 def test_a_mistake_in_the_command_is_told_before_any_package_is_loaded(number, flags, words):
     code, stderr, modules = modules_of(COMMANDS[number], *flags)
     assert code == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
     assert words in stderr
     assert not modules & SLOW
 

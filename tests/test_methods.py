@@ -552,11 +552,6 @@ def test_a_method_is_not_computed_again_for_another_ones_constants(finished, sim
     assert "on disk already" in stdout_of("25", data_root=simulated, out=out, **options)
 
 
-def test_an_unknown_method_is_refused(finished, simulated):
-    options = SMALL_RUNS["25"] | {"only": "bleep"}
-    assert run_script("25", data_root=simulated, out=finished("25")[0], **options) == 2
-
-
 # --------------------------------------------------------------------------------------- script 24
 def recipe_24(script, **changed):
     return shell.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed

@@ -316,11 +316,6 @@ def test_rows_by_another_harmony_are_others(split):
     assert one.made_with(RECIPE) != other.made_with(RECIPE)
 
 
-def test_without_an_epoch_there_must_be_a_ridge_start(split):
-    with pytest.raises(shell.InputError, match="--epochs 0: needs --head-start ridge"):
-        start(split, EPOCHS=0, HEAD_START="mean")
-
-
 def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
     model, patches, _ = start(split)
     backbone = model.backbone.eval()

@@ -436,12 +436,6 @@ def test_targets_are_set_side_by_side_on_one_truth(simulated, tmp_path):
     assert line["difference"] == pytest.approx(gain)
 
 
-def test_two_targets_are_compared_to_harmony_alone(simulated, tmp_path, capsys):
-    options = {"data_root": simulated, "out": tmp_path, "target": "lognorm"}
-    assert run_script("20", "--compare-targets", **options) == 2
-    assert "--target harmony" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------ metrics, intervals
 def test_further_metrics_against_scipy():
     random = np.random.default_rng(0)
