@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import AT_RANDOM, TINY, flags_of, run_script, write_slide
+from conftest import AT_RANDOM, TINY, edit_manifest, flags_of, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,13 +29,6 @@ from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
 from study import panels, runs, shell, splitting
 from study.shell import InputError
-
-
-def edit_manifest(root, **values):
-    table = pd.read_csv(root / "slides.csv").astype(object)
-    for column, value in values.items():
-        table[column] = value
-    table.to_csv(root / "slides.csv", index=False)
 
 
 # Each of these gives a function that spoils a data root.

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import run_script, stdout_of, write_h5, write_slide
+from conftest import edit_manifest, run_script, stdout_of, write_h5, write_matrix, write_slide
 from PIL import Image
 from test_bad_input import check_one_line
 
@@ -63,11 +63,6 @@ def make_slides(root, n=2, genes=GENES):
         counts = draw_counts(36, slide, len(genes))
         write_slide(root, f"image{slide}.tif", spot_array(), counts, genes, slide)
     return root
-
-
-def edit_manifest(root, **columns):
-    table = pd.read_csv(root / "slides.csv", dtype=str, keep_default_na=False)
-    table.assign(**columns).to_csv(root / "slides.csv", index=False)
 
 
 def make_dataset(root, **options):
@@ -502,9 +497,7 @@ def test_positions_of_another_slide_are_refused_by_their_tissue(tmp_path, capsys
     make_slides(tmp_path)
     table = spot_array()
     upper = table["array_row"] < 3
-    write_slide(tmp_path / "other", "no.tif", table[upper], draw_counts(18, 1), GENES)
-    shutil.rmtree(tmp_path / "matrix1")
-    (tmp_path / "other" / "matrix1").rename(tmp_path / "matrix1")
+    write_matrix(tmp_path / "matrix1", table["barcode"][upper], draw_counts(18, 1), GENES)
     table["in_tissue"] = (table["array_col"] < 6).astype(int)
     table.to_csv(tmp_path / "positions1.csv", header=False, index=False)
     refuse(capsys, tmp_path, "positions1.csv", "matrix1", "9 of the 18", "not of one slide")
@@ -517,8 +510,7 @@ def make_outs(folder, seed, height=1400, scale=0.25):
     (outs / "spatial").mkdir(parents=True)
     HEADED.to_csv(outs / "spatial" / "tissue_positions.csv", index=False)
     counts = draw_counts(36, seed)
-    write_slide(folder / "made", "no.tif", spot_array(), counts, GENES)
-    (folder / "made" / "matrix1").rename(outs / "filtered_feature_bc_matrix")
+    write_matrix(outs / "filtered_feature_bc_matrix", spot_array()["barcode"], counts, GENES)
     size = round(image.shape[1] * scale), round(height * scale)
     small = Image.fromarray(image).resize(size, Image.Resampling.BOX)
     small.save(outs / "spatial" / "tissue_hires_image.png")
@@ -666,14 +658,13 @@ def make_two_species(root, kind):
     human, mouse = [f"GRCh38_{gene}" for gene in GENES], [f"mm10___{gene}" for gene in GENES]
     for slide in (1, 2):
         counts = np.hstack([draw_counts(36, slide), draw_counts(36, slide + 9)])
+        matrix, barcodes = root / f"m{slide}.h5", spot_array()["barcode"]
         if kind == "h5":
             genomes = ["GRCh38"] * len(GENES) + ["mm10"] * len(GENES)
-            barcodes = spot_array()["barcode"]
-            write_h5(root / f"m{slide}.h5", counts, human + mouse, genomes, barcodes)
+            write_h5(matrix, counts, human + mouse, genomes, barcodes)
         else:
-            write_slide(root / "made", "no.tif", spot_array(), counts, human + mouse, slide)
-            (root / "made" / f"matrix{slide}").rename(root / f"m{slide}.h5")
-            path = root / f"m{slide}.h5" / "features.tsv"
+            write_matrix(matrix, barcodes, counts, human + mouse)
+            path = matrix / "features.tsv"
             path.write_text(path.read_text().replace("IDGRCh38_", "GRCh38_").replace("IDmm", "mm"))
     edit_manifest(root, matrix=["m1.h5", "m2.h5"])
 

@@ -8,7 +8,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import scipy.stats
 import torch
 from conftest import TINY, load_script, printed_table, run_script, stdout_of, table_of
@@ -18,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from test_bad_input import check_one_line
 from test_files import GENES
 from test_hest import make_anndata, make_patches
-from test_weights import SMALL, pretend
+from test_weights import SMALL, weights_of
 
 import common
 from study import probes, splitting
@@ -52,13 +51,6 @@ def make_task(folder, genes=TASK_GENES):
         make_anndata(seed).write_h5ad(folder / "adata" / f"{name}.h5ad")
         make_patches(folder, name, spots=SPOTS, seed=seed)
     (folder / "var_50genes.json").write_text(json.dumps({"genes": genes}))
-    return folder
-
-
-def weights_of(folder):
-    """A folder of weights for the small backbone, at random."""
-    folder.mkdir()
-    safetensors.torch.save_file(pretend(SMALL).state_dict(), folder / f"{SMALL}.safetensors")
     return folder
 
 
@@ -386,6 +378,7 @@ def test_a_task_in_doubt_is_refused(tmp_path, capsys, change, options, words):
     assert run_script("19", data_root=root, from_hest=task, **options) == 2
     check_one_line(capsys, words)
     assert not (root / "dataset").exists()
+    assert not (root / "links").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"samples": "TENX1"}, {"organ": "Breast"}])
@@ -395,13 +388,6 @@ def test_the_folder_above_tasks_names_them(tmp_path, capsys, options):
     options = {"from_hest": tmp_path / "tasks", **options}
     assert run_script("19", data_root=tmp_path / "mine", **options) == 2
     check_one_line(capsys, ["2 tasks", "IDC, PRAD", f"--from-hest {tmp_path / 'tasks' / 'IDC'}"])
-
-
-def test_a_refused_task_leaves_no_links(tmp_path):
-    task = make_task(tmp_path / "IDC")
-    with_a_barcode_too_many(task)
-    assert run_script("19", data_root=tmp_path / "mine", from_hest=task) == 2
-    assert not (tmp_path / "mine" / "links").exists()
 
 
 @pytest.mark.parametrize(

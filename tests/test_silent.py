@@ -13,19 +13,10 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import load_script, run_script, stdout_of, write_h5, write_slide
+from conftest import edit_manifest, load_script, run_script, stdout_of, write_h5, write_matrix
 from PIL import Image
 from test_bad_input import check_one_line
-from test_files import (
-    GENES,
-    check_spots,
-    edit_manifest,
-    make_dataset,
-    make_outs,
-    make_slides,
-    paint,
-    spot_array,
-)
+from test_files import GENES, check_spots, make_dataset, make_outs, make_slides, paint, spot_array
 from test_hest import make_anndata, make_h5ad
 
 import common
@@ -430,9 +421,7 @@ def test_a_sample_of_an_aggregated_matrix_is_chosen(tmp_path, kind):
     if kind == "h5":
         write_h5(tmp_path / name, counts, GENES, barcodes=both.obs_names)
     elif kind == "folder":
-        positions = pd.concat([spot_array()] * 2).assign(barcode=both.obs_names)
-        write_slide(tmp_path / "made", "no.tif", positions, counts, GENES)
-        (tmp_path / "made" / "matrix1").rename(tmp_path / name)
+        write_matrix(tmp_path / name, both.obs_names, counts, GENES)
     else:
         pd.DataFrame(counts, both.obs_names, GENES).to_csv(tmp_path / name)
     edit_manifest(tmp_path, matrix=[f"{name}#suffix=1", f"{name}#suffix=2"])
