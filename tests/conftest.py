@@ -291,3 +291,10 @@ def finished(simulated, tmp_path_factory):
 def trained(finished):
     """(output folder, stdout) of script 20 on the simulated slides."""
     return finished("20")
+
+
+@pytest.fixture(scope="session")
+def report(trained):
+    """(folder, text of report.html) of the run of script 20."""
+    assert run_script("27", "--run", trained[0]) == 0
+    return trained[0], (trained[0] / "report.html").read_text()
