@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +17,7 @@ import torch
 from conftest import TINY, load_script, metadata_of, printed_table, rows_of, run_script, write_h5
 from PIL import Image
 from test_bad_input import check_one_line
+from test_exports import check_drawn
 from test_patches import picture, spot_table
 from test_report import Page
 from test_similarity import blur, fold, glass, ink
@@ -297,16 +296,7 @@ def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypat
 
 
 def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
-    matplotlib.use("agg")
-    table = scanpy.read_h5ad(predicted[0] / "predictions.h5ad")
-    gene = table.var["valid_r"].idxmax()
-    with warnings.catch_warnings(action="ignore"):  # scanpy's own: deprecated calls
-        (axes,) = scanpy.pl.spatial(table, color=gene, show=False)
-    slide = table.uns["spatial"]["SIM_C1"]
-    assert axes.images[0].get_array().shape[:2] == slide["images"]["hires"].shape[:2]
-    assert len(axes.collections[0].get_paths()) == table.n_obs
-    places = table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"]
-    assert (places < axes.images[0].get_size()[::-1]).all()
+    check_drawn(scanpy.read_h5ad(predicted[0] / "predictions.h5ad"))
 
 
 def ellipse(height=3200, width=3800):
