@@ -737,6 +737,7 @@ FEW = {
 @pytest.mark.parametrize("name", FEW)
 def test_a_group_without_genes_is_a_dash_in_every_table(few_genes, tmp_path, name):
     stdout = stdout_of(name, data_root=few_genes, out=tmp_path, **FEW[name])
+    assert " gene_sets.csv" in stdout, "the lists are read"
     printed = stdout.splitlines()[:-1]
     assert not [line for line in printed if "nan" in line]
     path = tmp_path / "paired_differences.csv"

@@ -225,7 +225,7 @@ def test_ridges_on_kept_features_are_those_on_computed_ones(paper_split, data, r
 
 def test_script_19_removes_features_of_other_patches_alone(simulated, tmp_path):
     root = tmp_path / "root"
-    shutil.copytree(simulated, root)
+    shutil.copytree(simulated, root, ignore=shutil.ignore_patterns("features"))
     own = common.load_dataset(root, "lognorm").meta["patches_sha256"]
     kept = root / "dataset" / "features"
     kept.mkdir()
