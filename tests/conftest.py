@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors
 import scipy.io
 import scipy.sparse
 
@@ -164,6 +165,12 @@ def printed_table(stdout, title):
     return "\n".join(heads), ["  ".join(several) for several in zip(*parts, strict=True)]
 
 
+def metadata_of(path):
+    """{name: value} of what a .safetensors file says of itself."""
+    with safetensors.safe_open(path, "numpy") as file:
+        return {name: json.loads(text) for name, text in file.metadata().items()}
+
+
 def without_timing(records):
     """The records less what differs between two runs of the same thing."""
     return [
@@ -193,12 +200,8 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     """A data root of one slide: image is written by the caller, positions a table, counts (spots,
     genes).
     """
-    matrix = root / f"matrix{slide}"
-    matrix.mkdir(parents=True, exist_ok=True)
+    write_matrix(root / f"matrix{slide}", positions["barcode"], counts, genes)
     positions.to_csv(root / f"positions{slide}.csv", header=False, index=False)
-    (matrix / "barcodes.tsv").write_text("\n".join(positions["barcode"]) + "\n")
-    (matrix / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
-    scipy.io.mmwrite(matrix / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
     row = [slide, f"S{slide}", f"D{slide}", image, 0.5, f"positions{slide}.csv", f"matrix{slide}"]
     table = pd.DataFrame([row], columns=MANIFEST)
     if (root / "slides.csv").exists():
@@ -206,10 +209,24 @@ def write_slide(root, image, positions, counts, genes, slide=1):
     table.to_csv(root / "slides.csv", index=False)
 
 
-def write_h5(path, counts, genes, genomes=None, barcodes=()):
+def edit_manifest(root, **columns):
+    """Give these columns of slides.csv other values."""
+    table = pd.read_csv(root / "slides.csv", dtype=str, keep_default_na=False)
+    table.assign(**columns).to_csv(root / "slides.csv", index=False)
+
+
+def write_matrix(folder, barcodes, counts, genes):
+    """A folder filtered_feature_bc_matrix/ of counts (spots, genes)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "barcodes.tsv").write_text("\n".join(barcodes) + "\n")
+    (folder / "features.tsv").write_text("".join(f"ID{g}\t{g}\tGene Expression\n" for g in genes))
+    scipy.io.mmwrite(folder / "matrix.mtx", scipy.sparse.coo_matrix(np.asarray(counts).T))
+
+
+def write_h5(path, counts, genes, genomes=None, barcodes=(), ids=None):
     """A filtered_feature_bc_matrix.h5 of counts (spots, genes)."""
     matrix = scipy.sparse.csr_matrix(counts)
-    features = {"id": [f"ID{gene}" for gene in genes], "name": genes}
+    features = {"id": ids or [f"ID{gene}" for gene in genes], "name": genes}
     features["feature_type"] = ["Gene Expression"] * len(genes)
     features["genome"] = genomes or ["GRCh38"] * len(genes)
     with h5py.File(path, "w") as file:
@@ -274,3 +291,10 @@ def finished(simulated, tmp_path_factory):
 def trained(finished):
     """(output folder, stdout) of script 20 on the simulated slides."""
     return finished("20")
+
+
+@pytest.fixture(scope="session")
+def report(trained):
+    """(folder, text of report.html) of the run of script 20."""
+    assert run_script("27", "--run", trained[0]) == 0
+    return trained[0], (trained[0] / "report.html").read_text()

@@ -7,7 +7,6 @@ import pytest
 import scipy.ndimage
 import torch
 import torch.nn.functional as F
-from conftest import run_script
 
 import common
 from study import runs, shell
@@ -104,13 +103,6 @@ def test_presets_draw_the_same_affine_maps():
     ]
     for _, _, affine, *_ in draws:
         assert torch.equal(affine, draws[0][2])
-
-
-def test_an_unknown_preset_on_the_command_line_ends_with_2(simulated, tmp_path, capsys):
-    assert run_script("20", data_root=simulated, out=tmp_path / "out", aug="nonsense") == 2
-    presets = ", ".join(common.AUGMENTATIONS)
-    assert f"--aug nonsense: expected one of {presets}" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_every_preset_is_allowed_as_aug():

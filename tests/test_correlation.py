@@ -59,12 +59,17 @@ def test_shapes_must_agree():
 
 def test_several_slides_are_averaged_and_pooled_apart():
     rng = np.random.default_rng(1)
-    truth = rng.normal(size=(30, 2))
+    truth = rng.poisson(2.0, (30, 2)).astype(float)  # with ties
     slides = np.repeat([1, 2, 3], 10)
     predicted = truth + rng.normal(size=truth.shape) + 5 * slides[:, None]
     scores = common.score_genes(predicted, truth, slides)
-    within = [scipy_r(predicted[slides == slide], truth[slides == slide]) for slide in (1, 2, 3)]
+    parts = [(predicted[slides == slide], truth[slides == slide]) for slide in (1, 2, 3)]
+    within = [scipy_r(*part) for part in parts]
     np.testing.assert_allclose(scores["r"], np.mean(within, axis=0))
+    ranked = [scipy_r(*(scipy.stats.rankdata(values, axis=0) for values in part)) for part in parts]
+    np.testing.assert_allclose(scores["spearman"], np.mean(ranked, axis=0))
+    variances = [measured.var(0) for _, measured in parts]
+    np.testing.assert_allclose(scores["variance"], np.mean(variances, axis=0))
     np.testing.assert_allclose(scores["r_pooled"], scipy_r(predicted, truth))
     np.testing.assert_allclose(scores["mse"], ((predicted - truth) ** 2).mean(0))
 

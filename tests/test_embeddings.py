@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors
+import safetensors.numpy
 import timm
 import torch
 from conftest import (
@@ -22,15 +22,14 @@ from conftest import (
     SMALL_RUNS,
     ask,
     load_script,
+    metadata_of,
     run_script,
     stdout_of,
     table_of,
 )
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from test_bad_input import check_one_line
-from test_hest_benchmark import make_task
+from test_hest_benchmark import benchmarks_trainer, make_task
 from test_predict_slide import slide_of, spoil_weights
 
 import common
@@ -380,9 +379,8 @@ def test_a_ridge_on_the_features_of_a_backbone_is_that_backbones_ridge(
 
 def read_weights(path):
     """(coefficients, intercept, metadata) of a file that a row has saved."""
-    with safetensors.safe_open(path, "np") as file:
-        metadata = {name: json.loads(text) for name, text in file.metadata().items()}
-        return file.get_tensor("weight"), file.get_tensor("bias"), metadata
+    tensors = safetensors.numpy.load_file(path)
+    return tensors["weight"], tensors["bias"], metadata_of(path)
 
 
 def test_a_run_has_the_rows_beside_its_own_and_computes_only_these(
@@ -466,16 +464,12 @@ def test_the_folds_of_hest_benchmark_have_ridge_and_probe(tmp_path):
         named = folds[(folds["fold"] == row.fold) & (folds["role"] == "train")]["tissue_index"]
         slides = data.spots["tissue_index"].to_numpy()
         known = np.concatenate([np.flatnonzero(slides == slide) for slide in named])
-        scaler = StandardScaler().fit(values[known])
-        pca = PCA(WIDTH, random_state=1)
-        x = torch.Tensor(pca.fit_transform(scaler.transform(values[known])))
-        ridge = Ridge(100 / (WIDTH * len(data.genes)), fit_intercept=False, solver="lsqr")
-        ridge.fit(x, data.target[known])
         table = anndata.read_h5ad(out / row.folder / "predictions.h5ad")
         test = table[table.obs["role"] == "test"]
         at = data.spots.set_index("id").index.get_indexer(test.obs_names)
-        seen = torch.Tensor(pca.transform(scaler.transform(values[at])))
-        np.testing.assert_allclose(test.X, ridge.predict(seen), rtol=0, atol=1e-5)
+        arrays = values[known], data.target[known], values[at]
+        expected, _ = benchmarks_trainer(*arrays, full_width=False)
+        np.testing.assert_allclose(test.X, expected, rtol=0, atol=1e-5)
 
 
 def test_methods_of_25_keep_a_backbone_beside_embeddings(brought, paper_split):

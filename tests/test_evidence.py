@@ -1,11 +1,8 @@
 """study/evidence.py: what validation says of each gene."""
 
-import json
-
 import numpy as np
 import pandas as pd
-from conftest import rows_of
-from safetensors import safe_open
+from conftest import metadata_of, rows_of
 from scipy.ndimage import gaussian_filter
 from test_scales import lay_grid
 
@@ -136,8 +133,7 @@ def test_a_claim_says_where_validation_spots_lie():
 def test_weights_hold_what_validation_says(trained):
     row = rows_of(trained[1])[0]
     path = trained[0] / row["folder"] / "weights.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+    metadata = metadata_of(path)
     found = metadata["evidence"]
     assert found["claim"] == evidence.CLAIMS["among"]
     genes = pd.DataFrame(found["genes"])

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import scanpy
 import tifffile
+from conftest import edit_manifest
 from matplotlib import pyplot
-from test_files import edit_manifest, make_dataset, make_slides
+from test_files import make_dataset, make_slides
 
 from study import exports
 

@@ -9,10 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import ask, run_script, stdout_of
-from test_weights import SMALL, pretend
+from test_weights import SMALL, weights_of
 
 import common
 from study import features, methods
@@ -21,9 +20,7 @@ from study import features, methods
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A folder of weights for the small backbone, at random."""
-    folder = tmp_path_factory.mktemp("weights")
-    safetensors.torch.save_file(pretend(SMALL).state_dict(), folder / f"{SMALL}.safetensors")
-    return folder
+    return weights_of(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
@@ -114,10 +111,7 @@ def test_the_last_part_of_all_stages_is_the_output(name):
 
 
 def test_what_changes_features_has_a_file_of_its_own(data, recipe, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    state = pretend(SMALL, seed=8).state_dict()
-    safetensors.torch.save_file(state, other / f"{SMALL}.safetensors")
+    other = weights_of(tmp_path / "other", seed=8)
     kinds = [{}, {"IMAGE_SIZE": 64}, {"CHANNELS": "bgr"}, {"PRETRAINED": str(other)}]
     for kind in kinds:
         features.encode_spots(data, recipe | kind, 42)
@@ -231,7 +225,7 @@ def test_ridges_on_kept_features_are_those_on_computed_ones(paper_split, data, r
 
 def test_script_19_removes_features_of_other_patches_alone(simulated, tmp_path):
     root = tmp_path / "root"
-    shutil.copytree(simulated, root)
+    shutil.copytree(simulated, root, ignore=shutil.ignore_patterns("features"))
     own = common.load_dataset(root, "lognorm").meta["patches_sha256"]
     kept = root / "dataset" / "features"
     kept.mkdir()

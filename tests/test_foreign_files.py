@@ -12,11 +12,12 @@ import scipy.sparse
 import tifffile
 from PIL import Image
 from test_hest import make_anndata
+from test_pixels import pixels_of
 
 from slides import imaging, inputs
 from slides.counts import check_counts, join_genes, read_matrix
 from slides.manifest import Slide
-from slides.positions import check_array, check_pitch, check_tags, read_positions
+from slides.positions import check_array, check_tags, read_positions
 from study import gene_sets
 from study.shell import InputError
 
@@ -55,8 +56,8 @@ def test_genes_without_names_are_refused(tmp_path):
 
 def test_symbols_have_many_columns_and_gaps(tmp_path):
     ids = [f"ENSG0000000000{number}" for number in range(4)]
-    for column in ("gene_symbols", "hgnc_symbol", "Symbol"):
-        var = pd.DataFrame({column: [*GENES[:3], None]}, ids)
+    for column, gap in (("gene_symbols", None), ("hgnc_symbol", ""), ("Symbol", " ")):
+        var = pd.DataFrame({column: [*GENES[:3], gap]}, ids)
         table = read_matrix(write(tmp_path / "m.h5ad", var))
         assert table.var["name"].tolist() == [*GENES[:3], ids[3]]
     var = pd.DataFrame({"Symbol": GENES, "symbol": GENES[::-1]}, ids)
@@ -125,19 +126,6 @@ def test_the_scale_factors_of_r_and_cellxgene_are_read(tmp_path):
 
 def make_slide(path, um_per_px):
     return Slide(1, "S", "D", path, um_per_px, path, None)
-
-
-def test_the_resolution_of_visiums_array_is_not_taken_for_that_of_st(tmp_path):
-    rows, columns = np.mgrid[0:8, 0:16].reshape(2, -1)
-    even = (rows + columns) % 2 == 0
-    hexagons = pd.DataFrame({"array_row": rows[even], "array_col": columns[even]})
-    hexagons["pxl_row"] = hexagons["array_row"] * 173.2
-    hexagons["pxl_col"] = hexagons["array_col"] * 100.0
-    check_pitch(make_slide(tmp_path / "s.tif", 0.5), hexagons)
-    assert not inputs.WARNINGS
-    check_pitch(make_slide(tmp_path / "s.tif", 1.0), hexagons)
-    (line,) = inputs.WARNINGS
-    assert "200 um; expected 100, as Visium's array" in line
 
 
 @pytest.mark.parametrize("fault", ["", "turned", "order", "cut", "dummy"])
@@ -238,13 +226,6 @@ def test_counts_of_probes_are_refused(tmp_path):
         read_matrix(write(tmp_path / "m.h5ad", var))
 
 
-def test_genes_without_a_symbol_are_called_by_their_ids(tmp_path):
-    ids = [f"ENSG0000000000{number}" for number in range(4)]
-    var = pd.DataFrame({"hgnc_symbol": ["HAL", "", " ", "VWF"]}, ids)
-    names = read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist()
-    assert names == ["HAL", ids[1], ids[2], "VWF"]
-
-
 def test_symbols_that_raw_lacks_are_those_of_var(tmp_path):
     ids = [f"ENSG0000000000{number}" for number in range(4)]
     counts = np.arange(16, dtype=np.float32).reshape(4, 4)
@@ -294,15 +275,6 @@ def test_the_resolution_of_a_reduced_image_is_its_own(tmp_path):
         assert imaging.read_resolution(path) == pytest.approx(expected)
 
 
-def read_whole(opened, shape):
-    """The pixels of a SlideImage of this shape."""
-    image = np.zeros(shape, np.uint8)
-    for pixels, top, left in opened.regions(lambda _: True):
-        height, width = pixels.shape[:2]
-        image[top : top + height, left : left + width] = pixels
-    return image
-
-
 def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 4), np.uint8)
     path = tmp_path / "s.tif"
@@ -312,7 +284,7 @@ def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
         tag = tiff.pages[0].tags["ExtraSamples"]
     content[tag.offset : tag.offset + 2] = (60_000).to_bytes(2, "little")  # as if not there
     path.write_bytes(content)
-    assert np.array_equal(read_whole(imaging.open_image(path), (64, 64, 3)), image[:, :, :3])
+    assert np.array_equal(pixels_of(path), image[:, :, :3])
 
 
 def write_ndpi(path, image):
@@ -368,7 +340,7 @@ def test_an_ndpi_is_read_tile_by_tile(tmp_path):
     write_ndpi(path, image)
     with tifffile.TiffFile(path) as tiff:
         assert len(tiff.pages[0].dataoffsets) > 1
-    read = read_whole(imaging.open_image(path), image.shape)
+    read = pixels_of(path)
     assert np.abs(read.astype(int) - image).max() < 8
     assert imaging.read_resolution(path) == pytest.approx(0.5)
 

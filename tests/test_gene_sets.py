@@ -66,7 +66,7 @@ BAD = {
     "blank": (b"\n \r\n", ["holds no gene set"]),
     "a head alone": (b"group,gene\n", ["holds no gene set"]),
     "another head": (b"set,symbol\nA,ALB\n", ["line 1", "set,symbol", "group,gene"]),
-    "a cell too few": (b"group,gene\nA,ALB\nA\n", ["line 3", "group, gene"]),
+    "a cell too few": (b"group,gene\nA,ALB\n\nA\n", ["line 4", "group, gene"]),
     "no group": (b"group,gene\nA,ALB\n,HAL\n", ["line 3", "group, gene"]),
     "a spreadsheet": (b"PK\x03\x04\x14\x00\x00\x00", ["a .zip archive", "CSV"]),
     "half a .gz": (gzip.compress(GMT.encode(), mtime=0)[:-9], ["cannot be read as text"]),

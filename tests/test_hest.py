@@ -321,21 +321,19 @@ def test_a_sample_without_a_patient_is_a_donor_of_its_own_with_a_warning(tmp_pat
         ("st/NCBI2.h5ad", {"organ": "Liver"}, ["NCBI2.h5ad", "no such file"]),
         ("wsis/NCBI1.tif", {"organ": "Liver"}, ["NCBI1.tif", "no such file"]),
         ("HEST_v1_1_0.csv", {"organ": "Liver"}, ["HEST_v*.csv", "--samples"]),
+        (
+            "HEST_v1_1_0.csv metadata/NCBI1.json",
+            {"samples": "NCBI1"},
+            ["NCBI1.json", "no metadata"],
+        ),
     ],
 )
 def test_samples_of_hest_that_cannot_be_used_are_refused(tmp_path, capsys, lost, options, words):
     hest, root = make_hest(tmp_path / "hest"), tmp_path / "mine"
-    if lost:
-        (hest / lost).unlink()
+    for name in lost.split():
+        (hest / name).unlink()
     refuse(capsys, root, *words, from_hest=hest, **options)
     assert not (root / "slides.csv").exists()
-
-
-def test_a_sample_of_hest_without_metadata_is_refused(tmp_path, capsys):
-    hest = make_hest(tmp_path / "hest")
-    for path in (hest / "HEST_v1_1_0.csv", hest / "metadata" / "NCBI1.json"):
-        path.unlink()
-    refuse(capsys, tmp_path / "mine", "NCBI1.json", "no metadata", from_hest=hest, samples="NCBI1")
 
 
 def test_a_sample_of_hest_without_a_resolution_is_refused(tmp_path, capsys):

@@ -9,7 +9,6 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import scipy.stats
 import torch
 from conftest import TINY, load_script, printed_table, run_script, stdout_of, table_of
@@ -19,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from test_bad_input import check_one_line
 from test_files import GENES
 from test_hest import make_anndata, make_patches
-from test_weights import SMALL, pretend
+from test_weights import SMALL, weights_of
 
 import common
 from slides.manifest import check_sources
@@ -54,13 +53,6 @@ def make_task(folder, genes=TASK_GENES):
         make_anndata(seed).write_h5ad(folder / "adata" / f"{name}.h5ad")
         make_patches(folder, name, spots=SPOTS, seed=seed)
     (folder / "var_50genes.json").write_text(json.dumps({"genes": genes}))
-    return folder
-
-
-def weights_of(folder):
-    """A folder of weights for the small backbone, at random."""
-    folder.mkdir()
-    safetensors.torch.save_file(pretend(SMALL).state_dict(), folder / f"{SMALL}.safetensors")
     return folder
 
 
@@ -244,7 +236,7 @@ def test_prior_methods_and_gene_sets_have_the_benchmarks_number(root, tmp_path):
         np.testing.assert_allclose(json.loads(found), json.loads(expected), rtol=1e-5)
     _, lines = printed_table(stdout, "gene sets: ")
     number = line.split("width)")[1].split()[0]
-    assert [words.split()[-8] for words in lines] and number in lines[-1]
+    assert number in lines[-1]
 
 
 def test_random_weights_train_and_have_no_probe(root, tmp_path):
@@ -399,6 +391,8 @@ def test_a_task_in_doubt_is_refused(tmp_path, capsys, change, options, words):
     assert run_script("19", data_root=root, from_hest=task, **options) == 2
     check_one_line(capsys, words)
     assert not (root / "dataset").exists()
+    if change is with_a_barcode_too_many:
+        assert not (root / "links").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"samples": "TENX1"}, {"organ": "Breast"}])
@@ -408,13 +402,6 @@ def test_the_folder_above_tasks_names_them(tmp_path, capsys, options):
     options = {"from_hest": tmp_path / "tasks", **options}
     assert run_script("19", data_root=tmp_path / "mine", **options) == 2
     check_one_line(capsys, ["2 tasks", "IDC, PRAD", f"--from-hest {tmp_path / 'tasks' / 'IDC'}"])
-
-
-def test_a_refused_task_leaves_no_links(tmp_path):
-    task = make_task(tmp_path / "IDC")
-    with_a_barcode_too_many(task)
-    assert run_script("19", data_root=tmp_path / "mine", from_hest=task) == 2
-    assert not (tmp_path / "mine" / "links").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 from scipy.spatial.distance import cdist
+from test_benchmarks import load_benchmark
+from test_scales import lay_grid
 
 import common
 from study import intervals, recording
@@ -12,12 +14,6 @@ from study import intervals, recording
 NAMES = [str(gene) for gene in range(6)]
 MEMBERS = {"heg": NAMES[:2], "hvg": NAMES[2:3], "mg": [], "all": NAMES}
 KEYS = ("heg", "hvg", "mg", "all")
-
-
-def hexagons(side):
-    """(side^2, 2) places of a hexagonal array, in pitches."""
-    row, column = (axis.ravel() for axis in np.mgrid[:side, :side])
-    return np.stack([column + 0.5 * (row % 2), row * 0.866], 1)
 
 
 def smooth_fields(places, n_fields, reach, random):
@@ -29,7 +25,7 @@ def smooth_fields(places, n_fields, reach, random):
 def make_slides(n_slides=1, side=12, genes=6, seed=0):
     """(spots, predicted, truth) of slides on which both share a smooth field."""
     random, tables = np.random.default_rng(seed), []
-    places = hexagons(side)
+    places = lay_grid("hexagonal", side)
     for slide in range(1, n_slides + 1):
         table = pd.DataFrame(places * 100, columns=["pxl_col", "pxl_row"])
         tables.append(table.assign(tissue_index=slide, pitch=100.0))
@@ -75,7 +71,7 @@ def test_influence_is_what_leaving_a_spot_out_takes_away(pooled):
 
 # ------------------------------------------------------------------------------------------- errors
 def test_of_independent_spots_the_error_is_the_usual_one():
-    places, random = hexagons(20), np.random.default_rng(0)
+    places, random = lay_grid("hexagonal", 20), np.random.default_rng(0)
     values = random.normal(size=(400, 200))
     values = (values - values.mean(0)) / 400
     errors, freedoms = intervals.measure_error(values, np.ones(400), places)
@@ -104,7 +100,7 @@ def test_slides_are_independent():
 
 def test_of_a_part_of_the_spots_the_error_is_that_of_their_whole_slide():
     """Validation spots drawn at random lie apart, and err together all the same."""
-    places, random = hexagons(34), np.random.default_rng(0)
+    places, random = lay_grid("hexagonal", 34), np.random.default_rng(0)
     values = smooth_fields(places, 300, 2.0, random)
     some = np.sort(random.permutation(len(places))[:231])
     drawn, n = values[some], len(some)
@@ -121,7 +117,7 @@ def test_of_a_part_of_the_spots_the_error_is_that_of_their_whole_slide():
 
 def test_close_spots_may_stand_for_one_cell():
     """Large slides are cut into cells, which changes the error little."""
-    places, random = hexagons(34), np.random.default_rng(0)
+    places, random = lay_grid("hexagonal", 34), np.random.default_rng(0)
     values = smooth_fields(places, 20, 2.0, random)
     values = (values - values.mean(0)) / len(values)
     cells, *_ = intervals.weigh_pairs(places.tobytes(), len(places))
@@ -137,29 +133,20 @@ def test_close_spots_may_stand_for_one_cell():
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_so_few_spots_have_no_interval(n):
-    errors, freedoms = intervals.measure_error(np.zeros((n, 1)), np.ones(n), hexagons(2)[:n])
+    errors, freedoms = intervals.measure_error(
+        np.zeros((n, 1)), np.ones(n), lay_grid("hexagonal", 2)[:n]
+    )
     assert intervals.find_interval(0.3, errors[0], freedoms[0]) is None
 
 
-def test_intervals_hold_the_true_r():
+def test_intervals_hold_the_true_r(monkeypatch):
     """300 slides of 144 spots, range 1.5 pitches; the whole table is in benchmarks/README.md."""
-    places, random, inside = hexagons(12), np.random.default_rng(1), []
-    spots = pd.DataFrame(places, columns=["pxl_col", "pxl_row"]).assign(tissue_index=1, pitch=1.0)
-    genes, members = [str(i) for i in range(20)], {"all": [str(i) for i in range(20)]}
-    for _ in range(300):
-        shared = smooth_fields(places, 4, 1.5, random)
-        loading = random.normal(size=(4, 20))
-        signal = shared @ loading
-        truth = signal + random.normal(size=signal.shape)
-        predicted = signal + smooth_fields(places, 20, 1.5, random)
-        strength = (loading**2).sum(0)
-        true = (strength / (strength + 1)).mean()
-        moved = intervals.find_influence(predicted, truth, spots, genes, members)
-        found = common.pearson_per_gene(predicted, truth).mean()
-        (error,), (freedom,) = intervals.measure_error(moved.to_numpy(), np.ones(144), places)
-        low, high = intervals.find_interval(found, error, freedom)
-        inside.append(low <= true <= high)
-    assert 0.88 <= np.mean(inside) <= 0.995
+    benchmark = load_benchmark("check_intervals")
+    monkeypatch.setattr(benchmark, "SLIDES", 300)
+    monkeypatch.setattr(benchmark, "GENES", 20)
+    found = benchmark.check_field(lay_grid("hexagonal", 12), 1.5)
+    assert 0.88 <= found["coverage"] <= 0.995
+    assert 0.88 <= found["paired: coverage"] <= 0.995
 
 
 # -------------------------------------------------------------------------------------- differences
@@ -242,7 +229,7 @@ def test_differences_do_not_depend_on_the_order_of_the_records(written):
 
 # ------------------------------------------------------------------------------------------- chance
 def test_fields_without_a_relation_are_rarely_told_from_chance():
-    places, random = hexagons(14), np.random.default_rng(0)
+    places, random = lay_grid("hexagonal", 14), np.random.default_rng(0)
     predicted, truth = (smooth_fields(places, 400, 1.5, random) for _ in range(2))
     slides = np.ones(len(places), int)
     p = intervals.compare_with_chance(predicted, truth, slides, places)
@@ -252,7 +239,7 @@ def test_fields_without_a_relation_are_rarely_told_from_chance():
 
 
 def test_a_shared_field_is_told_from_chance_and_the_rest_is_not():
-    places, random = hexagons(14), np.random.default_rng(0)
+    places, random = lay_grid("hexagonal", 14), np.random.default_rng(0)
     predicted, truth = (smooth_fields(places, 200, 1.5, random) for _ in range(2))
     truth[:, :60] += predicted[:, :60]
     truth[:, 199] = 2.0

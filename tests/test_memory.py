@@ -8,8 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PAPER, ask, run_script
-from test_patches import make_root
+from conftest import PAPER, ask
 
 import common
 from study import methods, panels, recording, splitting
@@ -102,18 +101,3 @@ def test_counts_of_several_slides_are_written_whole(simulated):
     np.testing.assert_array_equal(own, lognorm)
     table = pd.read_csv(simulated / "dataset" / "dataset.csv")
     assert table["id"].tolist() == counts.obs_names.tolist()
-
-
-def test_nothing_but_the_results_is_left_in_the_dataset(tmp_path):
-    make_root(tmp_path)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert sorted(path.name for path in (tmp_path / "dataset").iterdir()) == [
-        "contact_sheet.png",
-        "counts.h5ad",
-        "dataset.csv",
-        "lognorm.npy",
-        "meta.json",
-        "patches.npy",
-        "thumbnail_1.png",
-    ]
-    assert not (tmp_path / ".dataset").exists()

@@ -34,12 +34,12 @@ CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": Fal
 
 @pytest.fixture(scope="module")
 def changed_split(paper_split):
-    """paper_split with other expression, counts and depth on the test slide."""
-    data, test = paper_split.data, paper_split.roles == "test"
+    """paper_split with other expression, counts and depth of all spots but those of training."""
+    data, others = paper_split.data, paper_split.roles != "train"
     target, annotations = data.target[:].copy(), data.annotations.copy()
-    shape = test.sum(), target.shape[1]
-    target[test] = np.random.default_rng(0).random(shape, np.float32) * 9
-    annotations.obs.loc[test, "n_counts"] = 7.0
+    shape = others.sum(), target.shape[1]
+    target[others] = np.random.default_rng(0).random(shape, np.float32) * 9
+    annotations.obs.loc[others, "n_counts"] = 7.0
     data = dataclasses.replace(data, target=target, lognorm=target, annotations=annotations)
     return dataclasses.replace(paper_split, data=data)
 
@@ -210,18 +210,13 @@ def test_an_interrupted_training_ends_with_the_same_bits(paper_split, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------ ST-Net
-@pytest.mark.parametrize("method", ["ST-Net", "ST-Net, Adam"])
-def test_stnet_starts_at_the_training_mean_as_published(method):
-    recipe = load_script("25").trained_methods()[method]
-    published = {"HIDDEN": 0, "AUG": "stnet", "HEAD_START": "mean"}
-    assert {name: recipe[name] for name in published} == published
-
-
 def test_published_stnet_constants():
-    recipe = load_script("25").trained_methods()["ST-Net"]
-    published = {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
+    trained = load_script("25").trained_methods()
+    published = {"HIDDEN": 0, "AUG": "stnet", "HEAD_START": "mean"}
+    assert trained["ST-Net, Adam"].items() >= published.items()
+    published |= {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
     published |= {"SCHEDULE": "constant"}
-    assert {name: recipe[name] for name in published} == published
+    assert trained["ST-Net"].items() >= published.items()
 
 
 def test_bleeps_rate_is_constant_as_published():
@@ -287,7 +282,7 @@ RIDGES = {
 
 
 @pytest.mark.parametrize("kind", RIDGES)
-def test_ridges_never_see_the_test_spots(paper_split, changed_split, kind):
+def test_ridges_see_the_training_spots_alone(paper_split, changed_split, kind):
     recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": 1.5}
     one, told = ask(RIDGES[kind], recipe, paper_split)
     other, told_then = ask(RIDGES[kind], recipe, changed_split)
@@ -514,18 +509,11 @@ COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "steps", "M", "min", "var", "over B
 
 
 def test_the_table_shows_how_much_predictions_vary(compared, finished):
-    out, stdout = finished("25")
-    _, lines = printed_table(stdout, "methods; a control uses")
+    _, lines = printed_table(finished("25")[1], "methods; a control uses")
+    tested = compared[compared["split"] == "test"].set_index("setting")
     for name in ("ridge (colour)", "depth only (control)"):
-        (record,) = compared[
-            (compared["setting"] == name) & (compared["split"] == "test")
-        ].itertuples()
-        table = anndata.read_h5ad(out / record.folder / "predictions.h5ad")
-        table = table[table.obs["role"] == "test"]
-        ratio = table.X.var(0).sum() / table.layers["lognorm"].var(0).sum()
-        assert record.variance_ratio == pytest.approx(ratio, rel=1e-4)
         (line,) = [line for line in lines if line.startswith(name)]
-        assert f" {ratio:.2f} " in line
+        assert f" {tested.loc[name, 'variance_ratio']:.2f} " in line
 
 
 def test_methods_without_published_numbers_beside_them(finished):
@@ -550,11 +538,6 @@ def test_a_method_is_not_computed_again_for_another_ones_constants(finished, sim
     out, _ = finished("25")
     options = SMALL_RUNS["25"] | options
     assert "on disk already" in stdout_of("25", data_root=simulated, out=out, **options)
-
-
-def test_an_unknown_method_is_refused(finished, simulated):
-    options = SMALL_RUNS["25"] | {"only": "bleep"}
-    assert run_script("25", data_root=simulated, out=finished("25")[0], **options) == 2
 
 
 # --------------------------------------------------------------------------------------- script 24

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import NETWORK, SHARED, run_script, write_h5, write_slide
+from conftest import NETWORK, SHARED, edit_manifest, run_script, write_h5, write_slide
 from PIL import Image
 
 import common
@@ -354,20 +354,20 @@ def test_duplicate_gene_names_are_made_unique_and_said(tmp_path, capsys):
     assert "G0-1" in anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad").var_names
 
 
-def test_without_expression_patches_alone_are_made(tmp_path):
+@pytest.mark.parametrize("expression", [True, False])
+def test_nothing_but_the_results_is_in_the_dataset(tmp_path, expression):
     make_root(tmp_path)
-    table = pd.read_csv(tmp_path / "slides.csv")
-    table["matrix"] = None
-    table.to_csv(tmp_path / "slides.csv", index=False)
-    assert run_script("19", "--data-root", tmp_path) == 0
-    assert sorted(p.name for p in (tmp_path / "dataset").iterdir()) == [
-        "contact_sheet.png",
-        "dataset.csv",
-        "meta.json",
-        "patches.npy",
-        "thumbnail_1.png",
-    ]
-    assert pd.read_csv(tmp_path / "dataset" / "dataset.csv").columns.tolist() == common.ID_COLUMNS
+    names = ["contact_sheet.png", "dataset.csv", "meta.json", "patches.npy", "thumbnail_1.png"]
+    if expression:
+        names += ["counts.h5ad", "lognorm.npy"]
+    else:
+        edit_manifest(tmp_path, matrix="")
+    target = "lognorm" if expression else "harmony"
+    assert run_script("19", data_root=tmp_path, target=target) == 0
+    assert sorted(path.name for path in (tmp_path / "dataset").iterdir()) == sorted(names)
+    assert not (tmp_path / ".dataset").exists()
+    columns = pd.read_csv(tmp_path / "dataset" / "dataset.csv").columns.tolist()
+    assert (columns == common.ID_COLUMNS) != expression
 
 
 def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):

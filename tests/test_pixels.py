@@ -94,6 +94,12 @@ def test_colours_that_were_multiplied_by_alpha_are_not_multiplied_again(tmp_path
     assert np.abs(pixels_of(tmp_path / "slide.tif") - on_white(picture(), fading())).max() <= 1
 
 
+def test_a_fourth_channel_that_is_no_alpha_is_left_out(tmp_path):
+    for fourth in (np.zeros((HEIGHT, WIDTH, 1), np.uint8), picture()[..., :1]):
+        write_alpha(tmp_path / "slide.tif", picture(), fourth, "unspecified", **TILES)
+        assert np.array_equal(pixels_of(tmp_path / "slide.tif"), picture())
+
+
 @pytest.mark.parametrize("mode", ["P", "RGB", "L"])
 def test_a_transparent_colour_of_a_png_is_white(tmp_path, mode):
     image = Image.fromarray(picture() // 2).convert(mode)

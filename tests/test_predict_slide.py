@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
-import h5py
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +14,10 @@ import scanpy
 import scipy.sparse
 import tifffile
 import torch
-from conftest import TINY, load_script, printed_table, rows_of, run_script
+from conftest import TINY, load_script, metadata_of, printed_table, rows_of, run_script, write_h5
 from PIL import Image
 from test_bad_input import check_one_line
+from test_exports import check_drawn
 from test_patches import picture, spot_table
 from test_report import Page
 from test_similarity import blur, fold, glass, ink
@@ -179,11 +177,6 @@ def judge(metadata, believed):
     metadata["evidence"] = json.dumps(told)
 
 
-def heg_of(weights):
-    with safetensors.safe_open(weights, "pt") as file:
-        return json.loads(file.metadata()["groups"])["heg"]
-
-
 def drawn_titles(monkeypatch):
     """A list that gets the titles of the axes of each figure that is saved."""
     titles = []
@@ -198,7 +191,8 @@ def drawn_titles(monkeypatch):
 def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     simulated, weights, tmp_path, monkeypatch, capsys
 ):
-    passing = heg_of(weights)[2:4]
+    heg = metadata_of(weights)["groups"]["heg"]
+    passing = heg[2:4]
     change = lambda metadata, _: judge(metadata, passing)  # noqa: E731
     changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
     titles = drawn_titles(monkeypatch)
@@ -220,10 +214,10 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     assert {line["gene"] for line in tables["Genes drawn"]} == {*passing}
     (caption,) = [name for name in tables if "in validation: validation spots lie" in name]
     lines = {line["gene"]: line for line in tables[caption]}
-    assert {*heg_of(weights)} <= {*lines}
+    assert {*heg} <= {*lines}
     assert lines[passing[0]]["believe"] and lines[passing[0]]["valid_r_k7"] == 0.4
     capsys.readouterr()
-    other = heg_of(weights)[5]
+    other = heg[5]
     genes = ("--genes", f"{passing[0]},{other}")
     assert predict(changed, *slide_of(simulated), *genes, out=tmp_path) == 0
     assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
@@ -243,8 +237,7 @@ def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkey
 
 def test_what_validation_says_is_in_the_h5ad(weights, predicted):
     _, table = predicted
-    with safetensors.safe_open(weights, "pt") as file:
-        told = json.loads(file.metadata()["evidence"])["genes"]
+    told = metadata_of(weights)["evidence"]["genes"]
     for name in ("low", "high", "p", "q", "r_k7", "r_k19"):
         np.testing.assert_array_equal(table.var[f"valid_{name}"], np.array(told[name], float))
     assert table.var["believe"].tolist() == told["believe"]
@@ -330,16 +323,7 @@ def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypat
 
 
 def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
-    matplotlib.use("agg")
-    table = scanpy.read_h5ad(predicted[0] / "predictions.h5ad")
-    gene = table.var["valid_r"].idxmax()
-    with warnings.catch_warnings(action="ignore"):  # scanpy's own: deprecated calls
-        (axes,) = scanpy.pl.spatial(table, color=gene, show=False)
-    slide = table.uns["spatial"]["SIM_C1"]
-    assert axes.images[0].get_array().shape[:2] == slide["images"]["hires"].shape[:2]
-    assert len(axes.collections[0].get_paths()) == table.n_obs
-    places = table.obsm["spatial"] * slide["scalefactors"]["tissue_hires_scalef"]
-    assert (places < axes.images[0].get_size()[::-1]).all()
+    check_drawn(scanpy.read_h5ad(predicted[0] / "predictions.h5ad"))
 
 
 def ellipse(height=3200, width=3800):
@@ -477,16 +461,6 @@ def test_resolution_from_tags(tmp_path, tags, um):
     else:
         with pytest.raises(shell.InputError, match="--um-per-px"):
             imaging.read_resolution(tmp_path / "slide.tif")
-
-
-def test_resolution_of_an_ome_tiff(tmp_path):
-    with tifffile.TiffWriter(tmp_path / "slide.ome.tif", ome=True) as tiff:
-        tiff.write(
-            picture(),
-            photometric="rgb",
-            metadata={"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"},
-        )
-    assert imaging.read_resolution(tmp_path / "slide.ome.tif") == 0.25
 
 
 def spoil_weights(weights, path, change):
@@ -647,18 +621,9 @@ def space_ranger(folder, simulated, number, kind):
                         ignore=shutil.ignore_patterns("*.npy"))  # fmt: skip
     else:
         named.to_csv(outs / "spatial" / "tissue_positions.csv", index=False)
-        counts = matrix.X.tocsr().astype(np.int32)
-        with h5py.File(outs / "filtered_feature_bc_matrix.h5", "w") as file:
-            group = file.create_group("matrix")
-            for name in ("data", "indices", "indptr"):
-                group[name] = getattr(counts, name)
-            group["shape"] = np.array(counts.shape[::-1])
-            group["barcodes"] = np.array(matrix.obs_names, "S")
-            features = group.create_group("features")
-            features["id"] = np.array(matrix.var_names, "S")
-            features["name"] = np.array(matrix.var["name"], "S")
-            features["feature_type"] = np.array([b"Gene Expression"] * matrix.n_vars)
-            features["genome"] = np.array([b"GRCh38"] * matrix.n_vars)
+        names, ids = [*matrix.var["name"]], [*matrix.var_names]
+        h5 = outs / "filtered_feature_bc_matrix.h5"
+        write_h5(h5, matrix.X, names, barcodes=matrix.obs_names, ids=ids)
     image = tifffile.imread(simulated / row["image"])
     tifffile.imwrite(outs / "spatial" / "unused.tif", image[::8, ::8], photometric="rgb")
     Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")

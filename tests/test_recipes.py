@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import REPOSITORY, TINY, load_script, run_script, stdout_of
+from conftest import REPOSITORY, TINY, load_script, stdout_of
 
 import common
 from study import recipes, shell
@@ -84,12 +84,6 @@ def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulate
         assert len(losses) == 2
         found[name] = tuple(losses)
     assert len(set(found.values())) == 1 + len(changes)
-
-
-def test_a_backbone_without_blocks_to_leave_out_is_refused(simulated, tmp_path, capsys):
-    options = TINY | {"backbone": "vgg11", "stochastic_depth": 0.2}
-    assert run_script("20", data_root=simulated, out=tmp_path, **options) == 2
-    assert "--stochastic-depth 0" in capsys.readouterr().err
 
 
 def test_recipes_need_no_package():

@@ -3,14 +3,13 @@ validation spots has not.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
-from conftest import ask, load_script
+from conftest import ask, load_script, metadata_of
 from test_ridge_start import RECIPE
 
 import common
@@ -44,12 +43,6 @@ def kill_after(monkeypatch, after):
 
     monkeypatch.setattr(common, "save_checkpoint", save_and_die)
     return saved
-
-
-def read_valid_r(folder):
-    """(G,) validation r in the metadata of a folder's weights."""
-    with safetensors.safe_open(folder / "weights.safetensors", "numpy") as file:
-        return np.array(json.loads(file.metadata()["valid_r"]), float)
 
 
 # -------------------------------------------------------------------------------------------- ridges
@@ -103,7 +96,8 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_
     for name, value in alone.items():
         torch.testing.assert_close(refit[name], value, rtol=0, atol=0)
     # What the weights say of themselves was measured on spots that had been left out.
-    before, after = (read_valid_r(tmp_path / name) for name in ("once", "refit"))
+    files = [tmp_path / name / "weights.safetensors" for name in ("once", "refit")]
+    before, after = (np.array(metadata_of(path)["valid_r"], float) for path in files)
     np.testing.assert_array_equal(after, before)
     assert np.isfinite(before).any()
 

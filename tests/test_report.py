@@ -43,13 +43,6 @@ class Page(HTMLParser):
                 self.outside.append(address)
 
 
-@pytest.fixture(scope="module")
-def report(trained):
-    """(folder, text of report.html) of the run of script 20."""
-    assert run_script("27", "--run", trained[0]) == 0
-    return trained[0], (trained[0] / "report.html").read_text()
-
-
 FACTS = {"title": "run", "label": "", "tables": {}, "figures": [], "folders": []}
 FACTS |= {"settings": {}, "machine": {}}
 

@@ -10,7 +10,7 @@ from conftest import NETWORK, PAPER, ask, load_script
 from sklearn.linear_model import Ridge
 
 import common
-from study import methods, recipes, recording, ridges, rows, shell, splitting, weights
+from study import methods, recipes, recording, ridges, rows, shell, weights
 
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
@@ -24,14 +24,6 @@ RECIPE |= {
 }
 RECIPE |= {"REFIT": False}  # One network, one ridge.
 DEVICE = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def split(simulated):
-    """The Split of the paper's protocol on the simulated slides, by log-normalised counts."""
-    data = common.load_dataset(simulated, "lognorm")
-    (roles,) = splitting.split_spots(data.spots, PAPER, 42)
-    return splitting.make_split(data, roles, RECIPE, 42, 0)
 
 
 def start(split, **changed):
@@ -231,98 +223,83 @@ def test_features_that_never_vary_give_the_mean(width):
     np.testing.assert_allclose(ridge.predict(features), np.tile(target.mean(0), (60, 1)), rtol=1e-5)
 
 
-def test_alpha_and_weights_follow_from_training_spots_alone(split):
-    target = split.data.target[:].copy()
-    others = split.spots("valid", "test")
-    target[others] = np.random.default_rng(0).normal(size=target[others].shape)
-    data = dataclasses.replace(split.data, target=target, lognorm=target)
-    changed = dataclasses.replace(split, data=data)
-    one, told = ask(methods.ridge_on_features, RECIPE, split)
-    other, told_then = ask(methods.ridge_on_features, RECIPE, changed)
-    np.testing.assert_array_equal(one, other)
-    assert told == told_then
-
-
 # ------------------------------------------------------------------------------------- ridge start
 @pytest.mark.parametrize("pool_stages", [True, False])
-def test_the_first_prediction_is_the_ridges(split, pool_stages):
-    model, patches, row = start(split, POOL_STAGES=pool_stages)
-    ridge, told = ask(methods.ridge_on_features, row.recipe, split)
+def test_the_first_prediction_is_the_ridges(paper_split, pool_stages):
+    model, patches, row = start(paper_split, POOL_STAGES=pool_stages)
+    ridge, told = ask(methods.ridge_on_features, row.recipe, paper_split)
     np.testing.assert_allclose(row.predict(model, patches), ridge, atol=1e-4)
     assert row.notes == {name: told[name] for name in ("alpha", "rank")}
 
 
 @pytest.mark.parametrize("name", ["20", "25"])
-def test_without_an_epoch_the_network_is_the_ridge_on_its_features(split, name):
+def test_without_an_epoch_the_network_is_the_ridge_on_its_features(paper_split, name):
     script = load_script(name)
     method = script.efficientnet if name == "20" else script.train_method
-    row = rows.Row("best", RECIPE | {"EPOCHS": 0}, split, None)
+    row = rows.Row("best", RECIPE | {"EPOCHS": 0}, paper_split, None)
     predicted = method(row)
-    ridge, told = ask(methods.ridge_on_features, RECIPE, split)
+    ridge, told = ask(methods.ridge_on_features, RECIPE, paper_split)
     np.testing.assert_allclose(predicted, ridge, atol=1e-4)
     np.testing.assert_allclose(row.predict(row.model, row.place_patches()), ridge, atol=1e-4)
     assert row.notes["steps"] == 0
     assert row.notes["alpha"] == told["alpha"]
 
 
-def test_without_an_epoch_one_view_is_one_view(split):
+def test_without_an_epoch_one_view_is_one_view(paper_split):
     """What is scored is what script 26 does with the weights."""
     script = load_script("20")
-    row = rows.Row("best", RECIPE | {"EPOCHS": 0, "TTA": False}, split, None)
+    row = rows.Row("best", RECIPE | {"EPOCHS": 0, "TTA": False}, paper_split, None)
     predicted = script.efficientnet(row)
     np.testing.assert_array_equal(predicted, row.predict(row.model, row.place_patches()))
-    eight = script.efficientnet(rows.Row("best", RECIPE | {"EPOCHS": 0}, split, None))
+    eight = script.efficientnet(rows.Row("best", RECIPE | {"EPOCHS": 0}, paper_split, None))
     assert np.abs(predicted - eight).max() > 1e-3
 
 
-def test_a_network_of_no_epoch_predicts_again(split, tmp_path):
+def test_a_network_of_no_epoch_predicts_again(paper_split, tmp_path):
     recipe = RECIPE | {"EPOCHS": 0}
-    row = rows.Row("best", recipe, split, tmp_path / "best").fill(methods.network_of_no_epoch)
-    again = rows.Row("best, 1 view", recipe | {"TTA": False}, split, tmp_path / "again")
+    row = rows.Row("best", recipe, paper_split, tmp_path / "best").fill(methods.network_of_no_epoch)
+    again = rows.Row("best, 1 view", recipe | {"TTA": False}, paper_split, tmp_path / "again")
     predicted = methods.predict_again(row, again)
     assert np.isfinite(predicted).all()
     assert (again.notes["steps"], again.notes["best_epoch"]) == (0, 0)
 
 
-def test_a_stain_shift_is_of_the_test_slide_alone(split, tmp_path):
+def test_a_stain_shift_is_of_the_test_slide_alone(paper_split, tmp_path):
     """The widths of intervals follow from validation spots as they are."""
     recipe = RECIPE | {"EPOCHS": 0, "TTA": False}
-    row = rows.Row("best", recipe, split, tmp_path / "best").fill(load_script("20").efficientnet)
+    row = rows.Row("best", recipe, paper_split, tmp_path / "best")
+    row.fill(load_script("20").efficientnet)
     first = recording.read_prediction(row.folder).to_numpy()
     shifted = methods.predict_again(row, row, stain_shift=True)
-    is_valid = split.roles[split.scored()] == "valid"
+    is_valid = paper_split.roles[paper_split.scored()] == "valid"
     np.testing.assert_array_equal(shifted[is_valid], first[is_valid])
     assert np.abs(shifted[~is_valid] - first[~is_valid]).max(1).min() > 1e-3
-    colour, _ = ask(methods.ridge_on_colour, RECIPE, split)
-    other, _ = ask(load_script("23").ridge_under_stain_shift, RECIPE, split)
+    colour, _ = ask(methods.ridge_on_colour, RECIPE, paper_split)
+    other, _ = ask(load_script("23").ridge_under_stain_shift, RECIPE, paper_split)
     np.testing.assert_array_equal(other[is_valid], colour[is_valid])
     assert np.abs(other[~is_valid] - colour[~is_valid]).max(1).min() > 1e-3
 
 
-def test_patches_are_as_coarse_as_those_of_the_slides_that_taught(split):
-    names = {slide["tissue_index"]: slide["name"] for slide in split.data.meta["slides"]}
-    learnt = [names[number] for number in split.slides("train", "valid")]
+def test_patches_are_as_coarse_as_those_of_the_slides_that_taught(paper_split):
+    names = {slide["tissue_index"]: slide["name"] for slide in paper_split.data.meta["slides"]}
+    learnt = [names[number] for number in paper_split.slides("train", "valid")]
     coarse = dict.fromkeys(names.values(), 2.0) | dict.fromkeys(learnt, 0.25)
-    data = dataclasses.replace(split.data, meta=split.data.meta | {"um_per_px": coarse})
-    assert weights.find_patch_resolution(dataclasses.replace(split, data=data)) == 0.25
+    data = dataclasses.replace(paper_split.data, meta=paper_split.data.meta | {"um_per_px": coarse})
+    assert weights.find_patch_resolution(dataclasses.replace(paper_split, data=data)) == 0.25
 
 
-def test_rows_by_another_harmony_are_others(split):
+def test_rows_by_another_harmony_are_others(paper_split):
     """Folds of 22 hold no test spot, and yet their target follows from the test slide."""
+    data = paper_split.data
     one, other = (
-        dataclasses.replace(split, data=dataclasses.replace(split.data, harmonised=slides))
+        dataclasses.replace(paper_split, data=dataclasses.replace(data, harmonised=slides))
         for slides in ((1, 2, 3), (1, 2, 4))
     )
     assert one.made_with(RECIPE) != other.made_with(RECIPE)
 
 
-def test_without_an_epoch_there_must_be_a_ridge_start(split):
-    with pytest.raises(shell.InputError, match="--epochs 0: needs --head-start ridge"):
-        start(split, EPOCHS=0, HEAD_START="mean")
-
-
-def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
-    model, patches, _ = start(split)
+def test_pooled_stages_are_sd_and_mean_of_every_stages_output(paper_split):
+    model, patches, _ = start(paper_split)
     backbone = model.backbone.eval()
     images = model.normalise(patches[torch.arange(2)])
     by_hand, x = [], images
@@ -336,8 +313,8 @@ def test_pooled_stages_are_sd_and_mean_of_every_stages_output(split):
     assert model.widths == [part.shape[1] for part in by_hand]
 
 
-def test_a_stage_that_is_constant_over_the_image_has_a_slope(split):
-    model, *_ = start(split)
+def test_a_stage_that_is_constant_over_the_image_has_a_slope(paper_split):
+    model, *_ = start(paper_split)
     backbone = model.backbone.eval()
     image = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
     torch.cat(common.pool_each_stage(backbone, image), 1).sum().backward()
@@ -367,16 +344,16 @@ def test_channels_last_and_tokens_are_pooled_over_their_places():
         torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_hidden_layer_cannot_start_as_a_ridge(split):
+def test_a_hidden_layer_cannot_start_as_a_ridge(paper_split):
     with pytest.raises(shell.InputError, match="--hidden 16"):
-        start(split, HIDDEN=16)
+        start(paper_split, HIDDEN=16)
 
 
-def test_the_start_is_judged_and_kept_where_training_only_harms(split):
-    model, patches, row = start(split)
+def test_the_start_is_judged_and_kept_where_training_only_harms(paper_split):
+    model, patches, row = start(paper_split)
     before = common.copy_state(model)
     changed = {"LEARNING_RATE": 0.5}
-    history = common.fit(model, patches, split, row.recipe | changed)
+    history = common.fit(model, patches, paper_split, row.recipe | changed)
     assert [line["epoch"] for line in history] == [0, 1]
     assert history[1]["valid_mse"] > history[0]["valid_mse"]
     for name, value in model.state_dict().items():

@@ -13,20 +13,12 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import load_script, run_script, stdout_of, write_h5, write_slide
+from conftest import edit_manifest, load_script, run_script, stdout_of, write_h5, write_matrix
 from PIL import Image
 from test_bad_input import check_one_line
-from test_files import (
-    GENES,
-    check_spots,
-    edit_manifest,
-    make_dataset,
-    make_outs,
-    make_slides,
-    paint,
-    spot_array,
-)
+from test_files import GENES, check_spots, make_dataset, make_outs, make_slides, paint, spot_array
 from test_hest import make_anndata, make_h5ad
+from test_pixels import write_alpha
 
 import common
 from slides import alignment, hest
@@ -430,9 +422,7 @@ def test_a_sample_of_an_aggregated_matrix_is_chosen(tmp_path, kind):
     if kind == "h5":
         write_h5(tmp_path / name, counts, GENES, barcodes=both.obs_names)
     elif kind == "folder":
-        positions = pd.concat([spot_array()] * 2).assign(barcode=both.obs_names)
-        write_slide(tmp_path / "made", "no.tif", positions, counts, GENES)
-        (tmp_path / "made" / "matrix1").rename(tmp_path / name)
+        write_matrix(tmp_path / name, both.obs_names, counts, GENES)
     else:
         pd.DataFrame(counts, both.obs_names, GENES).to_csv(tmp_path / name)
     edit_manifest(tmp_path, matrix=[f"{name}#suffix=1", f"{name}#suffix=2"])
@@ -463,32 +453,17 @@ def test_a_name_with_the_sign_of_a_section_is_found(tmp_path, name):
 
 
 # ------------------------------------------------------------------------------ pixels of an image
-def write_fourth(path, image, fourth, tag):
-    pixels = np.dstack([image, fourth])
-    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=[tag], tile=(256, 256))
-
-
-@pytest.mark.parametrize("fourth", [np.zeros((1400, 1600), np.uint8), paint(9)[..., 0]])
-def test_a_fourth_channel_that_is_no_alpha_is_left_out(tmp_path, fourth):
-    make_slides(tmp_path, 1)
-    _, _, before = make_dataset(tmp_path)
-    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unspecified")
-    _, _, patches = make_dataset(tmp_path)
-    assert np.array_equal(patches, before)
-
-
 def test_alpha_that_is_0_everywhere_is_refused(tmp_path, capsys):
     make_slides(tmp_path, 1)
-    fourth = np.zeros((1400, 1600), np.uint8)
-    write_fourth(tmp_path / "image1.tif", paint(1), fourth, "unassalpha")
+    write_alpha(tmp_path / "image1.tif", paint(1), np.zeros((1400, 1600), np.uint8))
     assert_refused(capsys, tmp_path, "image1.tif", "one colour", "alpha is 0")
 
 
-def write_png16(path, image, colour):
-    """A PNG of 16 bits a channel, which Pillow cannot write; colour 2 is RGB, 0 grey."""
+def write_png16(path, image):
+    """A PNG of RGB, 16 bits a channel, which Pillow cannot write."""
     height, width = image.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)
-    head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")):
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -496,11 +471,9 @@ def write_png16(path, image, colour):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("colour", [2, 0])
-def test_a_png_of_16_bits_is_refused(tmp_path, capsys, colour):
+def test_a_png_of_16_bits_is_refused(tmp_path, capsys):
     make_slides(tmp_path, 1)
-    image = paint(1).astype(np.uint16) * 16
-    write_png16(tmp_path / "image1.tif", image if colour else image[..., 0], colour)
+    write_png16(tmp_path / "image1.tif", paint(1).astype(np.uint16) * 16)
     assert_refused(capsys, tmp_path, "image1.tif", "8-bit RGB")
 
 

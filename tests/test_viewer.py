@@ -17,7 +17,6 @@ from conftest import load_script, run_script
 from PIL import Image
 from scipy.stats import zscore
 from test_predict_slide import predict, slide_of
-from test_report import report  # noqa: F401  a fixture
 from test_scales import lay_grid
 
 from study import scales, viewer
@@ -159,7 +158,7 @@ def test_a_set_is_the_mean_of_standardised_genes():
 
 
 # ----------------------------------------------------------------------------------------- reports
-def test_the_report_of_script_20_shows_its_network(report):  # noqa: F811
+def test_the_report_of_script_20_shows_its_network(report):
     run, text = report
     data = data_of(text)
     folder = next(run.glob("EfficientNet-B0-*"))
@@ -332,7 +331,7 @@ def test_a_browser_draws_the_gene_that_is_chosen(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_reports_of_20_and_26(report, simulated, tmp_path):  # noqa: F811
+def test_a_browser_draws_the_reports_of_20_and_26(report, simulated, tmp_path):
     run, text = report
     printed = browse(write_page(tmp_path / "20.html", [text]), "--dump-dom")
     assert "predicted: r " in printed and printed.count("<figcaption>") == 3

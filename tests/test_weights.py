@@ -24,6 +24,14 @@ def pretend(name, n_classes=10, seed=7):
     return timm.create_model(name, num_classes=n_classes)
 
 
+def weights_of(folder, name=SMALL, seed=7):
+    """The folder, with a file of weights at random for a backbone."""
+    folder.mkdir(exist_ok=True)
+    state = pretend(name, seed=seed).state_dict()
+    safetensors.torch.save_file(state, folder / f"{name}.safetensors")
+    return folder
+
+
 def build(name, pretrained):
     recipe = NETWORK | {"BACKBONE": name, "PRETRAINED": str(pretrained)}
     return common.build_model(recipe, 5, 0).backbone
@@ -164,10 +172,8 @@ def test_an_image_that_is_too_small_is_told_whatever_the_head_sees(pool_stages):
 def test_a_record_follows_from_the_files_content_and_26_needs_it_no_more(
     simulated, tmp_path, capsys
 ):
-    weights, other = tmp_path / "weights", tmp_path / "other"
-    weights.mkdir()
+    weights, other = weights_of(tmp_path / "weights"), tmp_path / "other"
     path = weights / f"{SMALL}.safetensors"
-    safetensors.torch.save_file(pretend(SMALL).state_dict(), path)
     options = TINY | {"backbone": SMALL, "target": "lognorm", "data_root": simulated, "epochs": 1}
     options |= {"out": tmp_path / "out"}
     del options["pretrained"]
@@ -182,7 +188,7 @@ def test_a_record_follows_from_the_files_content_and_26_needs_it_no_more(
     assert run_script("20", pretrained=other / path.name, **options) == 0
     assert f"{SMALL}: on disk already" in capsys.readouterr().out
 
-    safetensors.torch.save_file(pretend(SMALL, seed=8).state_dict(), other / path.name)
+    weights_of(other, seed=8)
     assert run_script("20", pretrained=other, **options) == 0
     assert len(list((tmp_path / "out").glob(f"{SMALL}-*"))) == 2
 
