@@ -4,7 +4,7 @@ Question   none: this script only fetches
 Reads      GSE240429: one TIFF a sample from GEO, tables from the public repository of BLEEP
            HER2ST: images, counts and spot files from the public repository almaan/her2st
 Writes     <DATA_ROOT>/slides.csv (one row a slide), image/ (H&E), data/ (positions and counts)
-Prints     GSE240429: how many files are to be fetched, and their size
+Prints     how many files are to be fetched, and their size
            HER2ST: of each section its number of spots and genes, and its image
            then the next command
 Command    python 17_download_data.py
@@ -336,13 +336,14 @@ def is_packed(path):
     return path.name.endswith(".tiff.gz")
 
 
-def fetch_missing(plan, root, copies=1):
+def fetch_missing(plan, root, converted=0):
     """Fetch the files [(listing entry, path in `root`)] that are missing; one that is there with
-    the right size is left alone. InputError without disk for them, `copies` times.
+    the listed size, or any size where none is listed, is left alone. InputError without disk for
+    them and for what they are `converted` into, in bytes.
     """
     missing = [(entry, root / path) for entry, path in plan if not is_done(entry, root / path)]
-    needed = copies * sum(bytes_needed(entry, path) for entry, path in missing)
-    check_space(root, needed)
+    needed = sum(bytes_needed(entry, path) for entry, path in missing)
+    check_space(root, needed + converted)
     print(f"{len(missing)} files to fetch, {needed / 1e9:.1f} GB")
     for entry, path in missing:
         if not path.exists() or path.stat().st_size != remote_size(entry):
@@ -419,7 +420,8 @@ def download_her2st(root):
     base = f"{source_or(GITHUB)}/repos/almaan/her2st/contents/data"
     plan = plan_her2st_tables(base) + plan_her2st_images(base)
     # What is fetched is converted into files of the same size.
-    fetch_missing(plan, root / "download", copies=2)
+    converted = sum(remote_size(entry) or 0 for entry, _ in plan)
+    fetch_missing(plan, root / "download", converted)
     return root / "download"
 
 

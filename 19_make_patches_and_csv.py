@@ -657,16 +657,16 @@ def check_task(manifest, tables, genes):
 def main():
     root = Path(DATA_ROOT)
     inputs.WARNINGS.clear()
+    if (IMAGES or USE_HIRES) and not FROM_SPACERANGER:
+        raise InputError("--images and --use-hires go with --from-spaceranger")
+    if IMAGES and USE_HIRES:
+        raise InputError("--images and --use-hires: give one of them")
     if FROM_HEST:
         link_hest(root)
     elif SAMPLES or ORGAN or SPECIES or TECHNOLOGY or HEST_PATCHES:
         raise InputError(
             "--samples, --organ, --species, --technology and --hest-patches go with --from-hest"
         )
-    if (IMAGES or USE_HIRES) and not FROM_SPACERANGER:
-        raise InputError("--images and --use-hires go with --from-spaceranger")
-    if IMAGES and USE_HIRES:
-        raise InputError("--images and --use-hires: give one of them")
     if FROM_SPACERANGER:
         shell.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)

@@ -57,7 +57,7 @@ AUG = "mpa"  # mpa (the paper's) or another name of common.AUGMENTATIONS
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
+LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs, or constant if published
 LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda
@@ -113,8 +113,8 @@ def open_searches(run):
         count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
         roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
         # No two folds of a seed have one number.
-        numbers = itertools.count(n_folds[whole.seed])
-        folds = [replace(whole, roles=of_fold, fold=next(numbers)) for of_fold in roles]
+        numbered = enumerate(roles, n_folds[whole.seed])
+        folds = [replace(whole, roles=of_fold, fold=number) for number, of_fold in numbered]
         n_folds[whole.seed] += len(folds)
         searches.append(Search(whole, folds))
     return searches

@@ -70,7 +70,7 @@ HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training mea
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30
 BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs two
-LEARNING_RATE = 3e-4  # Adam; SCHEDULE of the recipe
+LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs, or constant if published
 LOSS = "mse"  # a name of common.LOSSES
 
 DEVICE = "auto"  # auto, cpu or cuda

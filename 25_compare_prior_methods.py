@@ -463,8 +463,8 @@ def embedded_methods(run):
     return embeddings.settings_of(models, run.baseline)
 
 
-# {what is averaged: how the names of these settings end}: of what sees single spots the networks
-# and ridges at their best, and the ridges that see the neighbourhood.
+# {what is averaged: how the names of these settings end}. Models see single spots, and are the best
+# networks and ridges of those that do. The other mean is of ridges that see the neighbourhood.
 ENSEMBLES = {
     "models": (", best recipe", ", Adam", ", all stages)"),
     "ridges, neighbourhood": (", neighbourhood)",),

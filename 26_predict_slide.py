@@ -1,7 +1,7 @@
 """Expression maps for a slide that has no expression, or whose own is to be compared.
 
 Question   What would the genes of a trained model look like on this slide?
-Reads      RUN, the folder of a run of scripts 20 to 25, of which the model with the highest
+Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
            validation r of HEG is taken, of those that have not learnt from the slide if it is one
            of the run's; or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a folder outs/ of
            Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid;
@@ -69,7 +69,7 @@ from study import (
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
-RUN = ""  # folder of a run of scripts 20 to 25: the best model of its last start, in validation
+RUN = ""  # folder of a run of scripts 20 to 23: the best network of its last start, in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
@@ -96,7 +96,8 @@ REPORTED = ["valid_low", "valid_high", "valid_q", "valid_r_k7", "valid_r_k19", "
 ABOUT_GENES = """valid_r is Pearson's r in validation, valid_low to valid_high its 95 % interval,
 valid_q how often chance gives as high an r (after Benjamini and Hochberg), valid_r_k7 and
 valid_r_k19 are r of means over 7 and 19 spots, believe is whether the gene passes. ceiling is the
-best r that counting noise allows on the training slides, r is that on this slide."""
+best r that counting noise allows on the training slides. r is Pearson's r on this slide, if it has
+counts."""
 
 
 # -------------------------------------------------------------------------------- model
@@ -106,7 +107,7 @@ def choose_weights(image):
     """The path of WEIGHTS, or of the best model of RUN for the slide in the file `image`."""
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
-            "give --run FOLDER of scripts 20 to 25, or --weights, a weights.safetensors or its "
+            "give --run FOLDER of scripts 20 to 23, or --weights, a weights.safetensors or its "
             "folder"
         )
     if RUN:

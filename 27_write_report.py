@@ -595,13 +595,13 @@ def write_report(run, facts):
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=100)
         parts.append(as_image(buffer.getvalue(), text))
-    parts += [as_picture(run / name) for name in facts["figures"]]
+    parts += [as_picture(run / name) for name in facts["figures"] if (run / name).is_file()]
     if facts.get("warnings"):
         lines = "".join(f"<li>{html.escape(warning)}</li>" for warning in facts["warnings"])
         parts.append(f"<aside><h2>Warnings</h2><ul>{lines}</ul></aside>")
-    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if facts.get("about"):
         parts.append(as_paragraph(facts["about"]))
+    parts += [as_table(caption, lines) for caption, lines in facts["tables"].items()]
     if rows:
         parts += show_scores(run, rows)
         parts += show_scales(rows)

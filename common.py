@@ -792,8 +792,9 @@ def refuse_extra(backbone, name, path, state):
     """InputError where a file that holds all of a backbone holds more than a classifier beside."""
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    for key in state.keys() - backbone.state_dict().keys():
-        if not key.startswith(classifiers):
+    known = backbone.state_dict().keys()
+    for key in state:
+        if key not in known and not key.startswith(classifiers):
             raise InputError(
                 f"{path}: holds {key}, which {name} does not have: these are weights of another "
                 "backbone"

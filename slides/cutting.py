@@ -16,7 +16,7 @@ class Cut(NamedTuple):
     image: imaging.SlideImage
     thumbnail: imaging.Thumbnail | None
     over_border: int  # patches that lie partly outside the image
-    inside: np.ndarray  # (n,) bool: spots whose centre lies in the image
+    inside: np.ndarray  # (n,) bool: spots whose centre lies in the image, or that have a patch
 
 
 def cut_spots(slide, spots, patches, um_per_px, scratch, *, thumbnail):

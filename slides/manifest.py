@@ -230,8 +230,8 @@ def list_files(slide):
 
 
 def check_sources(root, meta):
-    """InputError where slides.csv, or a file that it names, is no more as script 19 described it in
-    meta.json.
+    """InputError where slides.csv, a file that it names, or the folds or genes of a task of
+    HEST-Benchmark, are no more as script 19 described them in meta.json.
 
     A file that is gone is not compared: the patches are there, and images take much disk. Of large
     files some blocks are compared, so that no start of a script waits.
@@ -252,15 +252,18 @@ def check_sources(root, meta):
                     f"and was {row[column]} when the dataset was made: run {command} again"
                 )
         for path in list_files(slide):
-            check_source(path, row["files"].get(name_file(root, path), {}), root, meta)
+            described = row["files"].get(name_file(root, path), {})
+            check_source(path, described, name_command(root, meta))
     for name, described in meta.get("task", {}).items():
-        check_source(root / name, described, root, meta)
+        if (root / name).is_file():
+            check_source(root / name, described, command)
 
 
-def check_source(path, described, root, meta):
-    """InputError where a file is no more as a part of meta.json describes it."""
+def check_source(path, described, command):
+    """InputError where a file is no more as a part of meta.json describes it, which the command of
+    script 19 would make anew.
+    """
     size = path.stat().st_size
-    command = name_command(root, meta)
     if size != described.get("bytes", size):
         raise InputError(
             f"{path}: {size:,} bytes, and {described['bytes']:,} when the dataset was made: run "

@@ -36,6 +36,7 @@ def tell_counts(table):
     genes that slides share, two spots may well have the same counts.
     """
     matrix = table.X
+    matrix.eliminate_zeros()  # which some readers keep
     matrix.sort_indices()
     for number, (spot, total) in enumerate(table.obs["n_counts"].items()):
         row = slice(*matrix.indptr[number : number + 2])

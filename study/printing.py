@@ -109,8 +109,9 @@ def format_share(r, ceiling):
 
 
 def format_group(lines, column, size, over=None, counts=None):
-    """Mean of a column of r of a gene group, or with `over`, a column or columns, its mean within
-    them and ±sd; `counts` is the column of numbers of genes, if not <column>_n.
+    """A gene group's mean r, which `column` holds. With `over`, a column or columns, it is the mean
+    within each of their values, then over them ±sd. `counts` is the column of the numbers of genes,
+    if not <column>_n.
 
     0.310/47 is of 47 genes only, where the group has more; 0.310 (3 of 4) of 3 lines, where r is
     undefined in the fourth.
@@ -179,7 +180,7 @@ def describe_counts(lines):
 
 
 def format_count(counts, form="{:.0f}"):
-    """The mean of counts; "-" without any."""
+    """The mean of counts or rates; "-" without any."""
     mean = counts.astype(float).mean()
     return "-" if np.isnan(mean) else form.format(mean)
 

@@ -144,8 +144,11 @@ def test_folds_that_changed_after_19_are_refused(root, tmp_path, name):
     shutil.copytree(root, mine, symlinks=True)
     lines = (mine / name).read_text().splitlines(keepends=True)
     (mine / name).write_text("".join(lines[:-1]))
+    meta = json.loads((mine / "dataset" / "meta.json").read_text())
     with pytest.raises(shell.InputError, match=f"{name}: .* bytes, and .* when the dataset"):
-        check_sources(mine, json.loads((mine / "dataset" / "meta.json").read_text()))
+        check_sources(mine, meta)
+    (mine / name).unlink()
+    check_sources(mine, meta)
 
 
 def test_target_is_log1p_of_raw_counts(task, root, data):

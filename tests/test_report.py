@@ -178,13 +178,13 @@ def test_figures_of_an_earlier_start_are_left_out(tmp_path):
         image, about = Image.new("RGB", (8, 8)), PngInfo()
         about.add_text("Description", f"drawn {name}")
         image.save(tmp_path / name, pnginfo=about)
-    text = written(tmp_path, figures=["now.png"])
+    text = written(tmp_path, figures=["now.png", "removed.png"])
     assert "drawn now.png" in text and "before.png" not in text
 
 
-def test_what_there_is_to_say_about_tables_follows_them(tmp_path):
+def test_what_there_is_to_say_about_tables_stands_before_them(tmp_path):
     text = written(tmp_path, tables={"Genes": [{"gene": "ALB"}]}, about="q < 0.05 passes")
-    assert text.index("ALB") < text.index("<p>q &lt; 0.05 passes</p>")
+    assert text.index("<p>q &lt; 0.05 passes</p>") < text.index("ALB")
 
 
 def test_a_row_is_read_as_it_was_written(report):
