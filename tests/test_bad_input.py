@@ -278,6 +278,8 @@ OTHERS = [
     ("18", ["--geometry", "."], ["tissue_positions_list_1.csv"]),
     ("19", ["--hvg-per-slide", "0"], ["--hvg-per-slide 0", "from 1"]),
     ("19", ["--seed", "x"], ["--seed", "invalid int value: 'x'"]),
+    ("19", ["--images", "a.tif"], ["--images and --use-hires go with --from-spaceranger"]),
+    ("19", ["--use-hires"], ["--images and --use-hires go with --from-spaceranger"]),
     ("19", ["--um-per-px", "nan"], ["--um-per-px nan", "from 0"]),
     ("19", ["--um-per-px", "-0.5"], ["--um-per-px -0.5", "from 0"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
