@@ -528,6 +528,7 @@ def test_the_same_counts_in_numbers_of_another_type_are_a_leak(kind):
     # Some readers keep counts of 0.
     other.X = scipy.sparse.csr_matrix((np.array([500, 0], kind), [0, 1], [0, 2]), (1, 2))
     other.X.indices = other.X.indices.astype(np.int64)
+    other.X.indptr = other.X.indptr.astype(np.int64)
     other.obs_names = ["2_a"]
     twins.check_alike_counts(seen, one)
     with pytest.raises(shell.InputError, match="the same counts"):
