@@ -11,7 +11,7 @@ Override   python 20_train_effb0_sota_split8020.py --quick      (simulated slide
            python 20_train_effb0_sota_split8020.py --data-root HER2ST_data --test-slide 4
            python 20_train_effb0_sota_split8020.py --data-root IDC --protocol hest --target log1p
            python 20_train_effb0_sota_split8020.py --features embeddings      (a folder a model)
-Time       --quick: 46 s, slides included (two idle cores of an AMD EPYC, 2026-11-27)
+Time       --quick: 74 s, slides included (two idle cores of an AMD EPYC, 2026-11-27)
 Source     "From histology to spatial transcriptomics: establishing a lightweight single-patch
            baseline", BMC Bioinformatics, 2026
 """
