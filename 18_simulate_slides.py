@@ -11,8 +11,8 @@ Command    python 18_simulate_slides.py
 Override   python 18_simulate_slides.py --spots 2300      (the size of a real slide)
            python 18_simulate_slides.py --geometry DIR    (real positions, 36,601 real gene names)
 Time       four default slides: 9 s (two idle cores of an AMD EPYC, 2026-11-27); one slide of real
-           geometry (2,378 spots, 24,368 x 23,612 px): 4.4 min, 4.6 GiB of memory, 2.4
-           GB of disk (two cores of an AMD EPYC, 2026-11-23, one of them used)
+           geometry (2,378 spots, 24,368 x 23,612 px): 4.4 min, 4.6 GiB of memory, 2.4 GB of disk
+           (two cores of an AMD EPYC, 2026-11-23, one of them used)
 
 The image shows zonation, fat, fibrosis, inflammation and nuclear size. Expression follows those
 fields, plus smooth fields and spot-to-spot variation that no image shows; counts are negative
