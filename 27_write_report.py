@@ -506,15 +506,17 @@ def show_scores(run, rows):
     first = [row for row in rows if is_headline(row)]
     others = [row for row in rows if not is_headline(row)]
     tables = [(caption, first), ("Of validation spots, and against other truths", others)]
-    counts = {}
+    sizes = {}
     for folder in dict.fromkeys(row["folder"] for row in rows):
         groups = shell.read_csv(run / folder / "genes.csv", ("group", "gene"))
-        panel = shell.read_csv(run / folder / "per_gene.csv", ("gene",), usecols=["gene"])
-        counts[folder] = printing.count_genes(groups), len(panel)
+        sizes[folder] = printing.count_genes(groups)
+    # The folds of HEST-Benchmark share one panel; of other protocols its size is not shown.
+    path = run / rows[0]["folder"] / "per_gene.csv"
+    n_genes = len(shell.read_csv(path, ("gene",), usecols=["gene"]))
     parts = []
     for caption, part in tables:
         if part:
-            lines = [list_scores(row, *counts[row["folder"]]) for row in part]
+            lines = [list_scores(row, sizes[row["folder"]], n_genes) for row in part]
             parts.append(as_table(caption, lines))
     return [*parts, as_paragraph(about), as_paragraph(ABOUT_GENES)]
 

@@ -773,7 +773,7 @@ def load_weights(backbone, name, path):
     names = dict.fromkeys(wanted)
     if wanted.keys() <= state.keys():
         names = {key: key for key in wanted}
-        refuse_extra(backbone, name, path, state)
+        refuse_extra(backbone, name, path, [key for key in state if key not in wanted])
     else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
         names |= dict(zip(wanted, state, strict=False))
     for key, shape in wanted.items():
@@ -788,13 +788,14 @@ def load_weights(backbone, name, path):
     backbone.load_state_dict(state, strict=False)
 
 
-def refuse_extra(backbone, name, path, state):
-    """InputError where a file that holds all of a backbone holds more than a classifier beside."""
+def refuse_extra(backbone, name, path, extra):
+    """InputError where the names `extra` that a file holds beside all of a backbone are more than a
+    classifier's.
+    """
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    known = backbone.state_dict().keys()
-    for key in state:
-        if key not in known and not key.startswith(classifiers):
+    for key in extra:
+        if not key.startswith(classifiers):
             raise InputError(
                 f"{path}: holds {key}, which {name} does not have: these are weights of another "
                 "backbone"

@@ -241,6 +241,7 @@ def check_sources(root, meta):
     manifest = read_manifest(root, need_files=False)
     then = {row["tissue_index"]: row for row in meta["slides"]}
     command = name_command(root, meta, without=MANIFEST_FLAGS)
+    same_command = name_command(root, meta)
     if sorted(then) != [slide.tissue_index for slide in manifest]:
         raise InputError(f"{root / 'slides.csv'} names other slides than then: run {command} again")
     for slide in manifest:
@@ -253,7 +254,7 @@ def check_sources(root, meta):
                 )
         for path in list_files(slide):
             described = row["files"].get(name_file(root, path), {})
-            check_source(path, described, name_command(root, meta))
+            check_source(path, described, same_command)
     for name, described in meta.get("task", {}).items():
         if (root / name).is_file():
             check_source(root / name, described, command)
