@@ -14,8 +14,9 @@ Source     the paper's search, whose settings were all the same network
 
 The choice is by HEG's r in validation, mean over the folds, then HVG's, never by the test slide. (A
 fold's best epoch is chosen on its validation spots, so this r is a little optimistic for every
-setting.) The chosen one is trained once on all training spots, up to the epoch that was best over
-the folds. A frozen stage keeps its BatchNorm, parameters and statistics alike.
+setting. Folds have the same genes, those of all training slides.) The chosen one is trained once on
+all training spots, up to the epoch that was best over the folds. A frozen stage keeps its
+BatchNorm, parameters and statistics alike.
 """
 
 from study import shell
@@ -44,7 +45,7 @@ TARGET = "harmony"  # harmony (the paper's) or lognorm
 PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of slides
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
-FOLDS = 5
+FOLDS = 5  # of paper and block; loso has a slide a fold
 SEEDS = (42,)  # one search each
 GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
@@ -72,6 +73,7 @@ STAGES = (9, 7, 5, 3, 1, 0)
 HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
 # The folds of HEST-Benchmark are no search.
 ALLOWED = {"PROTOCOL": ("paper", "loso", "block"), "TARGET": ("harmony", "lognorm")}
+ALLOWED |= {"EPOCHS": (1, 10**6)}  # Without training all settings are the same.
 
 QUICK_BUDGET = {
     "DATA_ROOT": "SIMULATED_data",
@@ -114,7 +116,12 @@ def open_searches(run):
         roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
         # No two folds of a seed have one number.
         numbered = enumerate(roles, n_folds[whole.seed])
-        folds = [replace(whole, roles=of_fold, fold=number) for number, of_fold in numbered]
+        groups = whole.groups.copy()
+        groups.attrs["source"] = "training and validation spots"
+        folds = [
+            replace(whole, roles=of_fold, groups=groups, fold=number)
+            for number, of_fold in numbered
+        ]
         n_folds[whole.seed] += len(folds)
         searches.append(Search(whole, folds))
     return searches

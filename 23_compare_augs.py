@@ -71,6 +71,9 @@ QUICK = False  # the small budget below, on simulated slides
 # Names of common.AUGMENTATIONS; stnet_color is this script's own.
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
 
+# Without training all augmentations are the same.
+ALLOWED = {"EPOCHS": (1, 10**6)}
+
 QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,)}
 
 

@@ -17,10 +17,10 @@ Source     ST-Net: He et al., Nature Biomedical Engineering 2020. BLEEP: Xie et 
 
 At its published rate ST-Net learns next to nothing in few steps, so it has rows with this project's
 optimiser, each also from a random last layer. BLEEP's loss compares the spots of a batch with each
-other: BLEEP_BATCH is what it compares, MICRO_BATCH only what the image encoder holds in memory at
-once. All but the rows "neighbourhood" see single spots; those rows tell what the tissue around a
-spot would add. A control uses what no image model may: the test spots' own depth, or expression
-measured next door.
+other: BLEEP_BATCH is what it compares, MICRO_BATCH what the image encoder holds in memory at once
+and normalises together. All but the rows "neighbourhood" see single spots; those rows tell what the
+tissue around a spot would add. A control uses what no image model may: the test spots' own depth,
+or expression measured next door.
 """
 
 from study import recipes, shell
@@ -107,7 +107,7 @@ def trained_methods():
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    published |= {"SCHEDULE": "constant"}
+    published |= {"SCHEDULE": "constant", "STNET_GENES": STNET_GENES}
     stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "HEAD_START": "mean", "AUG": "stnet"}
     bleep = {
         "BACKBONE": BLEEP_BACKBONE,

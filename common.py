@@ -9,6 +9,8 @@ dict of a script's constants.
 """
 
 import functools
+import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -175,8 +177,11 @@ def load_dataset(data_root, target):
         trained_on = lognorm if target == "lognorm" else map_array(folder / "target.npy")
         spots = annotations.obs.reset_index(names="id")[ID_COLUMNS + SPOT_COLUMNS]
         patches = map_array(folder / "patches.npy")
+        is_changed = (folder / "meta.json").read_bytes() != meta_text
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder} is damaged ({error}): run {command} again") from None
+    if is_changed:
+        raise InputError(f"{folder}: made anew in this moment: run the same command again")
     if not lognorm.shape == trained_on.shape == annotations.shape or len(patches) != len(spots):
         raise InputError(f"{folder}: not of one piece: run {command} again")
     return SpotData(
@@ -753,8 +758,9 @@ def read_architecture(path):
 def load_weights(backbone, name, path):
     """Load a file of weights into a timm backbone. A classifier in it is ignored.
 
-    Tensors of other names are taken in timm's order, if each has the shape of its place. Nothing in
-    the file is run. InputError naming the first tensor that does not fit.
+    Tensors of other names are taken in timm's order, if each has the shape of its place; not of a
+    .safetensors, which holds them in another order. Nothing in the file is run. InputError naming
+    the first tensor that does not fit.
     """
     from timm.models import load_state_dict
 
@@ -771,10 +777,11 @@ def load_weights(backbone, name, path):
         if not is_counter(key)
     }
     names = dict.fromkeys(wanted)
-    if wanted.keys() <= state.keys():
+    has_timms_names = wanted.keys() <= state.keys()
+    if has_timms_names:
         names = {key: key for key in wanted}
         refuse_extra(backbone, name, path, [key for key in state if key not in wanted])
-    else:  # Other names, in timm's order; a .safetensors file has its tensors by the alphabet.
+    else:
         names |= dict(zip(wanted, state, strict=False))
     for key, shape in wanted.items():
         found = names[key]
@@ -784,6 +791,12 @@ def load_weights(backbone, name, path):
                 f"{path}: {found or 'nothing'} {its_shape} stands where {name} has {key} {shape}: "
                 "these are weights of another backbone"
             )
+    if not has_timms_names and Path(path).suffix == ".safetensors":
+        # BatchNorm's four tensors have one shape, so that shapes do not tell which is which.
+        raise InputError(
+            f"{path}: its names are not timm's, as {next(iter(state))}, and a .safetensors has "
+            f"lost the order by which they could be told: save {name} by timm, or as .pth"
+        )
     state = {key: state[names[key]] for key in wanted}
     backbone.load_state_dict(state, strict=False)
 
@@ -847,6 +860,23 @@ def count_parameters(model):
 # ----------------------------------------------------------------------------------------- training
 # A new loss is one more function (predicted (B, G), target (B, G)) -> scalar here; LOSS names it.
 LOSSES = {"mse": F.mse_loss}
+
+
+def describe_loss(name):
+    """A loss as rows follow from it: its name and, unless torch has it by this name, a hash of its
+    lines, so that a changed one is computed anew.
+    """
+    loss = LOSSES[name]
+    if loss is getattr(F, f"{name}_loss", None):
+        return name
+    given = ""
+    if isinstance(loss, functools.partial):
+        given, loss = f"{loss.args} {loss.keywords}", loss.func
+    try:
+        lines = inspect.getsource(loss)
+    except (OSError, TypeError):  # It is not written in Python, or is no function.
+        lines = repr(getattr(loss, "__name__", type(loss)))
+    return f"{name} {hashlib.sha256((lines + given).encode()).hexdigest()[:16]}"
 
 
 adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser

@@ -18,6 +18,7 @@ from study.shell import seed_of
 
 BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
 CELLS = 6  # in a bandwidth
+LEAST_SPOTS = 36  # of a slide; with fewer, intervals are too narrow by far
 LAID = 199  # times that a prediction is laid on the slide otherwise, to see what chance gives
 
 
@@ -123,7 +124,7 @@ def weigh_pairs(places, size):
     centred = off_mean - np.outer(share, off_mean.sum(0))
     seen = weight @ centred
     expected = np.trace(seen)
-    if len(counts) < 3 or expected <= 0:
+    if size < LEAST_SPOTS or len(counts) < 3 or expected <= 0:
         return cells, weight, np.nan, np.nan
     return cells, weight, covariance.sum() / expected, expected**2 / (seen * seen.T).sum()
 

@@ -96,7 +96,7 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     patches = row.place_patches()
     if stain_shift:
         patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
-    kept = ("weights", "steps", "best_epoch", *PARAMETERS)
+    kept = ("weights", "steps", "best_epoch", "refit", *PARAMETERS)
     row.note(**{name: trained.lines[0][name] for name in kept})
     predicted = row.predict(predictor, patches)
     is_valid = row.split.roles[row.split.scored()] == "valid"

@@ -229,14 +229,15 @@ def describe_scored(lines):
 
 
 def describe_freedom(lines):
-    """How many independent places the intervals of these lines rest on, as a test slide has."""
+    """How many independent places the intervals of these lines rest on, as each test slide has."""
     freedoms = lines["interval_df"].dropna() if "interval_df" in lines else []
     if not len(freedoms):
         return ""
     low, high = round(min(freedoms)), round(max(freedoms))
-    if low == high:
-        return f", intervals of {low} degrees of freedom"
-    return f", intervals of {low} to {high} degrees of freedom a slide"
+    span = f"{low}" if low == high else f"{low} to {high}"
+    unit = recording.headline_of_lines(lines).unit
+    each = f" a {unit}" if lines[unit].nunique() > 1 else ""
+    return f", intervals of {span} degrees of freedom{each}"
 
 
 def print_published(root):

@@ -215,6 +215,7 @@ class Run:
                 self.fill(row, method, rank=number % RANKS)
                 # Epochs that were on disk, or are another process's, are no work to wait for.
                 bar.total -= row.recipe["EPOCHS"] - (bar.n - before)
+        self.rows[len(self.rows) - len(rows) :] = rows  # in the order of a single process
         return rows
 
     def print_scores(
@@ -372,10 +373,11 @@ def describe_split(split, n_trainings):
 
 
 def choose_out(script, root):
-    """runs/<script>/<data root's name>. InputError where another data root of that name has its
-    results there.
+    """OUT, or runs/<script>/<data root's name>. InputError where another data root has its results
+    there.
     """
-    out = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
+    usual = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
+    out = Path(script["OUT"] or usual)
     try:
         other = Path(out, json.loads((out / "run.json").read_text())["data_root"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -404,6 +406,25 @@ def check_target(protocol, target):
         )
 
 
+# Flags that would change nothing under a protocol.
+WITHOUT_EFFECT = {
+    "loso": ("TEST_SLIDE", "VALID_FRACTION"),
+    "block": ("VALID_FRACTION",),
+    "hest": ("TRAIN_SLIDES", "TEST_SLIDE"),
+}
+
+
+def check_flags(script, protocol):
+    """InputError where the command line gives a constant that the protocol does not ask for."""
+    given = shell.flags_given(script)
+    for name in WITHOUT_EFFECT.get(protocol, ()):
+        flag = shell.flag_of(name)
+        if flag in given:
+            raise InputError(
+                f"{flag} {given[flag]}: --protocol {protocol} does not ask for it: leave it out"
+            )
+
+
 def open_run(script, *, validate=True):
     """The Run of a script's constants; `--quick` has its slides made where they are missing.
 
@@ -413,7 +434,12 @@ def open_run(script, *, validate=True):
     recipe = shell.recipe_of(script)
     if not recipe["SEEDS"]:
         raise InputError("--seeds: expected one number at least")
+    for name in ("SEEDS", "TRAIN_SLIDES"):
+        if len(set(recipe[name])) < len(recipe[name]):
+            shown = shell.show_constant(recipe[name])
+            raise InputError(f"{shell.flag_of(name)} {shown}: a number is there twice")
     check_target(recipe["PROTOCOL"], recipe["TARGET"])
+    check_flags(script, recipe["PROTOCOL"])
     root = Path(recipe["DATA_ROOT"])
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])
@@ -427,6 +453,8 @@ def open_run(script, *, validate=True):
             splits.append(splitting.make_split(data, roles, recipe, seed, fold))
     panels = [split.data.genes for split in splits]
     sets = gene_sets.match_sets(listed, data.annotations.var, panels)
-    out = Path(recipe["OUT"] or choose_out(script, root))
+    out = choose_out(script, root)
     shell.hold_folder(out)
+    if not RANK:  # Those of another start may be of other slides.
+        (out / "paired_differences.csv").unlink(missing_ok=True)
     return Run(script, recipe, splits, out, sets)

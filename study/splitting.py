@@ -93,6 +93,8 @@ class Split:
                     path = common.find_weights(recipe["PRETRAINED"], recipe[name])
                     files[recipe[name]] = f"{path.name} {shell.identify_file(path)}"
             made_with["PRETRAINED"] = files
+        if "LOSS" in recipe:
+            made_with["LOSS"] = common.describe_loss(recipe["LOSS"])
         if "AUG" in recipe:
             made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
         device, dtype, _ = common.choose_device(recipe)
@@ -287,7 +289,7 @@ def split_folds(spots, pool, protocol, folds, seed):
             train = train[pitches > common.MARGIN + 0.1]  # A grid in whole px is not exact.
         if len(valid) == 0 or len(train) < 2:
             raise InputError(
-                f"fold {fold} of {folds}: {len(pool)} spots are too few; take fewer folds"
+                f"fold {fold} of {folds}: {len(pool)} spots are too few for so many folds"
             )
         roles = np.full(len(spots), "", "U5")
         roles[valid] = "valid"
