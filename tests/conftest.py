@@ -30,7 +30,7 @@ SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
 from slides.manifest import MANIFEST  # noqa: E402
-from study import recipes, rows, shell, splitting  # noqa: E402
+from study import intervals, recipes, rows, shell, splitting  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
 # Of the command line, for flags_of and run_script: a network that trains in a second.
@@ -252,6 +252,14 @@ def no_reports():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shell, "call_script", call_others)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_slides_have_intervals():
+    """The slides of these tests are smaller than an interval asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "LEAST_SPOTS", 0)
         yield
 
 

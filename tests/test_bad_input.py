@@ -229,6 +229,9 @@ def check_one_line(capsys, words):
         assert word in error, (word, error)
 
 
+LOSO = ["--protocol", "loso", "--target", "lognorm"]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -252,12 +255,13 @@ def check_one_line(capsys, words):
         (["--aug", "nonsense"], ["--aug nonsense", ", ".join(common.AUGMENTATIONS)]),
         (["--loss", "huber"], ["--loss huber: expected one of mse"]),
         (["--seeds", ""], ["--seeds"]),
+        (["--seeds", "42,43,42"], ["--seeds 42,43,42", "twice"]),
+        (["--train-slides", "1,1,2"], ["--train-slides 1,1,2", "twice"]),
+        ([*LOSO, "--test-slide", "2"], ["--test-slide 2: --protocol loso does not ask for it"]),
+        ([*LOSO, "--valid-fraction", "0.3"], ["--valid-fraction 0.3: --protocol loso"]),
         (["--device", "tpu"], ["--device tpu"]),
         (["--protocol", "block"], ["--protocol block", "--target lognorm"]),
-        (
-            ["--protocol", "loso", "--target", "lognorm", "--train-slides", "1,2"],
-            ["slide 1", "two are needed"],
-        ),
+        ([*LOSO, "--train-slides", "1,2"], ["slide 1", "two are needed"]),
         (["--protocol", "random"], ["--protocol random", "paper, loso, block"]),
         (["--trainable-stages", "10"], ["TRAINABLE_STAGES 10", "9 stages"]),
         (["--trainable-stages", "-2"], ["--trainable-stages -2", "from -1"]),
@@ -319,6 +323,20 @@ def test_a_panel_without_genes(tmp_path, capsys, content, words):
     assert run_script("19", data_root=tmp_path, target="lognorm", panel=panel) == 2
     check_one_line(capsys, words)
     assert not (tmp_path / "dataset").exists()
+
+
+def test_a_dataset_that_19_exchanges_while_it_is_read_is_refused(simulated, tmp_path, monkeypatch):
+    shutil.copytree(simulated / "dataset", tmp_path / "dataset")
+    meta = tmp_path / "dataset" / "meta.json"
+    read = common.map_array
+
+    def exchange(path):
+        meta.write_bytes(meta.read_bytes() + b"\n")
+        return read(path)
+
+    monkeypatch.setattr(common, "map_array", exchange)
+    with pytest.raises(shell.InputError, match="dataset: made anew in this moment"):
+        common.load_dataset(tmp_path, "lognorm")
 
 
 @pytest.mark.parametrize(
@@ -578,12 +596,13 @@ def test_readers_raise_nothing_but_input_errors(whole_root, name):
         path.write_bytes(whole)
 
 
-def test_results_of_another_data_root_of_the_same_name_stay(tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", ["", "results"])
+def test_results_of_another_data_root_stay(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     one, other = tmp_path / "a" / "slides", tmp_path / "b" / "slides"
     one.mkdir(parents=True)
     other.mkdir(parents=True)
-    script = {"__file__": "20_train.py"}
+    script = {"__file__": "20_train.py", "OUT": given}
     out = runs.choose_out(script, one)
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps({"data_root": str(one)}))

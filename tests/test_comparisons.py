@@ -223,6 +223,8 @@ def test_one_backbone_alone_has_the_same_rows(backbones, finished, simulated):
     again = table_of(stdout_of("21", data_root=simulated, out=finished("21")[0], **options))
     frozen = backbones.query("setting == 'resnet10t frozen'").reset_index(drop=True)
     pd.testing.assert_frame_equal(again, frozen)
+    # Differences of an earlier start are not its own.
+    assert not (finished("21")[0] / "paired_differences.csv").exists()
 
 
 def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path):
@@ -252,7 +254,10 @@ TOO_SMALL = ("resnet18", "inception_v3")  # an image of 32 px is too small for t
         ("22", {"protocol": "loso"}, ["--protocol loso", "--target lognorm"]),
         ("22", {"protocol": "block"}, ["--protocol block", "--target lognorm"]),
         ("22", {"folds": 1}, ["--folds 1", "from 2"]),
-        ("22", {"folds": 40}, ["40: 30 spots", "too few", "fewer folds"]),
+        ("22", {"folds": 40}, ["40: 30 spots", "too few", "so many folds"]),
+        ("22", {"epochs": 0}, ["--epochs 0", "from 1"]),
+        ("23", {"epochs": 0}, ["--epochs 0", "from 1"]),
+        ("24", {"epochs": 0}, ["--epochs 0", "from 1"]),
         ("22", {"STAGES": (0, 12), "HIDDENS": (0,)}, ["TRAINABLE_STAGES 12", "9 stages"]),
         ("23", {"only": "mpa2"}, ["--only mpa2", "stnet_color"]),
         ("25", {"only": "bleep"}, ["--only bleep", "BLEEP"]),

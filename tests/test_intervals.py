@@ -36,6 +36,16 @@ def make_slides(n_slides=1, side=12, genes=6, seed=0):
     return spots, predicted, field + random.normal(size=field.shape)
 
 
+def test_a_slide_of_few_spots_has_no_interval(monkeypatch):
+    monkeypatch.setattr(intervals, "LEAST_SPOTS", 36)
+    for side, is_enough in ((5, False), (6, True)):
+        spots, predicted, truth = make_slides(2, side=side)
+        moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS)
+        error, freedom = recording.measure_errors(moved, recording.locate_spots(spots))
+        interval = intervals.find_interval(0.5, error[0], freedom[0])
+        assert (interval is not None) == is_enough
+
+
 # ---------------------------------------------------------------------------------------- influence
 @pytest.mark.parametrize("pooled", [False, True])
 def test_influence_is_what_leaving_a_spot_out_takes_away(pooled):

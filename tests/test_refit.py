@@ -3,6 +3,7 @@ validation spots has not.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,14 @@ def test_spots_of_a_margin_train_in_the_end(paper_split):
     split = dataclasses.replace(paper_split, roles=roles)
     of_training_slides = np.sort(paper_split.spots("train", "valid"))
     np.testing.assert_array_equal(split.with_all_in_training().spots("train"), of_training_slides)
+
+
+def test_what_refitted_weights_predict_again_is_told_as_such(paper_split, tmp_path):
+    trained = fill(RECIPE, paper_split, tmp_path / "trained")
+    final = splitting.final_split(RECIPE, paper_split)
+    again = rows.Row("again", RECIPE | {"TTA": True}, final, tmp_path / "again", report=None)
+    again.fill(functools.partial(methods.predict_again, trained), refit=False)
+    assert all(line["refit"] for line in trained.lines + again.lines)
 
 
 @pytest.mark.parametrize("refit", [True, False])

@@ -3,6 +3,7 @@ weights.
 """
 
 import dataclasses
+import functools
 import shutil
 from types import SimpleNamespace
 
@@ -127,6 +128,23 @@ def test_an_interrupted_run_ends_with_the_same_bits(little, tmp_path, killed_aft
     assert np.array_equal(whole, resumed)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert not list(tmp_path.glob(".partial*"))
+
+
+CHANGED_LOSSES = (
+    F.l1_loss,
+    lambda predicted, target: (predicted - target).abs().mean(),
+    functools.partial(F.huber_loss, delta=0.5),
+    functools.partial(F.huber_loss, delta=2.0),
+    torch.nn.SmoothL1Loss(),
+)
+
+
+def test_a_loss_that_changed_is_another_row(paper_split, monkeypatch):
+    found = {paper_split.made_with(RECIPE)["LOSS"]}
+    for loss in CHANGED_LOSSES:
+        monkeypatch.setitem(common.LOSSES, "mse", loss)
+        found.add(paper_split.made_with(RECIPE)["LOSS"])
+    assert "mse" in found and len(found) == 1 + len(CHANGED_LOSSES)
 
 
 def test_the_kept_weights_are_the_best_epochs(little, monkeypatch):

@@ -77,6 +77,18 @@ def test_other_names_in_the_same_order_are_taken(tmp_path, backbone):
     assert_same_weights(build(backbone, tmp_path / "brought.pth"), trained)
 
 
+def test_other_names_without_their_order_are_refused(tmp_path):
+    """BatchNorm's tensors have one shape: by the alphabet they would change places unseen."""
+    state = {}
+    for number, (name, value) in enumerate(pretend("resnet10t").state_dict().items()):
+        if not name.endswith("num_batches_tracked"):
+            state[f"body.{number:03}.{name.split('.')[-1]}"] = value
+    path = tmp_path / "resnet10t.safetensors"
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(shell.InputError, match=r"resnet10t\.safetensors: .*lost the order"):
+        build("resnet10t", path)
+
+
 def test_another_architecture_is_told_with_tensor_and_shapes(tmp_path):
     path = tmp_path / "resnet18.safetensors"
     safetensors.torch.save_file(pretend("densenet121").state_dict(), path)
