@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,6 +294,12 @@ def finished(simulated, tmp_path_factory):
         return runs[name]
 
     return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied("21") -> a copy of the output folder of finished("21"), for another start in it."""
+    return lambda name: shutil.copytree(finished(name)[0], tmp_path / "copied")
 
 
 @pytest.fixture(scope="session")

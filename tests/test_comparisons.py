@@ -218,13 +218,14 @@ def test_backbones_are_measured_in_resnet50s(backbones, finished):
         assert f" {own / PUBLISHED['resnet50']:.2f} " in line
 
 
-def test_one_backbone_alone_has_the_same_rows(backbones, finished, simulated):
+def test_one_backbone_alone_has_the_same_rows(backbones, copied, simulated):
     options = SMALL_RUNS["21"] | {"only": "resnet10t frozen"}
-    again = table_of(stdout_of("21", data_root=simulated, out=finished("21")[0], **options))
+    out = copied("21")
+    again = table_of(stdout_of("21", data_root=simulated, out=out, **options))
     frozen = backbones.query("setting == 'resnet10t frozen'").reset_index(drop=True)
     pd.testing.assert_frame_equal(again, frozen)
     # Differences of an earlier start are not its own.
-    assert not (finished("21")[0] / "paired_differences.csv").exists()
+    assert not (out / "paired_differences.csv").exists()
 
 
 def test_memory_of_one_row_is_not_that_of_a_row_before(simulated, tmp_path):

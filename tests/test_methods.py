@@ -534,10 +534,9 @@ def test_parameters_of_prior_methods(compared, simulated):
 @pytest.mark.parametrize(
     "options", [{"only": "depth only (control)"}, {"only": "BLEEP", "stnet_epochs": 9}]
 )
-def test_a_method_is_not_computed_again_for_another_ones_constants(finished, simulated, options):
-    out, _ = finished("25")
+def test_a_method_is_not_computed_again_for_another_ones_constants(copied, simulated, options):
     options = SMALL_RUNS["25"] | options
-    assert "on disk already" in stdout_of("25", data_root=simulated, out=out, **options)
+    assert "on disk already" in stdout_of("25", data_root=simulated, out=copied("25"), **options)
 
 
 # --------------------------------------------------------------------------------------- script 24
@@ -676,14 +675,14 @@ def test_clusters_are_printed_and_saved(finished):
     assert pd.read_csv(out / "clusters.csv")["cluster_42_0"].nunique() >= 2
 
 
-def test_a_constant_of_the_ids_does_not_touch_the_row_without_one(finished, simulated):
+def test_a_constant_of_the_ids_does_not_touch_the_row_without_one(copied, simulated):
     options = SMALL_RUNS["24"] | {"embedding": 8, "only": "no id"}
-    stdout = stdout_of("24", data_root=simulated, out=finished("24")[0], **options)
+    stdout = stdout_of("24", data_root=simulated, out=copied("24"), **options)
     assert "on disk already" in stdout
     assert "clusters of" not in stdout, "which that row does not need"
 
 
-def test_clusters_that_cannot_be_are_told(finished, simulated, capsys):
+def test_clusters_that_cannot_be_are_told(simulated, tmp_path, capsys):
     options = SMALL_RUNS["24"] | {"min_cluster": 0.9}
-    assert run_script("24", data_root=simulated, out=finished("24")[0], **options) == 2
+    assert run_script("24", data_root=simulated, out=tmp_path, **options) == 2
     assert "MIN_CLUSTER" in capsys.readouterr().err

@@ -44,8 +44,16 @@ def test_an_edited_constant_wins_over_the_recipe_and_is_told(name, capsys):
     assert f"EPOCHS = 9 as edited, in place of {recipes.BEST['EPOCHS']} of recipe best" in told
 
 
-@pytest.mark.parametrize("name", ["20", "21", "22", "23", "24"])
-@pytest.mark.parametrize("recipe", ["published", "best"])
+@pytest.mark.parametrize("name", ["22", "23", "24"])
+def test_what_compares_trainings_refuses_a_recipe_without_any(name):
+    with pytest.raises(shell.InputError, match="--epochs 0: expected a number from 1"):
+        override(name, "--recipe", "best")
+
+
+PUBLISHED = [("published", name) for name in ("20", "21", "22", "23", "24")]
+
+
+@pytest.mark.parametrize("recipe, name", [*PUBLISHED, ("best", "20"), ("best", "21")])
 def test_all_that_a_recipe_changes_is_used_and_printed(name, recipe, capsys):
     script = override(name, "--recipe", recipe)
     told = capsys.readouterr().out
