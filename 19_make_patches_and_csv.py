@@ -50,8 +50,17 @@ from slides.colour import colour_statistics
 from slides.counts import find_part, join_genes, read_barcodes, take_genes
 from slides.cutting import cut_spots
 from slides.hest_patches import holds_patches
-from slides.manifest import describe_file, describe_slide, read_manifest, warn_of_magnifications
+from slides.manifest import (
+    check_unchanged,
+    describe_file,
+    describe_slide,
+    list_files,
+    note_files,
+    read_manifest,
+    warn_of_magnifications,
+)
 from slides.panel import (
+    PUBLISHED,
     choose_panel,
     find_variable_genes,
     listed_by_all,
@@ -121,14 +130,32 @@ def read_named(root):
 # -------------------------------------------------------------------------------- target
 
 
-def harmonise_panel(lognorm, obs, panel, manifest, published):
+def has_published_target(root, manifest):
+    """Whether the published panel and the harmony_matrix.npy of every slide are there."""
+    paths = [root / PUBLISHED, *(slide.matrix / "harmony_matrix.npy" for slide in manifest)]
+    return all(path.is_file() for path in paths)
+
+
+def check_harmony(n_slides, n_spots=LEAST_SPOTS):
+    """InputError where Harmony cannot align so few slides or cluster so few spots."""
+    if n_slides == 1:
+        raise InputError(
+            "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
+        )
+    if n_spots < LEAST_SPOTS:
+        raise InputError(
+            f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
+            f"are {n_spots}; use --target lognorm"
+        )
+
+
+def harmonise_panel(root, lognorm, obs, panel, manifest, published):
     """Harmony over all slides, of the log-normalised panel (N, G): (N, G) float32.
 
     The published matrices, whose genes are the ids `published`, are taken where they are. Harmony
     holds all of it in memory.
     """
-    paths = [slide.matrix / "harmony_matrix.npy" for slide in manifest]
-    if published is not None and all(path.is_file() for path in paths):
+    if has_published_target(root, manifest):
         print("target: the published harmony_matrix.npy of every slide")
         order = pd.Index(published).get_indexer(panel["gene_ids"])
         if (order < 0).any():
@@ -138,15 +165,7 @@ def harmonise_panel(lognorm, obs, panel, manifest, published):
             )
         every = [read_harmony(slide, obs, published) for slide in manifest]
         return np.ascontiguousarray(np.concatenate(every)[:, order])
-    if len(manifest) == 1:
-        raise InputError(
-            "--target harmony: Harmony aligns slides, and there is only one; use --target lognorm"
-        )
-    if len(obs) < LEAST_SPOTS:
-        raise InputError(
-            f"--target harmony: Harmony clusters spots and needs {LEAST_SPOTS} of them, and there "
-            f"are {len(obs)}; use --target lognorm"
-        )
+    check_harmony(len(manifest), len(obs))
     return panels.harmonise(lognorm, obs["tissue_index"], SEED)
 
 
@@ -373,7 +392,7 @@ def write_expression(root, out, tables, manifest, named):
     """
     obs = pd.concat([table.obs for table in tables])
     patches = np.load(out / "patches.npy", mmap_mode="c", allow_pickle=False)
-    check_patches(patches, obs.index)
+    check_patches({}, patches, obs.index)
     genes = join_genes(
         (slide.tissue_index, table.read_features())
         for slide, table in zip(manifest, tables, strict=True)
@@ -398,7 +417,7 @@ def write_expression(root, out, tables, manifest, named):
         values = np.concatenate([np.log1p(part).astype(np.float32) for part in counts])
         np.save(out / "target.npy", values)
     elif TARGET == "harmony":
-        values = harmonise_panel(values, obs, panel, manifest, published)
+        values = harmonise_panel(root, values, obs, panel, manifest, published)
         np.save(out / "target.npy", values)
     exports.save_expression(
         out / "dataset.csv", obs.reset_index(names="id"), values, panel.index.tolist()
@@ -484,6 +503,7 @@ def write_meta(root, out, manifest, target, over_border):
         "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "task": {name: describe_file(root / name) for name in task_files},
+        "panel": {str(Path(PANEL).absolute()): describe_file(Path(PANEL))} if PANEL else {},
         "warnings": inputs.WARNINGS,
         "flags": {flag: value for flag, value in given.items() if flag != "--data-root"},
         "versions": {library: version(library) for library in libraries},
@@ -495,13 +515,15 @@ def write_meta(root, out, manifest, target, over_border):
 # -------------------------------------------------------------------------------- check
 
 
-def check_slides(root, manifest):
-    """Print what each slide holds and whether it fits together; InputError where one does not."""
-    tables, errors, named = [], [], read_named(root)
+def check_slides(root, manifest, needs_harmony):
+    """Print what each slide holds and whether it fits together; InputError where one does not, or
+    where the target needs Harmony, which has too few spots.
+    """
+    tables, errors, named, seen = [], [], read_named(root), {}
     for slide in manifest:
         print(f"\nslide {slide.tissue_index}: {slide.name}, donor {slide.donor}")
         try:
-            tables.append(check_slide(slide, named))
+            tables.append(check_slide(slide, named, seen))
         except InputError as error:
             print("  error      ", *str(error).split())
             errors.append(error)
@@ -510,6 +532,12 @@ def check_slides(root, manifest):
         numbers = [slide.tissue_index for slide in manifest]
         features = [table.var for table in tables]
         genes = join_genes(zip(numbers, features, strict=True))
+        shared = genes[listed_by_all(genes)]
+        for table in tables:
+            check_alike_counts(seen, table)
+            check_alike_counts(seen, take_genes(table, shared))
+        if needs_harmony:
+            check_harmony(len(manifest), sum(table.n_obs for table in tables))
         markers = genes.index.isin(common.MARKER_GENES).sum()
         print(f"{markers} of the {len(common.MARKER_GENES)} markers among them")
         if named:
@@ -520,8 +548,9 @@ def check_slides(root, manifest):
     print(f"{root}: {len(manifest)} slides can be used, with {len(inputs.WARNINGS)} warnings")
 
 
-def check_slide(slide, named):
-    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots.
+def check_slide(slide, named, seen):
+    """Print what one slide holds; returns its spots as AnnData. `named` as for read_spots, and
+    `seen` as for check_patches.
 
     Its patches are cut as write_patches cuts them, into the folder for temporary files.
     """
@@ -542,6 +571,8 @@ def check_slide(slide, named):
         f"  spots       {inside.sum()} kept; {sum(left_out.values())} left out ({reasons or '-'})"
     )
     if slide.matrix is not None:
+        kept = (patches[number] for number in np.flatnonzero(inside))  # one in memory at a time
+        check_patches(seen, kept, table.obs_names[inside])
         symbols = ", ".join(table.var["name"][:3])
         depth = np.median(table.obs["n_counts"])
         print(f"  counts      {table.n_vars:,} genes, as {symbols}; median of {depth:,.0f} a spot")
@@ -684,12 +715,17 @@ def main():
         )
     if not UM_PER_PX:
         warn_of_magnifications(manifest)
-    if CHECK:
-        check_slides(root, manifest)
-        return
     if True not in have_counts:
         target = None
+    needs_harmony = target == "harmony" and not has_published_target(root, manifest)
+    if needs_harmony:
+        check_harmony(len(manifest))
+    if CHECK:
+        check_slides(root, manifest, needs_harmony)
+        return
     with whole_folder(root / "dataset") as out, tempfile.TemporaryDirectory(dir=out) as scratch:
+        panel = [Path(PANEL)] if PANEL else []
+        noted = note_files([path for slide in manifest for path in list_files(slide)] + panel)
         tables, thumbnails, named = [], {}, read_named(root)
         for slide in manifest:
             positions, thumbnails[slide.name] = place_spots(slide)
@@ -708,6 +744,7 @@ def main():
             spots = obs.reset_index(names="id")
             shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
         meta = write_meta(root, out, manifest, target, over_border)
+        check_unchanged(noted)
     remove_others(root / "dataset", meta["patches_sha256"])
     print(f"wrote {root / 'dataset'}: {len(obs):,} spots, target {target or 'none'}")
 

@@ -42,9 +42,13 @@ FEATURE_SPELLINGS = {
 ROW_NAMES = ("index", "features", "gene", "genes")  # columns in which R keeps lost names of genes
 # What programs keep of spots beside their genes, in lower case: columns of a plain table of both.
 OF_SPOTS = (
-    r"(?i:n_?counts?(_.*)?|total_counts(_.*)?|log1p_.*counts.*|n_genes(_.*)?|n_?features?(_.*)?|"
-    r"pct_counts_.*|percent[._]mt|leiden.*|louvain.*|seurat_clusters|clusters?|in_tissue|"
-    r"array_row|array_col|pxl_.*|image_?row|image_?col|tissue|row|col|total|sum)"
+    r"(?i:n_?counts?(_.*)?|total_?(counts|umis?|reads)(_.*)?|log1p_.*counts.*|n_?genes?(_.*)?|"
+    r"n_?features?(_.*)?|n_?(umis?|reads|mito|ribo)(_.*)?|(umi|gene|read)_?counts?|umis|"
+    r"pct_counts_.*|percent[._]?(mt|mito|ribo)|leiden.*|louvain.*|seurat_clusters|clusters?|"
+    r"library_?size|selected|in_?tissue|array_row|array_col|pxl_.*|image_?row|image_?col|"
+    r"(pixel|pxl|px|coord|pos|array|spot|image|spatial|center|centre|centroid|new)s?[._]?[xy]|"
+    r"[xy][._]?(pixel|pxl|px|coord|coordinate|pos|position|centroid)s?|"
+    r"tissue|row|col|total|sum)"
 )
 PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
 # What spreadsheets make of MARCH1, SEPT2 and DEC1.
@@ -167,6 +171,9 @@ def read_dense_matrix(path):
     inputs.check_unique(genes, "gene", path)
     genes = pd.Index([*genes])
     of_spots = genes.str.fullmatch(OF_SPOTS).astype(bool)
+    lower = genes.str.lower()
+    if {"x", "y"} <= {*lower}:  # One alone is a gene: flies have y.
+        of_spots |= lower.isin(["x", "y"])
     if of_spots.any():
         left_out = ", ".join(genes[of_spots][:4])
         inputs.warn(f"{path}: {of_spots.sum()} columns are no genes and are left out: {left_out}")
@@ -234,7 +241,7 @@ def read_anndata_matrix(path):
     check_depths(table, path)
     var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
     var = var.loc[:, ~var.columns.duplicated()]  # Of names that differ in case the first counts.
-    genes = are_genes(var.get("feature_types"), path)
+    genes = are_genes(find_kinds(var), path)
     if not np.all(genes):
         table, var = table[:, genes], var[genes]
     var.index = find_row_names(var, path)
@@ -249,6 +256,16 @@ def read_anndata_matrix(path):
         counts = np.asarray(counts, np.result_type(counts, np.float32))  # scipy has no float16.
     counts = scipy.sparse.csr_matrix(counts)
     return anndata.AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=features)
+
+
+def find_kinds(var):
+    """The column of var that says which features are genes, as 10x spells it; feature_types where
+    none does, and None without that. CELLxGENE keeps biotypes in feature_type.
+    """
+    for spelling in FEATURE_SPELLINGS["kind"]:
+        if spelling in var and (var[spelling] == "Gene Expression").any():
+            return var[spelling]
+    return var.get("feature_types")
 
 
 def choose_counts(table, path):
@@ -484,7 +501,8 @@ def join_genes(features):
 
     `features` gives (key, var) of every slide, one at a time. Of several symbols of an id the first
     of the alphabet is taken, and one that only repeats the id gives way to any other, so that the
-    order of the slides does not matter. InputError for a slide that shares no id with the others.
+    order of the slides does not matter. InputError for a slide that shares no id with the others,
+    and where more symbols have other ids on other slides than genes are shared.
     """
     symbols, listed = pd.Series(dtype=str), {}
     for key, var in features:
@@ -501,8 +519,35 @@ def join_genes(features):
     for key, found in listed.items():
         genes[f"listed_{key}"] = ids.isin(found)
     report_missing_genes(genes, list(listed))
+    warn_of_split_genes(genes)
     warn_of_spellings(genes)
     return genes
+
+
+def warn_of_split_genes(genes):
+    """Warn of symbols of join_genes's table that have other ids on other slides, each of which
+    lists one of them at most: those are two genes, each without counts where the other stands.
+
+    InputError where these symbols are more than the genes that all slides share.
+    """
+    listed = genes.filter(like="listed_")
+    by_name = listed.groupby(genes["name"].to_numpy())
+    is_split = (by_name.size() > 1) & (by_name.sum() <= 1).all(axis=1)
+    if not is_split.any():
+        return
+    name = is_split.index[is_split][0]
+    ids = " and ".join(genes["gene_ids"][genes["name"] == name][:2])
+    count = is_split.sum()
+    found = f"genes of one symbol with other ids on other slides: {count}, as {name}: {ids}"
+    if count > listed.all(axis=1).sum():
+        raise InputError(
+            f"{found}; that is more than the genes that all slides share: name genes by the ids "
+            'of one annotation on all slides, in features.tsv or in var["gene_ids"] of an .h5ad'
+        )
+    inputs.warn(
+        f"{found}. These are two genes here, each without counts where the other stands: give "
+        "all slides the ids of one annotation"
+    )
 
 
 def warn_of_spellings(genes):

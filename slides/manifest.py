@@ -36,6 +36,10 @@ class Slide:
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 PATHS = ("image", "positions", "matrix")
+# What is read of a folder with a matrix; GEO sets a sample's accession before the names.
+FOLDER_PARTS = (
+    r"([^.].*[_.-])?(barcodes\.tsv|features\.tsv|genes\.tsv|matrix\.mtx)(\.gz)?|harmony_matrix\.npy"
+)
 # With these script 19 writes slides.csv, which is not done again once a person has edited it.
 MANIFEST_FLAGS = (
     "--from-spaceranger",
@@ -221,20 +225,38 @@ def describe_file(path):
 
 
 def list_files(slide):
-    """The paths of the files that a slide is read from; those in a folder each, if they exist."""
+    """The paths of the files that a slide is read from, if they exist; of a folder its parts."""
     paths = []
     named = [path for path in (slide.image, slide.positions, slide.matrix) if path is not None]
     for path in dict.fromkeys(split_part(path)[0] for path in named):
-        paths += sorted(path.iterdir()) if path.is_dir() else [path]
+        if path.is_dir():
+            inside = sorted(path.iterdir())
+            paths += [part for part in inside if re.fullmatch(FOLDER_PARTS, part.name)]
+        else:
+            paths.append(path)
     return [path for path in paths if path.is_file()]
 
 
+def note_files(paths):
+    """{path: (bytes, time of change)} of files, for check_unchanged."""
+    found = {path: path.stat() for path in paths}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
+
+
+def check_unchanged(noted):
+    """InputError where a file is gone or no more as note_files found it."""
+    for path, before in noted.items():
+        if not path.is_file() or note_files([path])[path] != before:
+            raise InputError(f"{path}: changed while it was read: run the same command again")
+
+
 def check_sources(root, meta):
-    """InputError where slides.csv, a file that it names, or the folds or genes of a task of
-    HEST-Benchmark, are no more as script 19 described them in meta.json.
+    """InputError where slides.csv, a file that it names, the file of a panel, or the folds or genes
+    of a task of HEST-Benchmark, are no more as script 19 described them in meta.json.
 
     A file that is gone is not compared: the patches are there, and images take much disk. Of large
-    files some blocks are compared, so that no start of a script waits.
+    files some blocks are compared, so that no start of a script waits. One that came into the
+    folder of a matrix is refused: it may be read in place of another.
     """
     if not (root / "slides.csv").is_file():
         return
@@ -253,9 +275,14 @@ def check_sources(root, meta):
                     f"and was {row[column]} when the dataset was made: run {command} again"
                 )
         for path in list_files(slide):
-            described = row["files"].get(name_file(root, path), {})
+            described = row["files"].get(name_file(root, path))
+            if described is None:
+                raise InputError(
+                    f"{path}: was not there when the dataset was made: run {same_command} again"
+                )
             check_source(path, described, same_command)
-    for name, described in meta.get("task", {}).items():
+    others = meta.get("task", {}) | meta.get("panel", {})
+    for name, described in others.items():  # The path of a panel is absolute.
         if (root / name).is_file():
             check_source(root / name, described, command)
 

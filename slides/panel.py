@@ -14,6 +14,7 @@ from slides import inputs
 from study.shell import InputError
 
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
+PUBLISHED = "data/filtered_expression_matrices/hvg_union.npy"  # in the paper's data root
 LOST_GENES = 20  # genes of a panel that a warning names at most
 
 
@@ -96,7 +97,7 @@ def published_panel(root, tables, genes):
 
     Its mask is of the genes that all slides list, in the order of the first slide.
     """
-    path = root / "data" / "filtered_expression_matrices" / "hvg_union.npy"
+    path = root / PUBLISHED
     if not path.is_file():
         return None
     shared = genes["gene_ids"][listed_by_all(genes)]

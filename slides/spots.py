@@ -9,6 +9,7 @@ from slides.hest_patches import holds_patches, open_hest_patches
 from slides.positions import lay_blocks, measure_pitch
 from study.shell import InputError
 
+FEW_COUNTED = 0.2  # of the spots in tissue: not in the matrix, from which it is warned of
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92
 
 
@@ -92,7 +93,25 @@ def read_counts(slide, positions, genome, named):
             "so that these are no raw counts: give those"
         )
     check_tissue(slide, table.obs, positions)
+    report_uncounted(slide, positions, places[~lost])
     return table
+
+
+def report_uncounted(slide, positions, places):
+    """Print how many spots in tissue are not in the matrix, which holds those at these `places` of
+    the positions; warn where they are many, as of a table that breaks off.
+    """
+    tissue = positions["in_tissue"].to_numpy() == 1
+    uncounted = tissue.copy()
+    uncounted[places] = False
+    if not uncounted.any():
+        return
+    barcode = positions.index[uncounted][0]
+    found = f"{uncounted.sum()} of {tissue.sum()} spots in_tissue are not in it, as {barcode}"
+    if uncounted.sum() < FEW_COUNTED * tissue.sum():
+        print(f"{slide.matrix}: {found}")
+    else:
+        inputs.warn(f"{slide.matrix}: {found}: fetch it again, unless they were left out by hand")
 
 
 def match_barcodes(slide, barcodes, positioned):

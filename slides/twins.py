@@ -10,9 +10,11 @@ FEW_COUNTS = 100  # two spots with fewer may be the same by chance
 FEW_GENES = 20  # as well, where the slides share fewer of their genes
 
 
-def check_patches(patches, names):
-    """InputError where two spots have the same pixels; blank patches may be the same by chance."""
-    seen = {}
+def check_patches(seen, patches, names):
+    """InputError where two spots have the same pixels; blank patches may be the same by chance.
+
+    `seen` is empty at first, and remembers the spots.
+    """
     for spot, patch in zip(names, patches, strict=True):
         if (patch != patch[0, 0]).any():
             refuse_twin(seen, spot, "pixels", patch.tobytes())

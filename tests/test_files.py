@@ -462,6 +462,17 @@ def test_a_few_barcodes_without_a_position_are_left_out(tmp_path):
     assert "positions1.csv: 5 of 36 barcodes" in warning
 
 
+@pytest.mark.parametrize("lost, start", [(7, ""), (8, "warning: ")])
+def test_spots_that_a_matrix_lacks_are_counted(tmp_path, lost, start):
+    """A table that breaks off at the end of a line is whole to any reader."""
+    make_slides(tmp_path)
+    counts, barcodes = draw_counts(36, 1)[lost:], spot_array()["barcode"]
+    write_matrix(tmp_path / "matrix1", barcodes[lost:], counts, GENES)
+    printed, _, _ = make_dataset(tmp_path)
+    line = f"matrix1: {lost} of 36 spots in_tissue are not in it, as {barcodes[0]}"
+    assert f"\n{start}{tmp_path / line}" in printed
+
+
 def test_a_few_spots_outside_the_image_are_left_out(tmp_path):
     make_slides(tmp_path)
     cropped = paint(1)[:, :1250]  # the last spot of every other row lies beyond it
@@ -706,12 +717,17 @@ def test_a_path_that_is_not_there_is_named(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------- leaks
+def name_otherwise(features):
+    """The lines of a features.tsv, of genes that other slides lack, but for GENE7."""
+    return re.sub(r"ID(?!GENE7\t)(\S+)\t", r"OTHER\1\tOTHER", features)
+
+
 def test_few_shared_genes_are_no_leak(tmp_path):
     """Of 48 genes the slides share two, in which many spots have the same counts."""
     make_slides(tmp_path)
     path = tmp_path / "matrix2" / "features.tsv"
-    own = [line if n < 2 else f"OTHER{line}" for n, line in enumerate(path.read_text().split("\n"))]
-    path.write_text("\n".join(own[:-1]) + "\n")
+    first, others = path.read_text().split("\n", 1)
+    path.write_text(f"{first}\n{name_otherwise(others)}")
     _, table, _ = make_dataset(tmp_path)
     shared = table[:, table.var[["listed_1", "listed_2"]].all(axis=1)]
     assert shared.n_vars == 2
@@ -721,7 +737,7 @@ def test_few_shared_genes_are_no_leak(tmp_path):
 def test_a_slide_that_is_there_twice_is_found_beside_one_of_other_genes(tmp_path, capsys):
     make_slides(tmp_path, 3)
     path = tmp_path / "matrix2" / "features.tsv"
-    path.write_text(path.read_text().replace("ID", "OTHER").replace("OTHERGENE7\t", "IDGENE7\t"))
+    path.write_text(name_otherwise(path.read_text()))
     edit_manifest(tmp_path, matrix=["matrix1", "matrix2", "matrix1"])
     refuse(capsys, tmp_path, "1_", "3_", "the same counts, on two slides", "its own")
 
@@ -736,6 +752,25 @@ def test_check_says_what_is_found_and_writes_nothing(tmp_path):
                  "8 of the 8 markers", "2 slides can be used, with 1 warnings"]:  # fmt: skip
         assert line in printed
     assert not list(tmp_path.glob("*dataset*"))
+
+
+def test_check_refuses_slides_that_are_alike(tmp_path, capsys):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, matrix=["matrix1", "matrix1"])
+    assert run_script("19", data_root=tmp_path, check=True) == 2
+    check_one_line(capsys, ["the same counts, on two slides"])
+    edit_manifest(tmp_path, image=["image1.tif", "image1.tif"], matrix=["matrix1", "matrix2"])
+    assert run_script("19", data_root=tmp_path, check=True) == 2
+    check_one_line(capsys, ["a leak: ", "have the same pixels"])
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_one_slide_for_harmony_is_refused_before_patches_are_cut(tmp_path, capsys, check):
+    make_slides(tmp_path, 1)
+    assert run_script("19", data_root=tmp_path, target="harmony", check=check) == 2
+    printed = capsys.readouterr()
+    assert "there is only one; use --target lognorm" in printed.err
+    assert "slide  name" not in printed.out and "spots " not in printed.out
 
 
 def test_check_goes_on_after_a_slide_that_is_refused(tmp_path, capsys):

@@ -100,6 +100,17 @@ def test_kinds_of_features_are_counted_or_refused(tmp_path, capsys):
         read_matrix(write(tmp_path / "m.h5ad", var.assign(feature_types="Gene")))
 
 
+@pytest.mark.parametrize("column", ["Type", "feature_type", "kind"])
+def test_the_kind_of_a_feature_has_several_names(tmp_path, column):
+    """Of R's ID, Symbol and Type; CELLxGENE's feature_type is of biotypes."""
+    kinds = ["Gene Expression"] * 3 + ["Antibody Capture"]
+    var = pd.DataFrame({column: kinds}, GENES)
+    assert read_matrix(write(tmp_path / "m.h5ad", var)).n_vars == 3
+    assert read_matrix(write(tmp_path / "m.h5ad", var.assign(feature_type="lncRNA"))).n_vars == (
+        4 if column == "feature_type" else 3
+    )
+
+
 def test_columns_of_spots_are_no_genes(tmp_path, capsys):
     table = pd.DataFrame(np.arange(16).reshape(4, 4), BARCODES, GENES)
     table = table.assign(total_counts=9, leiden=1, imagerow=5, __no_feature=3)
@@ -109,6 +120,18 @@ def test_columns_of_spots_are_no_genes(tmp_path, capsys):
     (line,) = inputs.WARNINGS
     assert "3 columns are no genes and are left out: total_counts, leiden, imagerow" in line
     assert "2 controls are left out" in capsys.readouterr().out
+
+
+def test_places_and_totals_of_spots_are_no_genes(tmp_path):
+    """But a fly's y is a gene."""
+    genes = [*GENES, "PXN", "NRG1", "SUMO1", "UMI1", "GENE1"]
+    spots = ["pixel_x", "pixel_y", "x_coord", "nUMI", "nGene", "UMI_count", "n_mito", "selected"]
+    table = pd.DataFrame(np.arange(36).reshape(4, 9) ** 2, BARCODES, genes)
+    table = table.assign(**dict.fromkeys(spots, 5))
+    table.assign(x=1, y=[1, 2, 3, 4]).to_csv(tmp_path / "counts.csv")
+    assert read_matrix(tmp_path / "counts.csv").var["name"].tolist() == genes
+    table.assign(y=[1, 2, 3, 4]).T.to_csv(tmp_path / "counts.csv")
+    assert read_matrix(tmp_path / "counts.csv").var["name"].tolist() == [*genes, "y"]
 
 
 def test_the_scale_factors_of_r_and_cellxgene_are_read(tmp_path):
@@ -218,6 +241,23 @@ def test_a_gene_spelled_otherwise_on_another_slide_is_warned_of():
 def test_names_that_one_slide_tells_apart_are_other_genes():
     join_genes([(1, slide_genes("HAL", "Hal", "MT-CO1")), (2, slide_genes("HAL", "Hal", "VWF"))])
     assert not inputs.WARNINGS
+
+
+@pytest.mark.parametrize("other", ["HAL", "ENSG9"])
+def test_a_gene_with_another_id_on_another_slide_is_warned_of(other):
+    ids = [f"ENSG{number}" for number in range(4)]
+    slides = [pd.DataFrame({"name": GENES}, names) for names in (ids, [other, *ids[1:]])]
+    join_genes(enumerate(slides))
+    (line,) = inputs.WARNINGS
+    assert "other ids on other slides: 1, as HAL: ENSG0 and " in line
+    join_genes(enumerate([pd.concat([slides[0], slides[1][:1]]), slides[1]]))
+    assert len(inputs.WARNINGS) == 1
+
+
+def test_ids_beside_symbols_are_refused_where_few_genes_are_shared():
+    ids = pd.DataFrame({"name": [*GENES, "GFP"]}, ["ENSG0", "ENSG1", "ENSG2", "ENSG3", "GFP"])
+    with pytest.raises(InputError, match=r"other ids on other slides: 4, as CYP3A4: .*name genes"):
+        join_genes([(1, ids), (2, slide_genes(*GENES, "GFP"))])
 
 
 def test_counts_of_probes_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 refused or warned of, by script 19 and by its --check alike.
 """
 
+import gzip
 import re
 import shlex
 import struct
@@ -16,12 +17,21 @@ import tifffile
 from conftest import edit_manifest, load_script, run_script, stdout_of, write_h5, write_matrix
 from PIL import Image
 from test_bad_input import check_one_line
-from test_files import GENES, check_spots, make_dataset, make_outs, make_slides, paint, spot_array
+from test_files import (
+    GENES,
+    check_spots,
+    make_dataset,
+    make_outs,
+    make_slides,
+    pack,
+    paint,
+    spot_array,
+)
 from test_hest import make_anndata, make_h5ad
 from test_pixels import write_alpha
 
 import common
-from slides import alignment, hest
+from slides import alignment, cutting, hest
 from slides.counts import CONTROLS, read_matrix
 from slides.manifest import check_sources, read_manifest
 from slides.positions import place_spots
@@ -157,6 +167,51 @@ def test_a_source_that_changed_after_19_is_refused(tmp_path, capsys, name):
     refuse_training(capsys, tmp_path, name, f"{len(content) + 1:,} bytes, and {len(content):,}")
     (tmp_path / name).unlink()  # to spare disk
     common.load_dataset(tmp_path, "lognorm")
+
+
+@pytest.mark.parametrize("name", ["image2.tif", "positions1.csv", "matrix2/matrix.mtx", "panel"])
+def test_a_source_that_changes_while_19_runs_is_refused(tmp_path, capsys, monkeypatch, name):
+    """Else meta.json would describe another file than the patches and counts are of."""
+    make_slides(tmp_path)
+    (tmp_path / "panel").write_text("gene\nHAL\n")
+    cut_spots = cutting.cut_spots
+
+    def change(*arguments, **options):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes())
+        return cut_spots(*arguments, **options)
+
+    monkeypatch.setattr(cutting, "cut_spots", change)
+    command = {"data_root": tmp_path, "target": "lognorm", "panel": tmp_path / "panel"}
+    assert run_script("19", **command) == 2
+    check_one_line(capsys, [name, "changed while it was read"])
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_panel_that_changed_after_19_is_refused(tmp_path):
+    make_slides(tmp_path)
+    path = tmp_path / "panel.csv"
+    path.write_text("gene\nHAL\n")
+    make_dataset(tmp_path, panel=path)
+    meta = common.load_dataset(tmp_path, "lognorm").meta
+    check_sources(tmp_path, meta)
+    path.write_text("gene\nVWF\n")
+    with pytest.raises(InputError, match=r"panel\.csv: its content is not as it was"):
+        check_sources(tmp_path, meta)
+    path.unlink()
+    check_sources(tmp_path, meta)
+
+
+def test_a_file_that_came_into_the_folder_of_a_matrix_is_refused(tmp_path):
+    """A plain matrix.mtx is read in place of a .gz."""
+    make_slides(tmp_path)
+    packed = pack(tmp_path / "matrix1" / "matrix.mtx")
+    make_dataset(tmp_path)
+    meta = common.load_dataset(tmp_path, "lognorm").meta
+    (tmp_path / "matrix1" / "notes.txt").write_text("of no reader")
+    check_sources(tmp_path, meta)
+    (tmp_path / "matrix1" / "matrix.mtx").write_bytes(gzip.decompress(packed.read_bytes()))
+    with pytest.raises(InputError, match=r"matrix\.mtx: was not there when the dataset was made"):
+        check_sources(tmp_path, meta)
 
 
 @pytest.mark.parametrize("name", ["image1.tif", "positions2.csv", "matrix1/matrix.mtx"])

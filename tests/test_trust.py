@@ -510,12 +510,12 @@ def test_blank_patches_and_empty_spots_are_no_leak():
     patches = np.full((3, 224, 224, 3), 255, np.uint8)
     patches[2, 5, 5] = 0
     counts = count_spots([1, 0], [1, 0], [500, 3])
-    twins.check_patches(patches, counts.obs_names)
+    twins.check_patches({}, patches, counts.obs_names)
     twins.check_alike_counts({}, counts)
     with pytest.raises(shell.InputError, match=r"a leak.* same pixels"):
-        twins.check_patches(patches[[2, 1, 2]], counts.obs_names)
+        twins.check_patches({}, patches[[2, 1, 2]], counts.obs_names)
     with pytest.raises(shell.InputError, match="same pixels, and are of one slide"):
-        twins.check_patches(patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
+        twins.check_patches({}, patches[[2, 1, 2]], ["1_a", "1_b", "1_c"])
     with pytest.raises(shell.InputError, match="same counts, on two slides"):
         twins.check_alike_counts({}, count_spots([500, 3], [1, 0], [500, 3]))
 
