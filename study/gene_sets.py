@@ -182,7 +182,8 @@ def find_scores(predicted, truth, slides, members):
     predicted expression by its own mean and sd.
 
     `members` (G, S) says which genes are in a set. A gene without an r on a slide, since it is
-    constant or NaN there, is in neither score; a set without any other has NaN.
+    constant or NaN there, is in neither score; a set without any other has NaN. The score of a
+    prediction alone is that of it and itself as the truth.
     """
     scores = np.full((2, len(slides), members.shape[1]), np.nan)
     for slide in np.unique(slides):
