@@ -103,19 +103,19 @@ counts."""
 # -------------------------------------------------------------------------------- model
 
 
-def choose_weights(image):
-    """The path of WEIGHTS, or of the best model of RUN for the slide in the file `image`."""
+def choose_weights(slide):
+    """The path of WEIGHTS, or of the best model of RUN for this Slide."""
     if bool(RUN) == bool(WEIGHTS):
         raise InputError(
             "give --run FOLDER of scripts 20 to 23, or --weights, a weights.safetensors or its "
             "folder"
         )
     if RUN:
-        return weights.choose_model(Path(RUN), image, bool(FEATURES))
+        return weights.choose_model(Path(RUN), slide, bool(FEATURES))
     path = Path(WEIGHTS)
     folder = path if path.is_dir() else path.parent
-    slide = weights.find_slide_of_run(folder.parent, image)
-    weights.warn_of_role(image, weights.find_role(folder, slide))
+    found = weights.find_in_run(folder.parent, slide)
+    weights.warn_of_role(slide.image, weights.find_role(folder, found))
     return path
 
 
@@ -383,6 +383,8 @@ def find_genes(features, trained):
     by_id = features.index.get_indexer(trained.gene_ids)
     lines = np.where(by_id >= 0, by_id, lines)
     lost = [gene for gene, line in zip(trained.genes, lines, strict=True) if line < 0]
+    if lost:
+        print(f"counts      lack {len(lost):,} of the model's {len(lines):,} genes, as {lost[0]}")
     doubtful = [gene for gene in lost if gene in symbols[is_shared]]
     if doubtful:
         inputs.warn(
@@ -406,20 +408,22 @@ def choose_sets(trained):
 def score_sets(table, sets):
     """AnnData of the scores of the sets {name: genes} on a slide: X, layers["measured"] of a slide
     with counts, and var as that of genes: valid_r, at every scale, and ceiling are the means of the
-    set's `genes`, r is that of the score. The scores also become columns set_<name> of obs of the
-    table.
+    set's `genes`, r is that of the score over those that have an r here. The scores also become
+    columns set_<name> of obs of the table.
     """
     inside = np.array([table.var_names.isin(genes) for genes in sets.values()])
     listed = inside.any(axis=0)
-    predicted = table.X[:, listed]
-    measured = table.layers["measured"][:, listed] if "measured" in table.layers else predicted
+    predicted, members = table.X[:, listed], inside[:, listed].T
     one_slide = np.zeros(table.n_obs)
-    scores = gene_sets.find_scores(predicted, measured, one_slide, inside[:, listed].T)
+    # Of a slide with counts, too, a prediction has the score that it has without.
+    score, _ = gene_sets.find_scores(predicted, predicted, one_slide, members)
     facts = table.var.filter(regex="^valid_r|^ceiling$")
     var = pd.DataFrame([facts.loc[genes].mean() for genes in sets.values()], [*sets])
     var.insert(0, "genes", [len(genes) for genes in sets.values()])
-    scored = anndata.AnnData(scores[0], table.obs[[]], var)
+    scored = anndata.AnnData(score, table.obs[[]], var)
     if "measured" in table.layers:
+        measured = table.layers["measured"][:, listed]
+        scores = gene_sets.find_scores(predicted, measured, one_slide, members)
         scored.layers["measured"] = scores[1]
         scored.var["r"] = common.pearson_per_gene(*scores)
     # In an .h5ad a slash would be a folder.
@@ -509,17 +513,18 @@ def draw_map(ax, table, thumbnail, gene, kind):
 def describe_groups(table):
     """Mean r of the groups and of all genes, in validation and on this slide: a DataFrame.
 
-    With the slide's own counts, the genes are those whose r on it is defined.
+    With the slide's own counts, r and coverage on it are of the genes whose r there is defined.
     """
-    measured = "r" in table.var
-    genes = table.var.dropna(subset="r") if measured else table.var
+    genes = table.var
     lines = []
     for group in (*common.GROUPS, "all"):
         part = genes if group == "all" else genes[genes[group.lower()]]
         line = {"group": group, "genes": len(part)}
-        if measured:
-            line["r"] = part["r"].mean()
-            line["in 80 % interval"] = part["coverage_80"].mean()
+        if "r" in part:
+            compared = part.dropna(subset="r")
+            line["compared"] = len(compared)
+            line["r"] = compared["r"].mean()
+            line["in 80 % interval"] = compared["coverage_80"].mean()
         if "believe" in part:
             line["pass"] = int(part["believe"].sum())
         line["r in validation"] = part["valid_r"].mean()
@@ -584,7 +589,7 @@ def report(slide, table, genes, scored, trained, out):
 def main():
     inputs.WARNINGS.clear()
     slide, positions = choose_slide()
-    path = choose_weights(slide.image)
+    path = choose_weights(slide)
     model, trained = weights.read_weights(path)
     check_features(path, trained.recipe)
     trained.recipe |= {"DEVICE": DEVICE, "PRECISION": PRECISION}

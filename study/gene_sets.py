@@ -26,7 +26,7 @@ LEAST = 5  # genes of a set in the panel, of which fewer say little
 NAMED = 20  # sets left out that the header names; more are in TABLE
 TABLE = "sets_in_panel.csv"  # in OUT: how many genes each set lists, and has in the panel
 PRINTED = 40  # lines of the table on the screen; the report has all
-PREFIX = "set_"  # of a set's columns in rows.csv, which end so:
+PREFIX = recording.SET_PREFIX  # of a set's columns in rows.csv, which end so:
 ENDINGS = ("_n", "_ci", "_ceiling", "_score", "_score_ci")
 EXPECTED = "expected a .gmt (name, description, genes, separated by tabs) or a CSV group,gene"
 SYMBOL = r"[A-Z][A-Za-z0-9.-]{1,14}"  # what a symbol looks like, and a description does not
@@ -182,7 +182,8 @@ def find_scores(predicted, truth, slides, members):
     predicted expression by its own mean and sd.
 
     `members` (G, S) says which genes are in a set. A gene without an r on a slide, since it is
-    constant or NaN there, is in neither score; a set without any other has NaN.
+    constant or NaN there, is in neither score; a set without any other has NaN. The score of a
+    prediction alone is that of it and itself as the truth.
     """
     scores = np.full((2, len(slides), members.shape[1]), np.nan)
     for slide in np.unique(slides):
@@ -276,19 +277,24 @@ def score_line(line, table, predicted, truth, inside):
 INFLUENCE = "set_influence.csv"  # in a row's folder: as influence.csv, on the headline's truth
 
 
+def name_members(members):
+    """A hash of {key: [genes]}, by which scores of other genes are told."""
+    return hashlib.sha256(json.dumps(members).encode()).hexdigest()
+
+
 def add_scores(row, sets):
     """The lines of a filled row with the columns of score_row for the sets {name: [genes]}, and for
     HEG, HVG and MG; from its folder where they are, else scored and kept there.
     """
     members = {key: genes for key, genes in row.split.members.items() if key != "all"}
     members |= {PREFIX + name: genes for name, genes in sets.items()}
-    scored = hashlib.sha256(json.dumps(members).encode()).hexdigest()
+    names = {"sets": name_members(members), "members": name_members(sets)}
     path = row.folder / recording.SET_SCORES
-    if not path.is_file() or json.loads(path.read_text())["sets"] != scored:
+    if not path.is_file() or not names.items() <= json.loads(path.read_text()).items():
         lines, influence = score_row(row.folder, row.lines, members)
         if influence is not None:
             shell.save_csv(row.folder / INFLUENCE, influence)
-        shell.save_json(path, {"sets": scored, "lines": lines})
+        shell.save_json(path, names | {"lines": lines})
     lines = json.loads(path.read_text())["lines"]
     return [line | scores for line, scores in zip(row.lines, lines, strict=True)]
 

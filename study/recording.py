@@ -15,6 +15,7 @@ from common import GROUPS, SCORED
 from study import conformal, intervals, recipes, scales, shell, splitting
 
 SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
+SET_PREFIX = "set_"  # of a gene set's columns there
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -26,9 +27,10 @@ def name_folder(setting, made_with):
     return f"{name}-{key}"
 
 
-def read_rows(out):
+def read_rows(out, sets):
     """{folder's name: its lines of rows.csv} of the rows in `out` that this version's numbers are
-    in, with the scores of gene sets that lie beside them.
+    in, with the scores that lie beside them: of gene sets only where they are these `sets` (see
+    gene_sets.name_members), since other files may call other genes the same.
     """
     lines = {}
     for path in sorted(out.glob("[!.]*/rows.json")):
@@ -38,10 +40,18 @@ def read_rows(out):
         found = json.loads(path.read_text())
         scores = path.with_name(SET_SCORES)
         if scores.is_file():
-            of_sets = json.loads(scores.read_text())["lines"]
+            kept = json.loads(scores.read_text())
+            of_sets = kept["lines"]
+            if kept.get("members") != sets:
+                of_sets = [leave_out_sets(line) for line in of_sets]
             found = [line | scored for line, scored in zip(found, of_sets, strict=True)]
         lines[path.parent.name] = found
     return lines
+
+
+def leave_out_sets(line):
+    """A line {column: value} without the columns of gene sets."""
+    return {name: value for name, value in line.items() if not name.startswith(SET_PREFIX)}
 
 
 def save_setting(folder, setting, recipe, split, predicted, more, made_with):

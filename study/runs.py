@@ -178,7 +178,7 @@ class Run:
     @functools.cached_property
     def lines_on_disk(self):
         """{folder's name: its lines of rows.csv}: read once, and kept by `fill`."""
-        return recording.read_rows(self.out)
+        return recording.read_rows(self.out, gene_sets.name_members(self.sets.members))
 
     def tested(self):
         """Table of the lines of all rows on test slides, against the headline's truth."""

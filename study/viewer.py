@@ -183,10 +183,11 @@ def map_sets(groups, predicted, measured):
     members = np.zeros((predicted.shape[1], len(groups)), bool)
     for column, numbers in enumerate(groups.values()):
         members[numbers, column] = True
-    truth = predicted if measured is None else measured
     one_slide = np.zeros(len(predicted))
-    scores, true_scores = gene_sets.find_scores(predicted, truth, one_slide, members)
-    r = common.pearson_per_gene(scores, true_scores)
+    scores, _ = gene_sets.find_scores(predicted, predicted, one_slide, members)
+    if measured is not None:
+        paired = gene_sets.find_scores(predicted, measured, one_slide, members)
+        true_scores, r = paired[1], common.pearson_per_gene(*paired)
     sets = {}
     for column, (name, numbers) in enumerate(groups.items()):
         if measured is None:

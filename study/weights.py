@@ -14,6 +14,8 @@ import torch
 
 import common
 from slides import inputs
+from slides.manifest import name_file
+from slides.sections import split_part
 from study import conformal, embeddings, evidence, ridges, shell, similarity, splitting
 from study.recipes import headline_of
 from study.shell import InputError
@@ -23,7 +25,7 @@ NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGE
 RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
 TRAIN_AGAIN = "train it again with this version"
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
-UNKNOWN = "unknown"  # the role of spots where a model was made on an earlier state of its data root
+UNKNOWN = "unknown"  # the role where the run or its data root is not there, or has changed since
 
 
 # ------------------------------------------------------------------------------------- what is kept
@@ -200,12 +202,12 @@ def check_metadata(path, metadata):
 
 
 # --------------------------------------------------------------------------------- which of a run's
-def choose_model(run, image, takes_embeddings):
+def choose_model(run, slide, takes_embeddings):
     """The folder of the row of a run's last start whose model has the highest validation r of HEG:
     of its networks or, where it `takes_embeddings`, of its ridges on embeddings.
 
-    Of the slide in the file `image` those that have not learnt from it come first, then those of
-    which that is not known, and a warning says which it is. The test slide chooses nothing.
+    Of a manifest.Slide those that have not learnt from it come first, then those of which that is
+    not known, and a warning says which it is. The test slide chooses nothing.
     """
     path = run / "rows.csv"
     if not path.is_file():
@@ -220,12 +222,12 @@ def choose_model(run, image, takes_embeddings):
     truth = [headline_of(protocol).truth for protocol in table["protocol"]]
     judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
     judged = keep_fitting(run, judged, takes_embeddings).sort_values("heg", kind="stable")
-    slide = find_slide_of_run(run, image)
-    roles = [find_role(run / folder, slide) for folder in judged["folder"]]
+    found = find_in_run(run, slide)
+    roles = [find_role(run / folder, found) for folder in judged["folder"]]
     unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
     unknown = [number for number, role in enumerate(roles) if role == UNKNOWN]
     number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
-    warn_of_role(image, roles[number])
+    warn_of_role(slide.image, roles[number])
     chosen = judged.iloc[number]
     print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
     return run / chosen["folder"]
@@ -237,38 +239,71 @@ def read_facts(run):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def find_slide_of_run(run, image):
-    """(tissue_index of the slide whose image has the content of this file, fingerprint of its data
-    root) of the data root of a run; None where none has, or the run or its data root is not there.
+def find_in_run(run, slide):
+    """({tissue_index of a slide}, fingerprint) of the data root of a run: of the slides that have
+    the image of this manifest.Slide or, where none has, its counts, or else its positions. None
+    where the run or its data root is not there.
     """
     facts = read_facts(run)
-    if not facts:
-        return None
-    path = Path(run, facts["data_root"], "dataset", "meta.json").resolve()
+    root = Path(run, facts["data_root"]).resolve() if facts else None
+    path = root / "dataset" / "meta.json" if facts else run / "run.json"
     if not path.is_file():
         print(f"no {path}: so it is not known whether the model has learnt from this slide")
         return None
     content = path.read_bytes()
-    given = image.stat().st_size, shell.hash_blocks(image)
-    for slide in json.loads(content)["slides"]:
-        described = slide["files"].get(slide["image"], {})
-        if (described.get("bytes"), described.get("blocks")) == given:
-            return slide["tissue_index"], shell.fingerprint_of(content)
-    return None
+    numbers = set()
+    for column in ("image", "matrix", "positions"):
+        given = identify_part(getattr(slide, column))
+        for listed in json.loads(content)["slides"] if given else ():
+            if given & identify_listed(root, listed, column):
+                numbers.add(listed["tissue_index"])
+        if column == "positions" and len(numbers) > 1:
+            numbers = set()  # Grids of one layout may be all alike.
+        if numbers:
+            break
+    return numbers, shell.fingerprint_of(content)
 
 
-def find_role(folder, slide):
-    """What the spots of a `slide`, as find_slide_of_run gives it, did for the model in a row's
-    folder: "train" or "valid" if any did, else "test" or None. UNKNOWN of a row that was made
-    before script 19 changed the data root.
+def identify_part(path):
+    """{(bytes, hash of blocks, section)} of a slide's file, as it is and unpacked; of a 10x folder
+    the counts, since slides share lists of genes and barcodes. Empty for None.
     """
-    if slide is None or not (folder / "split.csv").is_file():
-        return None
-    number, fingerprint = slide
+    if path is None:
+        return set()
+    file, section = split_part(path)
+    files = [*file.glob("*matrix.mtx*")] if file.is_dir() else [file]
+    files = {*files, *map(inputs.unpack, files)}
+    return {(file.stat().st_size, shell.hash_blocks(file), section) for file in files}
+
+
+def identify_listed(root, listed, column):
+    """As identify_part, of a file of a slide that meta.json lists, which may be gone."""
+    if not listed[column]:
+        return set()
+    path, section = split_part(root / listed[column])
+    name, found = name_file(root, path), set()
+    for file, described in listed["files"].items():
+        if file == name or (file.startswith(f"{name}/") and "matrix.mtx" in file):
+            found.add((described["bytes"], described["blocks"], section))
+            if file.endswith(".gz") and (root / file).is_file():
+                unpacked = identify_part(root / file)
+                found |= {(size, blocks, section) for size, blocks, _ in unpacked}
+    return found
+
+
+def find_role(folder, found):
+    """What the spots of the slides `found`, as find_in_run gives them, did for the model in a row's
+    folder: "train" or "valid" if any did, else "test" or None. UNKNOWN where that cannot be known,
+    as of a row that was made before script 19 changed the data root.
+    """
+    if found is None or not (folder / "split.csv").is_file():
+        return UNKNOWN
+    numbers, fingerprint = found
     if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
         return UNKNOWN
     table = shell.read_csv(folder / "split.csv", ("id", "role"))
-    roles = {*table["role"][table["id"].str.startswith(f"{number}_")]}
+    starts = tuple(f"{number}_" for number in numbers)
+    roles = {*table["role"][table["id"].str.startswith(starts)]}
     return next((role for role in (*LEARNT, "test") if role in roles), None)
 
 
@@ -278,8 +313,8 @@ def warn_of_role(image, role):
         inputs.warn(f"{image}: this slide {LEARNT[role]} the model: its r here is no test")
     elif role == UNKNOWN:
         inputs.warn(
-            f"{image}: this slide may have trained the model, whose data root has changed since: "
-            "run its script again"
+            f"{image}: it is not known whether the model has learnt from this slide, since its run "
+            "or data root is not there or has changed: run its script again to know"
         )
 
 

@@ -294,6 +294,17 @@ def test_a_set_of_the_genes_of_heg_has_the_numbers_of_heg(scored):
     assert line["set_AGAIN_n"] == 49
 
 
+def test_rows_of_other_sets_of_one_name_are_not_mixed(paper_split, tmp_path):
+    genes = paper_split.data.genes
+    start(paper_split, tmp_path, {"A": genes[3:40]})
+    start(paper_split, tmp_path, {"A": genes[40:80]}, LEARNING_RATE=1)
+    lines = pd.read_csv(tmp_path / "rows.csv").query("split == 'test'")
+    assert lines["set_A_score"].notna().sum() == 1
+    assert lines["heg_score"].notna().all() and len(lines) == 2
+    start(paper_split, tmp_path, {"A": genes[40:80]})
+    assert pd.read_csv(tmp_path / "rows.csv")["set_A_score"].notna().all()
+
+
 def test_the_score_of_one_gene_is_the_gene(scored):
     _, _, lines = scored
     line = of_test(lines)

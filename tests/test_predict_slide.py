@@ -1,5 +1,6 @@
 """Script 26, Space Ranger's folders, the grid over the tissue, and resampling."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from slides.counts import read_matrix
 from slides.manifest import MANIFEST, Slide
 from slides.positions import place_spots, read_positions
 from study import shell
+from study import weights as weighing
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +270,34 @@ def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsy
     assert "set_A" in anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert any(caption.startswith("Gene sets") for caption in facts["tables"])
+
+
+def test_genes_that_the_counts_lack_change_no_score_and_nothing_of_validation(
+    simulated, weights, tmp_path, capsys
+):
+    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
+    lost = metadata_of(weights)["groups"]["heg"]
+    (tmp_path / "sets.gmt").write_text("\t".join(["A", "-", *lost, *genes[-3:]]) + "\n")
+    row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[3]
+    matrix = tmp_path / "matrix"
+    shutil.copytree(simulated / row["matrix"], matrix, ignore=shutil.ignore_patterns("*.npy"))
+    features = pd.read_csv(matrix / "features.tsv", sep="\t", header=None)
+    for column in (0, 1):
+        features[column] = features[column].where(~features[1].isin(lost), "no-" + features[1])
+    features.to_csv(matrix / "features.tsv", sep="\t", header=False, index=False)
+    found = []
+    for counts in ([], ["--matrix", matrix]):
+        image, positions, _, *um = slide_of(simulated)
+        options = (image, positions, *um, *counts, "--gene-sets", tmp_path / "sets.gmt")
+        assert predict(weights, *options, out=tmp_path / "out") == 0
+        score = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["set_A"]
+        tables = json.loads((tmp_path / "out" / "run.json").read_text())["tables"]
+        group = next(iter(tables.values()))[0]
+        found.append((score.tolist(), group["r in validation"], group["pass"]))
+    assert found[0] == found[1]
+    assert (group["genes"], group["compared"]) == (len(lost), 0)
+    told = f"lack {len(lost)} of the model's {len(genes):,} genes, as"
+    assert told in capsys.readouterr().out
 
 
 def test_sets_of_ensembl_ids_are_scored(simulated, weights, tmp_path, capsys):
@@ -537,6 +567,10 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     check_one_line(capsys, ["no rows.csv"])
 
 
+def slide_in(image, positions=None, matrix=None):
+    return Slide(1, "S", "D", image, 0.5, positions, matrix)
+
+
 def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     simulated, weights, tmp_path, monkeypatch, capsys
 ):
@@ -555,34 +589,61 @@ def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     for number, image in images.items():
         copied = tmp_path / f"another name {number}.tif"
         shutil.copy(simulated / image, copied)
-        assert script.choose_weights(copied) == run / tests[str(number)]
+        assert script.choose_weights(slide_in(copied)) == run / tests[str(number)]
     assert "no test" not in capsys.readouterr().out
     script.RUN = ""
     for number, image in images.items():
         script.WEIGHTS = str(run / tests["3"] / "weights.safetensors")
-        script.choose_weights(simulated / image)
+        script.choose_weights(slide_in(simulated / image))
         role = {3: "", 4: "validated"}.get(number, "trained")
         told = capsys.readouterr().out
         assert (f"this slide {role} the model: its r here is no test" in told) == (number != 3)
     # Of another data root nothing is known; where all have learnt from it, the best is taken.
     script.RUN, script.WEIGHTS = str(run), ""
     rows[rows["folder"] != tests["1"]].to_csv(run / "rows.csv", index=False)
-    script.choose_weights(simulated / images[1])
+    script.choose_weights(slide_in(simulated / images[1]))
     assert "no test" in capsys.readouterr().out
     # Of a row that is older than the data root nothing is known, and others come first.
     older = json.loads((run / tests["1"] / "recipe.json").read_text()) | {"data": "older"}
     (run / tests["1"] / "recipe.json").write_text(json.dumps(older))
     rows.to_csv(run / "rows.csv", index=False)
-    assert script.choose_weights(simulated / images[2]) == run / tests["2"]
-    assert "may have trained" not in capsys.readouterr().out
-    assert script.choose_weights(simulated / images[1]) == run / tests["1"]
-    assert "this slide may have trained the model" in capsys.readouterr().out
+    assert script.choose_weights(slide_in(simulated / images[2])) == run / tests["2"]
+    assert "not known whether" not in capsys.readouterr().out
+    assert script.choose_weights(slide_in(simulated / images[1])) == run / tests["1"]
+    assert (
+        "not known whether the model has learnt from this slide, since" in capsys.readouterr().out
+    )
     facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
     (run / "run.json").write_text(json.dumps(facts))
-    script.choose_weights(simulated / images[1])
+    script.choose_weights(slide_in(simulated / images[1]))
     told = capsys.readouterr().out
     assert "no test" not in told
     assert f"no {tmp_path / 'dataset' / 'meta.json'}: so it is not known whether" in told
+
+
+def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_path):
+    """Packed, by its counts or positions where the image was saved again, and not at all."""
+    run, other = trained[0], tmp_path / "other.tif"
+    row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[1]
+    image, positions, matrix = (simulated / row[name] for name in ("image", "positions", "matrix"))
+    tifffile.imwrite(other, picture(), photometric="rgb")
+    packed = tmp_path / "slide.tif.gz"
+    packed.write_bytes(gzip.compress(image.read_bytes(), 1))
+    for slide in (slide_in(packed), slide_in(other, positions, matrix)):
+        assert weighing.find_in_run(run, slide)[0] == {1}
+    assert not weighing.find_in_run(run, slide_in(other, positions))[0], "all have these positions"
+    meta = json.loads((simulated / "dataset" / "meta.json").read_text())
+    meta["slides"] = meta["slides"][:1]
+    shell.save_json(tmp_path / "one" / "dataset" / "meta.json", meta)
+    shell.save_json(tmp_path / "of_one" / "run.json", {"data_root": "../one"})
+    assert weighing.find_in_run(tmp_path / "of_one", slide_in(other, positions))[0] == {1}
+    numbers, fingerprint = weighing.find_in_run(run, slide_in(other))
+    assert numbers == set()
+    folder = run / rows_of(trained[1])[0]["folder"]
+    assert weighing.find_role(folder, (numbers, fingerprint)) is None
+    assert weighing.find_role(folder, (numbers, "changed")) == weighing.UNKNOWN
+    assert weighing.find_in_run(tmp_path, slide_in(image)) is None, "no run.json"
+    assert weighing.find_role(folder, None) == weighing.UNKNOWN
 
 
 @pytest.mark.parametrize("arguments, words", [
