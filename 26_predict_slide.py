@@ -85,11 +85,17 @@ DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
 # -------------------------------------------------------------------------------------------
 
+# What is written to OUT, run.json the last but for the report.
+RESULTS = ["run.json", "report.html", "maps.png", "correlations.csv"]
+RESULTS += ["predictions.h5ad", "predictions.csv", "predictions.geojson"]
 UNITS = {
     "lognorm": "log1p of counts per 10,000",
     "harmony": "Harmony's values",
     "log1p": "log1p of counts",
 }
+# By how much the pitch in um may differ from that in validation: neighbourhoods are in pitches, and
+# r of means over other areas is not known.
+PITCH_SHARE = 0.1
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 # Columns of var that the tables of genes hold where validation tells them, beside r and ceiling.
 REPORTED = ["valid_low", "valid_high", "valid_q", "valid_r_k7", "valid_r_k19", "believe"]
@@ -207,6 +213,23 @@ def choose_folder(slide, name, weights_path):
     return Path(OUT or Path("runs", Path(__file__).stem, f"{name}-{digest}"))
 
 
+def hold_results(out):
+    """Hold the folder of the results, without those of an earlier start, perhaps of another slide.
+
+    InputError where it holds those of another script.
+    """
+    made_by = weights.read_facts(out).get("script", Path(__file__).stem)
+    rows = [name for name in ("rows.csv", "rows.json") if (out / name).is_file()]
+    if rows or made_by != Path(__file__).stem:
+        raise InputError(
+            f"--out {out}: holds {rows[0] if rows else 'run.json'} of a run, which would be "
+            "replaced: name another folder"
+        )
+    shell.hold_folder(out)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
 def read_slide(slide, positions, um_per_px, scratch):
     """(spots as AnnData, patches (n, 224, 224, 3) uint8 of um_per_px, Thumbnail) of a slide.
 
@@ -295,17 +318,25 @@ def add_trust(table, trained, distances):
         table.var[f"half_width_{name}"] = half
     if "measured" in table.layers:
         measured = table.layers["measured"]
-        coverage = conformal.measure_coverage(table.X, measured, trained.half_widths)
+        half_widths, floor = trained.half_widths, trained.floor
+        coverage = conformal.measure_coverage(table.X, measured, half_widths, floor)
         table.var = table.var.assign(**coverage)
 
 
-def add_evidence(table, trained, genes):
+def add_evidence(table, trained, genes, um_per_px):
     """Put what validation says of the genes into the AnnData of a slide, as var["valid_low"], ...
     and ["believe"]; which are drawn as var["drawn"], and the scale at which they hold better than
-    at single spots as uns["scale"], empty if there is none.
+    at single spots as uns["scale"], empty if there is none or the spots are as far apart as
+    PITCH_SHARE says.
     """
     table.var["drawn"] = table.var_names.isin(genes)
-    table.uns["scale"] = evidence.choose_scale(trained.judged, trained.candidates) or ""
+    scale = evidence.choose_scale(trained.judged, trained.candidates) or ""
+    here, there = um_per_px * table.obs["pitch"].iloc[0], trained.pitch_um
+    if scale and there and abs(here / there - 1) > PITCH_SHARE:
+        text = f"spots are {here:.0f} um apart, and {there:.0f} um in validation"
+        print(f"scale       no means over neighbourhoods are shown: {text}")
+        scale = ""
+    table.uns["scale"] = scale
     if trained.judged is not None:
         judged = trained.judged.drop(columns="r")  # var["valid_r"]
         names = {name: name if name == "believe" else f"valid_{name}" for name in judged}
@@ -374,13 +405,14 @@ def measure(slide, spots, trained):
 def find_genes(features, trained):
     """(G,) the line of each of the model's genes in the table of a slide's features, -1 where it is
     not there: by its id or, where the slide has other ids, by its symbol. A symbol that several
-    ids of the slide share tells nothing.
+    ids of the slide share tells nothing, nor one whose line is another gene's by its id.
     """
     symbols = pd.Index(features["name"].astype(str))
     is_shared = symbols.duplicated(keep=False)
     line_of = pd.Series(range(len(symbols)), symbols)[~is_shared]
     lines = line_of.reindex(trained.genes, fill_value=-1).to_numpy()
     by_id = features.index.get_indexer(trained.gene_ids)
+    lines[np.isin(lines, by_id)] = -1  # That line is another gene's, which has its id.
     lines = np.where(by_id >= 0, by_id, lines)
     lost = [gene for gene, line in zip(trained.genes, lines, strict=True) if line < 0]
     if lost:
@@ -598,8 +630,7 @@ def main():
     genes, sets = choose_genes(trained), choose_sets(trained)
     name = Path(IMAGE).stem if IMAGE else slide.name
     out = choose_folder(slide, name, path)
-    shell.hold_folder(out)
-    (out / "correlations.csv").unlink(missing_ok=True)  # of another slide, perhaps
+    hold_results(out)
     spots, patches, thumbnail = read_slide(slide, positions, trained.um_per_px, out)
     if FEATURES:
         spots, patches, embedded = embed_slide(slide, spots, patches, trained.recipe)
@@ -610,7 +641,7 @@ def main():
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)
     add_trust(table, trained, distances)
-    add_evidence(table, trained, genes)
+    add_evidence(table, trained, genes, slide.um_per_px)
     unit = UNITS[trained.recipe["TARGET"]]
     scored, drawn = None, table[:, genes]
     if sets:

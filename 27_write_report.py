@@ -450,8 +450,6 @@ def read_rows_of_run(run, folders):
         (*KEYS, "folder", "protocol"),
         ("heg",),
         dtype={"slide": str},
-        keep_default_na=False,
-        na_values=[""],
         float_precision="round_trip",
     )
     table = table[table["folder"].isin(folders)].convert_dtypes().astype(object)

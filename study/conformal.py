@@ -55,17 +55,24 @@ def compare_spread(split, truth):
     return float(np.median(np.sqrt(of_all[varies] / of_valid[varies]))) if varies.any() else 1.0
 
 
-def measure_coverage(predicted, truth, half_widths):
+def measure_coverage(predicted, truth, half_widths, floor):
     """{"coverage_80": (G,), ...}: the share of the spots whose truth (n, G) lies in the interval
-    around its prediction (n, G); NaN where one of the three is not known.
+    around its prediction (n, G), with the ends of find_limit; NaN where one of the three is not
+    known.
     """
-    errors = np.abs(predicted - truth)
-    measured = np.isfinite(errors).all(0)
+    measured = np.isfinite(predicted).all(0) & np.isfinite(truth).all(0)
     coverage = {}
     for name, half in half_widths.items():
-        inside = (errors <= half).mean(0)
-        coverage[f"coverage_{name}"] = np.where(measured & np.isfinite(half), inside, np.nan)
+        inside = truth >= find_limit(predicted, -half, floor)
+        inside &= truth <= find_limit(predicted, half, floor)
+        share = inside.mean(0)
+        coverage[f"coverage_{name}"] = np.where(measured & np.isfinite(half), share, np.nan)
     return coverage
+
+
+def find_floor(target):
+    """The least value that measured expression of a recipe's TARGET can have."""
+    return -np.inf if target == "harmony" else 0
 
 
 def find_limit(predicted, step, floor):

@@ -86,9 +86,9 @@ def find_claim(spots, roles):
     return "donor" if {*valid["donor"]} & {*train["donor"]} else "other"
 
 
-def describe_validation(split, predicted):
-    """What the metadata of weights keep of a prediction (n, G) of the validation spots, against
-    log-normalised counts: {"genes": {column of judge_genes: [a value a gene]}, "components": [r of
+def describe_validation(split, predicted, truth):
+    """What the metadata of weights keep of a prediction (n, G) of the validation spots, against the
+    truth (N, G): {"genes": {column of judge_genes: [a value a gene]}, "components": [r of
     each], "claim": text}; {"claim": text} without validation spots.
     """
     data = split.data
@@ -96,7 +96,7 @@ def describe_validation(split, predicted):
     claim = CLAIMS[find_claim(data.spots, split.roles)]
     if not len(valid):
         return {"claim": claim}
-    truth, spots = data.lognorm[valid], data.spots.iloc[valid]
+    truth, spots = truth[valid], data.spots.iloc[valid]
     sizes = data.spots["tissue_index"].value_counts().to_dict()
     genes = judge_genes(predicted, truth, spots, sizes)
     columns = {

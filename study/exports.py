@@ -9,7 +9,7 @@ import pandas as pd
 import polars
 
 from common import ID_COLUMNS, SPOTS_AT_ONCE, parts_of
-from study import shell
+from study import conformal, shell
 
 MOST_MEASUREMENTS = 50  # a spot; QuPath shows them as a list
 CORNERS = 32  # of the polygon that stands for a round spot
@@ -64,26 +64,34 @@ def describe_spot(name, ring, columns, values):
 
 
 def choose_measurements(table, drawn, floor):
-    """Table of the measurements of write_geojson, of 26's AnnData: the distance, the scores of gene
-    sets, then genes with their intervals of 80 %, none of which ends below `floor`: those `drawn`
-    and those that pass in validation, or are of HEG and HVG where that is not known, best first.
+    """Table of the measurements of write_geojson, of 26's AnnData: the distance, the genes `drawn`,
+    the scores of gene sets, then the genes that pass in validation, or are of HEG and HVG where
+    that is not known, best first. Genes have intervals of 80 %, none of which ends below `floor`.
     """
-    columns = {"distance": table.obs["distance"].to_numpy()}
+    groups = [{"distance": table.obs["distance"].to_numpy()}]
+    groups += [measure_gene(table, gene, floor) for gene in drawn]
     for name in table.obs.filter(regex="^set_(?!.*_measured$)"):
-        columns[name] = table.obs[name].to_numpy()
+        groups.append({name: table.obs[name].to_numpy()})
     passes = table.var["believe"] if "believe" in table.var else table.var["heg"] | table.var["hvg"]
     best = table.var["valid_r"][passes].sort_values(ascending=False, kind="stable").index
-    for gene in dict.fromkeys([*drawn, *best]):
-        values = table.X[:, table.var_names.get_loc(gene)]
-        found = {gene: values}
-        half = table.var["half_width_80"][gene]
-        if np.isfinite(half):
-            found[f"{gene} low"] = np.maximum(values - half, floor)
-            found[f"{gene} high"] = values + half
+    others = [gene for gene in best[:MOST_MEASUREMENTS] if gene not in drawn]
+    groups += [measure_gene(table, gene, floor) for gene in others]
+    columns = {}
+    for found in groups:
         if len(columns) + len(found) > MOST_MEASUREMENTS:
             break
         columns |= found
     return pd.DataFrame(columns, table.obs_names)
+
+
+def measure_gene(table, gene, floor):
+    """{column: (n,)} of a gene's prediction and, where it is known, its interval of 80 %."""
+    values = table.X[:, table.var_names.get_loc(gene)]
+    half = table.var["half_width_80"][gene]
+    if not np.isfinite(half):
+        return {gene: values}
+    low, high = (conformal.find_limit(values, step, floor) for step in (-half, half))
+    return {gene: values, f"{gene} low": low, f"{gene} high": high}
 
 
 def save_expression(path, spots, values, genes):

@@ -75,7 +75,8 @@ def save_csv(path, table):
 
 
 def read_csv(path, texts=(), numbers=(), **options):
-    """A table that save_csv wrote, with these columns at least; `options` of pandas.read_csv.
+    """A table that save_csv wrote, with these columns at least; `options` of pandas.read_csv. Empty
+    cells alone are NaN, since a gene may be called NA.
 
     InputError where another program has saved it since: a spreadsheet may separate cells by
     semicolons, and write decimals with commas. Numbers that it cut cannot be had back.
@@ -87,7 +88,7 @@ def read_csv(path, texts=(), numbers=(), **options):
         fix = f"remove {path.parent} and {fix}"
     fix += "; a spreadsheet may have saved it in a form of its own"
     try:
-        table = pd.read_csv(path, **options)
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""], **options)
     except ValueError as error:  # in which pandas has its own errors, and those of encodings
         cause = " ".join(str(error).split())
         raise InputError(f"{path}: not as a script wrote it ({cause}): {fix}") from None

@@ -41,7 +41,7 @@ class Trained:
     um_per_px: float  # of the patches
     patch_size: int  # px
     groups: dict  # names of genes by "heg", "hvg", "mg"
-    valid_r: list  # r in validation, against log-normalised counts; None where unknown
+    valid_r: list  # r in validation, against the headline's truth; None where unknown
     ceiling: list  # the counting-noise ceiling on the training slides; None where unknown
     title: str  # "SIMULATED slides: " or nothing
     training_slides: similarity.TrainingSlides
@@ -49,6 +49,7 @@ class Trained:
     half_width_95: list
     evidence: dict | None  # of evidence.describe_validation; None of a fold of a search
     gene_ids: list
+    pitch_um: float | None = None  # of the spots that validate; older weights do not tell it
 
     @property
     def candidates(self):
@@ -61,7 +62,7 @@ class Trained:
     @property
     def floor(self):
         """The least value that measured expression can have."""
-        return -np.inf if self.recipe["TARGET"] == "harmony" else 0
+        return conformal.find_floor(self.recipe["TARGET"])
 
     @functools.cached_property
     def judged(self):
@@ -109,7 +110,7 @@ def describe_model(split, made_with, predicted):
     half_widths = conformal.find_half_widths(split, predicted, truth)
     described = None
     if "test" in split.roles:  # The folds of a search are many, and draw no one's maps.
-        described = evidence.describe_validation(split, of_valid)
+        described = evidence.describe_validation(split, of_valid, truth)
     return Trained(
         recipe=made_with,
         genes=data.genes,
@@ -117,13 +118,14 @@ def describe_model(split, made_with, predicted):
         um_per_px=find_patch_resolution(split),
         patch_size=common.PATCH_SIZE,
         groups={key: genes for key, genes in split.members.items() if key != "all"},
-        valid_r=shell.without_nan(split.validate_genes(of_valid, data.lognorm)),
+        valid_r=shell.without_nan(split.validate_genes(of_valid, truth)),
         ceiling=shell.without_nan(ceilings.mean(axis=1)),
         title=data.label,
         training_slides=similarity.describe_training(colour, data.spots.iloc[learnt]),
         half_width_80=shell.without_nan(half_widths["80"]),
         half_width_95=shell.without_nan(half_widths["95"]),
         evidence=described,
+        pitch_um=find_pitch(split),
     )
 
 
@@ -134,6 +136,14 @@ def find_patch_resolution(split):
     names, of_slide = split.data.slide_names, split.data.meta["um_per_px"]
     found = [of_slide[names[number]] for number in split.slides("train", "valid")]
     return float(np.quantile(found, 0.5, method="higher"))
+
+
+def find_pitch(split):
+    """um from spot to spot on the slides that validate or, where none does, train: the median."""
+    roles = "valid" if len(split.spots("valid")) else "train"
+    pitches = split.data.spots.groupby("tissue_index")["pitch"].first()
+    um_per_px = {slide["tissue_index"]: slide["um_per_px"] for slide in split.data.meta["slides"]}
+    return float(np.median([pitches[slide] * um_per_px[slide] for slide in split.slides(roles)]))
 
 
 # --------------------------------------------------------------------------------------------- read
@@ -177,6 +187,7 @@ def check_metadata(path, metadata):
             f"{path}: format {version}, and this version reads {common.FORMAT}: {TRAIN_AGAIN}"
         )
     names = [field.name for field in fields(Trained)]
+    metadata = {"pitch_um": None} | metadata
     for name in names:
         if name not in metadata:
             raise InputError(f"{path}: its metadata lack {name!r}: {TRAIN_AGAIN}")

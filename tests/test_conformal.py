@@ -61,9 +61,11 @@ def test_coverage_counts_spots_and_knows_what_it_cannot_know():
     predicted = np.zeros((4, 3))
     truth = np.array([[0.1, 1, 1], [-0.2, 2, 1], [0.3, 3, 1], [-0.4, np.nan, 1]])
     half_widths = {"80": np.array([0.3, 9, np.nan]), "95": np.array([0.4, 9, 2])}
-    coverage = conformal.measure_coverage(predicted, truth, half_widths)
+    coverage = conformal.measure_coverage(predicted, truth, half_widths, -np.inf)
     np.testing.assert_array_equal(coverage["coverage_80"], [0.75, np.nan, np.nan])
     np.testing.assert_array_equal(coverage["coverage_95"], [1, np.nan, 1])
+    none = conformal.measure_coverage(predicted - 1, np.zeros((4, 3)), half_widths, floor=0)
+    np.testing.assert_array_equal(none["coverage_80"], [1, 1, np.nan])  # as its ends: 0 and 0
 
 
 def test_limits_stop_at_the_least_expression():

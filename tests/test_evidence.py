@@ -150,5 +150,5 @@ def test_weights_hold_what_validation_says(trained):
 def test_without_validation_nothing_is_said_of_genes(paper_split):
     whole = paper_split.with_all_in_training()
     nothing = np.zeros((0, len(whole.data.genes)), np.float32)
-    said = evidence.describe_validation(whole, nothing)
+    said = evidence.describe_validation(whole, nothing, whole.data.lognorm)
     assert said == {"claim": evidence.CLAIMS["none"]}

@@ -68,13 +68,19 @@ def judged_slide():
 
 def test_measurements_are_distance_sets_and_genes_that_pass_with_their_intervals():
     shown = exports.choose_measurements(judged_slide(), ["GENE3"], floor=0)
-    assert [*shown][:5] == ["distance", "set_A", "GENE3", "GENE3 low", "GENE3 high"]
+    assert [*shown][:5] == ["distance", "GENE3", "GENE3 low", "GENE3 high", "set_A"]
     assert [*shown][5:9] == ["GENE79", "GENE78", "GENE78 low", "GENE78 high"]
     np.testing.assert_allclose(
         shown[["GENE3 low", "GENE3 high"]], [[0, 0.6], [1.5, 2.5]], rtol=1e-6
     )
     assert 48 <= shown.shape[1] <= exports.MOST_MEASUREMENTS
     assert "GENE40" not in shown
+    slide = judged_slide()
+    slide.obs = slide.obs.join(pd.DataFrame(0.0, slide.obs_names, [f"set_{n}" for n in range(60)]))
+    slide.X -= 1
+    shown = exports.choose_measurements(slide, ["GENE3"], floor=0)
+    assert "GENE3 high" in shown and shown.shape[1] == exports.MOST_MEASUREMENTS
+    assert (shown["GENE3 low"] <= shown["GENE3 high"]).all()
 
 
 def test_without_evidence_the_genes_of_heg_and_hvg_are_given():

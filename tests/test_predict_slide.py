@@ -218,7 +218,14 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     lines = {line["gene"]: line for line in tables[caption]}
     assert {*heg} <= {*lines}
     assert lines[passing[0]]["believe"] and lines[passing[0]]["valid_r_k7"] == 0.4
-    capsys.readouterr()
+    assert metadata_of(weights)["pitch_um"] == pytest.approx(100, rel=0.05)
+    wide = spoil_weights(
+        changed, tmp_path / "wide.safetensors", lambda metadata, _: metadata.update(pitch_um="189")
+    )
+    assert predict(wide, *slide_of(simulated), out=tmp_path) == 0
+    told = "no means over neighbourhoods are shown: spots are 100 um apart, and 189 um in"
+    assert told in capsys.readouterr().out
+    assert anndata.read_h5ad(tmp_path / "predictions.h5ad").uns["scale"] == ""
     other = heg[5]
     genes = ("--genes", f"{passing[0]},{other}")
     assert predict(changed, *slide_of(simulated), *genes, out=tmp_path) == 0
@@ -356,6 +363,25 @@ def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
     check_drawn(scanpy.read_h5ad(predicted[0] / "predictions.h5ad"))
 
 
+def test_results_of_another_script_stay_and_those_of_another_start_go(
+    simulated, trained, weights, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    for out, name in ((run, "rows.csv"), (run / weights.parent.name, "rows.json")):
+        assert predict(weights, *slide_of(simulated), out=out) == 2
+        check_one_line(capsys, [str(out), name, "another folder"])
+    (run / "rows.csv").unlink()
+    assert predict(weights, *slide_of(simulated), out=run) == 2
+    check_one_line(capsys, ["run.json", "another folder"])
+    out = tmp_path / "out"
+    assert predict(weights, *slide_of(simulated), out=out) == 0
+    monkeypatch.setattr(imaging, "map_scratch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(weights, *slide_of(simulated), out=out)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
 def ellipse(height=3200, width=3800):
     """A slide of light background with an ellipse of tissue, a hole in it, a speck beside it; (image, mask)."""
     y, x = np.mgrid[:height, :width]
@@ -473,6 +499,10 @@ def test_a_gene_is_compared_by_its_id_where_its_symbol_is_shared():
     assert len(inputs.WARNINGS) == 1
     assert "1 genes of the model are not compared, as ALB" in inputs.WARNINGS[0]
     inputs.WARNINGS.clear()
+    trained.gene_ids = ["ID1", "ENSG2"]  # The line of ALB, by its id, is another gene's.
+    features["name"] = ["OTHER", "ALB", "NAT1"]
+    trained.genes = ["GENE1", "ALB"]
+    assert script.find_genes(features, trained).tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("tags, um", [
