@@ -487,6 +487,8 @@ def read_section(source, section):
     spots_path = one_file(source / "data" / "ST-spotfiles", f"{section}_selection.tsv")
     try:
         counts = pd.read_csv(counts_path, sep="\t", index_col=0)
+        if counts.isna().any(axis=None):
+            raise ValueError("a count is missing, as where the file breaks off")
         spots = pd.read_csv(spots_path, sep="\t").astype({"x": int, "y": int})
         spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
         spots = spots[["selected", "y", "x", "pixel_y", "pixel_x"]].round().astype(int)

@@ -30,6 +30,7 @@ FEATURE_SPELLINGS = {
         "name",
         "gene_name",
         "gene_names",
+        "gene_short_name",
         "symbol",
         "gene_symbol",
         "gene_symbols",
@@ -60,6 +61,7 @@ MOST_COUNTS = 2**31 - 1  # in which counts.h5ad keeps one
 DEPTHS = ("total_counts", "n_counts", "nCount_Spatial", "nCount_RNA")
 DEPTHS_DIFFER = 0.1  # of a spot's counts, median over the spots
 VERSION = r"^(ENS[A-Z]*\d{6,})\.\d+$"  # an Ensembl id with its version
+ENSEMBL = r"ENS[A-Z]*\d{6,}(?:\.\d+)?"
 
 
 def read_matrix(path, genome="", named=()):
@@ -72,6 +74,9 @@ def read_matrix(path, genome="", named=()):
     chooses one; without it, genes of all are taken, and that is warned of.
     """
     table = read_matrix_file(path)
+    if not table.n_obs or not table.n_vars:
+        size = f"{table.n_obs} spots and {table.n_vars} genes"
+        raise InputError(f"{path}: holds {size}: fetch or export it again")
     file, part = split_part(path)
     if part:
         print(f"{file}: {table.n_obs} spots are taken, those of {part}")
@@ -393,6 +398,10 @@ def read_matrix_folder(folder):
     features = inputs.read_table(paths[1], FEATURE_SPELLINGS, row_names="name")
     if "id" not in features:
         raise InputError(f"{paths[1]}: no column id among {', '.join(features)}")
+    are_ids = {column: features[column].str.fullmatch(ENSEMBL).mean() for column in features}
+    if are_ids["id"] < 0.5 < are_ids.get("name", 0):
+        print(f"{paths[1]}: symbols, as {features['id'].iloc[0]}, stand there before the ids")
+        features = features.rename(columns={"id": "name", "name": "id"})
     counts = scipy.sparse.csr_matrix(read_market_matrix(paths[2]).T)
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(

@@ -150,9 +150,11 @@ def open_tiff(path):
 def tiff_errors(path):
     """InputError for whatever tifffile and its codecs raise for a damaged file."""
     kinds = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError)
+    # Of a compression or colours that it does not know tifffile gives a number without a name.
+    kinds += (AttributeError, struct.error, OSError, RuntimeError)
     try:
         yield
-    except (*kinds, struct.error, OSError, RuntimeError) as error:
+    except kinds as error:
         raise InputError(
             f"{path}: not a readable TIFF ({error}); fetch or export it again"
         ) from None
@@ -209,8 +211,15 @@ def report_scenes(path, tiff, chosen):
         )
 
 
-# Their decoders fill what a tile lacks with grey. The mark of the end stands nowhere else in them.
-JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.ALT_JPEG)
+# Their decoders fill what a tile lacks with grey or a blur. The mark of the end stands nowhere else
+# in them.
+JPEG = (
+    tifffile.COMPRESSION.JPEG,
+    tifffile.COMPRESSION.ALT_JPEG,
+    tifffile.COMPRESSION.APERIO_JP2000_YCBC,
+    tifffile.COMPRESSION.APERIO_JP2000_RGB,
+    tifffile.COMPRESSION.JPEG2000,
+)
 JPEG_END = b"\xff\xd9"
 JPEG_TAIL = 65_536  # bytes; programs may write notes behind the end
 

@@ -129,6 +129,12 @@ def check_manifest(path, table):
             f"{path}: slide {names[donors == ''].iloc[0]} has no donor: give every person a name, "
             "since slides of one person are left out together"
         )
+    unnamed = donors.isin(NO_FILE)
+    if unnamed.sum() > 1:
+        raise InputError(
+            f"{path}: slides {' and '.join(names[unnamed][:2])} have the donor "
+            f"{donors[unnamed].iloc[0]!r}, which programs write for no name: give every person one"
+        )
 
 
 def read_manifest_row(root, row, need_files):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import scipy.ndimage
+import scipy.sparse
 from scipy.spatial import cKDTree
 from skimage.filters import threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
@@ -151,7 +152,16 @@ def read_anndata_positions(path):
             f'{path}: no obsm["spatial"] with x, y in px of the full-resolution image: add it, or '
             "name a file of positions in slides.csv"
         )
-    centres = np.asarray(order_axes(spots.obsm["spatial"]), np.float64)
+    spatial = order_axes(spots.obsm["spatial"])
+    if scipy.sparse.issparse(spatial):
+        spatial = spatial.toarray()
+    try:
+        centres = np.asarray(spatial, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f'{path}: obsm["spatial"] holds no numbers ({error}): give x and y in px of the '
+            "full-resolution image"
+        ) from None
     if centres.ndim != 2 or centres.shape[1] != 2:
         raise InputError(
             f'{path}: obsm["spatial"] is {centres.shape}; expected ({spots.n_obs}, 2), x and y'
@@ -198,7 +208,9 @@ def check_frame(path, uns, pitch):
     100 um from the next, or of ST, 100 and 200, reaches the next. `pitch` is that of the positions.
     """
     for library, facts in list_libraries(uns).items():
-        scales = facts.get("scalefactors") or {}
+        scales = facts.get("scalefactors")
+        if not hasattr(scales, "get"):  # A list or text does not say which number is which.
+            continue
         diameter = read_scale(scales, "spot_diameter_fullres")
         if not diameter > 1.1 * pitch > 0:  # Square bins are as wide as they are far apart.
             continue

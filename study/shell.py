@@ -547,13 +547,15 @@ LIMITS = {
     errno.EFBIG: "a file is larger than the system allows: raise the limit (ulimit -f) and",
     errno.ENOMEM: "not enough memory: give the process more, or the run a smaller batch, and",
 }
+# What a user may not do there, by the number of its error.
+DENIALS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # How torch says so, which raises plain RuntimeErrors; CUDA's and Python's allocators.
 NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "can't start new thread")
 
 
 def explain(error):
     """What outside this program an exception comes from: a full disk, a quota or limit that is
-    used up, a process that ended; else None.
+    used up, a file or folder without permission, a process that ended; else None.
     """
     chain = [error]  # torch, HDF5 and Pillow raise others before or after the disk's own
     while chain[-1].__context__ is not None:
@@ -564,6 +566,9 @@ def explain(error):
                 # HDF5 gives no number.
                 if number == raised.errno or os.strerror(number) in str(raised):
                     return reason
+            if raised.errno in DENIALS and raised.filename is not None:
+                place, cause = os.fsdecode(raised.filename), os.strerror(raised.errno)
+                return f"{place}: no permission ({cause}): change that, or the place, and"
     first = chain[-1]
     message = str(first)
     if isinstance(first, MemoryError) or any(words in message for words in NO_MEMORY):

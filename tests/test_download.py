@@ -317,6 +317,18 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
     assert table.X.toarray().tolist() == [[1, 3, 4], [1, 4, 5], [2, 4, 6]]
 
 
+def test_a_section_of_her2st_that_breaks_off_is_refused(tmp_path, capsys):
+    source, files = tmp_path / "mirror", her2st_files()
+    counts = gzip.decompress(files.pop("data/ST-cnts/C2.tsv.gz"))
+    files["data/ST-cnts/C2.tsv"] = counts[:-4]
+    for path, content in files.items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes(content)
+    options = {"source": source, "sections": "C2", "data_root": tmp_path / "HER2ST_data"}
+    assert run_script("17", dataset="HER2ST", **options) == 2
+    assert "C2.tsv" in (error := capsys.readouterr().err) and "a count is missing" in error
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

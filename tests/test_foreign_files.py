@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
+from conftest import write_matrix
 from PIL import Image
 from test_hest import make_anndata
 from test_pixels import pixels_of
@@ -62,6 +63,27 @@ def test_symbols_have_many_columns_and_gaps(tmp_path):
         assert table.var["name"].tolist() == [*GENES[:3], ids[3]]
     var = pd.DataFrame({"Symbol": GENES, "symbol": GENES[::-1]}, ids)
     assert read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist() == GENES
+
+
+@pytest.mark.parametrize("head", ["", "gene_id\tgene_short_name\n"])
+def test_names_of_genes_are_told_from_their_ids(tmp_path, capsys, head):
+    """Without a head, symbols may stand before the ids."""
+    ids = [f"ENSG0000000000{number}" for number in range(4)]
+    write_matrix(tmp_path, BARCODES, np.eye(4, dtype=int), GENES)
+    columns = zip(ids, GENES, strict=True) if head else zip(GENES, ids, strict=True)
+    (tmp_path / "features.tsv").write_text(head + "".join(f"{a}\t{b}\n" for a, b in columns))
+    table = read_matrix(tmp_path)
+    assert table.var_names.tolist() == ids and table.var["name"].tolist() == GENES
+    assert ("stand there before the ids" in capsys.readouterr().out) == (not head)
+
+
+@pytest.mark.parametrize("spots, genes", [(0, 4), (4, 0)])
+def test_an_empty_matrix_is_refused(tmp_path, spots, genes):
+    counts = np.ones((spots, genes), np.float32)
+    obs, var = pd.DataFrame(index=BARCODES[:spots]), pd.DataFrame(index=GENES[:genes])
+    anndata.AnnData(counts, obs, var).write_h5ad(tmp_path / "m.h5ad")
+    with pytest.raises(InputError, match=f"holds {spots} spots and {genes} genes"):
+        read_matrix(tmp_path / "m.h5ad")
 
 
 def test_ids_are_joined_without_their_versions(tmp_path):
@@ -142,9 +164,26 @@ def test_the_scale_factors_of_r_and_cellxgene_are_read(tmp_path):
     }
     table.write_h5ad(tmp_path / "a.h5ad")
     assert len(read_positions(tmp_path / "a.h5ad")) == table.n_obs
+    for scales in (pd.DataFrame({"spot_diameter_fullres": [50.0]}), np.array([50.0]), "a.json"):
+        table.uns["spatial"] = {"S1": {"scalefactors": scales}}
+        table.write_h5ad(tmp_path / "a.h5ad")
+        assert len(read_positions(tmp_path / "a.h5ad")) == table.n_obs
     table.uns["spatial"] = {"S1": {"images": {}}}
     table.write_h5ad(tmp_path / "a.h5ad")
     assert len(read_positions(tmp_path / "a.h5ad")) == table.n_obs
+
+
+def test_centres_may_be_sparse_and_not_text(tmp_path):
+    table = make_anndata(1)
+    expected = read_positions_of(tmp_path, table)
+    centres = table.obsm["spatial"]
+    table.obsm["spatial"] = scipy.sparse.csr_matrix(centres)
+    pd.testing.assert_frame_equal(read_positions_of(tmp_path, table), expected)
+    texts = np.asarray(centres).astype(str).astype(object)
+    texts[0, 0] = "pxl_col"
+    table.obsm["spatial"] = texts
+    with pytest.raises(InputError, match=r"holds no numbers .*pxl_col"):
+        read_positions_of(tmp_path, table)
 
 
 def make_slide(path, um_per_px):
@@ -303,6 +342,16 @@ def test_a_slide_of_one_genome_goes_beside_one_of_two(tmp_path):
     assert read.var["name"].tolist() == read.var_names.tolist() == GENES
     with pytest.raises(InputError, match="--genome mm10"):
         read_matrix(path, "mm10")
+
+
+@pytest.mark.parametrize("tag", ["Compression", "PhotometricInterpretation"])
+def test_a_number_that_tiff_does_not_know_is_refused(tmp_path, tag):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint8), photometric="rgb", compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[tag].overwrite(60_000)
+    with pytest.raises(InputError, match=f"{path}: not a readable TIFF"):
+        imaging.open_image(path)
 
 
 def test_the_resolution_of_a_reduced_image_is_its_own(tmp_path):

@@ -265,7 +265,7 @@ def test_samples_of_hest_become_a_dataset(tmp_path):
 def choose(tmp_path, **options):
     """slides.csv that script 19 writes of a folder of HEST-1k, and what it prints."""
     root = tmp_path / "mine"
-    printed = stdout_of("19", data_root=root, check=True, **options)
+    printed = stdout_of("19", data_root=root, target="lognorm", check=True, **options)
     return pd.read_csv(root / "slides.csv"), printed
 
 

@@ -305,6 +305,11 @@ def raise_over(error):
         raise RuntimeError("unexpected pos 704 vs 598") from None
 
 
+def deny(number):
+    """The error of a file that the user may not open."""
+    return OSError(number, os.strerror(number), "/a")
+
+
 FAILURES = {
     "numpy": (lambda: np.zeros(2**60, np.uint8), "not enough memory: .*Unable to allocate"),
     "torch": (lambda: torch.zeros(2**60, dtype=torch.uint8), "not enough memory: .*DefaultCPU"),
@@ -312,6 +317,8 @@ FAILURES = {
     "mmap": (lambda: mmap.mmap(-1, 2**50), "not enough memory"),
     "quota of HDF5": (lambda: raise_as_hdf5(errno.EDQUOT), "quota"),
     "limit of HDF5": (lambda: raise_as_hdf5(errno.EFBIG), "ulimit -f"),
+    "a folder of another": (lambda: raise_over(deny(errno.EACCES)), "^/a: no permission .*denied"),
+    "a read-only disk": (lambda: raise_over(deny(errno.EROFS)), "^/a: no permission .*ead-only"),
     "quota of torch": (lambda: raise_over(OSError(errno.EDQUOT, "Quota")), "quota"),
 }
 

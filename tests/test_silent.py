@@ -542,11 +542,15 @@ def test_what_is_no_h_and_e_is_warned_of(tmp_path, kind):
     warnings_of(tmp_path, "image1.tif", "no H&E")
 
 
-@pytest.mark.parametrize("left", [0.25, 0.0])
-def test_a_jpeg_tile_that_is_cut_is_refused(tmp_path, capsys, left):
+@pytest.mark.parametrize("compression, left", [
+    ("jpeg", 0.25), ("jpeg", 0.0), ("aperio_jp2000_rgb", 0.5), ("jpeg2000", 0.9),
+])  # fmt: skip
+def test_a_jpeg_tile_that_is_cut_is_refused(tmp_path, capsys, compression, left):
     make_slides(tmp_path, 1)
     path = tmp_path / "image1.tif"
-    tifffile.imwrite(path, paint(1), photometric="rgb", compression="jpeg", tile=(256, 256))
+    options = {"compression": compression, "tile": (256, 256)}
+    tifffile.imwrite(path, paint(1), photometric="rgb", **options)
+    assert_no_warning(tmp_path)
     with tifffile.TiffFile(path) as tiff:
         start, length = tiff.pages[0].dataoffsets[9], tiff.pages[0].databytecounts[9]
     data = bytearray(path.read_bytes())
@@ -568,6 +572,16 @@ def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names
     printed = capsys.readouterr().out
     assert (f"donors {names[0]!r} and {names[1]!r}" in printed) == same
     assert ("warning" in printed) == same
+
+
+def test_two_slides_without_a_donor_are_refused(tmp_path):
+    """NA is a name beside others, and two people that programs had no name for."""
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, donor=["NA", "D2"])
+    read_manifest(tmp_path)
+    edit_manifest(tmp_path, donor=["NA", "NA"])
+    with pytest.raises(InputError, match="slides S1 and S2 have the donor 'NA'"):
+        read_manifest(tmp_path)
 
 
 def test_a_blank_patient_is_missing():
