@@ -48,6 +48,7 @@ from common import PATCH_SIZE
 from slides import imaging, inputs, space_ranger
 from slides.colour import colour_statistics
 from slides.cutting import cut_spots
+from slides.hest_patches import holds_patches
 from slides.manifest import Slide
 from slides.positions import place_spots
 from slides.sections import split_part
@@ -177,10 +178,16 @@ def choose_slide():
     if MATRIX and not POSITIONS:
         raise InputError(f"--matrix {MATRIX}: needs the --positions of its spots")
     image = Path(IMAGE)
+    if holds_patches(image):
+        raise InputError(
+            f"--image {IMAGE}: patches alone; expected the slide's TIFF, JPEG or PNG, as HEST-1k "
+            "has in wsis/"
+        )
+    name = shell.as_utf8(image.stem)  # as files hold it
     slide = Slide(
         tissue_index=1,
-        name=image.stem,
-        donor=image.stem,
+        name=name,
+        donor=name,
         image=image,
         um_per_px=UM_PER_PX or imaging.read_resolution(inputs.unpack(image)),
         positions=Path(POSITIONS) if POSITIONS else None,
@@ -427,14 +434,29 @@ def find_genes(features, trained):
 
 
 def choose_sets(trained):
-    """{set: [its genes in the model]} of GENE_SETS, of which one line is told."""
+    """{set: [its genes in the model]} of GENE_SETS, of which one line is told. InputError where two
+    of them would have one column of obs.
+    """
     if not GENE_SETS:
         return {}
     listed = gene_sets.read_sets(Path(GENE_SETS))
     var = pd.DataFrame({"gene_ids": trained.gene_ids}, trained.genes)
     sets = gene_sets.match_sets(listed, var, [trained.genes])
     print(f"gene sets   {sets.describe()}")
+    names = {}
+    for name in sets.members:
+        other = names.setdefault(name_column(name).removesuffix("_measured"), name)
+        if other != name:
+            raise InputError(
+                f"{GENE_SETS}: {other} and {name} would share columns of predictions.h5ad: rename "
+                "one"
+            )
     return sets.members
+
+
+def name_column(name):
+    """The column of obs for a set's score; in an .h5ad a slash would be a folder."""
+    return f"set_{name}".replace("/", "|")
 
 
 def score_sets(table, sets):
@@ -458,8 +480,7 @@ def score_sets(table, sets):
         scores = gene_sets.find_scores(predicted, measured, one_slide, members)
         scored.layers["measured"] = scores[1]
         scored.var["r"] = common.pearson_per_gene(*scores)
-    # In an .h5ad a slash would be a folder.
-    names = [f"set_{name}".replace("/", "|") for name in sets]
+    names = [name_column(name) for name in sets]
     columns = [scored.to_df().set_axis(names, axis=1)]
     for layer in scored.layers:
         columns.append(scored.to_df(layer).set_axis(names, axis=1).add_suffix(f"_{layer}"))

@@ -440,14 +440,17 @@ def as_image(content, text):
 def read_rows_of_run(run, folders):
     """The lines of a run's rows.csv in these folders, in their order: dicts, None where empty.
 
-    None at all of script 26, whose run has no rows.csv. InputError where it lacks a column.
+    None at all of script 26, whose run has no rows.csv. InputError where it lacks a column, or is
+    gone.
     """
     path = run / "rows.csv"
+    if not path.is_file() and folders:
+        raise InputError(f"{path}: is gone, and run.json names its rows: run its script again")
     if not path.is_file():
         return []
     table = shell.read_csv(
         path,
-        (*KEYS, "folder", "protocol"),
+        (*KEYS, "folder", "protocol", "n_spots"),
         ("heg",),
         dtype={"slide": str},
         float_precision="round_trip",
@@ -558,7 +561,10 @@ def show_viewer(run, facts, rows):
     groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
     thumbnail = read_row_thumbnail(folder, table, run / facts["data_root"])
     name = f"{facts['label']}{row['setting']}, slide {table.obs['tissue_index'].iloc[0]}"
-    heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}</h2>"
+    heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}"
+    if "," in row["slide"]:  # as of a fold of HEST-Benchmark
+        heading += f"; a gene's r is the mean of slides {row['slide']}"
+    heading += "</h2>"
     return [heading, *viewer.show_row(table, groups, thumbnail)]
 
 
@@ -628,7 +634,13 @@ def main():
     if lacking:
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
     shell.hold_folder(path.parent)
-    write_report(path.parent, facts)
+    try:
+        write_report(path.parent, facts)
+    except FileNotFoundError as error:  # of which HDF5's does not tell the file but in its text
+        raise InputError(
+            f"{path.parent}: a file of a row is gone ({error}): remove the row's folder and run "
+            "its script again"
+        ) from None
     print(f"report: {path.parent / 'report.html'}")
 
 

@@ -121,8 +121,20 @@ def none_for_nan(value):
     return value
 
 
+def as_utf8(text):
+    """The text, with question marks for what UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def save_figure(path, figure, description):
-    """Write a figure whole, with the text that stands for it where it cannot be seen."""
+    """Write a figure whole, with the text that stands for it where it cannot be seen.
+
+    Titles name files, in which a $ is no mathematics and a byte may be no UTF-8.
+    """
+    for title in (*figure.texts, *(ax.title for ax in figure.axes)):
+        title.set_parse_math(False)
+        title.set_text(as_utf8(title.get_text()))
+    description = as_utf8(description)
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=100, metadata={"Description": description})
 

@@ -245,9 +245,17 @@ def choose_model(run, slide, takes_embeddings):
 
 
 def read_facts(run):
-    """What run.json tells of a run; {} without one."""
+    """What run.json tells of a run; {} without one. InputError where it is damaged."""
     path = run / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+        if facts.keys() >= {"script", "data_root", "folders"}:
+            return facts
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise InputError(f"{path}: not as a script wrote it: remove it and run its script again")
 
 
 def find_in_run(run, slide):

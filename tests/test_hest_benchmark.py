@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import TINY, load_script, printed_table, run_script, stdout_of, table_of
+from conftest import TINY, load_script, metadata_of, printed_table, run_script, stdout_of, table_of
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
@@ -177,6 +177,16 @@ def test_donor_is_the_patient_that_metadata_name(task, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ scores
+def test_weights_hold_validation_against_the_target(scored):
+    out, _ = scored
+    for path in out.glob("*/weights.safetensors"):
+        told = metadata_of(path)
+        r = np.array(told["valid_r"], float)
+        np.testing.assert_array_equal(np.array(told["evidence"]["genes"]["r"], float), r)
+        genes = pd.read_csv(path.with_name("per_gene.csv"))
+        np.testing.assert_allclose(r, genes["valid_log1p_r"], atol=1e-9)
+
+
 def test_the_statistic_is_the_mean_over_folds_of_r_over_all_their_test_spots(scored):
     out, stdout = scored
     rows = table_of(stdout).query("split == 'test' and truth == 'log1p'")
@@ -221,6 +231,12 @@ def test_a_report_is_of_the_benchmarks_number(scored):
     page = (out / "report.html").read_text()
     assert "HEST r is the mean over the genes" in page
     assert "log1p of raw counts" in page
+    script, facts = load_script("27"), json.loads((out / "run.json").read_text())
+    rows = script.read_rows_of_run(out, facts["folders"])
+    (several, *_) = [row for row in rows if row["split"] == "test" and "," in row["slide"]]
+    script.choose_viewed = lambda *_: several
+    told = f"; a gene's r is the mean of slides {several['slide']}</h2>"
+    assert told in script.show_viewer(out, facts, rows)[0]
 
 
 def test_prior_methods_and_gene_sets_have_the_benchmarks_number(root, tmp_path):

@@ -16,6 +16,7 @@ import scipy.sparse
 import tifffile
 import torch
 from conftest import TINY, load_script, metadata_of, printed_table, rows_of, run_script, write_h5
+from matplotlib.figure import Figure
 from PIL import Image
 from test_bad_input import check_one_line
 from test_exports import check_drawn
@@ -665,7 +666,8 @@ def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_p
     meta = json.loads((simulated / "dataset" / "meta.json").read_text())
     meta["slides"] = meta["slides"][:1]
     shell.save_json(tmp_path / "one" / "dataset" / "meta.json", meta)
-    shell.save_json(tmp_path / "of_one" / "run.json", {"data_root": "../one"})
+    facts = {"script": "20", "folders": []}
+    shell.save_json(tmp_path / "of_one" / "run.json", facts | {"data_root": "../one"})
     assert weighing.find_in_run(tmp_path / "of_one", slide_in(other, positions))[0] == {1}
     numbers, fingerprint = weighing.find_in_run(run, slide_in(other))
     assert numbers == set()
@@ -681,13 +683,38 @@ def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_p
     (["--weights", __file__], ["test_predict_slide.py", "not a .safetensors"]),
     (["--image", ""], ["--image", "which slide"]),
     (["--image", "no.tif"], ["no.tif", "no such file"]),
+    (["--image", "patches.h5"], ["patches.h5", "patches alone"]),
+    (["--gene-sets", "slash.gmt"], ["slash.gmt", "A/B and A|B would share"]),
+    (["--gene-sets", "measured.gmt"], ["measured.gmt", "Foo and Foo_measured would share"]),
 ])  # fmt: skip
 def test_script_26_refuses_what_is_not_there(
-    simulated, weights, tmp_path, capsys, arguments, words
+    simulated, weights, tmp_path, monkeypatch, capsys, arguments, words
 ):
+    monkeypatch.chdir(tmp_path)
+    Path("patches.h5").touch()
+    genes = "\t".join(metadata_of(weights)["genes"][:6])
+    for path, names in (("slash.gmt", ("A/B", "A|B")), ("measured.gmt", ("Foo", "Foo_measured"))):
+        Path(path).write_text("".join(f"{name}\t-\t{genes}\n" for name in names))
     options = ["--weights", weights, *slide_of(simulated), "--out", tmp_path / "out"]
     assert run_script("26", *options, *arguments) == 2
     check_one_line(capsys, words)
+
+
+def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
+    simulated, trained, weights, tmp_path, capsys
+):
+    odd = tmp_path / "a $x_{ b$.tif"
+    odd.symlink_to(slide_of(simulated)[0].removeprefix("--image="))
+    image = (*slide_of(simulated), "--image", odd)
+    assert predict(weights, *image, out=tmp_path / "out") == 0
+    figure = Figure()
+    figure.suptitle("caf\udce9")
+    shell.save_figure(tmp_path / "maps.png", figure, "caf\udce9")
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    (run / "run.json").write_text("{")
+    assert run_script("26", "--run", run, *image, "--out", tmp_path / "other") == 2
+    check_one_line(capsys, ["run.json", "not as a script wrote it"])
 
 
 # ---------------------------------------------------------------------------------------------- Space Ranger

@@ -203,11 +203,17 @@ def test_a_row_is_read_as_it_was_written(report):
         assert found == {name: value for name, value in same.items() if value is not None}
 
 
-@pytest.mark.parametrize("name", ["folder", "heg", "setting"])
+@pytest.mark.parametrize("name", ["folder", "heg", "setting", "n_spots"])
 def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
     pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
     with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
         load_script("27").read_rows_of_run(tmp_path, [])
+
+
+def test_a_gene_may_be_called_na(tmp_path):
+    table = pd.DataFrame({"gene": ["NA", "nan", "ALB"], "r": [0.1, np.nan, 0.2]})
+    shell.save_csv(tmp_path / "genes.csv", table)
+    pd.testing.assert_frame_equal(shell.read_csv(tmp_path / "genes.csv", ("gene",), ("r",)), table)
 
 
 SAVED = {
@@ -254,6 +260,14 @@ def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, kind):
     save_as(kind, path)
     assert run_script("27", "--run", run) == 2
     check_one_line(capsys, [f"error: {path}: ", fix, "spreadsheet"])
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "genes.csv", "predictions.h5ad"])
+def test_a_file_that_is_gone_is_named(copied, capsys, name):
+    run, folder = copied
+    (run / name if name == "rows.csv" else folder / name).unlink()
+    assert run_script("27", "--run", run) == 2
+    check_one_line(capsys, [name, "gone", "run its script again"])
 
 
 @pytest.mark.parametrize("kind", SAVED)
