@@ -463,20 +463,20 @@ def embedded_methods(run):
     return embeddings.settings_of(models, run.baseline)
 
 
-# {what is averaged: how the names of these settings end}. Models see single spots, and are the best
-# networks and ridges of those that do. The other mean is of ridges that see the neighbourhood.
-ENSEMBLES = {
-    "models": (", best recipe", ", Adam", ", all stages)"),
-    "ridges, neighbourhood": (", neighbourhood)",),
-}
+# {what is averaged: how the names of the ridges in it end}, beside the networks that learn by Adam.
+# Models see single spots; with the neighbourhood, their ridges see more.
+ENSEMBLES = {"models": ", all stages)", "models, neighbourhood": ", neighbourhood)"}
 
 
 def fill_ensembles(run):
-    """Fill the rows of the means of predictions that ENSEMBLES name; none of fewer than two."""
+    """Fill the rows of the means of predictions that ENSEMBLES name, where there are ridges."""
     settings = dict.fromkeys(row.setting for row in run.rows)
-    for kind, endings in ENSEMBLES.items():
-        names = [name for name in settings if name.endswith(endings)]
-        for split in run.splits if len(names) > 1 else ():
+    backbones = BACKBONE, *OTHER_BACKBONES
+    networks = {"ST-Net, Adam", *(methods.name_network(backbone) for backbone in backbones)}
+    for kind, ending in ENSEMBLES.items():
+        ridges = [name for name in settings if name.endswith(ending)]
+        names = ridges + [name for name in settings if name in networks]
+        for split in run.splits if ridges and len(names) > 1 else ():
             members = [run.find(name, split) for name in names]
             recipe = run.baseline | {"MEMBERS": sorted(member.folder.name for member in members)}
             row = run.row(f"mean of {len(names)} {kind}", split, recipe)

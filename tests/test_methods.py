@@ -447,27 +447,25 @@ def test_with_weights_every_backbone_has_its_ridges(with_weights):
     assert [name for name in methods if "full rank" in name] == ["ridge (densenet121, full rank)"]
 
 
-def test_means_are_of_what_sees_single_spots_and_of_what_sees_neighbourhood(with_weights):
+def test_means_are_of_networks_and_of_ridges_on_single_spots_or_the_neighbourhood(with_weights):
     script, run, methods = with_weights
+    script.OTHER_BACKBONES = ("resnet50",)
     names = [*script.trained_methods(), *methods]
     run.rows = [SimpleNamespace(setting=name) for name in names]
     script.fill_ensembles(run)
-    single, wide = run.filled
-    assert single == (
-        "mean of 5 models",
-        sorted(
-            [
-                "tiny, best recipe",
-                "ST-Net, Adam",
-                *(f"ridge ({name}, all stages)" for name in ("tiny", "densenet121", "resnet50")),
-            ]
-        ),
-    )
-    assert wide[0] == "mean of 3 ridges, neighbourhood"
-    assert all(name.endswith(", neighbourhood)") for name in wide[1])
-    run.rows = run.rows[:1]
+    backbones = "tiny", "densenet121", "resnet50"
+    networks = ["tiny", "resnet50", "ST-Net, Adam"]
+    expected = {
+        "mean of 6 models": ", all stages)",
+        "mean of 6 models, neighbourhood": ", neighbourhood)",
+    }
+    assert [setting for setting, _ in run.filled] == [*expected]
+    for setting, members in run.filled:
+        ridges = [f"ridge ({backbone}{expected[setting]}" for backbone in backbones]
+        assert members == sorted(networks + ridges)
+    run.rows = [row for row in run.rows if row.setting in networks]
     script.fill_ensembles(run)
-    assert len(run.filled) == 2, "none of one"
+    assert len(run.filled) == 2, "none without ridges"
 
 
 # -------------------------------------------------------------------------- script 25, end to end
