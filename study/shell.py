@@ -368,6 +368,9 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
             find_dataset(script["DATA_ROOT"])
     except InputError as error:
         end_with(error)
+    except OSError as error:  # of a folder in which nobody may look, or a name that is too long
+        end_if_explained(error)
+        end_with(error)
     choose_waiting()
 
 
@@ -488,9 +491,14 @@ def run_script(script):
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        reason = explain(error)
-        if reason is None:
-            raise
+        end_if_explained(error)
+        raise
+
+
+def end_if_explained(error):
+    """End the process with 2 and one line where an exception comes from outside this program."""
+    reason = explain(error)
+    if reason is not None:
         print(f"error: {reason} run the same command again", file=sys.stderr)
         sys.exit(2)
 
@@ -578,8 +586,10 @@ def explain(error):
                 # HDF5 gives no number.
                 if number == raised.errno or os.strerror(number) in str(raised):
                     return reason
-            if raised.errno in DENIALS and raised.filename is not None:
-                place, cause = os.fsdecode(raised.filename), os.strerror(raised.errno)
+            if raised.errno in DENIALS:
+                named = re.search("name = '(.*?)'", str(raised))  # as HDF5 says it
+                place = os.fsdecode(raised.filename or (named[1] if named else str(raised)))
+                cause = os.strerror(raised.errno)
                 return f"{place}: no permission ({cause}): change that, or the place, and"
     first = chain[-1]
     message = str(first)

@@ -297,6 +297,12 @@ def raise_as_hdf5(number):
     raise OSError(f"Can't write data (errno = {number}, error message = '{os.strerror(number)}')")
 
 
+def raise_as_h5py(number):
+    """Raise as h5py does for a file that it cannot open, which gives its name in the message alone."""
+    cause = os.strerror(number)
+    raise OSError(number, f"Unable to open file (name = '/a.h5', errno = {number}, '{cause}')")
+
+
 def raise_over(error):
     """Raise as torch.save does, on top of the disk's own error."""
     try:
@@ -318,6 +324,7 @@ FAILURES = {
     "quota of HDF5": (lambda: raise_as_hdf5(errno.EDQUOT), "quota"),
     "limit of HDF5": (lambda: raise_as_hdf5(errno.EFBIG), "ulimit -f"),
     "a folder of another": (lambda: raise_over(deny(errno.EACCES)), "^/a: no permission .*denied"),
+    "a file of HDF5": (lambda: raise_as_h5py(errno.EACCES), "^/a.h5: no permission .*denied"),
     "a read-only disk": (lambda: raise_over(deny(errno.EROFS)), "^/a: no permission .*ead-only"),
     "quota of torch": (lambda: raise_over(OSError(errno.EDQUOT, "Quota")), "quota"),
 }
@@ -386,6 +393,7 @@ def test_help_loads_no_package(number):
         ("19", ["--data-root", "nowhere"], "no nowhere/slides.csv: make it with"),
         ("19", ["--um-per-px", "99"], "--um-per-px 99.0: expected a number from 0 to 20"),
         ("19", ["--panel", "nowhere.csv"], "--panel nowhere.csv: no such file or folder"),
+        ("19", ["--panel", 300 * "x"], "File name too long"),
         ("19", ["--from-hest", "nowhere"], "--from-hest nowhere: no such file or folder"),
         ("20", ["--epochs", "-1"], "--epochs -1: expected a number from 0 to 1000000"),
         ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
@@ -408,6 +416,18 @@ def test_where_script_19_writes_slides_csv_it_need_not_be_there(monkeypatch, tmp
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # so that what check_command sets is undone
     monkeypatch.setattr(sys, "argv", ["19", "--data-root", str(tmp_path), flag, str(tmp_path)])
     shell.check_command(COMMANDS["19"], files=("FROM_HEST",), manifest=True)
+
+
+@pytest.mark.parametrize("asked", [{"manifest": True}, {"files": ("PANEL",)}])
+def test_a_folder_in_which_nobody_may_look_is_told_in_a_line(monkeypatch, capsys, asked):
+    def refuse(path, **options):
+        raise deny(errno.EACCES)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(sys, "argv", ["19", "--panel", "/a"])
+    with pytest.raises(SystemExit, match="2"):
+        shell.check_command(COMMANDS["19"], **asked)
+    assert capsys.readouterr().err.startswith("error: /a: no permission")
 
 
 def test_script_17_does_not_load_torch():
