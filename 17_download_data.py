@@ -64,6 +64,7 @@ SAMPLES = {  # tissue_index: GEO sample
 HVG_UNION = Path("data/filtered_expression_matrices/hvg_union.npy")
 UNPACKED_TIFF = 2_600_000_000  # bytes; about what a slide's TIFF takes where GEO holds it as .gz
 HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
+FEW_LOST = 0.05  # of the spots in one of HER2ST's two tables, not in the other; C2 to C5 have 0.02
 ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
 CHUNK = 1 << 20  # bytes that are read at once
 DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
@@ -455,10 +456,24 @@ def convert_section(root, section, source):
 
     Returns the columns image, positions and matrix of its row of slides.csv.
     """
-    image = one_file(source / "data" / "ST-imgs" / section[0] / section, "*.jpg")
+    image = one_file(source / "data" / "ST-imgs" / section[0] / section, "[!.]*.jpg")
     counts, spots = read_section(source, section)
     selected = spots.index[spots["selected"] == 1]
     both = counts.index.intersection(selected)
+    if both.empty:
+        raise InputError(
+            f"section {section}: no spot has both counts and a position: fetch it again"
+        )
+    lost = {
+        "position": counts.index.difference(spots.index),
+        "counts": selected.difference(counts.index),
+    }
+    for what, names in lost.items():
+        if len(names) > FEW_LOST * len(both):  # A table may break off at the end of a line.
+            inputs.warn(
+                f"section {section}: {len(names)} spots have no {what}, as {names[0]}: fetch its "
+                "tables again, unless that is so in the source"
+            )
     print(
         f"  {section}: {len(both)} spots with counts and a position "
         f"(of {len(counts)} and {len(spots)}), {counts.shape[1]:,} genes"
@@ -484,26 +499,31 @@ def read_section(source, section):
     selected, y, x, pixel_y, pixel_x, all whole numbers.
     """
     counts_path = one_file(source / "data" / "ST-cnts", f"{section}.tsv*")
+    genes, counts = inputs.read_dense_table(counts_path)
+    counts.columns = genes
+    inputs.check_unique(counts.index, "spot", counts_path)
+    if counts.mod(1).ne(0).any(axis=None):
+        raise InputError(
+            f"{counts_path}: a count is missing or a fraction, as where the file breaks off: fetch "
+            "it again"
+        )
     spots_path = one_file(source / "data" / "ST-spotfiles", f"{section}_selection.tsv")
     try:
-        counts = pd.read_csv(counts_path, sep="\t", index_col=0)
-        if counts.isna().any(axis=None):
-            raise ValueError("a count is missing, as where the file breaks off")
         spots = pd.read_csv(spots_path, sep="\t").astype({"x": int, "y": int})
         spots.index = spots["x"].astype(str) + "x" + spots["y"].astype(str)
         spots = spots[["selected", "y", "x", "pixel_y", "pixel_x"]].round().astype(int)
-    except (ValueError, KeyError, *DAMAGED_GZIP) as error:
-        raise InputError(
-            f"{counts_path} or {spots_path}: not HER2ST tables ({error}); fetch them again"
-        ) from None
-    return counts, spots
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{spots_path}: no table of HER2ST ({error}); fetch it again") from None
+    inputs.check_unique(spots.index, "spot", spots_path)
+    return counts.astype(int), spots
 
 
 def one_file(folder, pattern):
     """The only file of `folder` that matches; InputError otherwise."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise InputError(f"{folder}: {len(found)} files match {pattern}; expected one")
+        names = ", ".join(path.name for path in found) or "none"
+        raise InputError(f"{folder}: expected one file {pattern}, and there are: {names}")
     return found[0]
 
 

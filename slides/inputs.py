@@ -180,6 +180,7 @@ def read_dense_table(path):
             sep=separator,
             header=None,
             skiprows=1,
+            low_memory=False,  # Else pandas warns of what is refused below.
             converters={0: str.strip},  # A gene may be called NA.
         ).set_index(0)
         heads = next(csv.reader(io.StringIO(text), delimiter=separator))

@@ -302,9 +302,7 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
         source = mirror.url
     else:
         source = tmp_path / "mirror"
-        for path, content in files.items():
-            (source / path).parent.mkdir(parents=True, exist_ok=True)
-            (source / path).write_bytes(content)
+        write_files(source, files)
     root = tmp_path / "HER2ST_data"
     assert run_script("17", dataset="HER2ST", source=source, sections="C2", data_root=root) == 0
     (slide,) = read_manifest(root)
@@ -317,16 +315,32 @@ def test_her2st_from_server_and_folder(mirror, tmp_path, where):
     assert table.X.toarray().tolist() == [[1, 3, 4], [1, 4, 5], [2, 4, 6]]
 
 
-def test_a_section_of_her2st_that_breaks_off_is_refused(tmp_path, capsys):
-    source, files = tmp_path / "mirror", her2st_files()
-    counts = gzip.decompress(files.pop("data/ST-cnts/C2.tsv.gz"))
-    files["data/ST-cnts/C2.tsv"] = counts[:-4]
+def write_files(folder, files):
     for path, content in files.items():
-        (source / path).parent.mkdir(parents=True, exist_ok=True)
-        (source / path).write_bytes(content)
-    options = {"source": source, "sections": "C2", "data_root": tmp_path / "HER2ST_data"}
-    assert run_script("17", dataset="HER2ST", **options) == 2
-    assert "C2.tsv" in (error := capsys.readouterr().err) and "a count is missing" in error
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+
+
+@pytest.mark.parametrize("table, change, code, words", [
+    ("cnts", lambda text: text[:-4], 2, ["C2.tsv", "a count is missing"]),
+    ("cnts", lambda text: text.replace(b"\t3\t", b"\tx\t", 1), 2, ["C2.tsv", "not a table of counts", "'x'"]),
+    ("cnts", lambda text: text.replace(b"\t3\t", b"\t.5\t", 1), 2, ["C2.tsv", "a fraction"]),
+    ("cnts", lambda text: text + text.splitlines(True)[-1], 2, ["C2.tsv", "spot 2x4 stands there twice"]),
+    ("cnts", lambda text: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", 2, ["C2.tsv", "Git LFS"]),
+    ("cnts", lambda text: text.replace(b"x", b"x9"), 2, ["section C2", "no spot has both"]),
+    ("cnts", lambda text: b"".join(text.splitlines(True)[:-1]), 0, ["section C2: 2 spots have no counts, as 2x4"]),
+    ("spotfiles", lambda text: b"".join(text.splitlines(True)[:-1]), 0, ["section C2: 1 spots have no position, as 2x3"]),
+    ("spotfiles", lambda text: text + text.splitlines(True)[-1], 2, ["selection.tsv", "spot 2x3 stands"]),
+])  # fmt: skip
+def test_damaged_tables_of_her2st_are_told(tmp_path, capsys, table, change, code, words):
+    files = her2st_files()
+    files["data/ST-cnts/C2.tsv"] = gzip.decompress(files.pop("data/ST-cnts/C2.tsv.gz"))
+    (path,) = (path for path in files if table in path)
+    write_files(tmp_path, files | {path: change(files[path]), "data/ST-imgs/C/C2/._C2.jpg": b""})
+    options = {"source": tmp_path, "sections": "C2", "data_root": tmp_path / "HER2ST_data"}
+    assert run_script("17", dataset="HER2ST", **options) == code
+    told = "".join(capsys.readouterr())
+    assert all(word in told for word in words), told
 
 
 @pytest.mark.parametrize(
