@@ -392,7 +392,8 @@ def copy_gse240429(root, slides, source):
             raise InputError(
                 f"{path} does not exist: --source needs GSE240429 in the published layout"
             )
-        files += [path] if path.is_file() else path.iterdir()
+        inside = [path] if path.is_file() else path.iterdir()
+        files += [file for file in inside if file.is_file()]
     check_space(root, sum(file.stat().st_size for file in files))
     for file in files:
         copy_whole(file, root / file.relative_to(source))

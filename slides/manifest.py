@@ -196,8 +196,9 @@ def find_named(root, row, column, need_files=True):
     file, _ = split_part(path)
     found = file.exists() if column == "matrix" else file.is_file()
     if need_files and not found:
+        cause = "is a folder, no file" if file.is_dir() else "does not exist"
         raise InputError(
-            f"{manifest}: {column} {value!r} of slide {row['tissue_index']} does not exist: "
+            f"{manifest}: {column} {value!r} of slide {row['tissue_index']} {cause}: "
             "fetch it with 17_download_data.py or fix the path"
         )
     return path

@@ -138,7 +138,7 @@ CASES = {
     "missing slide": (without("slide.tif"), ["slides.csv", "slide.tif", "does not exist"]),
     "path out of the data root": (edited(image="../slide.tif"), ["../slide.tif", "outside"]),
     "an absolute path": (edited(image="/etc/hostname"), ["/etc/hostname", "outside"]),
-    "a folder for an image": (edited(image="matrix1"), ["matrix1", "does not exist"]),
+    "a folder for an image": (edited(image="matrix1"), ["matrix1", "is a folder"]),
     "matrix without positions": (edited(positions=np.nan), ["slides.csv", "slide 1 has a matrix and no positions"]),
     "slide without an image": (edited(image=np.nan), ["slides.csv", "slide 1 has no image"]),
     "slide without a donor": (edited(donor=np.nan), ["slides.csv", "S1", "no donor"]),

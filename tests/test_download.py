@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import SHARED, load_script, run_script
+from conftest import REPOSITORY, SHARED, load_script, run_script
 from PIL import Image
 
 from slides.manifest import read_manifest
@@ -166,6 +166,19 @@ def test_a_listing_cannot_name_files_elsewhere(mirror, content):
     mirror.files["/listing"] = content.encode()
     with pytest.raises(shell.InputError, match=r"no plain file name|cannot be read"):
         load_script("17").read_listing(f"{mirror.url}/listing")
+
+
+def test_folders_in_those_of_a_mirror_are_left_there(tmp_path):
+    """As the .ipynb_checkpoints of a notebook."""
+    script, slides = load_script("17"), pd.read_csv(REPOSITORY / "GSE240429_data" / "slides.csv")
+    for name in (*slides["image"], *slides["positions"], script.HVG_UNION):
+        write_files(tmp_path / "mirror", {name: b"1"})
+    for folder in slides["matrix"]:
+        write_files(
+            tmp_path / "mirror", {f"{folder}/.ipynb_checkpoints/x": b"", f"{folder}/y": b"2"}
+        )
+    script.copy_gse240429(tmp_path / "root", slides, tmp_path / "mirror")
+    assert (tmp_path / "root" / slides["matrix"][0] / "y").read_bytes() == b"2"
 
 
 def test_a_second_run_fetches_nothing(mirror, liver, tmp_path, capsys):
