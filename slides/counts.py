@@ -16,6 +16,7 @@ from slides import inputs
 from slides.sections import check_one_sample, find_part_spots, is_anndata, read_anndata, split_part
 from study.shell import InputError
 
+ASSEMBLY = r"(?i:GRC[a-z]\d|hg\d|mm\d|rn\d)"  # how the name of a genome begins
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names
 ONE_DEPTH = 0.02  # of the mean: standard deviation of depths below which they were made equal
 FEW_DEPTHS = 10  # spots, of which depths may be equal by chance
@@ -86,7 +87,8 @@ def read_matrix(path, genome="", named=()):
             f"{path}: holds counts of probes, as {table.var_names[0]}, and not of genes: give "
             "filtered_feature_bc_matrix"
         )
-    symbols = table.var["name"].astype(str)
+    table.obs_names, table.var_names = map(write_plainly, (table.obs_names, table.var_names))
+    symbols = write_plainly(table.var["name"].astype(str))
     unnamed = symbols.str.strip() == ""
     table.var["name"] = symbols.where(~unnamed, table.var_names.to_series())
     table = leave_out_controls(choose_genome(table, path, genome), path, named)
@@ -94,6 +96,11 @@ def read_matrix(path, genome="", named=()):
     if bare.is_unique:  # Slides are joined by their ids, whatever annotation each was read with.
         table.var_names = bare
     return table
+
+
+def write_plainly(names):
+    """Names without the marks that Python's text of bytes has, as b'HAL'."""
+    return names.str.replace(r"^b'(.*)'$", r"\1", regex=True)
 
 
 def leave_out_controls(table, path, named):
@@ -133,12 +140,15 @@ def choose_genome(table, path, genome):
             inputs.warn(
                 f"{path}: {found} are read together: choose one with --genome {counted.index[0]}"
             )
-        return table
+        if len(counted) != 1 or not re.match(ASSEMBLY, str(counted.index[0])):
+            return table
+        genome = counted.index[0]  # What was left of a matrix of two may keep its prefix.
     if genome not in counted:
         if len(counted) == 1 and str(counted.index[0]).startswith(genome):
             return table  # A slide of this species alone, by a fuller name, as GRCh38-2020-A.
         raise InputError(f"{path}: --genome {genome}: it holds {found or 'genes of one, unnamed'}")
-    table = table[:, (genomes == genome).to_numpy()].copy()
+    if len(counted) > 1:
+        table = table[:, (genomes == genome).to_numpy()].copy()
     prefix = rf"^{re.escape(genome)}_+"
     table.var["name"] = table.var["name"].astype(str).str.replace(prefix, "", regex=True)
     table.var_names = table.var_names.str.replace(prefix, "", regex=True)
@@ -208,7 +218,10 @@ def read_h5_matrix(path):
     except InputError:
         raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
-        raise InputError(f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error})") from None
+        raise InputError(
+            f"{path}: not a 10x filtered_feature_bc_matrix.h5 ({error}): give that, a "
+            "folder with matrix.mtx, an .h5ad, or a table as .csv or .tsv"
+        ) from None
     genes = are_genes(table.var.get("feature_types"), path)
     if not np.all(genes):  # Else a copy would double the memory, of Visium HD by 1.5 GB.
         table = table[:, genes].copy()
@@ -403,6 +416,9 @@ def read_matrix_folder(folder):
         print(f"{paths[1]}: symbols, as {features['id'].iloc[0]}, stand there before the ids")
         features = features.rename(columns={"id": "name", "name": "id"})
     counts = scipy.sparse.csr_matrix(read_market_matrix(paths[2]).T)
+    if counts.shape == (len(features), len(barcodes)) != counts.shape[::-1]:
+        print(f"{paths[2]}: its rows are spots and its columns genes")
+        counts = counts.T.tocsr()
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
             f"{paths[2]}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are "

@@ -79,8 +79,13 @@ def find_outs(folder):
             f"{outs}: what spaceranger aggr made of samples: name the outs/ of each sample, "
             "as spaceranger count made"
         )
-    binned = outs / "binned_outputs"
+    binned = outs if outs.name == "binned_outputs" else outs / "binned_outputs"
     if not binned.is_dir():
+        if outs.name == "segmented_outputs" or (outs / "segmented_outputs").is_dir():
+            raise InputError(
+                f"{outs}: holds Visium HD's counts of cells, and spots are squares of bins here: "
+                "name an outs/ with binned_outputs"
+            )
         return outs
     for name in visium_hd.BINS:
         if (binned / name).is_dir():
@@ -130,8 +135,8 @@ def find_output(folder, *names):
 def name_sample(folder):
     """The name of a sample's folder, which holds outs/, is outs/, or is a folder of bins in it."""
     place = folder.absolute()
-    if place.parent.name == "binned_outputs":
-        place = place.parent.parent
+    while "binned_outputs" in (place.name, place.parent.name):
+        place = place.parent
     return (place.parent if place.name == "outs" else place).resolve().name
 
 

@@ -70,6 +70,8 @@ def read_counts(slide, positions, genome, named):
     """
     table = read_matrix(slide.matrix, genome, named)
     check_counts(table, slide.matrix)
+    table.X.eliminate_zeros()  # which some files hold
+    table.X.sort_indices()
     places = match_barcodes(slide, table.obs_names, positions.index)
     lost = places < 0
     if lost.any():
@@ -138,7 +140,8 @@ def match_barcodes(slide, barcodes, positioned):
 def strip_barcodes(barcodes):
     """Barcodes without prefix and suffix: their 14 letters or more, or what precedes -1."""
     letters = barcodes.str.extract("([ACGT]{14,})", expand=False)
-    return letters.where(letters.notna(), barcodes.str.replace(r"[-.]\d+$", "", regex=True))
+    others = barcodes.str.replace(r"^X(?=\d)|[-.]\d+$", "", regex=True)  # R makes X10x13 of 10x13.
+    return letters.where(letters.notna(), others)
 
 
 def check_tissue(slide, spots, positions):

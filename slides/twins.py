@@ -35,11 +35,10 @@ def tell_counts(table):
     """(spot, its counts as bytes) of the spots whose counts are the same in no other by chance.
 
     Those are FEW_COUNTS in all, and either all that the spot has or of FEW_GENES genes: of a few
-    genes that slides share, two spots may well have the same counts.
+    genes that slides share, two spots may well have the same counts. The matrix holds no zero and
+    lies in the order of the genes, as read_spots gives it.
     """
     matrix = table.X
-    matrix.eliminate_zeros()  # which some readers keep
-    matrix.sort_indices()
     for number, (spot, total) in enumerate(table.obs["n_counts"].items()):
         row = slice(*matrix.indptr[number : number + 2])
         genes, values = matrix.indices[row], matrix.data[row]

@@ -16,6 +16,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import tifffile
 from conftest import edit_manifest, run_script, stdout_of, write_h5, write_matrix, write_slide
 from PIL import Image
@@ -23,8 +24,9 @@ from test_bad_input import check_one_line
 
 import common
 from slides.counts import read_barcodes, read_matrix
-from slides.manifest import MANIFEST, read_manifest
+from slides.manifest import MANIFEST, Slide, read_manifest
 from slides.positions import check_pitch, read_positions
+from slides.spots import match_barcodes, read_spots
 from study import shell
 from study.shell import InputError
 
@@ -316,6 +318,25 @@ def test_matrix_folders_of_geo_and_of_old_versions(tmp_path, kind, of_a_mac):
     check_both_slides(tmp_path)
 
 
+def test_a_matrix_that_lies_the_other_way_round(tmp_path):
+    """As mmwrite writes X of AnnData."""
+    make_slides(tmp_path)
+    for slide in (1, 2):
+        path = tmp_path / f"matrix{slide}" / "matrix.mtx"
+        scipy.io.mmwrite(path, scipy.io.mmread(path).T)
+    check_both_slides(tmp_path)
+
+
+def test_zeros_that_a_file_stores_are_not_read(tmp_path):
+    make_slides(tmp_path, 1)
+    path = tmp_path / "matrix1" / "matrix.mtx"
+    path.write_text(re.sub(r"(?m)^(5 5) [1-9]\d*$", r"\1 0", path.read_text()))
+    (slide,) = read_manifest(tmp_path)
+    counts = read_spots(slide, read_positions(slide.positions)).X
+    assert 0 < counts.nnz == (counts.toarray() > 0).sum()
+    assert counts.has_sorted_indices
+
+
 # name of the file: (separator, whether genes are rows, whether there is a head above row names)
 DENSE = {
     "counts.tsv": ("\t", False, True),
@@ -434,6 +455,12 @@ def test_barcodes_are_matched_without_what_surrounds_them(tmp_path, kind):
     printed, table, patches = make_dataset(tmp_path)
     assert "matched without prefix and suffix" in printed
     check_spots(table, patches, 1, paint(1), 36)
+
+
+def test_places_of_st_are_matched_as_r_writes_them():
+    slide = Slide(1, "A", "A", *[None] * 4)
+    places = match_barcodes(slide, pd.Index(["X10x13", "X2x7"]), pd.Index(["2x7", "10x13", "3x3"]))
+    assert places.tolist() == [1, 0]
 
 
 # ------------------------------------------------------------------------------ which spots count

@@ -344,6 +344,20 @@ def test_a_slide_of_one_genome_goes_beside_one_of_two(tmp_path):
         read_matrix(path, "mm10")
 
 
+@pytest.mark.parametrize("change", ["GRCh38_{}", "mm10___{}", "hg19_{}", "b'{}'"])
+def test_what_programs_set_around_all_names_is_no_part_of_them(tmp_path, change):
+    """The prefix of one genome, where the genes of the other were left out, and text of bytes."""
+    names = [change.format(gene) for gene in GENES]
+    read = read_matrix(write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names)))
+    assert read.var["name"].tolist() == read.var_names.tolist() == GENES
+
+
+def test_a_prefix_of_names_that_is_no_genome_stays(tmp_path):
+    names = [f"gene_{gene}" for gene in GENES]
+    read = read_matrix(write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names)))
+    assert read.var_names.tolist() == names
+
+
 @pytest.mark.parametrize("tag", ["Compression", "PhotometricInterpretation"])
 def test_a_number_that_tiff_does_not_know_is_refused(tmp_path, tag):
     path = tmp_path / "a.tif"

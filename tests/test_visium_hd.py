@@ -11,7 +11,7 @@ import polars
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import stdout_of, write_h5, write_matrix
+from conftest import run_script, stdout_of, write_h5, write_matrix
 from PIL import Image
 from test_files import GENES, paint, refuse
 
@@ -116,7 +116,7 @@ def test_a_spot_is_tissue_where_half_of_its_bins_are():
     assert (5, 0) not in found and (4, 6) not in found and len(found) == 29
 
 
-@pytest.mark.parametrize("part", ["", "binned_outputs/square_008um"])
+@pytest.mark.parametrize("part", ["", "binned_outputs", "binned_outputs/square_008um"])
 def test_a_run_over_binned_outputs(tmp_path, part):
     outs, image = make_hd(tmp_path / "liver")
     root, expected = tmp_path / "mine", sum_densely()
@@ -227,6 +227,16 @@ def test_bins_that_cannot_be_read_are_refused(tmp_path, capsys, change, words):
     change(outs / "binned_outputs" / "square_008um")
     refuse(capsys, tmp_path / "mine", *words, from_spaceranger=outs, images=image)
     assert not (tmp_path / "mine" / "slides.csv").exists()
+
+
+@pytest.mark.parametrize("part", ["", "segmented_outputs"])
+def test_counts_of_cells_are_refused(tmp_path, capsys, part):
+    """Of Space Ranger 4, whose bins were left behind."""
+    outs, image = make_hd(tmp_path)
+    (outs / "binned_outputs").rename(outs / "segmented_outputs")
+    options = {"from_spaceranger": outs / part, "images": image, "target": "lognorm"}
+    assert run_script("19", data_root=tmp_path / "mine", **options) == 2
+    assert "counts of cells" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size, fit", [(2, 56), (24, 48), (64, 64)])
