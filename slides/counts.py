@@ -215,6 +215,7 @@ def read_h5_matrix(path):
         # Names that several genes share are warned of; join_genes makes them unique.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             table = scanpy.read_10x_h5(inputs.unpack(path), gex_only=False)
+        table.X.check_format()  # A gene's number beyond the last one would crash the process.
     except InputError:
         raise
     except Exception as error:  # h5py raises what it likes; the cause goes into the message
@@ -296,6 +297,12 @@ def choose_counts(table, path):
     found = {'layers["counts"]': table.layers.get("counts"), "X": table.X}
     found["raw"] = None if table.raw is None else table.raw.X
     found = {name: counts for name, counts in found.items() if counts is not None}
+    for name, counts in found.items():
+        try:
+            if scipy.sparse.issparse(counts):
+                counts.check_format()
+        except ValueError as error:
+            raise InputError(f"{path}: {name} is damaged ({error}): fetch it again") from None
     usable = {name: counts for name, counts in found.items() if holds_counts(counts)}
     if not usable:
         if table.X is None:

@@ -5,12 +5,13 @@ import re
 import struct
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
 import tifffile
-from conftest import write_matrix
+from conftest import write_h5, write_matrix
 from PIL import Image
 from test_hest import make_anndata
 from test_pixels import pixels_of
@@ -350,6 +351,21 @@ def test_what_programs_set_around_all_names_is_no_part_of_them(tmp_path, change)
     names = [change.format(gene) for gene in GENES]
     read = read_matrix(write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names)))
     assert read.var["name"].tolist() == read.var_names.tolist() == GENES
+
+
+@pytest.mark.parametrize("name", ["indices", "indptr"])
+@pytest.mark.parametrize("kind", ["h5", "h5ad"])
+def test_a_sparse_matrix_that_points_beyond_itself_is_refused(tmp_path, kind, name):
+    """Multiplied or sliced, it would end the process without a word."""
+    counts, path = np.arange(16).reshape(4, 4), tmp_path / f"m.{kind}"
+    if kind == "h5":
+        write_h5(path, counts, GENES, barcodes=BARCODES)
+    else:
+        write(path, pd.DataFrame(index=GENES))
+    with h5py.File(path, "r+") as file:
+        file["matrix" if kind == "h5" else "X"][name][2] = 999
+    with pytest.raises(InputError, match=f"m.{kind}: .*ind(ices|ex|ptr)"):
+        read_matrix(path)
 
 
 def test_a_prefix_of_names_that_is_no_genome_stays(tmp_path):
