@@ -35,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recording, runs, shell, splitting
+from study import methods, recording, runs, shell, splitting, weights
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -208,7 +208,7 @@ def train_chosen(run, searches, trained, settings):
         print(f"chosen for slide {slides}, seed {whole.seed}: {best}, {stop} epochs")
         recipe = run.recipe | settings[best] | {"KEEP": stop}
         # One name for all, so that their mean is that of the search, whatever it has chosen.
-        row = run.row("chosen by search", whole, recipe, stop=stop)
+        row = run.row(weights.CHOSEN, whole, recipe, stop=stop)
         row.note(chosen=best)
         row.report = None
         chosen.append(run.fill(row, methods.network))

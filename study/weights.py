@@ -23,6 +23,7 @@ from study.shell import InputError
 # What a recipe must say of a network, and of a ridge on embeddings.
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
 RIDGE = {"BACKBONE", "WIDTH", "TARGET", "REFIT"}
+CHOSEN = "chosen by search"  # the setting of script 22's rows of its choice
 TRAIN_AGAIN = "train it again with this version"
 LEARNT = {"train": "trained", "valid": "validated"}  # roles of spots that a model has learnt from
 UNKNOWN = "unknown"  # the role where the run or its data root is not there, or has changed since
@@ -217,13 +218,15 @@ def choose_model(run, slide, takes_embeddings):
     """The folder of the row of a run's last start whose model has the highest validation r of HEG:
     of its networks or, where it `takes_embeddings`, of its ridges on embeddings.
 
+    Of a search by script 22 they are its choices, which no spot validates.
+
     Of a manifest.Slide those that have not learnt from it come first, then those of which that is
     not known, and a warning says which it is. The test slide chooses nothing.
     """
     path = run / "rows.csv"
     if not path.is_file():
         raise InputError(f"--run {run}: no rows.csv there: is it the folder of a run?")
-    texts = ("folder", "split", "truth", "protocol")
+    texts = ("folder", "setting", "split", "truth", "protocol")
     table = shell.read_csv(path, texts=texts, numbers=("heg",))
     facts = read_facts(run)
     if facts:
@@ -232,7 +235,10 @@ def choose_model(run, slide, takes_embeddings):
         table = table[table["folder"].isin(facts.get("folders", []))]
     truth = [headline_of(protocol).truth for protocol in table["protocol"]]
     judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
-    judged = keep_fitting(run, judged, takes_embeddings).sort_values("heg", kind="stable")
+    judged = judged.sort_values("heg", kind="stable")
+    if (table["setting"] == CHOSEN).any():  # A search has judged by folds, and trained its choice.
+        judged = table[table["setting"] == CHOSEN].drop_duplicates("folder").assign(heg=np.nan)
+    judged = keep_fitting(run, judged, takes_embeddings)
     found = find_in_run(run, slide)
     roles = [find_role(run / folder, found) for folder in judged["folder"]]
     unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
@@ -240,7 +246,10 @@ def choose_model(run, slide, takes_embeddings):
     number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
     warn_of_role(slide.image, roles[number])
     chosen = judged.iloc[number]
-    print(f"{chosen['setting']}: {chosen['folder']}, HEG r {chosen['heg']:.3f} in validation")
+    known = "not validated"
+    if chosen["setting"] != CHOSEN:
+        known = f"HEG r {chosen['heg']:.3f} in validation"
+    print(f"{chosen['setting']}: {chosen['folder']}, {known}")
     return run / chosen["folder"]
 
 

@@ -598,6 +598,25 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     check_one_line(capsys, ["no rows.csv"])
 
 
+def test_of_a_search_its_choice_is_taken_and_no_fold(simulated, trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    table = pd.read_csv(run / "rows.csv")
+    network = table[table["setting"] == "EfficientNet-B0"]
+    shutil.copytree(run / network["folder"].iloc[0], run / "choice")
+    tested = network[network["split"] == "test"]
+    choice = tested.assign(folder="choice", setting="chosen by search")
+    pd.concat([choice, network]).to_csv(run / "rows.csv", index=False)
+    facts = json.loads((run / "run.json").read_text())
+    facts["folders"].append("choice")
+    (run / "run.json").write_text(json.dumps(facts))
+    script = load_script("26")
+    script.RUN = str(run)
+    image = simulated / pd.read_csv(simulated / "slides.csv")["image"].iloc[2]
+    assert script.choose_weights(slide_in(image)) == run / "choice"
+    assert "chosen by search: choice, not validated" in capsys.readouterr().out
+
+
 def slide_in(image, positions=None, matrix=None):
     return Slide(1, "S", "D", image, 0.5, positions, matrix)
 
