@@ -70,7 +70,7 @@ from study import (
 from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
-RUN = ""  # folder of a run of scripts 20 to 23: the best network of its last start, in validation
+RUN = ""  # folder of a run of scripts 20 to 23: its last start's best network in validation
 WEIGHTS = ""  # in place of RUN: one weights.safetensors, or its folder
 FEATURES = ""  # an .h5 of this slide's embeddings, for a ridge of 20 or 25 that learnt from such
 IMAGE = ""  # TIFF, JPEG or PNG; empty = outs/spatial/tissue_hires_image.png, which is coarse
@@ -612,7 +612,9 @@ def report(slide, table, genes, scored, trained, out):
         title = f"{trained.title}{name} ({slide.image})"
         printing.print_table(title, content.round(3).fillna("-"))
     heg = groups["r in validation"][0]
-    if np.isnan(heg) or heg < LEAST_R:
+    if np.isnan(heg):
+        inputs.warn("HEG has no r in validation: nothing says that these maps are more than noise")
+    elif heg < LEAST_R:
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
     files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
