@@ -509,7 +509,7 @@ def join_drawn(table, genes, scored):
 
 def draw_maps(path, table, genes, title):
     """Rows of three genes' predicted expression; its means over neighbourhoods, where they hold
-    better, and what was measured, below. The column before them has the H&E and the distance.
+    better, and what was measured, below. Before them stand the H&E and the distance.
     """
     ((name, slide),) = table.uns["spatial"].items()
     thumbnail = slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"]
@@ -518,17 +518,18 @@ def draw_maps(path, table, genes, title):
     lines = [(three, kind) for three in threes for kind in kinds if kind]
     lines += [((), "predicted")] * (2 - len(lines))  # room for the distance
     height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
-    figure = Figure(figsize=(14, 0.4 + height * len(lines)), layout="constrained")
-    rows = figure.subplots(len(lines), 4, squeeze=False)
-    for number, (axes, (three, kind)) in enumerate(zip(rows, lines, strict=True)):
-        for ax in axes:
-            ax.set_axis_off()
-        if number == 0:
-            drawing.draw_tissue(axes[0], table, thumbnail)
-            axes[0].set_title(name, size=9)
-        if number == 1:
-            draw_distance(axes[0], table, thumbnail)
-        for ax, gene in zip(axes[1:], three, strict=False):
+    wide = 1 + (len(lines) > 3)  # columns of the H&E, so that it fills the rows beside it
+    figure = Figure(figsize=(3.5 * (3 + wide), 0.4 + height * len(lines)), layout="constrained")
+    grid = figure.add_gridspec(len(lines), 3 + wide)
+    half = len(lines) // 2
+    tissue = figure.add_subplot(grid[:half, :wide])
+    distance = figure.add_subplot(grid[half:, :wide])
+    drawing.draw_tissue(tissue, table, thumbnail)
+    tissue.set_title(name, size=9)
+    draw_distance(distance, table, thumbnail)
+    for number, (three, kind) in enumerate(lines):
+        for column, gene in enumerate(three):
+            ax = figure.add_subplot(grid[number, wide + column])
             draw_map(ax, table, thumbnail, gene, kind)
     figure.suptitle(title)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")

@@ -312,6 +312,9 @@ def draw_losses(ax, history, selected_epoch):
         ax.axvline(selected_epoch, color="grey", linewidth=0.8, label="selected epoch")
     ax.set(xlabel="epoch", ylabel="loss, MSE over the panel")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    most = 2 * history["train_loss"].max()
+    if ax.get_ylim()[1] > most:  # Beside a loss that is far off, all others would lie on one line.
+        ax.set_ylim(0, most)
     lay_legend(ax)
 
 
