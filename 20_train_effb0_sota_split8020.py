@@ -50,7 +50,7 @@ HIDDEN = 3000  # units of the head's hidden layer; 0 = a linear head
 TRAINABLE_STAGES = -1  # of the backbone's last ones; -1 = all, 0 = frozen; EfficientNet-B0 has 9
 HEAD_START = "mean"  # the last layer: random, mean (0, bias at the training means) or ridge
 POOL_STAGES = False  # true = the head sees sd and mean of every stage, not the last's mean alone
-STOCHASTIC_DEPTH = 0.0  # chance that the last block is left out of a step; of others less
+STOCHASTIC_DEPTH = 0.0  # chance to leave out a block of a step, rising to this; in B0 to 7/8 of it
 CHANNELS = "rgb"  # bgr = blue is taken for red, as in the published scripts
 FEATURES = ""  # a folder of others' embeddings, an .h5 a slide, or of such folders; empty = none
 
