@@ -35,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recording, runs, shell, splitting, weights
+from study import methods, recipes, recording, runs, shell, splitting, weights
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -75,17 +75,8 @@ HIDDENS = (0, 1024, 3000, 4096)  # units; 0 = a linear head
 ALLOWED = {"PROTOCOL": ("paper", "loso", "block"), "TARGET": ("harmony", "lognorm")}
 ALLOWED |= {"EPOCHS": (1, 10**6)}  # Without training all settings are the same.
 
-QUICK_BUDGET = {
-    "DATA_ROOT": "SIMULATED_data",
-    "TARGET": "lognorm",
-    "FOLDS": 2,
-    "PRETRAINED": False,
-    "IMAGE_SIZE": 64,
-    "EPOCHS": 3,
-    "LEARNING_RATE": 1e-3,
-    "STAGES": (9, 0),
-    "HIDDENS": (0, 512),
-}
+QUICK_BUDGET = recipes.QUICK | {"FOLDS": 2, "STAGES": (9, 0), "HIDDENS": (0, 512)}
+del QUICK_BUDGET["HIDDEN"]  # It is what is searched.
 
 
 # ------------------------------------------------------------------------------------------- choice

@@ -14,7 +14,7 @@ PAPER = {
     "TRAINABLE_STAGES": -1,  # of the backbone's last ones; -1 = all, 0 = frozen
     "HEAD_START": "mean",  # the last layer: random, mean (0, bias at the training means) or ridge
     "POOL_STAGES": False,  # the head sees sd and mean of every stage, of the last its mean
-    "STOCHASTIC_DEPTH": 0.0,  # chance that the last block is left out of a step; others less
+    "STOCHASTIC_DEPTH": 0.0,  # chance to leave out a block of a step, rising with depth to this
     "CHANNELS": "rgb",  # bgr = blue is taken for red
     # how
     "AUG": "mpa",  # a name of common.AUGMENTATIONS
@@ -48,7 +48,7 @@ BEST = PAPER | {
     "TTA": True,
 }
 RECIPES = {"paper": PAPER, "published": PUBLISHED, "best": BEST}
-# What `--quick` sets in 20, 21 and 23 to 25, each of which adds its own.
+# What `--quick` sets in 20 to 25, each of which adds its own.
 QUICK = {
     "DATA_ROOT": "SIMULATED_data",
     "TARGET": "lognorm",

@@ -94,6 +94,12 @@ def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulate
     assert len(set(found.values())) == 1 + len(changes)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_quick_budget_sets_nothing_that_a_script_lacks(name):
+    script = vars(load_script(name))
+    assert script["QUICK_BUDGET"].keys() <= script.keys()
+
+
 def test_recipes_need_no_package():
     text = (REPOSITORY / "study" / "recipes.py").read_text()
     assert re.findall(r"^(?:import|from) (\S+)", text, flags=re.MULTILINE) == ["dataclasses"]
