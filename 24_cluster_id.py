@@ -114,7 +114,8 @@ def describe_spots(data, train, recipe, seed):
         plain = recipe | {"BACKBONE": recipe["FEATURES"], "POOL_STAGES": False}
         features, _ = encode_spots(data, plain, seed)
     features = StandardScaler().fit(features[train]).transform(features)
-    pca = PCA(min(50, len(train) - 1, features.shape[1]), random_state=seed)
+    components = min(50, len(train) - 1, features.shape[1])
+    pca = PCA(components, random_state=seed % 2**32)
     pca.fit(features[train])
     parts = pca.transform(features), encode_positions(data.spots)
     return [part / np.sqrt((part[train] ** 2).sum(1).mean()) for part in parts]
