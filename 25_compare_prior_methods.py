@@ -107,7 +107,8 @@ def trained_methods():
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    published |= {"SCHEDULE": "constant", "STNET_GENES": STNET_GENES}
+    # Like BLEEP, it has a loss of its own, whatever LOSS is.
+    published |= {"SCHEDULE": "constant", "STNET_GENES": STNET_GENES, "LOSS": "mse"}
     stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "HEAD_START": "mean", "AUG": "stnet"}
     bleep = {
         "BACKBONE": BLEEP_BACKBONE,
@@ -119,6 +120,7 @@ def trained_methods():
         "EPOCHS": BLEEP_EPOCHS,
         "BATCH_SIZE": BLEEP_BATCH,
         "MICRO_BATCH": MICRO_BATCH,
+        "LOSS": "mse",
     }
     best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best"}
     best |= {"REFIT": REFIT, "TTA": TTA}

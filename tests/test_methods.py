@@ -215,8 +215,11 @@ def test_published_stnet_constants():
     published = {"HIDDEN": 0, "AUG": "stnet", "HEAD_START": "mean"}
     assert trained["ST-Net, Adam"].items() >= published.items()
     published |= {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
-    published |= {"SCHEDULE": "constant"}
+    published |= {"SCHEDULE": "constant", "LOSS": "mse"}
     assert trained["ST-Net"].items() >= published.items()
+    assert trained["BLEEP"]["LOSS"] == "mse", (
+        "LOSS is of other methods, and changes none of its rows"
+    )
 
 
 def test_bleeps_rate_is_constant_as_published():
@@ -589,6 +592,12 @@ def test_clusters_find_the_tissue_and_test_spots_follow_their_image():
     assert shares.idxmax().nunique() == 4
     again, _, _ = script.cluster_spots(data, train, recipe_24(script), 42)
     np.testing.assert_array_equal(ids, again)
+
+
+def test_any_whole_number_is_a_seed_of_clusters(paper_split):
+    script = load_script("24")
+    for seed in (-1, 2**40):
+        script.describe_spots(paper_split.data, paper_split.spots("train"), recipe_24(script), seed)
 
 
 def test_a_test_spots_cluster_does_not_change_with_its_expression(paper_split, changed_split):
