@@ -337,8 +337,8 @@ def write_10x_folder(folder, counts, barcodes, genes):
 def parse_gene_sets(text, path):
     """Table group, gene of a CSV's text, whose cells commas, semicolons or tabs separate.
 
-    Lines that name no gene are left out. InputError, which names the line of the file at `path`,
-    for other columns and for a line that lacks a cell.
+    Lines that name no gene, or are there already, are left out. InputError, which names the line of
+    the file at `path`, for other columns and for a line that lacks a cell.
     """
     separator = max(",;\t", key=text.partition("\n")[0].count)
     rows = io.StringIO(text, newline=None)
@@ -359,4 +359,4 @@ def parse_gene_sets(text, path):
     if columns is None:
         raise InputError(f"{path}: is empty; expected the columns group, gene")
     table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
-    return table[table["gene"] != ""].reset_index(drop=True)
+    return table[table["gene"] != ""].drop_duplicates(ignore_index=True)
