@@ -4,7 +4,6 @@ A set changes no training, so it is no part of what a row is made with: what sta
 from the predictions.h5ad of a row, whether it was computed now or long ago.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -291,6 +290,7 @@ def add_scores(row, sets):
     names = {"sets": name_members(members), "members": name_members(sets)}
     path = row.folder / recording.SET_SCORES
     if not path.is_file() or not names.items() <= json.loads(path.read_text()).items():
+        path.unlink(missing_ok=True)  # Else a kill could leave it beside INFLUENCE of other sets.
         lines, influence = score_row(row.folder, row.lines, members)
         if influence is not None:
             shell.save_csv(row.folder / INFLUENCE, influence)
@@ -376,6 +376,5 @@ def print_sets(title, lines):
         title += f"; the other {len(settings) - 1} settings in report.html and rows.csv"
     texts = []
     for name in ("setting", "set"):
-        shortened = table.pop(name).map(functools.partial(printing.cut_middle, width=25))
-        texts.append(printing.justify_left(shortened))
+        texts.append(printing.justify_left(printing.shorten(table.pop(name), 25)))
     printing.print_table(title, pd.concat([*texts, table], axis=1), keys=2)

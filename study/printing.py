@@ -77,6 +77,13 @@ def cut_middle(text, width):
     return f"{text[: width - end - 1]}…{text[-end:]}"
 
 
+def shorten(texts, width):
+    """A column of texts by cut_middle, wider where two that differ would be one."""
+    while texts.map(functools.partial(cut_middle, width=width)).nunique() < texts.nunique():
+        width += 1
+    return texts.map(functools.partial(cut_middle, width=width))
+
+
 def justify_left(column):
     """A column of texts with its name, padded so that they begin at the same place."""
     width = max(map(len, [column.name, *column]))
@@ -222,8 +229,10 @@ def describe_scored(lines):
     n_trainings = len(lines.drop_duplicates(["seed", "fold"]))
     role = lines["split"].iloc[0]
     where = f"{roles[role]}{'s' if len(slides) > 1 else ''} {','.join(slides)}"
-    if role == "test":  # Validation spots of several folds may be the same or others.
-        where += f" ({lines.groupby('slide')['n_spots'].max().sum()} spots)"
+    counts = lines.groupby("slide")["n_spots"].max()
+    # Validation spots of several folds may be the same or others, as test slides of hest may.
+    if role == "test" and len(slides) == len(",".join(counts.index).split(",")):
+        where += f" ({counts.sum()} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
     return f"{where}, {truths[lines['truth'].iloc[0]]}, {trainings}"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+from unittest.mock import Mock
 
 import anndata
 import numpy as np
@@ -107,6 +108,9 @@ def test_further_groups_are_no_lists_of_heg(paper_split, tmp_path):
     (tmp_path / "gene_sets.csv").write_text("group,gene\nZONE,HAL\nHEG,ALB\n")
     published = panels.choose_gene_groups(data, spots, published=True)
     assert published.to_numpy().tolist() == [["HEG", "ALB", 1]]
+    (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHEG,ALB\n")
+    twice = panels.choose_gene_groups(data, spots, published=True)
+    assert twice.equals(published), "a gene that is listed twice is one"
 
 
 def test_groups_and_sets_of_the_data_root_are_read_in_one_encoding(paper_split, tmp_path):
@@ -376,6 +380,19 @@ def test_scores_on_disk_are_kept_and_rows_csv_has_those_of_this_start(
     monkeypatch.setattr(gene_sets, "score_row", None)
     again = start(paper_split, tmp_path, members)
     assert again.rows[0].lines == first.rows[0].lines
+
+
+def test_a_kill_between_two_files_of_scores_mixes_no_sets(paper_split, tmp_path, monkeypatch):
+    genes = paper_split.data.genes
+    first = start(paper_split, tmp_path, {"A": genes[:9]})
+    path = tmp_path / first.rows[0].folder.name / gene_sets.INFLUENCE
+    influence = path.read_bytes()
+    with monkeypatch.context() as killed:
+        killed.setattr(gene_sets.shell, "save_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start(paper_split, tmp_path, {"A": genes[9:20]})
+    start(paper_split, tmp_path, {"A": genes[:9]})
+    assert path.read_bytes() == influence
 
 
 def test_a_file_of_sets_is_no_part_of_a_rows_name(paper_split):
