@@ -703,7 +703,8 @@ def build_backbone(recipe):
     except TypeError as error:
         if "drop_path_rate" in str(error):
             raise InputError(
-                f"backbone {name} has no blocks that could be left out: use --stochastic-depth 0"
+                f"backbone {name} has no blocks that could be left out: use --stochastic-depth 0 "
+                "(in 20), or another recipe than published"
             ) from None
         size = timm.get_pretrained_cfg(name).input_size[1]
         raise InputError(f"backbone {name} takes --image-size {size} alone") from None

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import sys
 import textwrap
 import time
 from contextlib import redirect_stdout
@@ -235,14 +236,14 @@ class Run:
             title = f"{title} (HEST r is the number of HEST-Benchmark's tables)"
         table = []
         for setting, group in chosen.groupby("setting", sort=False):
-            line = {"setting": printing.cut_middle(setting, 30)}
+            line = {"setting": setting}
             interval = recording.find_headline_interval(group, self.out)
             line |= printing.describe_scores(group, interval, sizes, len(self.data.genes))
             for name in leave_out:
                 line.pop(name, None)
             table.append(line | (columns[setting] if columns else {}))
         table = pd.DataFrame(table)
-        shown = [printing.justify_left(table.pop("setting")), table]
+        shown = [printing.justify_left(printing.shorten(table.pop("setting"), 30)), table]
         differences = None
         if minus:
             differences = recording.pair_differences(lines, self.out, minus)
@@ -293,8 +294,7 @@ def lines_of(rows):
 PROTOCOLS = {
     "paper": "spots of the training slides validate, as published",
     "loso": "every slide once the test slide, of which nothing else is used",
-    "block": f"{common.FOLDS} folds of spatial blocks, then the test slide, of which nothing else "
-    "is used",
+    "block": "folds of spatial blocks, then the test slide, of which nothing else is used",
     "hest": "folds and genes of HEST-Benchmark, which has no validation: random spots of the "
     "training slides are held out for it; the genes were chosen on all slides, so transductive",
 }
@@ -313,9 +313,10 @@ def describe_run(recipe, splits):
     n_spots, n_genes = data.annotations.shape
     protocol = PROTOCOLS[recipe["PROTOCOL"]]
     if recipe["PROTOCOL"] == "loso":
-        one_donor = data.spots["donor"].nunique() == 1
+        donors = data.spots["donor"]
+        is_learnt = donors[split.roles == "test"].isin(donors[split.roles == "train"]).any()
         protocol += (
-            "; one donor alone, who is not left out" if one_donor else "; its donor is left out"
+            "; one donor alone, who is not left out" if is_learnt else "; its donor is left out"
         )
     groups = split.groups.attrs["source"]
     missing = sorted(set(split.groups["gene"]) - set(data.genes))
@@ -408,7 +409,7 @@ def check_target(protocol, target):
 
 # Flags that would change nothing under a protocol.
 WITHOUT_EFFECT = {
-    "loso": ("TEST_SLIDE", "VALID_FRACTION"),
+    "loso": ("TEST_SLIDE", "VALID_FRACTION", "FOLDS"),
     "block": ("VALID_FRACTION",),
     "hest": ("TRAIN_SLIDES", "TEST_SLIDE"),
 }
@@ -416,13 +417,11 @@ WITHOUT_EFFECT = {
 
 def check_flags(script, protocol):
     """InputError where the command line gives a constant that the protocol does not ask for."""
-    given = shell.flags_given(script)
+    given = shell.parse_command(script, sys.argv[1:])
     for name in WITHOUT_EFFECT.get(protocol, ()):
-        flag = shell.flag_of(name)
-        if flag in given:
-            raise InputError(
-                f"{flag} {given[flag]}: --protocol {protocol} does not ask for it: leave it out"
-            )
+        if name in given:
+            flag = f"{shell.flag_of(name)} {shell.show_constant(given[name])}"
+            raise InputError(f"{flag}: --protocol {protocol} does not ask for it: leave it out")
 
 
 def open_run(script, *, validate=True):

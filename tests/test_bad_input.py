@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import AT_RANDOM, TINY, edit_manifest, flags_of, run_script, write_slide
+from conftest import AT_RANDOM, TINY, TINY_SEARCH, edit_manifest, flags_of, run_script, write_slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -258,6 +258,7 @@ LOSO = ["--protocol", "loso", "--target", "lognorm"]
         (["--seeds", "42,43,42"], ["--seeds 42,43,42", "twice"]),
         (["--train-slides", "1,1,2"], ["--train-slides 1,1,2", "twice"]),
         ([*LOSO, "--test-slide", "2"], ["--test-slide 2: --protocol loso does not ask for it"]),
+        ([*LOSO, "--test-slide", "3"], ["--test-slide 3: --protocol loso does not ask for it"]),
         ([*LOSO, "--valid-fraction", "0.3"], ["--valid-fraction 0.3: --protocol loso"]),
         (["--device", "tpu"], ["--device tpu"]),
         (["--protocol", "block"], ["--protocol block", "--target lognorm"]),
@@ -286,6 +287,8 @@ OTHERS = [
     ("19", ["--use-hires"], ["--images and --use-hires go with --from-spaceranger"]),
     ("19", ["--um-per-px", "nan"], ["--um-per-px nan", "from 0"]),
     ("19", ["--um-per-px", "-0.5"], ["--um-per-px -0.5", "from 0"]),
+    ("21", ["--recipe", "published", "--only", "densenet121"], ["another recipe than published"]),
+    ("22", [*LOSO, "--folds", "3"], ["--folds 3: --protocol loso does not ask for it"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
     ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
 ]
@@ -300,7 +303,7 @@ def test_the_other_scripts_refuse(
     if script > "17":
         options = {"data_root": tmp_path}
     if script > "20":
-        options = TINY | {"data_root": simulated}
+        options = (TINY_SEARCH if script == "22" else TINY) | {"data_root": simulated}
     assert run_script(script, *flags_of(options), *arguments) == 2
     check_one_line(capsys, words)
     assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()

@@ -4,6 +4,7 @@ metrics, leak check.
 
 import json
 import shutil
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -15,6 +16,7 @@ import scipy.io
 import scipy.sparse
 import scipy.stats
 from conftest import (
+    NETWORK,
     PAPER,
     TIMING,
     TINY,
@@ -31,7 +33,7 @@ from scipy.spatial.distance import cdist
 import common
 from slides import twins
 from slides.ceilings import fit_ceilings
-from study import printing, shell, splitting
+from study import printing, runs, shell, splitting
 
 
 # ------------------------------------------------------------------------------ ceiling, Moran's I
@@ -175,6 +177,21 @@ def test_slides_of_a_table_are_listed_once():
     lines = pd.DataFrame({"slide": ["1,10", "1,2"], "fold": [0, 1], "n_spots": [9, 9], "seed": 42})
     lines["split"], lines["truth"] = "valid", "lognorm"
     assert printing.describe_scored(lines).startswith("validation, slides 1,2,10, log-norm")
+    lines["split"] = "test"
+    text = printing.describe_scored(lines)
+    assert text.startswith("test slides 1,2,10, log-norm"), "how many spots of slide 1 is not known"
+    lines["slide"] = ["1,10", "2"]
+    assert printing.describe_scored(lines).startswith("test slides 1,2,10 (18 spots), log-norm")
+
+
+def test_long_settings_stay_apart():
+    names = pd.Series(
+        [f"tf_efficientnet_b7.{tag}_in1k, 8 views of a patch" for tag in ("ra", "ap")]
+    )
+    names[2] = "ridge"
+    shortened = printing.shorten(names, 30)
+    assert shortened.nunique() == 3 and shortened[2] == "ridge"
+    assert printing.shorten(names[[0, 2, 0]], 30).str.len().max() == 30
 
 
 def test_ceiling_stays_in_its_bounds():
@@ -247,6 +264,20 @@ def test_slides_of_the_trainings_under_loso(donors, chosen, expected):
     assert trainings == [
         {"train": [*train], "valid": [*valid], "test": [test]} for train, valid, test in expected
     ]
+
+
+@pytest.mark.parametrize("train, left_out", [((1, 2, 3), False), ((), True)])
+def test_the_header_says_of_the_slides_that_take_part_whether_a_donor_is_left_out(
+    simulated, train, left_out
+):
+    data = common.load_dataset(simulated, "lognorm")
+    donors = data.spots["tissue_index"].map({1: "A", 2: "A", 3: "A" if train else "B", 4: "B"})
+    data = replace(data, spots=data.spots.assign(donor=donors))
+    recipe = NETWORK | LOSO | {"TARGET": "lognorm", "TRAIN_SLIDES": train, "BATCH_SIZE": 8}
+    roles = splitting.split_spots(data.spots, recipe, 42)[0]
+    split = splitting.make_split(data, roles, recipe, 42, 0)
+    text = runs.describe_run(recipe, [split])["protocol"]
+    assert text.endswith("; its donor is left out)" if left_out else "who is not left out)")
 
 
 def test_one_slide_to_learn_from_is_too_few_under_loso():
