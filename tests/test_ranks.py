@@ -46,6 +46,8 @@ def test_rows_of_two_ranks_equal_one_process(simulated, tmp_path):
     stdout = finish(torchrun(2, "23", **options, out=tmp_path / "two"))
     assert results(tmp_path / "two") == results(tmp_path / "one")
     assert stdout.count("rows: ") == 1, "the first rank prints, and no other"
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert one["folders"] == two["folders"], "in the order of a single process"
 
 
 def test_one_network_is_trained_by_two_ranks_and_goes_on_after_one_died(simulated, tmp_path):
