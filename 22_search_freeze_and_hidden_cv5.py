@@ -42,10 +42,10 @@ DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
 OUT = ""  # folder of the results; empty = runs/<this script>/<data root's name>
 
 TARGET = "harmony"  # harmony (the paper's) or lognorm
-PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of slides
+PROTOCOL = "paper"  # folds of random spots; block: of spatial blocks; loso: of donors or slides
 TRAIN_SLIDES = ()  # tissue_index values; empty = every slide but the test slide
 TEST_SLIDE = 3  # tissue_index; GSE240429's C73_C1
-FOLDS = 5  # of paper and block; loso has a slide a fold
+FOLDS = 5  # of paper and block; loso has a donor a fold or, of one donor, a slide
 SEEDS = (42,)  # one search each
 GENE_SETS = ""  # a .gmt, or a CSV group,gene: sets that are scored beside HEG, HVG and MG
 RECIPE = "paper"  # paper, published or best: see study/recipes.py; flags and edited constants win
@@ -99,12 +99,13 @@ class Search:
 
 
 def open_searches(run):
-    """A Search a test slide and seed, of FOLDS of its training spots; under loso, of slides."""
+    """A Search a test slide and seed, of FOLDS of its training spots; under loso, of donors or
+    slides.
+    """
     searches, n_folds = [], Counter()
     for whole in run.splits:
         pool = whole.spots("train")
-        count = len(whole.slides("train")) if PROTOCOL == "loso" else FOLDS
-        roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, count, whole.seed)
+        roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, FOLDS, whole.seed)
         # No two folds of a seed have one number.
         numbered = enumerate(roles, n_folds[whole.seed])
         groups = whole.groups.copy()

@@ -276,10 +276,12 @@ def split_folds(spots, pool, protocol, folds, seed):
     """`folds` arrays (N,) of roles: of the spot numbers `pool`, another share is "valid" each time,
     the rest "train".
 
-    paper draws spots; loso takes a slide in turn; block draws blocks and leaves out what lies
-    within MARGIN of "valid".
+    paper draws spots; block draws blocks and leaves out what lies within MARGIN of "valid". loso
+    takes each donor in turn or, of one donor, each slide, however many `folds` are asked for.
     """
     fold_of = assign_folds(spots.iloc[pool], protocol, folds, seed)
+    if protocol == "loso":
+        folds = fold_of.max() + 1
     trainings = []
     for fold in range(folds):
         valid = pool[fold_of == fold]
@@ -302,10 +304,11 @@ def assign_folds(spots, protocol, folds, seed):
     """(n,) number of the fold in which each of these spots validates; units that belong together
     stay together.
     """
-    column = {"paper": "id", "loso": "tissue_index", "block": "block"}[protocol]
-    units = pd.factorize(spots[column], sort=protocol != "paper")[0]
     if protocol == "loso":
-        return units
+        apart = "donor" if spots["donor"].nunique() > 1 else "tissue_index"
+        return pd.factorize(spots[apart])[0]
+    column = {"paper": "id", "block": "block"}[protocol]
+    units = pd.factorize(spots[column], sort=protocol == "block")[0]
     sizes = np.bincount(units)
     order = np.random.default_rng(shell.seed_of(seed, "folds")).permutation(len(sizes))
     drawn_before = np.empty(len(sizes), np.int64)

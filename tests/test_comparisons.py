@@ -287,6 +287,7 @@ def two_slides():
     grid = pd.concat([grid.assign(tissue_index=slide) for slide in (1, 2, 3)], ignore_index=True)
     grid["pxl_row"] = np.rint(grid["array_row"] * 100 * 3**0.5 / 2).astype(int) + 250
     grid = grid.assign(pxl_col=grid["array_col"] * 50 + 400, id=grid.index.astype(str), pitch=100.0)
+    grid["donor"] = "one"
     corners = grid[["tissue_index", "pxl_col", "pxl_row"]].to_numpy()
     return grid.assign(block=[f"{slide}:{x // 500}:{y // 500}" for slide, x, y in corners])
 
@@ -319,6 +320,16 @@ def test_folds_follow_from_the_seed_but_for_slides(protocol, folds):
     assert np.array_equal(first, fold_roles(spots, protocol, seed=42, folds=folds))
     other = fold_roles(spots, protocol, seed=43, folds=folds)
     assert np.array_equal(first, other) == (protocol == "loso")
+
+
+def test_under_loso_a_donor_who_validates_does_not_train():
+    spots = two_slides().assign(
+        donor=lambda spots: spots["tissue_index"].map({1: "B", 2: "A", 3: "B"})
+    )
+    pool = np.arange(len(spots))
+    trainings = splitting.split_folds(spots, pool, "loso", 5, 42)
+    valid = [spots["tissue_index"][roles == "valid"].unique().tolist() for roles in trainings]
+    assert valid == [[1, 3], [2]]
 
 
 def nearest_training_spot(spots, roles):
