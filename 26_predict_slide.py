@@ -152,13 +152,15 @@ def choose_genes(trained):
         if failed:
             print(f"genes       drawn as asked, but failing in validation: {', '.join(failed)}")
         return asked
-    r = pd.Series(trained.valid_r, trained.genes, np.float64)
-    r = r[r.index.isin(trained.candidates)]
+    facts = {"r": trained.valid_r, "ceiling": trained.ceiling}
+    genes = pd.DataFrame(facts, trained.genes, dtype=np.float64)
+    genes = genes[genes.index.isin(trained.candidates)]
     if judged is not None:
-        r = r[judged["believe"][r.index]]
-        if r.empty:
+        genes = genes[judged["believe"][genes.index]]
+        if genes.empty:
             inputs.warn("no gene of HEG and HVG passes in validation: --genes draws those it names")
-    return r.sort_values(ascending=False, na_position="last").index[:6].tolist()
+    # Without validation those are drawn of which counts tell the most.
+    return genes.sort_values(["r", "ceiling"], ascending=False).index[:6].tolist()
 
 
 # -------------------------------------------------------------------------------- slide
