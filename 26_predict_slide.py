@@ -2,11 +2,11 @@
 
 Question   What would the genes of a trained model look like on this slide?
 Reads      RUN, the folder of a run of scripts 20 to 23, of which the network with the highest
-           validation r of HEG is taken, of those that have not learnt from the slide if it is one
-           of the run's; or WEIGHTS, one weights.safetensors; IMAGE; POSITIONS: a folder outs/ of
-           Space Ranger, a positions CSV, or nothing: the tissue is found and covered with a grid;
-           MATRIX, or the counts in outs/; FEATURES, of a model that takes embeddings, whose patches
-           are the spots where no positions are given
+           validation r of HEG is taken (of 22 the chosen one), of those that have not learnt from
+           the slide if it is one of the run's; or WEIGHTS, one weights.safetensors; IMAGE;
+           POSITIONS: a folder outs/ of Space Ranger, a positions CSV, or nothing: the tissue is
+           found and covered with a grid; MATRIX, or the counts in outs/; FEATURES, of a model that
+           takes embeddings, whose patches are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
            validation says of a gene), predictions.csv, predictions.geojson (for QuPath), maps.png,

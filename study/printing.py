@@ -79,9 +79,10 @@ def cut_middle(text, width):
 
 def shorten(texts, width):
     """A column of texts by cut_middle, wider where two that differ would be one."""
-    while texts.map(functools.partial(cut_middle, width=width)).nunique() < texts.nunique():
-        width += 1
-    return texts.map(functools.partial(cut_middle, width=width))
+    shortened = texts.map(functools.partial(cut_middle, width=width))
+    if shortened.nunique() < texts.nunique():
+        return shorten(texts, width + 1)
+    return shortened
 
 
 def justify_left(column):
@@ -218,8 +219,9 @@ def describe_differences(table, settings, headline=recipes.HEG):
 
 def describe_scored(lines):
     """Which spots and which truth a table of scores is about."""
-    slides = {slide for several in lines["slide"] for slide in several.split(",")}
-    slides = sorted(slides, key=lambda slide: (len(slide), slide))
+    counts = lines.groupby("slide")["n_spots"].max()
+    listed = [slide for several in counts.index for slide in several.split(",")]
+    slides = sorted({*listed}, key=lambda slide: (len(slide), slide))
     roles = {"test": "test slide", "valid": "validation, slide"}
     truths = {
         "lognorm": "log-normalised counts",
@@ -229,9 +231,8 @@ def describe_scored(lines):
     n_trainings = len(lines.drop_duplicates(["seed", "fold"]))
     role = lines["split"].iloc[0]
     where = f"{roles[role]}{'s' if len(slides) > 1 else ''} {','.join(slides)}"
-    counts = lines.groupby("slide")["n_spots"].max()
     # Validation spots of several folds may be the same or others, as test slides of hest may.
-    if role == "test" and len(slides) == len(",".join(counts.index).split(",")):
+    if role == "test" and len(listed) == len(slides):
         where += f" ({counts.sum()} spots)"
     trainings = "1 training" if n_trainings == 1 else f"{n_trainings} trainings"
     return f"{where}, {truths[lines['truth'].iloc[0]]}, {trainings}"

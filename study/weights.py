@@ -233,19 +233,19 @@ def choose_model(run, slide, takes_embeddings):
         # The rows of its last start, which its report shows: what one protocol says in validation
         # is not to be compared with what another says.
         table = table[table["folder"].isin(facts.get("folders", []))]
-    truth = [headline_of(protocol).truth for protocol in table["protocol"]]
-    judged = table[(table["split"] == "valid") & (table["truth"] == truth)].dropna(subset="heg")
-    judged = judged.sort_values("heg", kind="stable")
-    if (table["setting"] == CHOSEN).any():  # A search has judged by folds, and trained its choice.
-        judged = table[table["setting"] == CHOSEN].drop_duplicates("folder").assign(heg=np.nan)
-    judged = keep_fitting(run, judged, takes_embeddings)
+    ranked = table[table["setting"] == CHOSEN].drop_duplicates("folder")
+    if ranked.empty:  # No search, which has judged by folds and trained its choice.
+        truth = [headline_of(protocol).truth for protocol in table["protocol"]]
+        ranked = table[(table["split"] == "valid") & (table["truth"] == truth)]
+        ranked = ranked.dropna(subset="heg").sort_values("heg", kind="stable")
+    ranked = keep_fitting(run, ranked, takes_embeddings)
     found = find_in_run(run, slide)
-    roles = [find_role(run / folder, found) for folder in judged["folder"]]
+    roles = [find_role(run / folder, found) for folder in ranked["folder"]]
     unseen = [number for number, role in enumerate(roles) if role not in (*LEARNT, UNKNOWN)]
     unknown = [number for number, role in enumerate(roles) if role == UNKNOWN]
     number = (unseen or unknown or range(len(roles)))[-1]  # The last has the highest r.
     warn_of_role(slide.image, roles[number])
-    chosen = judged.iloc[number]
+    chosen = ranked.iloc[number]
     known = "not validated"
     if chosen["setting"] != CHOSEN:
         known = f"HEG r {chosen['heg']:.3f} in validation"
