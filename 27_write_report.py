@@ -212,6 +212,7 @@ def save_picture(path, figure, description):
     """
     information = PngInfo()
     information.add_text("Description", description)
+    shell.keep_text(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     with shell.whole_file(path) as partial, Image.open(buffer) as image:
@@ -243,7 +244,7 @@ def draw_settings(rows, label):
         draw_points(ax, part, headline, f"slide {slide}")
     ax.plot([], [], "|", color="0.4", markersize=9, label="ceiling")
     names = [f"{name}  {as_text(mean)}" for name, mean in means.items()]
-    ax.set_yticks(range(len(names)), names)
+    ax.set_yticks(range(len(names)), names, parse_math=False)  # A $ is no mathematics.
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.axvline(0, color="0.6", linewidth=0.8)
     ax.grid(axis="x", color="0.9")

@@ -474,6 +474,19 @@ def test_a_constant_prediction_is_drawn(slide, tmp_path):
     assert (tmp_path / "scores.png").is_file()
 
 
+def test_names_with_dollars_are_drawn_as_they_are(slide, tmp_path):
+    script, odd = load_script("27"), "a$x_{$"
+    slide.var_names = ["A", odd, "HAL"]
+    assert draw(tmp_path, slide, None).is_file()
+    groups = pd.DataFrame({"group": [odd], "gene": ["A"]})
+    genes = slide.var.assign(ceiling=0.5)
+    script.draw_scores(tmp_path / "scores.png", genes, groups, None, None, "a title")
+    figure, _ = script.draw_settings([scored_row(odd, "3", 0.3, None)], "")
+    figure.savefig(tmp_path / "settings.png")
+    with Image.open(tmp_path / "settings.png") as image:
+        assert image.width > 500
+
+
 def test_a_run_is_drawn_on_the_slide_it_was_made_on(report, simulated):
     run, _ = report
     for path in run.glob("*/maps.png"):
