@@ -65,6 +65,7 @@ from study import (
     scales,
     shell,
     similarity,
+    viewer,
     weights,
 )
 from study.shell import InputError
@@ -97,6 +98,7 @@ UNITS = {
 # By how much the pitch in um may differ from that in validation: neighbourhoods are in pitches, and
 # r of means over other areas is not known.
 PITCH_SHARE = 0.1
+MOST_DRAWN = 100  # genes of --genes; maps.png may be no higher than 65,536 px
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 # Columns of var that the tables of genes hold where validation tells them, beside r and ceiling.
 REPORTED = ["valid_low", "valid_high", "valid_q", "valid_r_k7", "valid_r_k19", "believe"]
@@ -141,6 +143,11 @@ def check_features(path, recipe):
 def choose_genes(trained):
     """Names of the genes to be drawn: those of GENES, or the best that pass in validation."""
     asked = [*dict.fromkeys(gene.strip() for gene in GENES.split(",") if gene.strip())]
+    if len(asked) > MOST_DRAWN:
+        raise InputError(
+            f"--genes: {len(asked)} genes; at most {MOST_DRAWN} are drawn: name fewer, "
+            "predictions.h5ad holds all"
+        )
     for gene in asked:
         if gene not in trained.genes:
             raise InputError(
@@ -521,8 +528,9 @@ def draw_maps(path, table, genes, title):
     lines += [((), "predicted")] * (2 - len(lines))  # room for the distance
     height = 2.9 * drawing.shape_of(table) + 0.4  # inches a row
     wide = 1 + (len(lines) > 3)  # columns of the H&E, so that it fills the rows beside it
-    figure = Figure(figsize=(3.5 * (3 + wide), 0.4 + height * len(lines)), layout="constrained")
-    grid = figure.add_gridspec(len(lines), 3 + wide)
+    columns = wide + max(1, min(3, len(genes)))  # The title takes two.
+    figure = Figure(figsize=(3.5 * columns, 0.4 + height * len(lines)), layout="constrained")
+    grid = figure.add_gridspec(len(lines), columns)
     half = len(lines) // 2
     tissue = figure.add_subplot(grid[:half, :wide])
     distance = figure.add_subplot(grid[half:, :wide])
@@ -554,12 +562,12 @@ def draw_map(ax, table, thumbnail, gene, kind):
     drawing.draw_spots(ax, table, thumbnail, shown)
     facts = table.var.loc[gene]
     if kind == "measured":
-        known = f"r {facts['r']:.2f} on this slide"
+        known = viewer.describe_r(facts["r"], " on this slide")
     elif np.isnan(facts["valid_r"]):
         known = "not validated"
     else:
         column = f"valid_r_{kind}" if kind in scales.RADII else "valid_r"
-        known = f"r {facts[column]:.2f} in validation"
+        known = viewer.describe_r(facts[column], " in validation")
     if kind == "predicted" and facts["ceiling"] > 0:
         known += f", ceiling {facts['ceiling']:.2f}"
     gene = printing.cut_middle(gene, 44)  # The score of a set has a long name.

@@ -14,7 +14,7 @@ for (const root of document.querySelectorAll(".viewer")) {
   const x = part(data.x), y = part(data.y);
   const colours = bytes(data.colours);
   const height = Math.round(WIDTH * data.ratio);
-  const number = value => Number(value.toPrecision(3)).toString();
+  const number = value => Number.isNaN(value) ? "-" : Number(value.toPrecision(3)).toString();
   let shown = []; // the maps of the chosen entry, with their codes
 
   function value_of(map, spot) {

@@ -264,10 +264,10 @@ def map_slide_gene(facts, predicted, layers, means):
     if "measured" in layers:
         caption = describe_r(facts["r"], " on this slide")
         maps.insert(0, Map("measured", layers["measured"], caption))
-    limits = find_limits(np.concatenate([layers["low"], layers["high"]]))
-    for name in ("low", "high"):
+    if np.isfinite(layers["low"]).any():  # Few validation spots tell no interval.
+        limits = find_limits(np.concatenate([layers["low"], layers["high"]]))
         caption = "end of the 80 % interval, both in one scale"
-        maps.append(Map(name, layers[name], caption, limits))
+        maps += [Map(name, layers[name], caption, limits) for name in ("low", "high")]
     return maps
 
 

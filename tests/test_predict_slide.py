@@ -21,7 +21,7 @@ from PIL import Image
 from test_bad_input import check_one_line
 from test_exports import check_drawn
 from test_patches import picture, spot_table
-from test_report import Page
+from test_report import Page, make_slide
 from test_similarity import blur, fold, glass, ink
 
 import common
@@ -231,6 +231,17 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
     genes = ("--genes", f"{passing[0]},{other}")
     assert predict(changed, *slide_of(simulated), *genes, out=tmp_path) == 0
     assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["measured", "k7"])
+def test_a_map_says_where_its_r_is_not_defined(kind):
+    table = make_slide(3, 3)
+    table.layers["measured"] = table.X
+    table.obs[["pxl_col", "pxl_row"]] = table.obsm["spatial"]
+    table.var = table.var.assign(r=np.nan, valid_r=0.3, valid_r_k7=np.nan, ceiling=0.5)
+    ax = Figure().add_subplot()
+    load_script("26").draw_map(ax, table, None, "A", kind)
+    assert ax.get_title().endswith("\nr is not defined")
 
 
 def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkeypatch, capsys):
@@ -703,6 +714,7 @@ def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_p
     (["--image", ""], ["--image", "which slide"]),
     (["--image", "no.tif"], ["no.tif", "no such file"]),
     (["--image", "patches.h5"], ["patches.h5", "patches alone"]),
+    (["--genes", ",".join(map(str, range(101)))], ["101 genes", "at most 100 are drawn"]),
     (["--gene-sets", "slash.gmt"], ["slash.gmt", "A/B and A|B would share"]),
     (["--gene-sets", "measured.gmt"], ["measured.gmt", "Foo and Foo_measured would share"]),
 ])  # fmt: skip

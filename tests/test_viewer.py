@@ -255,6 +255,11 @@ def test_weights_without_evidence_and_no_gene_have_a_viewer_as_well(tmp_path):
     entries = {entry["name"]: entry["maps"] for entry in data["entries"]}
     assert [name for name in entries if ":" not in name] == ["C", "B", "A"]
     assert [held["kind"] for held in entries["B"]] == ["predicted", "low", "high"]
+    table.layers["low"][:] = table.layers["high"][:] = np.nan
+    table.write_h5ad(tmp_path / "few.h5ad")
+    data = data_of("\n".join(viewer.show_slide(tmp_path / "few.h5ad")))
+    (maps,) = [entry["maps"] for entry in data["entries"] if entry["name"] == "B"]
+    assert [held["kind"] for held in maps] == ["predicted"], "few spots tell no interval"
     table.var = table.var.assign(drawn=False, heg=False)
     table.write_h5ad(tmp_path / "none.h5ad")
     assert data_of("\n".join(viewer.show_slide(tmp_path / "none.h5ad")))["entries"] == []
