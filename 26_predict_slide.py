@@ -142,7 +142,7 @@ def check_features(path, recipe):
 
 def choose_genes(trained):
     """Names of the genes to be drawn: those of GENES, or the best that pass in validation."""
-    asked = [*dict.fromkeys(gene.strip() for gene in GENES.split(",") if gene.strip())]
+    asked = [*dict.fromkeys(filter(None, map(str.strip, GENES.split(","))))]
     if len(asked) > MOST_DRAWN:
         raise InputError(
             f"--genes: {len(asked)} genes; at most {MOST_DRAWN} are drawn: name fewer, "
@@ -333,10 +333,8 @@ def add_trust(table, trained, distances):
     for name, half in trained.half_widths.items():
         table.var[f"half_width_{name}"] = half
     if "measured" in table.layers:
-        measured = table.layers["measured"]
-        half_widths, floor = trained.half_widths, trained.floor
-        coverage = conformal.measure_coverage(table.X, measured, half_widths, floor)
-        table.var = table.var.assign(**coverage)
+        values = table.X, table.layers["measured"], trained.half_widths, trained.floor
+        table.var = table.var.assign(**conformal.measure_coverage(*values))
 
 
 def add_evidence(table, trained, genes, um_per_px):
@@ -490,9 +488,11 @@ def score_sets(table, sets):
         scored.layers["measured"] = scores[1]
         scored.var["r"] = common.pearson_per_gene(*scores)
     names = [name_column(name) for name in sets]
-    columns = [scored.to_df().set_axis(names, axis=1)]
-    for layer in scored.layers:
-        columns.append(scored.to_df(layer).set_axis(names, axis=1).add_suffix(f"_{layer}"))
+    columns = {"": scored.X} | {f"_{layer}": values for layer, values in scored.layers.items()}
+    columns = [
+        pd.DataFrame(values, table.obs_names, names).add_suffix(suffix)
+        for suffix, values in columns.items()
+    ]
     table.obs = pd.concat([table.obs, *columns], axis=1)
     return scored
 
@@ -500,19 +500,10 @@ def score_sets(table, sets):
 def join_drawn(table, genes, scored):
     """AnnData of what is drawn of a slide: these genes, and the scores of the best six sets."""
     best = scored.var["valid_r"].sort_values(ascending=False, na_position="last").index[:6]
-    parts = table[:, genes], scored[:, best]
-    drawn = anndata.AnnData(
-        np.hstack([part.X for part in parts]),
-        table.obs,
-        pd.concat([part.var for part in parts]),
-        uns=table.uns,
-        obsm=table.obsm,
-    )
+    parts = [table[:, genes], scored[:, best]]
+    drawn = anndata.concat(parts, axis="var", merge="first", uns_merge="first")
     counts = scored.var["genes"]
-    titles = [f"{name}, score of {counts[name]} genes" for name in best]
-    drawn.var_names = [*genes, *titles]
-    for layer in scored.layers:
-        drawn.layers[layer] = np.hstack([part.layers[layer] for part in parts])
+    drawn.var_names = [*genes, *(f"{name}, score of {counts[name]} genes" for name in best)]
     return drawn
 
 
@@ -520,8 +511,7 @@ def draw_maps(path, table, genes, title):
     """Rows of three genes' predicted expression; its means over neighbourhoods, where they hold
     better, and what was measured, below. Before them stand the H&E and the distance.
     """
-    ((name, slide),) = table.uns["spatial"].items()
-    thumbnail = slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"]
+    name, thumbnail = exports.read_library(table.uns)
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
     threes = [genes[first : first + 3] for first in range(0, len(genes), 3)]
     lines = [(three, kind) for three in threes for kind in kinds if kind]
@@ -629,12 +619,12 @@ def report(slide, table, genes, scored, trained, out):
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
     files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
-    made_with = pd.Series(trained.recipe, dtype=str).rename_axis("name").reset_index(name="value")
     if is_judged:
         reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
         reported = reported.sort_values("valid_r", ascending=False).reset_index()
         tables[f"HEG, HVG and MG in validation: {trained.evidence['claim']}"] = reported
-    tables["Trained with"] = made_with
+    made_with = pd.Series(trained.recipe, dtype=str)
+    tables["Trained with"] = made_with.rename_axis("name").reset_index(name="value")
     records = {
         name: content.replace({np.nan: None}).to_dict("records") for name, content in tables.items()
     }

@@ -51,6 +51,14 @@ def describe_library(image, step, diameter):
     return {"images": {"hires": image}, "scalefactors": scales, "metadata": {}}
 
 
+def read_library(uns):
+    """(name, (image, px of the slide a px of it)) of the only slide that an AnnData's uns tells of,
+    as describe_library has it.
+    """
+    ((name, slide),) = uns["spatial"].items()
+    return name, (slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"])
+
+
 def describe_spot(name, ring, columns, values):
     """A spot as a GeoJSON feature: its ring (corners, 2) in px and its measurements."""
     measured = {

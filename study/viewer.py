@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import common
-from study import gene_sets, scales
+from study import exports, gene_sets, scales
 
 MISSING = 255  # the code of a value that is not there
 N_GENES = 50  # at most
@@ -184,21 +184,20 @@ def map_sets(groups, predicted, measured):
     for column, numbers in enumerate(groups.values()):
         members[numbers, column] = True
     one_slide = np.zeros(len(predicted))
+    # Of a slide with counts, too, a prediction has the score that it has without.
     scores, _ = gene_sets.find_scores(predicted, predicted, one_slide, members)
-    if measured is not None:
+    if measured is None:
+        maps = [[Map("predicted", score, "")] for score in scores.T]
+    else:
         paired = gene_sets.find_scores(predicted, measured, one_slide, members)
-        true_scores, r = paired[1], common.pearson_per_gene(*paired)
-    sets = {}
-    for column, (name, numbers) in enumerate(groups.items()):
-        if measured is None:
-            maps = [Map("predicted", scores[:, column], "")]
-        else:
-            maps = [
-                Map("measured", true_scores[:, column], ""),
-                Map("predicted", scores[:, column], describe_r(r[column])),
-            ]
-        sets[f"{name}: mean of {len(numbers)} genes, standardised"] = maps
-    return sets
+        r = common.pearson_per_gene(*paired)
+        maps = [
+            [Map("measured", true, ""), Map("predicted", score, describe_r(value))]
+            for true, score, value in zip(paired[1].T, scores.T, r, strict=True)
+        ]
+    sizes = {name: len(numbers) for name, numbers in groups.items()}
+    titles = [f"{name}: mean of {size} genes, standardised" for name, size in sizes.items()]
+    return dict(zip(titles, maps, strict=True))
 
 
 def show_row(table, groups, thumbnail):
@@ -236,10 +235,8 @@ def choose_shown(var):
     """
     members = var[[name for name in GROUPS if name in var]].any(axis=1)
     passing = var["believe"] if "believe" in var else var["valid_r"].notna()
-    others = var[members & passing & ~var["drawn"]]
-    drawn = var[var["drawn"]].sort_values("valid_r", ascending=False)
-    others = others.sort_values("valid_r", ascending=False)
-    return [*drawn.index, *others.index][:N_GENES]
+    shown = var[var["drawn"] | (members & passing)]
+    return shown.sort_values(["drawn", "valid_r"], ascending=False).index[:N_GENES].tolist()
 
 
 def caption_validation(facts):
@@ -283,8 +280,7 @@ def show_slide(path):
         predicted = read_columns(file["X"], columns)
         names = [name for name in ("measured", "low", "high") if name in file["layers"]]
         layers = {name: read_columns(file["layers"][name], columns) for name in names}
-    (slide,) = uns["spatial"].values()
-    thumbnail = slide["images"]["hires"], 1 / slide["scalefactors"]["tissue_hires_scalef"]
+    _, thumbnail = exports.read_library(uns)
     tissue = Tissue(places, float(obs["pitch"].iloc[0]), thumbnail)
     means, scale = {}, uns["scale"]
     if scale:
