@@ -171,24 +171,19 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     if thumbnail is None:
         tissue.text(0.5, 0.5, NO_THUMBNAIL, ha="center", va="center", transform=tissue.transAxes)
     draw_agreement(agreement, table, genes, shape)
-    for (gene, label), *axes in zip(genes.items(), measured, predicted, strict=True):
-        draw_gene(axes, table, thumbnail, gene, label)
+    for (gene, label), above, below in zip(genes.items(), measured, predicted, strict=True):
+        r = table.var["r"][gene]
+        score = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
+        titles = f"{gene} ({label}), measured", f"{gene}, predicted, {score}"
+        for ax, values, words in zip((above, below), values_of(table, gene), titles, strict=True):
+            drawing.draw_spots(ax, table, thumbnail, values)
+            ax.set_title(words, size=9)
     shown = f"measured and predicted expression of {', '.join(genes)}"
     letters = int(13 * figure.get_figwidth())  # of a line in this size
     lines = [textwrap.fill(line, letters) for line in (title, shown, ABOUT_MAPS)]
     figure.suptitle("\n".join(lines), size=10)
     ground = "the H&E" if thumbnail else "white"
     save_picture(path, figure, f"{title}: {shown}, on {ground}")
-
-
-def draw_gene(axes, table, thumbnail, gene, label):
-    """Maps of a gene's measured and predicted expression on two axes."""
-    r = table.var["r"][gene]
-    score = "r not defined" if np.isnan(r) else f"r = {r:.2f}"
-    titles = f"{gene} ({label}), measured", f"{gene}, predicted, {score}"
-    for ax, values, title in zip(axes, values_of(table, gene), titles, strict=True):
-        drawing.draw_spots(ax, table, thumbnail, values)
-        ax.set_title(title, size=9)
 
 
 def values_of(table, gene):
@@ -344,38 +339,35 @@ def read_test_slide(path):
     return anndata.AnnData(predicted, obs.iloc[rows], var, obsm=places, layers={"target": target})
 
 
-def read_test_genes(folder, row):
-    """Table of per_gene.csv in a row's folder: its columns of the test slide, against the
-    headline's truth, by gene.
+def read_row(folder, row, data_root):
+    """(AnnData, gene groups, thumbnail) of a row's test slide: the spots of read_test_slide, with
+    the columns of per_gene.csv of the test slide, against the headline's truth, as var; and what
+    read_saved_thumbnail gives.
     """
+    table = read_test_slide(folder / "predictions.h5ad")
     prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
     numbers = f"{prefix}r", f"{prefix}ceiling"
     genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
-    return genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
-
-
-def read_row_thumbnail(folder, table, data_root):
-    """read_saved_thumbnail of the test slide, whose spots are `table`, of a row's folder."""
+    genes = genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
+    table.var = genes.reindex(table.var_names)
+    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
     slide = int(table.obs["tissue_index"].iloc[0])
     fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
-    return read_saved_thumbnail(data_root, slide, fingerprint)
+    return table, groups, read_saved_thumbnail(data_root, slide, fingerprint)
 
 
 def draw_row(folder, row, data_root, title):
     """maps.png and scores.png of a row's folder, unless they are there."""
     if (folder / "maps.png").is_file() and (folder / "scores.png").is_file():
         return
-    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"))
-    genes = read_test_genes(folder, row)
+    table, groups, thumbnail = read_row(folder, row, data_root)
     history = None
     if (folder / "history.csv").is_file():
         history = shell.read_csv(folder / "history.csv", numbers=HISTORY)
-    draw_scores(folder / "scores.png", genes, groups, history, row.get("best_epoch"), title)
-    table = read_test_slide(folder / "predictions.h5ad")
-    table.var["r"] = genes["r"]
+    selected = row.get("best_epoch")
+    draw_scores(folder / "scores.png", table.var, groups, history, selected, title)
     if "," in row["slide"]:  # as of a fold of HEST-Benchmark
         title += f"; slide {table.obs['tissue_index'].iloc[0]} is drawn, r is the mean of all"
-    thumbnail = read_row_thumbnail(folder, table, data_root)
     draw_test_slide(folder / "maps.png", table, groups, thumbnail, title)
 
 
@@ -557,13 +549,7 @@ def show_viewer(run, facts, rows):
     row = choose_viewed(run, rows)
     if row is None:
         return []
-    folder = run / row["folder"]
-    table = read_test_slide(folder / "predictions.h5ad")
-    genes = read_test_genes(folder, row)
-    for name in ("r", "q", "ceiling"):
-        table.var[name] = genes.get(name, np.nan)
-    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
-    thumbnail = read_row_thumbnail(folder, table, run / facts["data_root"])
+    table, groups, thumbnail = read_row(run / row["folder"], row, run / facts["data_root"])
     name = f"{facts['label']}{row['setting']}, slide {table.obs['tissue_index'].iloc[0]}"
     heading = f"<h2>Gene by gene: {html.escape(name)}, seed {row['seed']}"
     if "," in row["slide"]:  # as of a fold of HEST-Benchmark
