@@ -24,12 +24,8 @@ if __name__ == "__main__":  # Check the command before the slow imports.
     shell.check_command(__file__)
 
 
-import json
-
-import anndata
 import numpy as np
 import pandas as pd
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from compare_stages import describe_host
@@ -37,7 +33,7 @@ from scipy.ndimage import gaussian_filter
 
 import common
 from slides.colour import colour_statistics
-from study import conformal, similarity, splitting
+from study import conformal, similarity, weights
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -90,10 +86,9 @@ def describe_slides(data, slides):
 def compare(training, colour):
     """{column: value} of the patches of colour statistics (m, 40) against training slides."""
     distances = similarity.measure_distances(training, colour)
-    limit = np.quantile(training.distances, similarity.FAR) / np.median(training.distances)
     return {
         "distance": np.median(distances),
-        "far": (distances > limit).mean(),
+        "far": similarity.are_far(training, distances).mean(),
         "alarm": similarity.is_far(distances),
     }
 
@@ -116,8 +111,9 @@ def measure_slides(data, label):
 
 def compare_slides():
     """Table of compare within DATA_ROOT, within OTHER_ROOT and from one to the other."""
-    roots = {Path(root).name: common.load_dataset(root, "lognorm") for root in
-             (DATA_ROOT, OTHER_ROOT)}  # fmt: skip
+    roots = {
+        Path(root).name: common.load_dataset(root, "lognorm") for root in (DATA_ROOT, OTHER_ROOT)
+    }
     lines = []
     for label, data in roots.items():
         lines += measure_slides(data, label)
@@ -143,34 +139,22 @@ def summarise(table):
     return pd.DataFrame(lines)
 
 
-def read_split_of_run(data, folder, recipe):
-    """The Split of a setting's folder, by its split.csv."""
-    read = shell.read_csv(folder / "split.csv", ("id", "role"), ())
-    roles = data.spots["id"].map(read.set_index("id")["role"]).fillna("").to_numpy("U5")
-    return splitting.make_split(data, roles, recipe, 0, 0)
-
-
 def measure_network(data, folder):
     """Lines of the network in a setting's folder on its test slide, as it is and changed."""
-    recipe = json.loads((folder / "recipe.json").read_text()) | {"PRETRAINED": False}
-    split = read_split_of_run(data, folder, recipe)
-    model = common.build_model(recipe, len(split.data.genes), 0)
-    state = safetensors.torch.load_file(folder / "weights.safetensors")
-    model.load_state_dict(state)
-    predicted = anndata.read_h5ad(folder / "predictions.h5ad").X
-    half_widths = conformal.find_half_widths(split, predicted, split.data.lognorm)
-    training = describe_slides(data, split.slides("train"))
-    test = split.spots("test")
-    truth = split.data.lognorm[test]
-    heg = np.isin(split.data.genes, split.members["heg"])
+    model, trained = weights.read_weights(folder)
+    recipe, training = trained.recipe, trained.training_slides
+    read = shell.read_csv(folder / "split.csv", ("id", "role"))
+    test = np.flatnonzero(data.spots["id"].isin(read["id"][read["role"] == "test"]))
+    truth = data.lognorm[test][:, pd.Index(data.genes).get_indexer(trained.genes)]
+    heg = np.isin(trained.genes, trained.groups["heg"])
     dtype = getattr(torch, recipe["PRECISION"])
     lines = []
     for change, apply in CHANGES.items():
         patches = apply(data.patches[test].numpy())
         placed = common.MappedPatches(torch.from_numpy(patches), recipe["IMAGE_SIZE"])
         seen = common.predict(model, placed, range(len(test)), dtype=dtype, tta=recipe["TTA"])
-        coverage = conformal.measure_coverage(seen, truth, half_widths, floor=0)
-        line = {"slide": split.slides("test")[0], "change": change}
+        coverage = conformal.measure_coverage(seen, truth, trained.half_widths, floor=0)
+        line = {"slide": data.spots["tissue_index"].iloc[test[0]], "change": change}
         line |= compare(training, colour_statistics(patches))
         line["HEG r"] = common.pearson_per_gene(seen[:, heg], truth[:, heg]).mean()
         line |= {name: share[heg].mean() for name, share in coverage.items()}
@@ -188,7 +172,7 @@ def main():
     if not RUN:
         return
     data = common.load_dataset(DATA_ROOT, "lognorm")
-    rows = shell.read_csv(Path(RUN, "rows.csv"), ("setting", "split", "folder"), ())
+    rows = shell.read_csv(Path(RUN, "rows.csv"), ("setting", "split", "folder"))
     chosen = rows[(rows["setting"] == SETTING) & (rows["split"] == "test")]
     lines = []
     for folder in chosen["folder"].unique():

@@ -90,9 +90,14 @@ def is_far(distances):
     return bool(np.median(distances) > ALARM)
 
 
+def are_far(training, distances):
+    """(m,) bool: which of these distances (m,) are beyond those of FAR of the training patches."""
+    return distances > np.quantile(training.distances, FAR) / training.unit
+
+
 def describe_distances(training, distances):
     """One line for the reader about a slide with these distances (m,)."""
-    n_far = int((distances > np.quantile(training.distances, FAR) / training.unit).sum())
+    n_far = are_far(training, distances).sum()
     from_whom, each_other = "the training slides", "they are from each other"
     if training.n_slides == 1:
         from_whom, each_other = "the training slide", "its parts are from each other"
