@@ -100,8 +100,9 @@ UNITS = {
 PITCH_SHARE = 0.1
 MOST_DRAWN = 100  # genes of --genes; maps.png may be no higher than 65,536 px
 LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
-# Columns of var that the tables of genes hold where validation tells them, beside r and ceiling.
-REPORTED = ["valid_low", "valid_high", "valid_q", "valid_r_k7", "valid_r_k19", "believe"]
+# Columns of var that the tables of genes hold, those of them that are known.
+REPORTED = ["valid_r", "ceiling", "r", "valid_low", "valid_high", "valid_q"]
+REPORTED += ["valid_r_k7", "valid_r_k19", "believe"]
 ABOUT_GENES = """valid_r is Pearson's r in validation, valid_low to valid_high its 95 % interval,
 valid_q how often chance gives as high an r (after Benjamini and Hochberg), valid_r_k7 and
 valid_r_k19 are r of means over 7 and 19 spots, believe is whether the gene passes. ceiling is the
@@ -591,23 +592,21 @@ def report(slide, table, genes, scored, trained, out):
     """Print the tables, one of gene sets if they are `scored`, warn of a model that cannot predict,
     and save correlations and report.
     """
-    measured = "measured" in table.layers
     caption = "mean Pearson r in validation"
     if trained.recipe["REFIT"]:
         caption += " (of the network before it learnt from the validation spots, too)"
-    if measured:
+    if "measured" in table.layers:
         unit = UNITS["log1p" if trained.recipe["TARGET"] == "log1p" else "lognorm"]
         caption += f", and r against this slide's own {unit}"
         shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
-    columns = ["valid_r", "ceiling", "r"] if measured else ["valid_r", "ceiling"]
-    is_judged = trained.judged is not None
-    of_genes = table.var[[*columns, *(REPORTED if is_judged else [])]].rename_axis("gene")
+    of_genes = table.var.filter(items=REPORTED).rename_axis("gene")
     groups = describe_groups(table)
     tables = {caption: groups}
     if genes:
         tables["Genes drawn"] = of_genes.loc[genes].reset_index()
     if scored is not None:
-        sets = scored.var[["genes", *columns]].rename_axis("set").reset_index()
+        sets = scored.var.filter(items=["genes", "valid_r", "ceiling", "r"])
+        sets = sets.rename_axis("set").reset_index()
         tables["Gene sets: mean r and ceiling of their genes, r of their score"] = sets
     for name, content in tables.items():
         title = f"{trained.title}{name} ({slide.image})"
@@ -619,6 +618,7 @@ def report(slide, table, genes, scored, trained, out):
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
     files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
     print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
+    is_judged = trained.judged is not None
     if is_judged:
         reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
         reported = reported.sort_values("valid_r", ascending=False).reset_index()
