@@ -34,6 +34,7 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 
 import hashlib
+import textwrap
 from pathlib import Path
 
 import anndata
@@ -104,10 +105,12 @@ LEAST_R = 0.1  # of HEG in validation, below which a model is warned of
 REPORTED = ["valid_r", "ceiling", "r", "valid_low", "valid_high", "valid_q"]
 REPORTED += ["valid_r_k7", "valid_r_k19", "believe"]
 ABOUT_GENES = """valid_r is Pearson's r in validation, valid_low to valid_high its 95 % interval,
-valid_q how often chance gives as high an r (after Benjamini and Hochberg), valid_r_k7 and
-valid_r_k19 are r of means over 7 and 19 spots, believe is whether the gene passes. ceiling is the
-best r that counting noise allows on the training slides. r is Pearson's r on this slide, if it has
-counts."""
+which is about tissue like that of validation and not about this slide. valid_q is how often chance
+gives as high an r (after Benjamini and Hochberg), valid_r_k7 and valid_r_k19 are r of means over 7
+and 19 spots, believe is whether the gene passes. ceiling is the best r that counting noise allows
+on whole training slides; valid_r may exceed it. r is Pearson's r on this slide, if it has counts.
+Genes that were not asked for are drawn because they are the best in validation: expect less than
+their valid_r."""
 
 
 # -------------------------------------------------------------------------------- model
@@ -508,9 +511,21 @@ def join_drawn(table, genes, scored):
     return drawn
 
 
-def draw_maps(path, table, genes, title):
+def describe_maps(trained):
+    """What stands below the maps' title: what r in validation can claim, and how to read a map."""
+    lines = ["Each map has its own colour scale."]
+    if trained.judged is not None:
+        claim = trained.evidence["claim"]
+        lines.insert(0, f"{claim[0].upper()}{claim[1:]}.")
+        if not GENES:
+            lines.append("The genes are the best in validation: expect less than that r.")
+    return "\n".join(lines)
+
+
+def draw_maps(path, table, genes, title, note):
     """Rows of three genes' predicted expression; its means over neighbourhoods, where they hold
-    better, and what was measured, below. Before them stand the H&E and the distance.
+    better, and what was measured, below. Before them stand the H&E and the distance. The note
+    stands below the title.
     """
     name, thumbnail = exports.read_library(table.uns)
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
@@ -532,7 +547,9 @@ def draw_maps(path, table, genes, title):
         for column, gene in enumerate(three):
             ax = figure.add_subplot(grid[number, wide + column])
             draw_map(ax, table, thumbnail, gene, kind)
-    figure.suptitle(title)
+    letters = int(13 * figure.get_figwidth())  # of a line in this size
+    lines = [textwrap.fill(line, letters) for line in (title, *note.splitlines())]
+    figure.suptitle("\n".join(lines), size=10)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
@@ -672,7 +689,7 @@ def main():
         scored = score_sets(table, sets)
         drawn = join_drawn(table, genes, scored)
     title = f"{trained.title}{name}, predicted ({unit})"
-    draw_maps(out / "maps.png", drawn, [*drawn.var_names], title)
+    draw_maps(out / "maps.png", drawn, [*drawn.var_names], title, describe_maps(trained))
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     exports.save_expression(out / "predictions.csv", spots, predicted, trained.genes)

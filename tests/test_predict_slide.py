@@ -181,10 +181,13 @@ def judge(metadata, believed):
 
 
 def drawn_titles(monkeypatch):
-    """A list that gets the titles of the axes of each figure that is saved."""
+    """A list that gets what stands below the title of each figure that is saved, and the titles of
+    its axes.
+    """
     titles = []
 
     def note(path, figure, description):
+        titles.append(figure.get_suptitle().partition("\n")[2])
         titles.extend(ax.get_title() for ax in figure.axes if ax.get_title())
 
     monkeypatch.setattr(shell, "save_figure", note)
@@ -211,6 +214,7 @@ def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
         == {*passing}
     )
     assert table.uns["scale"] == "k7"
+    assert "lie among training spots" in titles[0] and "expect less than that r" in titles[0]
     for kind in ("predicted", "means over 7 spots", "measured"):
         assert {title.split(",")[0] for title in titles if f", {kind}\n" in title} == {*passing}
     tables = json.loads((tmp_path / "run.json").read_text())["tables"]
