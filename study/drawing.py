@@ -1,5 +1,6 @@
 """Spots of a slide on axes: AnnData with obs["pitch"] and obsm["spatial"], in px of the slide."""
 
+import numpy as np
 from matplotlib.collections import EllipseCollection
 from matplotlib.ticker import MaxNLocator
 
@@ -57,5 +58,18 @@ def draw_spots(ax, table, thumbnail, values, extend="neither", **colours):
         diameter, diameter, [0], units="x", array=values, linewidths=0, **places, **colours
     )
     ax.add_collection(spots)
-    bar = {"shrink": 0.8, "format": "{x:.4g}", "ticks": MaxNLocator(4), "extend": extend}
-    ax.figure.colorbar(spots, ax=ax, **bar)
+    if np.isfinite(values).any():
+        form = f"{{x:.{count_digits(values)}g}}"
+        bar = {"shrink": 0.8, "format": form, "ticks": MaxNLocator(4), "extend": extend}
+        ax.figure.colorbar(spots, ax=ax, **bar)
+
+
+def count_digits(values):
+    """Significant digits that tell the ticks of a colour bar apart: 4, and more for values that
+    hardly differ.
+    """
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low == high:
+        return 4
+    first, last = np.floor(np.log10([max(-low, high), high - low]))
+    return max(4, 3 + int(first - last))

@@ -455,6 +455,21 @@ def test_circles_have_the_size_of_the_spots(slide):
     assert changed == pytest.approx(30 * np.pi * (0.275 * 100 * px_per_px) ** 2, rel=0.05)
 
 
+@pytest.mark.parametrize("low, high", [(0, 3), (3.90218, 3.90224), (-5, -4.999), (2e4, 2e4 + 0.5)])
+def test_ticks_of_a_colour_bar_differ(low, high, slide):
+    figure = Figure(layout="constrained")
+    drawing.draw_spots(figure.subplots(), slide, None, np.linspace(low, high, 30))
+    figure.draw_without_rendering()
+    ticks = [tick.get_text() for tick in figure.axes[1].get_yticklabels()]
+    assert len({*ticks}) == len(ticks) >= 3
+
+
+def test_where_no_value_is_known_there_is_no_colour_bar(slide):
+    figure = Figure()
+    drawing.draw_spots(figure.subplots(), slide, None, np.full(30, np.nan))
+    assert len(figure.axes) == 1
+
+
 @pytest.mark.parametrize("r, chosen", [
     ([0.2, 0.6, 0.1], {"B": "best", "A": "median", "HAL": "best marker"}),
     ([0.7, np.nan, 0.1], {"A": "best", "HAL": "median"}),
