@@ -298,6 +298,13 @@ def exchange_files(work, folder):
         raise
 
 
+def open_array(path, dtype, shape):
+    """The array of a new .npy file, memory-mapped, whose disk space is taken now."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    shell.reserve_disk(path)
+    return array
+
+
 def write_patches(out, manifest, obs, thumbnails):
     """patches.npy, contact_sheet.png and thumbnail_<slide>.png of spots `obs`, slide by slide.
 
@@ -306,9 +313,7 @@ def write_patches(out, manifest, obs, thumbnails):
     over the border, by slide name, and (n,) bool: spots whose centre lies in the image, of which
     alone patches are kept.
     """
-    shape = len(obs), PATCH_SIZE, PATCH_SIZE, 3
-    patches = np.lib.format.open_memmap(out / "patches.npy", "w+", np.uint8, shape)
-    shell.reserve_disk(out / "patches.npy")
+    patches = open_array(out / "patches.npy", np.uint8, (len(obs), PATCH_SIZE, PATCH_SIZE, 3))
     over_border, inside = {}, []
     print("slide  name       spots   rows x columns px   over the border   read as")
     for slide in manifest:
@@ -338,11 +343,9 @@ def keep_rows(path, kept):
     """Rewrite a .npy file with these rows alone, by their numbers, and map it."""
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
     with shell.whole_file(path) as partial:
-        shape = len(kept), *rows.shape[1:]
-        made = np.lib.format.open_memmap(partial, "w+", rows.dtype, shape)
-        shell.reserve_disk(partial)
-        for start in range(0, len(kept), 256):
-            made[start : start + 256] = rows[kept[start : start + 256]]
+        made = open_array(partial, rows.dtype, (len(kept), *rows.shape[1:]))
+        for part in common.parts_of(len(kept), 256):
+            made[part] = rows[kept[part]]
         made.flush()
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
@@ -450,9 +453,8 @@ def write_lognorm(root, path, tables, panel):
     """Log-normalised counts of the panel, (N, G) float32; returns the panel with describe_genes's
     columns.
     """
-    shape = sum(len(table.obs) for table in tables), len(panel)
-    lognorm = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    shell.reserve_disk(path)
+    n_spots = sum(len(table.obs) for table in tables)
+    lognorm = open_array(path, np.float32, (n_spots, len(panel)))
     first, columns = 0, {}
     for table in tables:
         counts = table.read()
@@ -587,15 +589,10 @@ def describe_image(slide):
     image = imaging.open_image(inputs.unpack(slide.image))
     height, width = image.shape
     print(f"  image       {slide.image}: {height} x {width} px, {image.how}")
-    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; {describe_tags(slide.image)}")
-
-
-def describe_tags(path):
-    """What the tags of an image say about its resolution."""
-    try:
-        return f"its tags say {imaging.read_resolution(inputs.unpack(path)):g}"
-    except InputError:
-        return "its tags say nothing"
+    stated = "nothing"
+    with contextlib.suppress(InputError):
+        stated = f"{imaging.read_resolution(inputs.unpack(slide.image)):g}"
+    print(f"  resolution  {slide.um_per_px:g} um/px in slides.csv; its tags say {stated}")
 
 
 # -------------------------------------------------------------------------------- start

@@ -7,7 +7,7 @@ Patches (n, S, S, 3) uint8 RGB. Places on a slide are rows and columns in px of 
 import numpy as np
 import pandas as pd
 
-from common import PATCH_SIZE
+from common import PATCH_SIZE, parts_of
 from slides import inputs
 from slides.imaging import DARK_SLIDE, PLACE, SWAPPED, find_inside, lies_mirrored, read_patches
 from slides.positions import is_hexagonal
@@ -41,7 +41,7 @@ def warn_of_swap(slide, spots, shape):
     spots = spots[find_inside(spots, shape)]
     if not lies_mirrored(spots) or (spots[["pxl_col", "pxl_row"]].to_numpy() >= shape).any():
         return
-    some = spots.iloc[choose_some(spots)]
+    some = choose_some(spots)
     saturations = []  # from 0 to 1: the largest less the smallest of red, green and blue
     for places in (some, some.rename(columns=SWAPPED)):
         patches = np.empty((len(some), PATCH_SIZE, PATCH_SIZE, 3), np.uint8)
@@ -60,41 +60,34 @@ def warn_of_swap(slide, spots, shape):
         )
 
 
-def cut_centres(patches):
-    """The inner halves (n, S / 2, S / 2, 3) of patches (n, S, S, 3): at 0.5 um/px a Visium spot."""
-    side = patches.shape[1]
-    inner = slice(side // 4, side // 4 + side // 2)
-    return patches[:, inner, inner]
-
-
 def find_blank(centres):
     """(n,) bool: patches (n, S, S, 3) that show nothing: no colour, and no detail in squares of
     8 x 8 px, in which the noise of a camera averages out; or one colour in all their pixels.
     """
     squares = centres.shape[1] // 8
     blank = np.empty(len(centres), bool)
-    for start in range(0, len(centres), 64):
-        part = centres[start : start + 64, : 8 * squares, : 8 * squares]
-        flat = np.ptp(part, axis=(1, 2)).max(1) == 0
-        means = part.reshape(len(part), squares, 8, squares, 8, 3).mean((2, 4))
-        detail = means.std((1, 2)).max(1)
-        colour = np.ptp(means.mean((1, 2)), axis=1)
-        brightest = means.mean((1, 2)).max(1)
+    for part in parts_of(len(centres), 64):
+        some = centres[part, : 8 * squares, : 8 * squares]
+        flat = np.ptp(some, axis=(1, 2)).max(1) == 0
+        means = some.reshape(len(some), squares, 8, squares, 8, 3).mean((2, 4))
+        detail, mean = means.std((1, 2)).max(1), means.mean((1, 2))
+        colour, brightest = np.ptp(mean, axis=1), mean.max(1)
         seen = (brightest > DARK_SLIDE) & (brightest < GLASS)  # neither unscanned nor glass
-        plain = (detail < LEAST_DETAIL) & (colour < LEAST_COLOUR) & ~seen
-        blank[start : start + 64] = flat | plain
+        blank[part] = flat | ((detail < LEAST_DETAIL) & (colour < LEAST_COLOUR) & ~seen)
     return blank
 
 
-def report_blank(slide, spots, centres, shape):
-    """Count in a line the spots that show nothing, as glass, or what was not scanned or is lost.
+def report_blank(slide, spots, patches, shape):
+    """Count in a line the spots that show nothing, as glass, or what was not scanned or is lost, by
+    the inner halves of their patches: at 0.5 um/px a spot of Visium.
 
-    `centres` are those of cut_centres. It is a warning where the spots are many, where one has a
-    single colour, which no camera gives, or where they would lie on tissue were the image turned or
-    mirrored.
+    It is a warning where the spots are many, where one has a single colour, which no camera gives,
+    or where they would lie on tissue were the image turned or mirrored.
     """
     inside = find_inside(spots, shape)
-    spots, centres = spots[inside], centres[inside]
+    side = patches.shape[1]
+    inner = slice(side // 4, side // 4 + side // 2)
+    spots, centres = spots[inside], patches[:, inner, inner][inside]
     if len(centres) > 1 and not np.ptp(centres, axis=(0, 1, 2)).any():
         raise InputError(
             f"{slide.image}: all {len(spots)} spots are of one colour, {centres[0, 0, 0]}: nothing "
@@ -110,10 +103,9 @@ def report_blank(slide, spots, centres, shape):
     blank = find_blank(centres)
     if not blank.any():
         return
-    barcode = spots["barcode"].iloc[np.flatnonzero(blank)[0]]
     counted = (
         f"{slide.image}: {blank.sum()} of {len(spots)} spots lie on glass, or on what was not "
-        f"scanned or is lost, as {barcode}"
+        f"scanned or is lost, as {spots['barcode'][blank].iloc[0]}"
     )
     turns = find_turns(slide, spots, blank.mean(), shape) if blank.mean() >= FEW_BLANK else []
     flat = sum(np.ptp(centre, axis=(0, 1)).max() == 0 for centre in centres[blank])
@@ -133,14 +125,14 @@ def report_blank(slide, spots, centres, shape):
 
 def choose_some(spots):
     """SWAP_SAMPLE of the spots at most, evenly over the table."""
-    return np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)
+    return spots.iloc[np.linspace(0, len(spots) - 1, min(len(spots), SWAP_SAMPLE)).astype(int)]
 
 
 def find_turns(slide, spots, share, shape):
     """Names of the TURNS that bring most of the blank spots, a `share` of all, onto tissue; those
     first that the array's rows and columns speak for.
     """
-    some = spots.iloc[choose_some(spots)]
+    some = choose_some(spots)
     rows, columns = some[PLACE].to_numpy().T
     turned = {
         name: some.assign(**dict(zip(PLACE, turn(rows, columns, *shape), strict=True)))
@@ -149,7 +141,7 @@ def find_turns(slide, spots, share, shape):
     turned = {name: moved for name, moved in turned.items() if find_inside(moved, shape).all()}
     if not turned:
         return []
-    side = PATCH_SIZE // 2  # as cut_centres gives
+    side = PATCH_SIZE // 2  # as of the inner halves in report_blank
     every = np.empty((len(turned) * len(some), side, side, 3), np.uint8)
     read_patches(slide.image, pd.concat(turned.values()), every)
     blank = find_blank(every).reshape(len(turned), len(some)).mean(1)

@@ -3,7 +3,6 @@
 import io
 import re
 import warnings
-import zlib
 
 import anndata
 import numpy as np
@@ -26,7 +25,7 @@ CONTROLS = (
     r"unassigned|deprecated|intergenic_?region|blank[_-]?\d|antisense_)"
 )
 FEATURE_SPELLINGS = {
-    "id": ("id", "gene_id", "gene_ids", "ensembl", "ensembl_id", "feature_id"),
+    "id": ("gene_ids", "id", "gene_id", "ensembl", "ensembl_id", "feature_id"),
     "name": (
         "name",
         "gene_name",
@@ -42,6 +41,10 @@ FEATURE_SPELLINGS = {
     "kind": ("feature_type", "feature_types", "kind", "type"),
 }
 ROW_NAMES = ("index", "features", "gene", "genes")  # columns in which R keeps lost names of genes
+# A file of a folder with a matrix; GEO sets a sample's accession before the names.
+FOLDER_PART = re.compile(
+    r"([^.].*[_.-])?(?:barcodes\.tsv|features\.tsv|genes\.tsv|matrix\.mtx)(?:\.gz)?"
+)
 # What programs keep of spots beside their genes, in lower case: columns of a plain table of both.
 OF_SPOTS = (
     r"(?i:n_?counts?(_.*)?|total_?(counts|umis?|reads)(_.*)?|log1p_.*counts.*|n_?genes?(_.*)?|"
@@ -52,6 +55,8 @@ OF_SPOTS = (
     r"[xy][._]?(pixel|pxl|px|coord|coordinate|pos|position|centroid)s?|"
     r"tissue|row|col|total|sum)"
 )
+# Barcodes: letters as 10x has, or ST's place on the array, 10x13.
+BARCODES = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
 PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
 # What spreadsheets make of MARCH1, SEPT2 and DEC1.
 DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)|(?:Mar|Sep|Dec)-\d{1,2})"
@@ -67,12 +72,10 @@ ENSEMBL = r"ENS[A-Z]*\d{6,}(?:\.\d+)?"
 
 def read_matrix(path, genome="", named=()):
     """Counts of one slide from a 10x folder or .h5, an .h5ad or a plain table, as AnnData (spots x
-    genes, CSR).
+    genes, CSR); var_names are gene ids, var["name"] the symbols.
 
-    Controls of imaging panels are left out, but for those `named`, by symbol or id.
-
-    var_names are gene ids, var["name"] the symbols. Of several genomes in one matrix, `genome`
-    chooses one; without it, genes of all are taken, and that is warned of.
+    Controls of imaging panels are left out, but for those `named`, by symbol or id. Of several
+    genomes in one matrix, `genome` chooses one; without it, genes of all are taken.
     """
     table = read_matrix_file(path)
     if not table.n_obs or not table.n_vars:
@@ -130,6 +133,15 @@ def read_matrix_file(path):
     return table if chosen.all() else table[chosen].copy()
 
 
+def make_table(path, counts, barcodes, features):
+    """AnnData of counts (spots x genes), CSR, and of `features`, whose index are the genes' ids;
+    InputError where a barcode or an id stands there twice.
+    """
+    inputs.check_unique(barcodes, "barcode", path)
+    inputs.check_unique(features.index, "gene id", path)
+    return anndata.AnnData(counts, pd.DataFrame(index=[*barcodes]), features)
+
+
 def choose_genome(table, path, genome):
     """The genes of one genome, without the prefix that 10x sets before ids and symbols then."""
     genomes = find_genomes(table)
@@ -173,7 +185,8 @@ def read_dense_matrix(path):
     Genes have one name there, which is both id and symbol.
     """
     names, table = inputs.read_dense_table(path)
-    of_rows, of_columns = (look_like_barcodes(part) for part in (table.index, names))
+    shares = [pd.Series(part).str.fullmatch(BARCODES).mean() for part in (table.index, names)]
+    of_rows, of_columns = (share > 0.5 for share in shares)
     if of_rows == of_columns:
         raise InputError(
             f"{path}: neither rows, as {table.index[0]}, nor columns, as {names[0]}, are spots "
@@ -182,7 +195,6 @@ def read_dense_matrix(path):
     counts, barcodes, genes = table.to_numpy(), table.index, names
     if of_columns:
         counts, barcodes, genes = counts.T, names, table.index
-    inputs.check_unique(barcodes, "barcode", path)
     inputs.check_unique(genes, "gene", path)
     genes = pd.Index([*genes])
     of_spots = genes.str.fullmatch(OF_SPOTS).astype(bool)
@@ -197,14 +209,8 @@ def read_dense_matrix(path):
     if totals.any() and counts.shape[1] > 2:
         inputs.warn(f"{path}: {genes[totals][0]} is the sum of the others and is left out")
         counts, genes = counts[:, ~totals], genes[~totals]
-    var = pd.DataFrame({"name": [*genes]}, index=[*genes])
-    return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=[*barcodes]), var)
-
-
-def look_like_barcodes(names):
-    """Whether most names are barcodes: letters as 10x has, or ST's place on the array, 10x13."""
-    pattern = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
-    return pd.Series(names).str.fullmatch(pattern).mean() > 0.5
+    features = pd.DataFrame({"name": genes}, index=genes)
+    return make_table(path, scipy.sparse.csr_matrix(counts), barcodes, features)
 
 
 def read_h5_matrix(path):
@@ -226,11 +232,8 @@ def read_h5_matrix(path):
     genes = are_genes(table.var.get("feature_types"), path)
     if not np.all(genes):  # Else a copy would double the memory, of Visium HD by 1.5 GB.
         table = table[:, genes].copy()
-    inputs.check_unique(table.obs_names, "barcode", path)
-    inputs.check_unique(table.var["gene_ids"], "gene id", path)
-    table.var["name"] = table.var_names
-    table.var_names = table.var["gene_ids"].astype(str)
-    return table
+    features = table.var.assign(name=table.var_names).set_index("gene_ids").rename_axis(None)
+    return make_table(path, table.X, table.obs_names, features)
 
 
 def are_genes(kinds, path):
@@ -250,13 +253,10 @@ def are_genes(kinds, path):
 
 
 def read_anndata_matrix(path):
-    """The counts in an .h5ad, as read_matrix gives them.
-
-    They are X, or layers["counts"] or raw where X is not of counts. Gene ids are a column of var,
-    as gene_ids, or else the var_names; so are the symbols.
+    """The counts that choose_counts finds in an .h5ad, as read_matrix gives them. Gene ids are a
+    column of var, as gene_ids, or else the var_names; so are the symbols.
     """
-    stored = read_anndata(path)
-    table = choose_counts(stored, path)
+    table = choose_counts(read_anndata(path), path)
     check_depths(table, path)
     var = table.var.set_axis([inputs.normalise_name(str(name)) for name in table.var], axis=1)
     var = var.loc[:, ~var.columns.duplicated()]  # Of names that differ in case the first counts.
@@ -264,17 +264,15 @@ def read_anndata_matrix(path):
     if not np.all(genes):
         table, var = table[:, genes], var[genes]
     var.index = find_row_names(var, path)
-    ids = find_gene_names(var, ("gene_ids", *FEATURE_SPELLINGS["id"]))
+    ids = find_gene_names(var, FEATURE_SPELLINGS["id"])
     names = find_gene_names(var, FEATURE_SPELLINGS["name"], ids)
-    inputs.check_unique(ids, "gene id", path)
     features = pd.DataFrame({"name": names.to_numpy()}, index=ids.to_numpy())
     if "genome" in var:
         features["genome"] = var["genome"].astype(str).to_numpy()
     counts = table.X
     if not scipy.sparse.issparse(counts):
         counts = np.asarray(counts, np.result_type(counts, np.float32))  # scipy has no float16.
-    counts = scipy.sparse.csr_matrix(counts)
-    return anndata.AnnData(counts, obs=pd.DataFrame(index=table.obs_names), var=features)
+    return make_table(path, scipy.sparse.csr_matrix(counts), table.obs_names, features)
 
 
 def find_kinds(var):
@@ -387,8 +385,7 @@ def find_row_names(var, path):
     names = var.index.astype(str)
     if len(names) < 2 or not inputs.counts_up([*names]):
         return names
-    known = ("gene_ids", *FEATURE_SPELLINGS["id"], *FEATURE_SPELLINGS["name"])
-    for column in (*ROW_NAMES, *known):
+    for column in (*ROW_NAMES, *FEATURE_SPELLINGS["id"], *FEATURE_SPELLINGS["name"]):
         if column in var and var[column].notna().all():
             return pd.Index(var[column].astype(str))
     raise InputError(f"{path}: its genes are called {names[0]}, {names[1]}, ...: give their names")
@@ -413,33 +410,36 @@ def find_gene_names(var, spellings, instead=None):
 
 def read_matrix_folder(folder):
     """matrix.mtx, barcodes.tsv and features.tsv or genes.tsv, as read_matrix gives them."""
-    paths = find_parts(folder, ("barcodes.tsv",), ("features.tsv", "genes.tsv"), ("matrix.mtx",))
-    barcodes = read_barcodes(paths[0])
-    features = inputs.read_table(paths[1], FEATURE_SPELLINGS, row_names="name")
+    named = find_part(folder, "barcodes.tsv")
+    listed = find_part(folder, "features.tsv", "genes.tsv")
+    matrix = find_part(folder, "matrix.mtx")
+    for file in (listed, matrix):
+        if FOLDER_PART.fullmatch(file.name)[1] != FOLDER_PART.fullmatch(named.name)[1]:
+            refuse_samples(folder, named, file)
+    barcodes = read_barcodes(named)
+    features = inputs.read_table(listed, FEATURE_SPELLINGS, row_names="name")
     if "id" not in features:
-        raise InputError(f"{paths[1]}: no column id among {', '.join(features)}")
+        raise InputError(f"{listed}: no column id among {', '.join(features)}")
     are_ids = {column: features[column].str.fullmatch(ENSEMBL).mean() for column in features}
     if are_ids["id"] < 0.5 < are_ids.get("name", 0):
-        print(f"{paths[1]}: symbols, as {features['id'].iloc[0]}, stand there before the ids")
+        print(f"{listed}: symbols, as {features['id'].iloc[0]}, stand there before the ids")
         features = features.rename(columns={"id": "name", "name": "id"})
-    counts = scipy.sparse.csr_matrix(read_market_matrix(paths[2]).T)
+    counts = scipy.sparse.csr_matrix(read_market_matrix(matrix).T)
     if counts.shape == (len(features), len(barcodes)) != counts.shape[::-1]:
-        print(f"{paths[2]}: its rows are spots and its columns genes")
+        print(f"{matrix}: its rows are spots and its columns genes")
         counts = counts.T.tocsr()
     if counts.shape != (len(barcodes), len(features)):
         raise InputError(
-            f"{paths[2]}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are "
+            f"{matrix}: {counts.shape[1]} genes x {counts.shape[0]} spots, but there are "
             f"{len(features)} features and {len(barcodes)} barcodes: the three files are not of "
             "one slide"
         )
     if "kind" in features:  # CytAssist's and multi-modal folders hold other kinds too
         genes = are_genes(features["kind"], folder)
         counts, features = counts[:, genes], features[genes]
-    inputs.check_unique(barcodes, "barcode", folder)
-    inputs.check_unique(features["id"], "gene id", folder)
     symbols = features.get("name", features["id"])
     var = pd.DataFrame({"name": symbols.to_numpy()}, index=features["id"].to_numpy())
-    return anndata.AnnData(counts, obs=pd.DataFrame(index=barcodes.to_numpy()), var=var)
+    return make_table(folder, counts, barcodes, var)
 
 
 def read_barcodes(path):
@@ -462,29 +462,17 @@ def find_part(folder, *names):
         pattern = re.compile(rf"[^.].*[_.-]{re.escape(name)}(\.gz)?")
         found = sorted(path for path in folder.glob("*") if pattern.fullmatch(path.name))
         if len(found) > 1:
-            raise InputError(
-                f"{folder}: {found[0].name} and {found[1].name} are of two samples: "
-                "give each a folder of its own"
-            )
+            refuse_samples(folder, *found[:2])
         if found:
             return found[0]
     raise InputError(f"no {' or '.join(names)} (plain or .gz) in {folder}")
 
 
-def find_parts(folder, *kinds):
-    """A path for each of the kinds, which are tuples of names: files of one sample in a folder."""
-    paths = [find_part(folder, *names) for names in kinds]
-    prefixes = []
-    for path, names in zip(paths, kinds, strict=True):
-        ends = "|".join(map(re.escape, names))
-        prefixes.append(re.sub(rf"({ends})(\.gz)?$", "", path.name))
-    for path, prefix in zip(paths, prefixes, strict=True):
-        if prefix != prefixes[0]:
-            raise InputError(
-                f"{folder}: {paths[0].name} and {path.name} are of two samples: "
-                "give each a folder of its own"
-            )
-    return paths
+def refuse_samples(folder, one, other):
+    """InputError that names two files of a folder that are of two samples."""
+    raise InputError(
+        f"{folder}: {one.name} and {other.name} are of two samples: give each a folder of its own"
+    )
 
 
 def read_market_matrix(path):
@@ -497,7 +485,7 @@ def read_market_matrix(path):
         if b"\0" in content:
             raise ValueError("a zero byte in it")
         return scipy.io.mmread(io.BytesIO(content + b"\n"))
-    except (ValueError, OverflowError, OSError, EOFError, zlib.error) as error:
+    except (ValueError, OverflowError, *inputs.UNREADABLE) as error:
         raise InputError(
             f"{path}: not a whole file of this kind ({error}); fetch it again"
         ) from None
@@ -520,11 +508,8 @@ def check_counts(table, path):
 def holds_counts(matrix):
     """Whether a matrix, sparse or dense, holds finite whole numbers from 0 on alone."""
     values = matrix.data if scipy.sparse.issparse(matrix) else np.asarray(matrix)
-    for start in range(0, len(values), 2**16):  # In parts, since the answers take as much memory.
-        part = values[start : start + 2**16]
-        if not ((part >= 0) & (part < np.inf) & (part == np.rint(part))).all():
-            return False
-    return True
+    parts = (values[part] for part in common.parts_of(len(values), 2**16))  # to spare memory
+    return all(((part >= 0) & (part < np.inf) & (part == np.rint(part))).all() for part in parts)
 
 
 def join_genes(features):
@@ -536,21 +521,17 @@ def join_genes(features):
     order of the slides does not matter. InputError for a slide that shares no id with the others,
     and where more symbols have other ids on other slides than genes are shared.
     """
-    symbols, listed = pd.Series(dtype=str), {}
-    for key, var in features:
-        listed[key] = var.index
-        found = var["name"].astype(str).set_axis(var.index)
-        symbols = pd.concat([symbols, found])
-    table = symbols.rename_axis("id").rename("name").reset_index()
+    symbols = {key: var["name"].astype(str) for key, var in features}
+    table = pd.concat(symbols.values()).rename_axis("id").reset_index()
     table["repeats"] = table["id"] == table["name"]
     warn_of_renamed(table[~table["repeats"]])
     table = table.sort_values(["id", "repeats", "name"]).drop_duplicates("id")
     ids = pd.Index(table["id"])
     genes = pd.DataFrame({"gene_ids": ids, "name": table["name"].to_numpy()})
     genes.index = name_genes(genes["name"])
-    for key, found in listed.items():
-        genes[f"listed_{key}"] = ids.isin(found)
-    report_missing_genes(genes, list(listed))
+    for key, found in symbols.items():
+        genes[f"listed_{key}"] = ids.isin(found.index)
+    report_missing_genes(genes, list(symbols))
     warn_of_split_genes(genes)
     warn_of_spellings(genes)
     return genes
@@ -562,16 +543,14 @@ def warn_of_split_genes(genes):
 
     InputError where these symbols are more than the genes that all slides share.
     """
-    listed = genes.filter(like="listed_")
-    by_name = listed.groupby(genes["name"].to_numpy())
-    is_split = (by_name.size() > 1) & (by_name.sum() <= 1).all(axis=1)
-    if not is_split.any():
+    names = find_split(genes, genes["name"])
+    if not len(names):
         return
-    name = is_split.index[is_split][0]
-    ids = " and ".join(genes["gene_ids"][genes["name"] == name][:2])
-    count = is_split.sum()
-    found = f"genes of one symbol with other ids on other slides: {count}, as {name}: {ids}"
-    if count > listed.all(axis=1).sum():
+    ids = " and ".join(genes["gene_ids"][genes["name"] == names[0]][:2])
+    found = (
+        f"genes of one symbol with other ids on other slides: {len(names)}, as {names[0]}: {ids}"
+    )
+    if len(names) > genes.filter(like="listed_").all(axis=1).sum():
         raise InputError(
             f"{found}; that is more than the genes that all slides share: name genes by the ids "
             'of one annotation on all slides, in features.tsv or in var["gene_ids"] of an .h5ad'
@@ -588,16 +567,20 @@ def warn_of_spellings(genes):
     """
     symbols = genes[genes["gene_ids"] == genes["name"]]
     spelling = symbols["name"].str.upper().str.replace("[._]", "-", regex=True)
-    listed = symbols.filter(like="listed_").groupby(spelling.to_numpy())
-    is_split = (listed.size() > 1) & (listed.sum() <= 1).all(axis=1)
-    split = symbols["name"][spelling.isin(is_split.index[is_split])]
+    split = find_split(symbols, spelling)
     if len(split):
-        first = sorted(split[spelling == spelling[split.index[0]]])
+        first = " and ".join(sorted(symbols["name"][spelling == split[0]]))
         inputs.warn(
-            f"genes that are spelled otherwise on other slides: {is_split.sum()}, as "
-            f"{' and '.join(first)}. These are two genes here, each without counts where the other "
-            "stands: spell them alike"
+            f"genes that are spelled otherwise on other slides: {len(split)}, as {first}. These "
+            "are two genes here, each without counts where the other stands: spell them alike"
         )
+
+
+def find_split(genes, names):
+    """The `names` that several of the genes have, of which each slide lists one at most."""
+    listed = genes.filter(like="listed_").groupby(names.to_numpy())
+    is_split = (listed.size() > 1) & (listed.sum() <= 1).all(axis=1)
+    return is_split.index[is_split]
 
 
 def warn_of_renamed(symbols):
@@ -625,26 +608,26 @@ def report_missing_genes(genes, keys):
     """Print how many genes there are and how many of them a slide does not list; InputError for a
     slide that shares none with the others.
     """
-    listed = genes[[f"listed_{key}" for key in keys]]
-    in_every_slide = f", {listed.all(axis=1).sum():,} of them in every slide"
-    print(f"{len(genes):,} genes{in_every_slide if len(keys) > 1 else ''}")
-    by_others = listed.sum(axis=1)
+    if len(keys) == 1:
+        print(f"{len(genes):,} genes")
+        return
+    listed = genes.filter(like="listed_").set_axis(keys, axis=1)
+    everywhere, is_shared = listed.all(axis=1), listed.sum(axis=1) > 1
+    print(f"{len(genes):,} genes, {everywhere.sum():,} of them in every slide")
     for key in keys:
-        own = genes[f"listed_{key}"]
-        if len(keys) > 1 and not (own & (by_others > 1)).any():
+        if not (listed[key] & is_shared).any():
             raise InputError(
                 f"slide {key} shares no gene id with the others: are they of one species and one "
                 "annotation?"
             )
-        if not own.all():
-            print(f"  slide {key} does not list {(~own).sum():,} of them: no counts there")
-    if len(keys) > 1 and not listed.all(axis=1).any():
-        lists = "; ".join(
-            f"slide {key}: {genes['gene_ids'][genes[f'listed_{key}']].iloc[0]}" for key in keys[:4]
-        )
+        if not listed[key].all():
+            lacking = (~listed[key]).sum()
+            print(f"  slide {key} does not list {lacking:,} of them: no counts there")
+    if not everywhere.any():
+        firsts = [f"slide {key}: {genes['gene_ids'][listed[key]].iloc[0]}" for key in keys[:4]]
         raise InputError(
-            f"no gene id is in every slide ({lists}): do some call genes by ids and others by "
-            "symbols?"
+            f"no gene id is in every slide ({'; '.join(firsts)}): do some call genes by ids and "
+            "others by symbols?"
         )
 
 

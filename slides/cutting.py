@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import parts_of
 from slides import alignment, imaging, inputs, space_ranger
 from slides.hest_patches import copy_hest_patches, holds_patches
 
@@ -25,28 +26,24 @@ def cut_spots(slide, spots, patches, um_per_px, scratch, *, thumbnail):
 
     A `thumbnail` is made in the same pass, if asked for. Returns the Cut.
     """
+    if holds_patches(slide.image):  # Patches that were made elsewhere tell nothing of an image.
+        image = copy_hest_patches(slide, spots, patches, um_per_px)
+        return Cut(image, None, 0, np.ones(len(spots), bool))
     step = imaging.thumbnail_step(slide) if thumbnail else None
     image, made, over = read_resampled(slide, spots, patches, um_per_px, scratch, step)
-    whole = not holds_patches(slide.image)  # Patches that were made elsewhere tell nothing of it.
-    if whole and slide.positions is not None:
+    if slide.positions is not None:
         alignment.warn_of_swap(slide, spots, image.shape)
     space_ranger.check_hires(slide, image.shape, made)
-    if whole:
-        alignment.report_blank(slide, spots, alignment.cut_centres(patches), image.shape)
-    inside = imaging.find_inside(spots, image.shape) if whole else np.ones(len(spots), bool)
-    return Cut(image, made, over, inside)
+    alignment.report_blank(slide, spots, patches, image.shape)
+    return Cut(image, made, over, imaging.find_inside(spots, image.shape))
 
 
-def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
+def read_resampled(slide, spots, patches, um_per_px, scratch, step):
     """As imaging.read_patches, of patches (n, S, S, 3) whose pixels are um_per_px wide; 0: the
-    slide's own.
+    slide's own. Larger or smaller ones are read into a file in the folder `scratch`, and resized.
 
-    Larger or smaller patches are read into a file in the folder `scratch`, and resized.
-    Those of HEST-1k are taken as they are, without a thumbnail.
     Returns (SlideImage, Thumbnail or None, number of patches over the border).
     """
-    if holds_patches(slide.image):
-        return copy_hest_patches(slide, spots, patches, um_per_px), None, 0
     finer = slide.um_per_px / um_per_px if um_per_px else 1.0
     size = patches.shape[1]
     if 0.99 < finer < 1.01:
@@ -60,9 +57,9 @@ def read_resampled(slide, spots, patches, um_per_px, scratch, step=None):
     side = max(1, round(size * um_per_px / slide.um_per_px))
     native = imaging.map_scratch(scratch, (len(spots), side, side, 3))
     image, thumbnail = imaging.read_patches(slide.image, spots, native, step)
-    for start in range(0, len(spots), 64):
-        images = torch.from_numpy(native[start : start + 64]).permute(0, 3, 1, 2)
+    for part in parts_of(len(spots), 64):
+        images = torch.from_numpy(native[part]).permute(0, 3, 1, 2)
         images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        patches[start : start + 64] = images.permute(0, 2, 3, 1).numpy()
+        patches[part] = images.permute(0, 2, 3, 1).numpy()
     how = f"{image.how}; resampled from {slide.um_per_px:g} to {um_per_px:g} um/px"
     return image._replace(how=how), thumbnail, imaging.count_over_border(spots, image.shape, side)

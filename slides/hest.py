@@ -31,20 +31,20 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
     """
     metadata = read_hest_metadata(folder)
     chosen = choose_hest_samples(folder, metadata, samples or list(metadata), filters)
-    slides = []
+    slides, positions = [], []
     for number, sample in enumerate(chosen, 1):
-        row = metadata.get(sample, {})
-        slides.append(read_hest_sample(folder, number, sample, row, use_patches))
-    positions = [None] * len(slides)  # They are in the .h5ad, in px of the whole image.
-    if use_patches:
-        for number, slide in enumerate(slides):
+        slide = read_hest_sample(folder, number, sample, metadata.get(sample, {}), use_patches)
+        places = None  # They are in the .h5ad, in px of the whole image.
+        if use_patches:
             scale = slide.um_per_px / HEST_UM_PER_PX
-            positions[number] = space_ranger.scale_positions(read_positions(slide.matrix), scale)
-        slides = [replace(slide, um_per_px=HEST_UM_PER_PX) for slide in slides]
+            places = space_ranger.scale_positions(read_positions(slide.matrix), scale)
+            slide = replace(slide, um_per_px=HEST_UM_PER_PX)
+        slides.append(slide)
+        positions.append(places)
     table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
-    path = root / "slides.csv"
-    shell.save_csv(path, table)
-    print(f"wrote {path}: {len(table)} slides of {table['donor'].nunique()} donors")
+    shell.save_csv(root / "slides.csv", table)
+    donors = table["donor"].nunique()
+    print(f"wrote {root / 'slides.csv'}: {len(table)} slides of {donors} donors")
 
 
 def read_hest_metadata(folder):
@@ -53,9 +53,7 @@ def read_hest_metadata(folder):
     tables = sorted(folder.glob("HEST_v*.csv"), key=lambda path: [*map(int, NUMBERS(path.stem))])
     if not tables:
         return {}
-    table = inputs.read_table(tables[-1], {"id": ("id",)})
-    if "id" not in table or not table.attrs["named"]:
-        raise InputError(f"{tables[-1]}: no column id among {', '.join(map(str, table))}")
+    table = inputs.read_columns(tables[-1], ["id"])
     inputs.check_unique(table["id"], "sample", tables[-1])
     return table.set_index("id").to_dict("index")
 
@@ -88,22 +86,18 @@ def choose_hest_samples(folder, metadata, samples, filters):
 
 
 def read_hest_sample(folder, number, sample, row, use_patches):
-    """The Slide of a sample of HEST-1k, of its metadata and of its row in their table.
-
-    A donor is a patient of a data set, since patients of two data sets may have one name.
-    """
+    """The Slide of a sample of HEST-1k, of its metadata and of its row in their table."""
     matrix = folder / "st" / f"{sample}.h5ad"
     image = folder / "wsis" / f"{sample}.tif"
     if use_patches:
         image = folder / "patches" / f"{sample}.h5"
     for path in (matrix, image):
-        if not path.is_file():
-            raise InputError(
-                f"{path}: no such file: fetch it from the data set MahmoodLab/hest, or name "
-                "other samples with --samples"
-            )
+        check_file(
+            path, "fetch it from the data set MahmoodLab/hest, or name other samples with --samples"
+        )
     facts = row | read_hest_json(folder, sample, row)
-    if facts.get("patient", "").strip() in NO_FILE:
+    donor = name_donor(facts)
+    if not donor:
         inputs.warn(
             f"{folder}: sample {sample} names no patient and is taken for a donor of its own: "
             "fix donor in slides.csv where two samples are of one person"
@@ -114,16 +108,21 @@ def read_hest_sample(folder, number, sample, row, use_patches):
             f"{folder}: pixel_size_um_estimated of sample {sample} is "
             f"{facts.get('pixel_size_um_estimated')}; expected a number from 0.05 to 20"
         )
-    donor = name_donor(sample, facts)
-    return Slide(number, sample, donor, image, float(um_per_px), None, matrix)
+    return Slide(number, sample, donor or sample, image, float(um_per_px), None, matrix)
 
 
-def name_donor(sample, facts):
-    """The patient that the metadata {name: text} of a sample name, or else the sample."""
+def check_file(path, fix):
+    """InputError, with what to do, where there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: {fix}")
+
+
+def name_donor(facts):
+    """The patient and data set that the metadata {name: text} of a sample name, since patients of
+    two data sets may have one name; "" where they name no patient.
+    """
     patient = facts.get("patient", "").strip()
-    if patient in NO_FILE:
-        return sample
-    return f"{facts.get('dataset_title', '')} {patient}".strip()
+    return "" if patient in NO_FILE else f"{facts.get('dataset_title', '')} {patient}".strip()
 
 
 def read_hest_json(folder, sample, row):
@@ -152,9 +151,7 @@ def write_task(root, folder):
     genes = read_task_genes(folder)
     metadata = read_hest_metadata(folder)
     rows = splits.drop_duplicates("sample_id").sort_values("sample_id").to_dict("records")
-    slides = []
-    for number, row in enumerate(rows, 1):
-        slides.append(read_task_sample(folder, number, row, metadata))
+    slides = [read_task_sample(folder, number, row, metadata) for number, row in enumerate(rows, 1)]
     positions = [read_task_positions(slide) for slide in slides]  # Refused before a link is made.
     table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
     numbers = {slide.name: slide.tissue_index for slide in slides}
@@ -191,16 +188,11 @@ def read_splits(folder):
 def read_split(folder, role, fold):
     """Table sample_id, patches_path, expr_path of a file of a task's splits/."""
     path = folder / "splits" / f"{role}_{fold}.csv"
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file: a fold needs train_{fold}.csv and test_{fold}.csv; fetch the "
-            "task again"
-        )
+    check_file(path, f"a fold needs train_{fold}.csv and test_{fold}.csv; fetch the task again")
     columns = ["sample_id", "patches_path", "expr_path"]
-    table = inputs.read_table(path, {column: (column,) for column in columns})
-    missing = [column for column in columns if column not in table or not table.attrs["named"]]
-    if missing or table.empty:
-        raise InputError(f"{path}: expected the columns {', '.join(columns)} and a row a sample")
+    table = inputs.read_columns(path, columns)
+    if table.empty:
+        raise InputError(f"{path}: expected a row a sample")
     inputs.check_unique(table["sample_id"], "sample", path)
     return table[columns]
 
@@ -223,13 +215,13 @@ def read_task_sample(folder, number, row, metadata):
     sample = row["sample_id"]
     image, matrix = folder / row["patches_path"], folder / row["expr_path"]
     for path in (image, matrix):
-        if not path.is_file():
-            raise InputError(
-                f"{path}: no such file, which splits/ names for sample {sample}: fetch the task "
-                "again from the data set MahmoodLab/hest-bench"
-            )
+        check_file(
+            path,
+            f"splits/ names it for sample {sample}: fetch the task again from the data set "
+            "MahmoodLab/hest-bench",
+        )
     known = {"id": sample} | metadata.get(sample, {})
-    donor = name_donor(sample, known | read_hest_json(folder, sample, known))
+    donor = name_donor(known | read_hest_json(folder, sample, known)) or sample
     return Slide(number, sample, donor, image, HEST_UM_PER_PX, None, matrix)
 
 

@@ -30,6 +30,7 @@ from study.shell import InputError
 
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
+ARRAY = ["array_row", "array_col"]
 PLACE = ["pxl_row", "pxl_col"]
 SWAPPED = {"pxl_row": "pxl_col", "pxl_col": "pxl_row"}
 DARK_SLIDE = 50  # of 255: H&E is brighter, since light shines through it
@@ -86,9 +87,8 @@ def open_image(path):
 
 
 def check_orientation(path, orientation):
-    """InputError for a tag that has viewers turn or mirror the image.
-
-    Nobody knows whether positions were read off the image as it lies in the file or as it is shown.
+    """InputError for a tag that has viewers turn or mirror the image: nobody knows whether its
+    positions were read off it as it lies in the file or as it is shown.
     """
     if orientation not in (None, 0, 1):
         raise InputError(
@@ -161,10 +161,7 @@ def tiff_errors(path):
 
 
 def find_slide(path, tiff):
-    """The pages of an open TIFF that are its slide: one, or one each for red, green and blue.
-
-    Raises InputError where they are cut short, or no 8-bit RGB or grey image.
-    """
+    """The pages of an open TIFF that are its slide: one, or one each for red, green and blue."""
     series = choose_series(tiff)
     report_scenes(path, tiff, series)
     check_tiff(path, tiff, series.keyframe)
@@ -182,14 +179,13 @@ def choose_series(tiff):
     def count_pixels(series):
         return series.keyframe.imagelength * series.keyframe.imagewidth
 
-    largest = max(tiff.series, key=count_pixels)
-    coloured = []
-    for series in tiff.series:
+    def has_colours(series):
         grey = series.keyframe.photometric.name in ("MINISBLACK", "MINISWHITE")
-        colours = not grey or len(series.pages) == 3  # which may be three grey pages
-        if colours and 4 * count_pixels(series) >= count_pixels(largest):
-            coloured.append(series)
-    return max(coloured, key=count_pixels, default=largest)
+        return not grey or len(series.pages) == 3  # which may be three grey pages
+
+    largest = max(tiff.series, key=count_pixels)
+    large = [one for one in tiff.series if 4 * count_pixels(one) >= count_pixels(largest)]
+    return max(filter(has_colours, large), key=count_pixels, default=largest)
 
 
 def report_scenes(path, tiff, chosen):
@@ -213,13 +209,7 @@ def report_scenes(path, tiff, chosen):
 
 # Their decoders fill what a tile lacks with grey or a blur. The mark of the end stands nowhere else
 # in them.
-JPEG = (
-    tifffile.COMPRESSION.JPEG,
-    tifffile.COMPRESSION.ALT_JPEG,
-    tifffile.COMPRESSION.APERIO_JP2000_YCBC,
-    tifffile.COMPRESSION.APERIO_JP2000_RGB,
-    tifffile.COMPRESSION.JPEG2000,
-)
+JPEG = ("JPEG", "ALT_JPEG", "APERIO_JP2000_YCBC", "APERIO_JP2000_RGB", "JPEG2000")
 JPEG_END = b"\xff\xd9"
 JPEG_TAIL = 65_536  # bytes; programs may write notes behind the end
 
@@ -255,7 +245,7 @@ def holds_ycbcr(page):
 
     Its photometric tag may say RGB, and other programs write the same compression of true RGB.
     """
-    return page.is_svs and page.compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC
+    return page.is_svs and page.compression.name == "APERIO_JP2000_YCBC"
 
 
 def order_colours(path, tiff, series):
@@ -412,7 +402,7 @@ def decode_segment(page, number):
     data = os.pread(handle, page.databytecounts[number], page.dataoffsets[number])
     # Hamamatsu's tiles are the parts of one JPEG between its restart markers, with a header apart.
     is_whole = page.jpegheader is None
-    if data and page.compression in JPEG and is_whole and JPEG_END not in data:
+    if data and page.compression.name in JPEG and is_whole and JPEG_END not in data:
         raise InputError(
             f"{page.parent.filehandle.path}: the JPEG of tile {number} has no end: the file is "
             "damaged; fetch it again"
@@ -557,10 +547,9 @@ def check_centres(path, spots, shape):
     outside = ~find_inside(spots, shape)
     if not outside.any():
         return
-    barcode = spots["barcode"].iloc[np.flatnonzero(outside)[0]]
+    barcode = spots["barcode"][outside].iloc[0]
     size = f"{shape[0]} x {shape[1]} px"
-    swapped = spots.rename(columns=SWAPPED)
-    swapped_fits = find_inside(swapped, shape).all()
+    swapped_fits = find_inside(spots.rename(columns=SWAPPED), shape).all()
     if outside.mean() < 0.5 and not (swapped_fits and lies_mirrored(spots)):
         inputs.warn(
             f"{path}: {outside.sum()} of {len(spots)} spots lie outside the image ({size}) and are "
@@ -603,9 +592,8 @@ def copy_region(region, top, left, corners, patches):
 
 
 def count_over_border(spots, shape, side):
-    """How many patches of `side` px reach over the border of an image of (height, width).
-
-    Those whose centre lies outside are left out and do not count.
+    """How many patches of `side` px with their centre inside an image of (height, width) reach over
+    its border.
     """
     corners = spots[find_inside(spots, shape)][PLACE].to_numpy() - side // 2
     return int(((corners < 0) | (corners + side > shape)).any(axis=1).sum())
@@ -622,9 +610,15 @@ def map_scratch(folder, shape):
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
+def fit_array(spots):
+    """((3, 2), (n, 3), rank): the affine map that fits best from array_row, array_col and 1 to
+    PLACE, and what it maps. The array may be turned, mirrored, stretched or sheared on the image.
+    """
+    array = np.column_stack([spots[ARRAY], np.ones(len(spots))]).astype(np.float64)
+    affine, _, rank, _ = np.linalg.lstsq(array, spots[PLACE].to_numpy(np.float64))
+    return affine, array, rank
+
+
 def lies_mirrored(spots):
-    """Whether the affine map from array_col, array_row to pxl_col, pxl_row holds a reflection."""
-    array = np.column_stack([spots[["array_col", "array_row"]], np.ones(len(spots))])
-    places = spots[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    affine = np.linalg.lstsq(array.astype(np.float64), places)[0]
-    return np.linalg.det(affine[:2]) < 0
+    """Whether the array lies on the image as in a mirror."""
+    return np.linalg.det(fit_array(spots)[0][:2]) < 0

@@ -46,6 +46,9 @@ KINDS = (
     (b"RDX", b"", "an .RData of R"),
 )
 KIND_BYTES = 2**16  # of a file, by which its kind is known
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how such a text begins
+DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading such a file raises
+UNREADABLE = (OSError, *DAMAGED_GZIP)
 WARNINGS = []  # of this start of a script, in the order in which warn() printed them
 
 
@@ -97,7 +100,7 @@ def unpack_to_scratch(path, size, changed):
     try:
         with gzip.open(path) as packed, open(plain, "wb") as file:
             shutil.copyfileobj(packed, file, 2**24)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except DAMAGED_GZIP as error:
         raise InputError(f"{path}: not a whole .gz file ({error}); fetch it again") from None
     return plain
 
@@ -107,29 +110,27 @@ def read_text(path):
     try:
         content = read_bytes(path)
         kind = name_kind(content[:KIND_BYTES])
-        if content[257:262] == b"ustar":  # where tar says so
-            kind = "a .tar archive"
         if kind:
             raise InputError(f"{path}: this is {kind}: give a table of text, saved as CSV")
         text = decode_text(content)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); export it as CSV") from None
     return re.sub(r"\Asep=.\r?\n", "", text)  # Excel's own line, which names the separator.
 
 
 def name_kind(content):
     """What a file that is no text is, by its bytes; "" for text."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return ""
+    if content[257:262] == b"ustar":
+        return "a .tar archive"
     for first, inside, kind in KINDS:
         if content.startswith(first) and inside in content:
             return kind
-    return "binary, no text" if b"\0" in content else ""
+    return "binary, no text" if b"\0" in content and not content.startswith(UTF_16) else ""
 
 
 def decode_text(content):
     """Bytes as text: UTF-8, UTF-16 with its mark, or what spreadsheets write in Western Europe."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if content.startswith(UTF_16):
         return content.decode("utf-16")
     try:
         return content.decode("utf-8-sig")
@@ -232,8 +233,9 @@ def read_table(path, spellings, row_names=None):
             names = ["", *names]  # R's write.table gives row names no head
         columns = name_columns(path, names, spellings, row_names)
     else:
-        if holds_no_names(rows[0]) and len(rows) > 1:
-            rows = rows[1:]
+        heads = rows[0] if rows[0][0] else rows[0][1:]
+        if len(rows) > 1 and len(heads) > 1 and counts_up(heads):
+            rows = rows[1:]  # It is the head that R and pandas give a table without names.
         columns = number_columns(rows, list(spellings))
     table = pd.DataFrame([fit_row(path, row, len(columns)) for row in rows], columns=columns)
     table = table.drop(columns="", errors="ignore").astype(object)
@@ -241,11 +243,21 @@ def read_table(path, spellings, row_names=None):
     return table
 
 
+def read_columns(path, columns):
+    """A table of texts with these columns at least, by their names. InputError without one."""
+    table = read_table(path, {column: (column,) for column in columns})
+    for column in columns:
+        if column not in table or not table.attrs["named"]:
+            expected = ", ".join(columns)
+            raise InputError(f"{path}: the column {column} is missing; expected {expected}")
+    return table
+
+
 def read_parquet(path, spellings):
     """A .parquet as read_table gives a table with a head; numbers stay numbers."""
     try:
         table = polars.read_parquet(io.BytesIO(read_bytes(path)))
-    except (OSError, EOFError, zlib.error, polars.exceptions.PolarsError) as error:
+    except (*UNREADABLE, polars.exceptions.PolarsError) as error:
         cause = str(error).splitlines()[0]
         raise InputError(f"{path}: not a whole .parquet ({cause}); fetch it again") from None
     if not table.columns:
@@ -255,12 +267,6 @@ def read_parquet(path, spellings):
     table = pd.DataFrame(dict(zip(columns, cells, strict=True)))
     table.attrs = {"named": True, "separator": "\t"}
     return table
-
-
-def holds_no_names(heads):
-    """Whether a first line is the head that R or pandas give a table without names."""
-    heads = heads if heads[0] else heads[1:]
-    return len(heads) > 1 and counts_up(heads)
 
 
 def name_columns(path, names, spellings, row_names):
@@ -340,23 +346,22 @@ def parse_gene_sets(text, path):
     Lines that name no gene, or are there already, are left out. InputError, which names the line of
     the file at `path`, for other columns and for a line that lacks a cell.
     """
+    if not text:
+        raise InputError(f"{path}: is empty; expected the columns group, gene")
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    rows = io.StringIO(text, newline=None)
-    cells = csv.reader(rows, delimiter=separator, skipinitialspace=True)
-    lines, columns = [], None
+    lines = csv.reader(io.StringIO(text, newline=None), delimiter=separator, skipinitialspace=True)
+    pairs = []
     try:
-        for line in cells:
-            line = [cell.strip() for cell in line]
-            if columns is None:
-                columns = line.index("group"), line.index("gene")
-            elif any(line):
-                lines.append([line[column] for column in columns])
-                if not lines[-1][0]:
+        heads = [cell.strip() for cell in next(lines)]
+        columns = heads.index("group"), heads.index("gene")
+        for line in lines:
+            cells = [cell.strip() for cell in line]
+            if any(cells):
+                pairs.append([cells[column] for column in columns])
+                if not pairs[-1][0]:
                     raise ValueError("no group")
     except (ValueError, LookupError, csv.Error):
         expected = "expected the columns group, gene and a cell of each in every line"
-        raise InputError(f"{path}, line {cells.line_num}: {expected}") from None
-    if columns is None:
-        raise InputError(f"{path}: is empty; expected the columns group, gene")
-    table = pd.DataFrame(lines, columns=["group", "gene"], dtype=str)
+        raise InputError(f"{path}, line {lines.line_num}: {expected}") from None
+    table = pd.DataFrame(pairs, columns=["group", "gene"], dtype=str)
     return table[table["gene"] != ""].drop_duplicates(ignore_index=True)

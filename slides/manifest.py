@@ -15,6 +15,7 @@ import pandas as pd
 
 from common import PATCH_SIZE
 from slides import inputs
+from slides.counts import FOLDER_PART
 from slides.sections import is_anndata, split_part
 from study import shell
 from study.shell import InputError
@@ -32,14 +33,14 @@ class Slide:
     positions: Path | None  # None: a grid is laid over the tissue
     matrix: Path | None  # a 10x folder or .h5, an .h5ad or a table; None: no counts
 
+    def paths(self):
+        """{column: path or None} of its files."""
+        return {column: getattr(self, column) for column in PATHS}
+
 
 NO_FILE = ("", "NA", "NaN", "nan", "None")  # an empty cell, as R and pandas may write it
 MANIFEST = [field.name for field in fields(Slide)]  # the columns of slides.csv
 PATHS = ("image", "positions", "matrix")
-# What is read of a folder with a matrix; GEO sets a sample's accession before the names.
-FOLDER_PARTS = (
-    r"([^.].*[_.-])?(barcodes\.tsv|features\.tsv|genes\.tsv|matrix\.mtx)(\.gz)?|harmony_matrix\.npy"
-)
 # With these script 19 writes slides.csv, which is not done again once a person has edited it.
 MANIFEST_FLAGS = (
     "--from-spaceranger",
@@ -62,19 +63,12 @@ def read_manifest(root, need_files=True):
     or, to `need_files`, is missing.
     """
     path = shell.find_manifest(root)
-    table = inputs.read_table(path, {column: (column,) for column in MANIFEST})
-    missing = [column for column in MANIFEST if column not in table or not table.attrs["named"]]
-    if missing:
-        raise InputError(
-            f"{path}: the column {missing[0]} is missing; expected {', '.join(MANIFEST)}"
-        )
-    separator = table.attrs["separator"]
-    table = table[MANIFEST].copy()
+    table = inputs.read_columns(path, MANIFEST)
     for column in ("tissue_index", "um_per_px"):
-        table[column] = inputs.parse_numbers(table[column], separator)
+        table[column] = inputs.parse_numbers(table[column], table.attrs["separator"])
     check_manifest(path, table)
     table["tissue_index"] = table["tissue_index"].astype(int)
-    rows = table.sort_values("tissue_index").to_dict("records")
+    rows = table[MANIFEST].sort_values("tissue_index").to_dict("records")
     warn_of_spellings(path, table["donor"].unique())
     return [read_manifest_row(root, row, need_files) for row in rows]
 
@@ -98,20 +92,18 @@ def warn_of_magnifications(manifest):
     """Warn where slides of one data root differ in um per px, and so in what a patch shows."""
     finest = min(manifest, key=lambda slide: slide.um_per_px)
     coarsest = max(manifest, key=lambda slide: slide.um_per_px)
-    if coarsest.um_per_px < 1.05 * finest.um_per_px:
+    fine, coarse = finest.um_per_px, coarsest.um_per_px
+    if coarse < 1.05 * fine:
         return
     inputs.warn(
-        f"slides.csv: um_per_px is {finest.um_per_px:g} of {finest.name} and "
-        f"{coarsest.um_per_px:g} of {coarsest.name}, so that patches show "
-        f"{PATCH_SIZE * finest.um_per_px:.0f} and {PATCH_SIZE * coarsest.um_per_px:.0f} um: "
-        f"give --um-per-px {coarsest.um_per_px:g}"
+        f"slides.csv: um_per_px is {fine:g} of {finest.name} and {coarse:g} of {coarsest.name}, so "
+        f"that patches show {PATCH_SIZE * fine:.0f} and {PATCH_SIZE * coarse:.0f} um: give "
+        f"--um-per-px {coarse:g}"
     )
 
 
 def check_manifest(path, table):
-    """InputError unless every slide has a number and a name of its own, a donor and a resolution
-    that can be.
-    """
+    """InputError where a slide lacks a number or a name of its own, a donor or a resolution."""
     numbers, resolutions = table["tissue_index"], table["um_per_px"]
     whole = (numbers == np.rint(numbers)) & (numbers.abs() < 2**31)
     if table.empty or not whole.all() or numbers.duplicated().any():
@@ -139,28 +131,24 @@ def check_manifest(path, table):
 
 def read_manifest_row(root, row, need_files):
     """A Slide from a row of slides.csv, a dict by column."""
-    paths = {column: find_named(root, row, column, need_files) for column in PATHS}
-    if paths["image"] is None:
-        raise InputError(f"{root / 'slides.csv'}: slide {row['tissue_index']} has no image")
-    if paths["matrix"] is not None and paths["matrix"].suffix == ".zarr":
+    named = {column: find_named(root, row, column, need_files) for column in PATHS}
+    slide, place = Slide(**row | named), f"{root / 'slides.csv'}: slide {row['tissue_index']}"
+    if slide.image is None:
+        raise InputError(f"{place} has no image")
+    if slide.matrix is None:
+        return slide
+    if slide.matrix.suffix == ".zarr":
         raise InputError(
-            f"{paths['matrix']}: a .zarr folder is not read: convert SpatialData with "
+            f"{slide.matrix}: a .zarr folder is not read: convert SpatialData with "
             "spatialdata_io.experimental.to_legacy_anndata and its write_h5ad, and name the .h5ad"
         )
-    if paths["positions"] is None and is_anndata(paths["matrix"]):
-        paths["positions"] = paths["matrix"]  # It holds them in obsm["spatial"].
-    if paths["positions"] is None and paths["matrix"] is not None:
+    if slide.positions is None and is_anndata(slide.matrix):
+        return replace(slide, positions=slide.matrix)  # It holds them in obsm["spatial"].
+    if slide.positions is None:
         raise InputError(
-            f"{root / 'slides.csv'}: slide {row['tissue_index']} has a matrix and no positions: "
-            "name them, or leave the matrix out"
+            f"{place} has a matrix and no positions: name them, or leave the matrix out"
         )
-    return Slide(
-        tissue_index=row["tissue_index"],
-        name=row["name"],
-        donor=row["donor"],
-        um_per_px=row["um_per_px"],
-        **paths,
-    )
+    return slide
 
 
 def spell_path(path):
@@ -170,22 +158,18 @@ def spell_path(path):
     Latin-1.
     """
     for spelling in (path, path.replace("\\", "/")):
-        yield spelling
-        for form in ("NFC", "NFD"):
-            yield unicodedata.normalize(form, spelling)
         composed = unicodedata.normalize("NFC", spelling)
+        yield from (spelling, composed, unicodedata.normalize("NFD", spelling))
         yield os.fsdecode(composed.encode("cp1252", "replace"))
 
 
-def find_named(root, row, column, need_files=True):
+def find_named(root, row, column, need_files):
     """The absolute path in a column of a row of slides.csv; None where the column is empty."""
     value, manifest = row[column], root / "slides.csv"
     if value in NO_FILE:
         return None
-    spellings = (
-        spelling for spelling in spell_path(value) if split_part(root / spelling)[0].exists()
-    )
-    value = next(spellings, value.replace("\\", "/"))
+    found = (text for text in spell_path(value) if split_part(root / text)[0].exists())
+    value = next(found, value.replace("\\", "/"))
     # Links are not followed: they may lead out of the data root, since the user made them.
     path = Path(os.path.abspath(root / value))  # noqa: PTH100
     if not path.is_relative_to(os.path.abspath(root)):  # noqa: PTH100
@@ -194,8 +178,8 @@ def find_named(root, row, column, need_files=True):
             "copy or link it into the data root"
         )
     file, _ = split_part(path)
-    found = file.exists() if column == "matrix" else file.is_file()
-    if need_files and not found:
+    usable = file.exists() if column == "matrix" else file.is_file()
+    if need_files and not usable:
         cause = "is a folder, no file" if file.is_dir() else "does not exist"
         raise InputError(
             f"{manifest}: {column} {value!r} of slide {row['tissue_index']} {cause}: "
@@ -212,9 +196,8 @@ def describe_slide(root, slide):
 
 def describe_row(root, slide):
     """{column of slides.csv: value} of a Slide, whose paths are relative to `root`."""
-    values = asdict(slide)
-    paths = {column: name_file(root, values[column]) for column in PATHS if values[column]}
-    return values | paths
+    named = {column: path and name_file(root, path) for column, path in slide.paths().items()}
+    return asdict(slide) | named
 
 
 def name_file(root, path):
@@ -224,21 +207,17 @@ def name_file(root, path):
 
 def describe_file(path):
     """What meta.json says of a file, of which check_source compares size and `blocks`."""
-    return {
-        "bytes": path.stat().st_size,
-        "sha256": shell.hash_file(path),
-        "blocks": shell.hash_blocks(path),
-    }
+    found = {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
+    return found | {"blocks": shell.hash_blocks(path)}
 
 
 def list_files(slide):
     """The paths of the files that a slide is read from, if they exist; of a folder its parts."""
     paths = []
-    named = [path for path in (slide.image, slide.positions, slide.matrix) if path is not None]
-    for path in dict.fromkeys(split_part(path)[0] for path in named):
+    for path in dict.fromkeys(split_part(path)[0] for path in slide.paths().values() if path):
         if path.is_dir():
-            inside = sorted(path.iterdir())
-            paths += [part for part in inside if re.fullmatch(FOLDER_PARTS, part.name)]
+            parts = [part for part in path.iterdir() if FOLDER_PART.fullmatch(part.name)]
+            paths += sorted([*parts, path / "harmony_matrix.npy"])
         else:
             paths.append(path)
     return [path for path in paths if path.is_file()]
@@ -288,8 +267,8 @@ def check_sources(root, meta):
                     f"{path}: was not there when the dataset was made: run {same_command} again"
                 )
             check_source(path, described, same_command)
-    others = meta.get("task", {}) | meta.get("panel", {})
-    for name, described in others.items():  # The path of a panel is absolute.
+    for name, described in (meta["task"] | meta.get("panel", {})).items():
+        # The path of a panel is absolute.
         if (root / name).is_file():
             check_source(root / name, described, command)
 
@@ -312,9 +291,8 @@ def check_source(path, described, command):
 
 def name_command(root, meta, without=()):
     """The command of script 19 that made a dataset, by its meta.json, less the flags `without`."""
-    usual = {"--target": "lognorm"} if meta["target"] == "lognorm" else {}
     words = ["python", "19_make_patches_and_csv.py", "--data-root", str(root)]
-    for flag, value in meta.get("flags", usual).items():
+    for flag, value in meta["flags"].items():
         if flag not in without:
             words += [flag, value]
     return shlex.join(words)
@@ -329,15 +307,10 @@ def link_slides(root, slides, positions, name, flag):
     linked = []
     for slide, places in zip(slides, positions, strict=True):
         folder = Path("links", slide.name)
-        own = slide.positions and folder / slide.positions.name
-        linked.append(
-            replace(
-                slide,
-                image=folder / slide.image.name,
-                positions=own if places is None else folder / name,
-                matrix=folder / slide.matrix.name,
-            )
-        )
+        names = {column: path and folder / path.name for column, path in slide.paths().items()}
+        if places is not None:
+            names["positions"] = folder / name
+        linked.append(replace(slide, **names))
     table = pd.DataFrame([asdict(slide) for slide in linked])
     path, text = root / "slides.csv", table.to_csv(index=False)
     if path.exists() and inputs.decode_text(inputs.read_bytes(path)) != text:
@@ -345,7 +318,7 @@ def link_slides(root, slides, positions, name, flag):
             f"{path} is there already and names other slides: leave out {flag}, or remove it"
         )
     for slide, links, places in zip(slides, linked, positions, strict=True):
-        place_link(root / links.image, slide.image)
+        place_file(root / links.image, slide.image)
         place_file(root / links.matrix, slide.matrix)
         if places is not None:
             shell.save_csv(root / links.positions, places.reset_index())
@@ -355,19 +328,15 @@ def link_slides(root, slides, positions, name, flag):
 
 
 def place_file(place, path):
-    """Make a link to a path, or a copy of a file that would go when the process ends."""
-    if inputs.scratch_folder() not in path.parents:
-        place_link(place, path)
+    """Make a link to a path, in place of an older link, or a copy of a file that would go when the
+    process ends.
+    """
+    if inputs.scratch_folder() in path.parents:
+        with shell.whole_file(place) as partial:
+            shutil.copyfile(path, partial)
         return
+    if place.exists() and not place.is_symlink():
+        raise InputError(f"{place} is no link: move it away")
     place.parent.mkdir(parents=True, exist_ok=True)
-    with shell.whole_file(place) as partial:
-        shutil.copyfile(path, partial)
-
-
-def place_link(link, path):
-    """Make a link to a path, in place of an older link."""
-    if link.exists() and not link.is_symlink():
-        raise InputError(f"{link} is no link: move it away")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.resolve())
+    place.unlink(missing_ok=True)
+    place.symlink_to(path.resolve())

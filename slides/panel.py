@@ -1,7 +1,4 @@
-"""The panel: which of the slides' genes are predicted.
-
-Shapes: G genes.
-"""
+"""The panel: which of the slides' genes, G in all, are predicted."""
 
 import anndata
 import numpy as np

@@ -13,6 +13,7 @@ from skimage.morphology import remove_small_holes, remove_small_objects
 from common import POSITION_COLUMNS
 from slides import imaging, inputs
 from slides.hest_patches import holds_patches
+from slides.imaging import ARRAY, PLACE
 from slides.sections import (
     check_one_sample,
     find_part_spots,
@@ -62,16 +63,15 @@ def read_positions(path):
         else:
             table = inputs.read_table(file, POSITION_SPELLINGS, row_names="barcode")
         check_position_columns(file, table)
-        separator = table.attrs["separator"]
         table = table[find_part_spots(file, part, table.set_index("barcode"))]
-        table.attrs["separator"] = separator
-    return parse_positions(path, table[POSITION_COLUMNS].copy(), table.attrs["separator"])
+    return parse_positions(path, table[POSITION_COLUMNS].copy())
 
 
-def parse_positions(path, table, separator):
+def parse_positions(path, table):
     """Positions by barcode, in whole numbers, of a table of texts or numbers with
-    POSITION_COLUMNS.
+    POSITION_COLUMNS, as inputs.read_table gives it.
     """
+    separator = table.attrs["separator"]
     truths = {"true": "1", "false": "0"}  # of R and pandas
     table["in_tissue"] = table["in_tissue"].map(lambda value: truths.get(str(value).lower(), value))
     texts = table.astype(str)
@@ -122,20 +122,18 @@ def refuse_thousands(path, texts, column):
 def check_places(path, table, texts):
     """InputError where two spots in_tissue lie on one pixel; `texts` are the cells of the table."""
     spots = table[table["in_tissue"] == 1]
-    places = spots[["pxl_row", "pxl_col"]]
-    twins = spots[places.duplicated(keep=False)]
+    twins = spots[spots.duplicated(PLACE, keep=False)]
     if twins.empty:
         return
-    for column in places:
-        cells = texts.loc[twins.index]
+    cells = texts.loc[twins.index]
+    for column in PLACE:
         marked = cells[column].str.fullmatch(THOUSANDS)
         if marked.any():  # Cut to whole numbers, the thousands of a slide are a few pixels.
             refuse_thousands(path, cells[marked], column)
-    row, column = twins[["pxl_row", "pxl_col"]].iloc[0]
-    same = twins[(twins["pxl_row"] == row) & (twins["pxl_col"] == column)]["barcode"]
+    first, second, *_ = twins.sort_values(PLACE, kind="stable").itertuples()
     raise InputError(
-        f"{path}: the spots {same.iloc[0]} and {same.iloc[1]} lie on one pixel, pxl_row {row} and "
-        f"pxl_col {column}: fix the positions"
+        f"{path}: the spots {first.barcode} and {second.barcode} lie on one pixel, pxl_row "
+        f"{first.pxl_row} and pxl_col {first.pxl_col}: fix the positions"
     )
 
 
@@ -174,15 +172,12 @@ def read_anndata_positions(path):
         )
     table = pd.DataFrame({"barcode": spots.obs_names, "in_tissue": 1})
     table["pxl_col"], table["pxl_row"] = centres.T
-    check_frame(path, spots.uns, measure_distance(table))
-    if {"array_row", "array_col"} <= set(spots.obs):
-        table["array_row"] = spots.obs["array_row"].to_numpy()
-        table["array_col"] = spots.obs["array_col"].to_numpy()
+    check_frame(path, spots.uns, measure_pitch(table, least=0.0))
+    if {*ARRAY} <= {*spots.obs}:
+        table[ARRAY] = spots.obs[ARRAY].to_numpy()
     else:  # Half pitches, as Visium's columns count them, so that no two spots get the same ones.
         print(f"{path}: no array_row and array_col, by which swapped x and y would be noticed")
-        step = measure_pitch(table) / 2
-        for column, place in (("array_row", "pxl_row"), ("array_col", "pxl_col")):
-            table[column] = np.rint((table[place] - table[place].min()) / step)
+        table[ARRAY] = np.rint((table[PLACE] - table[PLACE].min()) / (measure_pitch(table) / 2))
     if "in_tissue" in spots.obs:
         table["in_tissue"] = spots.obs["in_tissue"].to_numpy()
     table = table.astype(str)
@@ -251,18 +246,13 @@ def check_position_columns(path, table):
         raise InputError(f"{path}: no column {missing[0]}{hint}; expected {expected}")
 
 
-def measure_distance(positions):
-    """As measure_pitch, also below 1; 0 for a spot alone."""
+def measure_pitch(positions, least=1.0):
+    """px from a spot to its nearest, median over the slide; `least` at least, and for one alone."""
     if len(positions) < 2:
-        return 0.0
-    centres = positions[["pxl_col", "pxl_row"]].to_numpy(np.float64)
+        return least
+    centres = positions[PLACE].to_numpy(np.float64)
     distances, _ = cKDTree(centres).query(centres, k=2)  # the nearest of all is the spot itself
-    return float(np.median(distances[:, 1]))
-
-
-def measure_pitch(positions):
-    """px from a spot to its nearest, median over the slide, at least 1; 1 for a spot alone."""
-    return max(measure_distance(positions), 1.0)
+    return max(float(np.median(distances[:, 1])), least)
 
 
 def lay_blocks(positions, pitch, tissue_index):
@@ -276,10 +266,8 @@ def lay_blocks(positions, pitch, tissue_index):
 
 
 def place_spots(slide):
-    """(positions as read_positions gives them, Thumbnail or None) of a slide.
-
-    A slide without positions gets a grid. The thumbnail on which its tissue was found is returned
-    then, since to make one takes all pixels of the slide.
+    """(positions as read_positions gives them, Thumbnail or None) of a slide; of one without
+    positions a grid, and the thumbnail on which its tissue was found, which took all its pixels.
     """
     check_tags(slide)
     if slide.positions is not None:
@@ -296,9 +284,9 @@ def check_pitch(slide, positions):
     """Warn where the spots are neither as far apart as Visium's nor as those of ST, HEST or bins.
 
     Visium and ST may be a tenth off: on sections of ST whose spots were measured one by one it is
-    6 %. Patches that were made elsewhere do not follow from the positions.
+    6 %.
     """
-    if holds_patches(slide.image):
+    if holds_patches(slide.image):  # which were made elsewhere, of no matter which positions
         return
     pitch = measure_pitch(positions)
     um = pitch * slide.um_per_px
@@ -325,17 +313,11 @@ def check_pitch(slide, positions):
 def check_array(slide, positions):
     """Warn where spots lie elsewhere than their places on the array say, as where the order of the
     centres is not that of the barcodes, or a number was cut.
-
-    The array may be turned, mirrored, stretched or sheared on the image: centres follow from rows
-    and columns by the affine map that fits best.
     """
-    array = positions[["array_row", "array_col"]].to_numpy(np.float64)
-    centres = positions[["pxl_row", "pxl_col"]].to_numpy(np.float64)
-    array = np.column_stack([array, np.ones(len(array))])
-    if len(array) < 4 or np.linalg.matrix_rank(array) < 3:  # The array is no more than a line.
+    affine, array, rank = imaging.fit_array(positions)
+    if len(array) < 4 or rank < 3:  # The array is no more than a line.
         return
-    fitted = array @ np.linalg.lstsq(array, centres)[0]
-    away = np.linalg.norm(fitted - centres, axis=1) / measure_pitch(positions)
+    away = np.linalg.norm(array @ affine - positions[PLACE], axis=1) / measure_pitch(positions)
     if away.max() > OFF_ARRAY:
         inputs.warn(
             f"{slide.positions}: {(away > OFF_ARRAY).sum()} of {len(away)} spots lie more than "

@@ -9,22 +9,11 @@ import numpy as np
 import pandas as pd
 
 from slides import inputs
+from slides.imaging import ARRAY
 from study.shell import InputError
 
-SECTION_SPELLINGS = (
-    "library_id",
-    "library",
-    "sample",
-    "sample_id",
-    "sample_name",
-    "batch",
-    "orig_ident",
-    "section",
-    "section_id",
-    "slide",
-    "slide_id",
-    "slice",
-)
+# How programs call the column of obs that names the section of a spot, by normalise_name.
+SECTION = re.compile(r"(library|sample|section|slide)(_id)?|sample_name|batch|orig_ident|slice")
 BARCODE = r"^(.*?)([ACGT]{14,})(.*)$"  # prefix, letters and suffix
 ENDS = {"prefix": 0, "suffix": 2}  # what of BARCODE chooses spots where obs has no such column
 
@@ -37,10 +26,9 @@ def split_part(path):
     text = str(path)
     if "#" not in text or path.exists():
         return path, ""
-    places = [number for number, letter in enumerate(text) if letter == "#"]
-    for place in reversed(places):
-        if Path(text[:place]).exists():
-            return Path(text[:place]), text[place + 1 :]
+    for mark in reversed([*re.finditer("#", text)]):
+        if Path(text[: mark.start()]).exists():
+            return Path(text[: mark.start()]), text[mark.end() :]
     lost = re.fullmatch("(.+)#([^#=]+=.*)", text)
     return (Path(lost[1]), lost[2]) if lost else (path, "")
 
@@ -54,7 +42,7 @@ def read_anndata(path, backed=None):
     """An .h5ad, plain or gzipped, as it stands there; its barcodes are checked.
 
     Of `file#column=value` these spots are given. `backed` "r" leaves the counts in the file, which
-    is open then.
+    is open then; of some of its spots they are not read.
     """
     file, part = split_part(path)
     try:
@@ -73,17 +61,14 @@ def read_anndata(path, backed=None):
 
 
 def take_section(table, chosen):
-    """An AnnData of the chosen spots, (n,) bool, with what uns["spatial"] says of them.
-
-    Of a file that stays open, without counts.
-    """
+    """An AnnData of the chosen spots, (n,) bool, with what uns["spatial"] says of them."""
     libraries = list_libraries(table.uns)
-    if table.file.filename is None:
-        section = table[chosen].copy()
-    else:
+    if table.isbacked:
         places = {name: values[chosen] for name, values in table.obsm.items()}
         section = anndata.AnnData(obs=table.obs[chosen], obsm=places)
         table.file.close()
+    else:
+        section = table[chosen].copy()
     words = {show_value(value) for column in section.obs for value in section.obs[column].unique()}
     section.uns["spatial"] = {name: libraries[name] for name in libraries if str(name) in words}
     return section
@@ -145,8 +130,7 @@ def refuse_sections(path, cause, obs, libraries=()):
     choices = []
     for column in obs:
         values = {show_value(value) for value in obs[column].dropna().unique()}
-        spelt = inputs.normalise_name(str(column)) in SECTION_SPELLINGS
-        if len(values) > 1 and (spelt or values <= set(map(str, libraries))):
+        if len(values) > 1 and (names_section(column) or values <= set(map(str, libraries))):
             choices.append(column)
     choices += [end for end in ENDS if find_values(obs, end).nunique() > 1]
     choices += [column for column in obs if tells_sections_apart(obs, column)]
@@ -164,19 +148,21 @@ def refuse_sections(path, cause, obs, libraries=()):
     )
 
 
+def names_section(column):
+    """Whether a column of obs is called as programs call that of sections."""
+    return SECTION.fullmatch(inputs.normalise_name(str(column))) is not None
+
+
 def tells_sections_apart(obs, column):
     """Whether a column of a few values has each array place once in each of them."""
-    place = ["array_row", "array_col"]
-    if column in place or not set(place) <= set(obs) or not 1 < obs[column].nunique() <= 64:
+    if column in ARRAY or not {*ARRAY} <= {*obs} or not 1 < obs[column].nunique() <= 64:
         return False
-    return not obs.duplicated([*place, column]).any()
+    return not obs.duplicated([*ARRAY, column]).any()
 
 
 def check_one_sample(path, obs):
     """InputError where barcodes, the index of `obs`, are of several samples, which have a suffix or
-    a prefix each.
-
-    spaceranger aggr and anndata.concat leave them so. The letters are the same on every slide.
+    a prefix each, as spaceranger aggr and anndata.concat give them.
     """
     found = pd.Series(obs.index).astype(str).str.extract(BARCODE).dropna()
     samples = (found[0] + "..." + found[2]).value_counts()
@@ -197,20 +183,18 @@ def check_one_section(path, spots):
     obs, libraries = spots.obs, list(list_libraries(spots.uns))
     for column in obs:
         values = obs[column].dropna().unique()
-        if inputs.normalise_name(str(column)) in SECTION_SPELLINGS and len(values) > 1:
+        if names_section(column) and len(values) > 1:
             names = ", ".join(map(str, values[:4]))
             cause = f'obs["{column}"] names {len(values)} sections ({names})'
             refuse_sections(path, cause, obs, libraries)
     if len(libraries) > 1:
         cause = f'uns["spatial"] names {len(libraries)} sections ({", ".join(libraries[:4])})'
         refuse_sections(path, cause, obs, libraries)
-    if {"array_row", "array_col"} <= set(obs):
-        places = obs[["array_row", "array_col"]]
-        twice = places[places.duplicated()]
-        if len(twice) and len(places.drop_duplicates()) > 1:
-            row, column = twice.iloc[0]
-            cause = (
-                f"{len(twice)} spots have the array_row and array_col of another, as {row} and "
-                f"{column}, so they are of several sections"
-            )
-            refuse_sections(path, cause, obs)
+    twice = obs[ARRAY][obs.duplicated(ARRAY)] if {*ARRAY} <= {*obs} else ()
+    if len(twice) and len(obs.drop_duplicates(ARRAY)) > 1:
+        row, column = twice.iloc[0]
+        cause = (
+            f"{len(twice)} spots have the array_row and array_col of another, as {row} and "
+            f"{column}, so they are of several sections"
+        )
+        refuse_sections(path, cause, obs)

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from slides.positions import SPOT_PITCH, measure_pitch, read_positions
 from study import shell
 from study.shell import InputError
 
-ARRAY = ["array_row", "array_col"]
 HIRES_IMAGE = "tissue_hires_image.png"
 HIRES_SCALE = "tissue_hires_scalef"  # px of it a px of the full-resolution image
 BIN_UM = 56.0  # um, the spots to which the bins of Visium HD are summed
@@ -27,23 +25,20 @@ SAME_IMAGE = 0.9  # r of the views' grey values, at least; sections side by side
 VIEW = 64  # px, the side of the views by which two images are compared
 
 
-# -------------------------------------------------------------------------------- Space Ranger
-
-
 def read_space_ranger(folder, image=None, check=True, bin_um=BIN_UM):
     """(Slide, its positions) of a folder outs/ of Space Ranger, or of the folder that holds outs/.
 
-    Its full-resolution image is not among Space Ranger's files. Without `image`,
-    tissue_hires_image.png is taken, which is coarse, and the positions are scaled to it. Its um per
-    px follow from the spots, which are 100 um apart. An image is held against the hires image, but
-    where `check` is False. The bins of Visium HD are summed to spots of `bin_um`, whose files lie
-    in inputs.scratch_folder(); their um per px is stated.
+    Without the full-resolution `image`, which is not in the folder, the hires image is taken, which
+    is coarse, and the positions are scaled to it. An image is held against the hires image, but
+    where `check` is False. um per px follow from the spots, which are 100 um apart; of Visium HD,
+    whose bins are summed to spots of `bin_um` by visium_hd.make_spots, they are stated.
     """
     outs = find_outs(folder)
     if image is not None and not image.exists():
         raise InputError(f"image {image}: no such file")
     name = name_sample(folder)
-    if is_binned(outs):
+    bins = outs / "spatial" / visium_hd.BIN_POSITIONS
+    if outs.absolute().name.startswith("square_") or bins.exists():
         positions_file, matrix = visium_hd.make_spots(outs, name, bin_um)
         positions = read_positions(positions_file)
         um_per_px = read_scale(outs, "microns_per_pixel")
@@ -106,14 +101,6 @@ def name_bins(binned):
     return f", or name the folder {binned / f'square_{size:03d}um'} and --bin-um {fit}"
 
 
-def is_binned(outs):
-    """Whether a folder holds what outs/ does, of the bins of Visium HD."""
-    return (
-        outs.absolute().name.startswith("square_")
-        or (outs / "spatial" / visium_hd.BIN_POSITIONS).exists()
-    )
-
-
 def find_matrix(outs):
     """The matrix in a folder of Space Ranger."""
     return find_output(outs, "filtered_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
@@ -145,7 +132,7 @@ def read_scale(outs, name):
     path = find_spatial(outs, "scalefactors_json.json")
     try:
         scale = float(json.loads(inputs.decode_text(inputs.read_bytes(path)))[name])
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (*inputs.UNREADABLE, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no {name} ({error})") from None
     if not 0 < scale < math.inf:
         raise InputError(f"{path}: {name} is {scale:g}; expected a number above 0")
@@ -222,10 +209,8 @@ def is_same_image(view, hires):
 
 
 def check_images(name, folders, images):
-    """InputError unless each image is that of its folder of Space Ranger.
-
-    The hires image and its scale factor tell the size and the content. `name` is what the message
-    calls the images; the order that fits is named where there is one.
+    """InputError unless each image has the size and content of its folder's hires image; `name` is
+    what the message calls the images. The order that fits is named where there is one.
     """
     hires = [view_hires(folder) for folder in folders]
     views = [view_image(image) for image in images]
@@ -278,7 +263,6 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
             f"{folders[0]} holds no full-resolution image, which Space Ranger got with --image or "
             "--cytaimage: name it with --images, or take --use-hires"
         )
-    path = root / "slides.csv"
     samples = read_samples(folders, images or [None] * len(folders), bin_um)
     if images:
         check_images("--images", folders, images)
@@ -286,6 +270,7 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
     # Of a full-resolution image they are Space Ranger's own.
     positions = [None if images else places for _, places in samples]
     table = link_slides(root, slides, positions, "positions_hires.csv", "--from-spaceranger")
+    path = root / "slides.csv"
     shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; fix that there if it is not so")
 

@@ -12,7 +12,6 @@ FEW_GENES = 20  # as well, where the slides share fewer of their genes
 
 def check_patches(seen, patches, names):
     """InputError where two spots have the same pixels; blank patches may be the same by chance.
-
     `seen` is empty at first, and remembers the spots.
     """
     for spot, patch in zip(names, patches, strict=True):
@@ -21,11 +20,7 @@ def check_patches(seen, patches, names):
 
 
 def check_alike_counts(seen, table):
-    """InputError where a spot of the table has the same counts as one of the same genes before.
-
-    `seen` is empty at first, and remembers the spots. A split could learn from one of two such
-    spots and be scored on the other. Spots of few counts may be the same by chance.
-    """
+    """As check_patches, of spots that have the same counts of the same genes."""
     genes = "\n".join(table.var_names).encode()
     for spot, content in tell_counts(table):
         refuse_twin(seen, spot, "counts", genes + content)

@@ -10,8 +10,9 @@ import pandas as pd
 import scipy.sparse
 
 from common import POSITION_COLUMNS
-from slides import imaging, inputs, space_ranger
+from slides import inputs, space_ranger
 from slides.counts import check_counts, read_matrix_file
+from slides.imaging import ARRAY, PLACE
 from slides.positions import read_positions
 from study import shell
 from study.shell import InputError
@@ -20,19 +21,14 @@ BINS = ("square_008um", "square_016um")  # of Visium HD's folders, the finest of
 BIN_POSITIONS = "tissue_positions.parquet"
 
 
-# -------------------------------------------------------------------------------- Visium HD
-
-
 def make_spots(outs, name, bin_um):
     """(positions file, matrix file) of spots of `bin_um`, summed from a folder of Visium HD's bins.
 
     Both lie in inputs.scratch_folder(). The matrix holds the spots of the tissue alone.
     """
     side = count_bins(outs, bin_um)
-    positions_file, matrix = (
-        space_ranger.find_spatial(outs, BIN_POSITIONS),
-        space_ranger.find_matrix(outs),
-    )
+    positions_file = space_ranger.find_spatial(outs, BIN_POSITIONS)
+    matrix = space_ranger.find_matrix(outs)
     bins = read_positions(positions_file)
     spots, spot_of_bin = group_bins(bins, side, bin_um)
     tissue = (spots["in_tissue"] == 1).to_numpy()
@@ -80,7 +76,7 @@ def group_bins(bins, side, bin_um):
     in_tissue where half of its side x side bins are: those that the border of the slide cuts off
     are not.
     """
-    squares = bins[space_ranger.ARRAY] // side
+    squares = bins[ARRAY] // side
     groups = bins.groupby([squares["array_row"], squares["array_col"]])
     spots = np.rint(find_centres(bins, groups, side)).astype(np.int64)
     spots["in_tissue"] = (2 * groups["in_tissue"].sum() >= side**2).astype(np.int64)
@@ -95,12 +91,12 @@ def find_centres(bins, groups, side):
     It is the mean of the bins; of a square that the border of the slide cuts, it is moved to where
     the mean would be with the bins that lack, by the affine map from bins to px.
     """
-    array = bins[space_ranger.ARRAY] - bins[space_ranger.ARRAY].mean()
-    pixels = bins[imaging.PLACE] - bins[imaging.PLACE].mean()
+    array = bins[ARRAY] - bins[ARRAY].mean()
+    pixels = bins[PLACE] - bins[PLACE].mean()
     affine = np.linalg.lstsq(array.to_numpy(np.float64), pixels.to_numpy(np.float64))[0]
-    means = groups[imaging.PLACE].mean()
+    means = groups[PLACE].mean()
     whole = side * means.index.to_frame().to_numpy() + (side - 1) / 2
-    return means + (whole - groups[space_ranger.ARRAY].mean().to_numpy()) @ affine
+    return means + (whole - groups[ARRAY].mean().to_numpy()) @ affine
 
 
 def sum_bins(counts, spot_of_bin, kept):

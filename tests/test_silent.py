@@ -585,8 +585,8 @@ def test_two_slides_without_a_donor_are_refused(tmp_path):
 
 
 def test_a_blank_patient_is_missing():
-    assert hest.name_donor("NCBI1", {"patient": "   ", "dataset_title": "A"}) == "NCBI1"
-    assert hest.name_donor("NCBI1", {"patient": " P1 ", "dataset_title": "A"}) == "A P1"
+    assert hest.name_donor({"patient": "   ", "dataset_title": "A"}) == ""
+    assert hest.name_donor({"patient": " P1 ", "dataset_title": "A"}) == "A P1"
 
 
 # ------------------------------------------------------------------------------------------ counts
