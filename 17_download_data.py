@@ -33,7 +33,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -67,7 +66,6 @@ HER2ST_UM_PER_PX = 0.69  # 290 px between spots 200 um apart
 FEW_LOST = 0.05  # of the spots in one of HER2ST's two tables, not in the other; C2 to C5 have 0.02
 ATTEMPTS = 5  # connections in a row that bring no byte before a download gives up
 CHUNK = 1 << 20  # bytes that are read at once
-DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -132,10 +130,10 @@ def parse_listing(text, url):
         for entry in json.loads(text):
             if entry["type"] != "file":
                 continue
-            address, size, sha = entry["download_url"], entry["size"], entry["sha"]
-            if "media.githubusercontent" in address:  # Listed are size and hash of LFS's pointer.
-                size = sha = None
-            files[entry["name"]] = {"url": address, "size": size, "sha": sha}
+            file = {"url": entry["download_url"], "size": entry["size"], "sha": entry["sha"]}
+            if "media.githubusercontent" in file["url"]:  # Listed is what LFS's pointer has.
+                file |= {"size": None, "sha": None}
+            files[entry["name"]] = file
         return files
     for link in re.findall(r'href="([^"?#/]+)"', text):
         name = urllib.parse.unquote(link)
@@ -244,9 +242,7 @@ def git_hash(path):
     header = f"blob {path.stat().st_size}\0".encode()
     digest = hashlib.sha1(header, usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def check_space(root, needed):
@@ -274,7 +270,7 @@ def prepare_gse240429(root):
     """Images, tables and manifest of the four sections, from the public sites or a mirror."""
     slides = pd.read_csv(PUBLISHED / "slides.csv")
     if source_is_remote():
-        download_gse240429(root, slides)
+        fetch_missing(plan_images(slides) + plan_tables(slides), root)
     else:
         copy_gse240429(root, slides, Path(SOURCE))
     for image in slides["image"]:
@@ -282,11 +278,6 @@ def prepare_gse240429(root):
     if root.resolve() != PUBLISHED.resolve():
         for name in ("slides.csv", "gene_sets.csv", "published_results.csv"):
             copy_whole(PUBLISHED / name, root / name)
-
-
-def download_gse240429(root, slides):
-    """Fetch images and tables of the slides."""
-    fetch_missing(plan_images(slides) + plan_tables(slides), root)
 
 
 def plan_images(slides):
@@ -376,7 +367,7 @@ def unpack_download(path):
             open(partial, "wb") as file,
         ):
             shutil.copyfileobj(packed, file, CHUNK)
-    except DAMAGED_GZIP as error:
+    except inputs.DAMAGED_GZIP as error:
         path.unlink()
         raise InputError(f"{path}: {error}; it was removed: run the same command again") from None
     path.unlink()
@@ -384,10 +375,9 @@ def unpack_download(path):
 
 def copy_gse240429(root, slides, source):
     """Copy the sections' files from a local folder in the published layout."""
-    paths = [source / name for name in (*slides["image"], *slides["positions"], *slides["matrix"])]
-    paths.append(source / HVG_UNION)
+    names = *slides["image"], *slides["positions"], *slides["matrix"], HVG_UNION
     files = []
-    for path in paths:
+    for path in (source / name for name in names):
         if not path.exists():
             raise InputError(
                 f"{path} does not exist: --source needs GSE240429 in the published layout"
@@ -420,36 +410,26 @@ def prepare_her2st(root):
 def download_her2st(root):
     """Fetch the sections' files into <root>/download, under their public paths; that folder."""
     base = f"{source_or(GITHUB)}/repos/almaan/her2st/contents/data"
-    plan = plan_her2st_tables(base) + plan_her2st_images(base)
+    plan = []
+    for section in SECTIONS:
+        plan += find_section(base, "ST-cnts", rf"{section}\.tsv(\.gz)?", section)[:1]
+        plan += find_section(base, "ST-spotfiles", rf"{section}_selection\.tsv", section)
+        plan += find_section(base, f"ST-imgs/{section[0]}/{section}", r".*", section)
     # What is fetched is converted into files of the same size.
     converted = sum(remote_size(entry) or 0 for entry, _ in plan)
     fetch_missing(plan, root / "download", converted)
     return root / "download"
 
 
-def plan_her2st_tables(base):
-    """[(listing entry, path below the folder of downloads)] of counts and spot files."""
-    plan = []
-    for folder, pattern in (("ST-cnts", r"{}\.tsv(\.gz)?"), ("ST-spotfiles", r"{}_selection\.tsv")):
-        listing = read_listing(f"{base}/{folder}")
-        for section in SECTIONS:
-            names = [name for name in listing if re.fullmatch(pattern.format(section), name)]
-            if not names:
-                raise InputError(
-                    f"{base}/{folder}: no file of section {section}; HER2ST's sections are A1 to H3"
-                )
-            plan.append((listing[names[0]], Path("data", folder, names[0])))
-    return plan
-
-
-def plan_her2st_images(base):
-    """[(listing entry, path below the folder of downloads)] of the sections' images."""
-    plan = []
-    for section in SECTIONS:
-        folder = f"ST-imgs/{section[0]}/{section}"
-        listing = read_listing(f"{base}/{folder}")
-        plan += [(entry, Path("data", folder, name)) for name, entry in listing.items()]
-    return plan
+def find_section(base, folder, pattern, section):
+    """[(listing entry, path below the folder of downloads)] of a section's files in a folder."""
+    listing = read_listing(f"{base}/{folder}")
+    names = [name for name in listing if re.fullmatch(pattern, name)]
+    if not names:
+        raise InputError(
+            f"{base}/{folder}: no file of section {section}; HER2ST's sections are A1 to H3"
+        )
+    return [(listing[name], Path("data", folder, name)) for name in names]
 
 
 def convert_section(root, section, source):
