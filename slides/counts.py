@@ -385,10 +385,13 @@ def find_row_names(var, path):
     names = var.index.astype(str)
     if len(names) < 2 or not inputs.counts_up([*names]):
         return names
-    for column in (*ROW_NAMES, *FEATURE_SPELLINGS["id"], *FEATURE_SPELLINGS["name"]):
-        if column in var and var[column].notna().all():
-            return pd.Index(var[column].astype(str))
-    raise InputError(f"{path}: its genes are called {names[0]}, {names[1]}, ...: give their names")
+    known = (*ROW_NAMES, *FEATURE_SPELLINGS["id"], *FEATURE_SPELLINGS["name"])
+    found = find_gene_names(var, known)
+    if inputs.counts_up([*found]):
+        raise InputError(
+            f"{path}: its genes are called {names[0]}, {names[1]}, ...: give their names"
+        )
+    return pd.Index(found)
 
 
 def find_gene_names(var, spellings, instead=None):

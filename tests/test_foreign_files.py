@@ -50,6 +50,11 @@ def test_genes_that_lost_their_names_have_them_in_a_column(tmp_path, column):
     assert table.var["name"].tolist() == GENES
 
 
+def test_numbers_of_rows_are_no_names_of_genes(tmp_path):
+    var = pd.DataFrame({"index": range(4), "gene_ids": GENES}, [str(number) for number in range(4)])
+    assert read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist() == GENES
+
+
 def test_genes_without_names_are_refused(tmp_path):
     path = write(tmp_path / "m.h5ad", pd.DataFrame(index=["0", "1", "2", "3"]))
     with pytest.raises(InputError, match="its genes are called 0, 1"):
