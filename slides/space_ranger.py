@@ -165,7 +165,9 @@ def view_thumbnail(path, thumbnail, scale=1.0):
 
 
 def view_hires(folder):
-    """The View of Space Ranger's hires image; None, and a warning, where it is not available."""
+    """The View of Space Ranger's hires image in outs/ or spatial/; None, and a warning, where it is
+    not available.
+    """
     outs = find_outs(folder)
     try:
         image, scale = find_spatial(outs, HIRES_IMAGE), read_scale(outs, HIRES_SCALE)
@@ -187,7 +189,9 @@ def check_hires(slide, shape, thumbnail=None):
         return
     if slide.image.samefile(spatial / HIRES_IMAGE):
         return
-    hires = view_image(spatial / HIRES_IMAGE, read_scale(spatial, HIRES_SCALE))
+    hires = view_hires(spatial)
+    if hires is None:
+        return
     view = View(slide.image, np.array(shape), hires.grey)
     if thumbnail is not None:
         view = view_thumbnail(slide.image, thumbnail)

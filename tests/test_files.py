@@ -606,6 +606,16 @@ def test_an_image_is_held_against_the_hires_image_beside_its_positions(tmp_path,
     refuse(capsys, tmp_path, "scan1.tif", "shows something else", "tissue_hires_image.png")
 
 
+def test_a_hires_image_of_unknown_scale_beside_the_positions_is_a_warning(tmp_path):
+    outs, path = make_outs(tmp_path, 1)
+    (outs / "spatial" / "scalefactors_json.json").write_text('{"tissue_lowres_scalef": 0.1}')
+    row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
+    row.append("outs/filtered_feature_bc_matrix")
+    pd.DataFrame([row], columns=MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
+    printed, _, _ = make_dataset(tmp_path)
+    assert "warning: " in printed and "cannot be told" in printed
+
+
 def test_space_rangers_files_as_geo_has_them(tmp_path):
     """Packed, with the sample's accession before every name, and a packed full image."""
     outs, path = make_outs(tmp_path / "s1", 1)
