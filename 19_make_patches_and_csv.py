@@ -177,12 +177,8 @@ def read_harmony(slide, obs, published):
     path = slide.matrix / "harmony_matrix.npy"
     barcodes = read_barcodes(find_part(slide.matrix, "barcodes.tsv"))
     expected = len(published), len(barcodes)
-    try:
-        matrix = np.load(path, allow_pickle=False)
-        usable = matrix.shape == expected and np.isfinite(matrix).all()
-    except (ValueError, TypeError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
-    if not usable:
+    matrix = inputs.load_array(path)
+    if matrix.shape != expected or not np.isfinite(matrix).all():
         raise InputError(
             f"{path}: {matrix.shape}; "
             f"expected finite ({expected[0]} genes of the panel, {expected[1]} spots)"

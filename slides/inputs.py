@@ -202,6 +202,18 @@ def read_dense_table(path):
     return names, table
 
 
+def load_array(path):
+    """The numbers in a .npy file. InputError for a damaged one and one of anything else."""
+    try:
+        with open(path, "rb") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"its values are {array.dtype}")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
+    return array
+
+
 def normalise_name(cell):
     """A column's name in lower case, with underscores for all that is no letter or number."""
     return re.sub(r"[\W_]+", "_", cell.lower()).strip("_")

@@ -99,11 +99,7 @@ def published_panel(root, tables, genes):
         return None
     shared = genes["gene_ids"][listed_by_all(genes)]
     ids = tables[0].read_features().index
-    ids = ids[ids.isin(shared)]
-    try:
-        mask = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise InputError(f"{path}: not a NumPy array of numbers ({error})") from None
+    ids, mask = ids[ids.isin(shared)], inputs.load_array(path)
     if mask.dtype != bool or mask.shape != (len(ids),):
         raise InputError(
             f"{path}: {mask.dtype} {mask.shape}; expected one bool for each of the {len(ids)} genes"

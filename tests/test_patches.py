@@ -385,6 +385,20 @@ def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
     assert np.array_equal(data.target, harmony.T[order][:, [0, 5, 1, 2, 3, 4]])
 
 
+@pytest.mark.parametrize(
+    "save", [None, np.savez, lambda path, mask: np.save(path, mask.astype(str))]
+)
+def test_a_published_panel_that_is_no_array_of_numbers_is_refused(tmp_path, capsys, save):
+    path = tmp_path / "data" / "filtered_expression_matrices" / "hvg_union.npy"
+    path.parent.mkdir(parents=True)
+    make_root(tmp_path)
+    with open(path, "wb") as file:
+        if save is not None:
+            save(file, np.arange(12) % 2 == 0)
+    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 2
+    assert "hvg_union.npy: not a NumPy array of numbers" in capsys.readouterr().err
+
+
 def test_colour_statistics_tell_what_they_say():
     patches = np.empty((3, 224, 224, 3), np.uint8)
     patches[0], patches[1] = 255, (200, 100, 50)
