@@ -214,10 +214,7 @@ def describe_task_folds(root, tables):
     A spot's own depth is no more known to a model than its rate: both are one intensity of counts,
     which is a rate at a depth that is the same for all spots.
     """
-    counts = {}
-    for table in tables:
-        slide = table.obs["tissue_index"].iloc[0]
-        counts[slide] = table.read().X.toarray()
+    counts = {table.obs["tissue_index"].iloc[0]: table.read().X.toarray() for table in tables}
     columns = {}
     folds = splitting.read_task_folds(root)
     for fold, tested in folds[folds["role"] == "test"].groupby("fold"):
@@ -528,8 +525,7 @@ def check_slides(root, manifest, needs_harmony):
     if not errors and tables[0].X is not None:
         print()
         numbers = [slide.tissue_index for slide in manifest]
-        features = [table.var for table in tables]
-        genes = join_genes(zip(numbers, features, strict=True))
+        genes = join_genes(zip(numbers, (table.var for table in tables), strict=True))
         shared = genes[listed_by_all(genes)]
         for table in tables:
             check_alike_counts(seen, table)

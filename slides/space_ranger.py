@@ -253,9 +253,9 @@ def describe_misfit(name, folder, view, expected, order):
 
 
 def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
-    """slides.csv for Space Ranger's folders and their images, and root/links/ to what it names.
-
-    Positions and matrix of Visium HD, of spots of `bin_um`, are written there.
+    """slides.csv for Space Ranger's folders and their images, and root/links/ to what it names;
+    positions and matrix of Visium HD, of spots of `bin_um`, are written there. Slides of one name
+    get their number.
     """
     if len(images) not in (0, len(folders)):
         raise InputError(
@@ -267,25 +267,19 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
             f"{folders[0]} holds no full-resolution image, which Space Ranger got with --image or "
             "--cytaimage: name it with --images, or take --use-hires"
         )
-    samples = read_samples(folders, images or [None] * len(folders), bin_um)
+    samples = [
+        read_space_ranger(folder, image, check=False, bin_um=bin_um)
+        for folder, image in zip(folders, images or [None] * len(folders), strict=True)
+    ]
     if images:
         check_images("--images", folders, images)
-    slides = [slide for slide, _ in samples]
+    names, slides = [slide.name for slide, _ in samples], []
+    for number, (slide, _) in enumerate(samples, 1):
+        name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
+        slides.append(replace(slide, tissue_index=number, name=name, donor=name))
     # Of a full-resolution image they are Space Ranger's own.
     positions = [None if images else places for _, places in samples]
     table = link_slides(root, slides, positions, "positions_hires.csv", "--from-spaceranger")
     path = root / "slides.csv"
     shell.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; fix that there if it is not so")
-
-
-def read_samples(folders, images, bin_um):
-    """[(Slide, its positions)] of Space Ranger's folders; those of one name get their number."""
-    names = [name_sample(folder) for folder in folders]
-    samples = []
-    for number, (folder, image) in enumerate(zip(folders, images, strict=True), 1):
-        slide, positions = read_space_ranger(folder, image, False, bin_um)
-        name = f"{slide.name}_{number}" if names.count(slide.name) > 1 else slide.name
-        slide = replace(slide, tissue_index=number, name=name, donor=name)
-        samples.append((slide, positions))
-    return samples
