@@ -306,7 +306,8 @@ def override_constants(script, argv):
     quick = given.get("QUICK", script.get("QUICK", False))
     recipe = given.get("RECIPE", script.get("RECIPE", "paper"))
     values = (script["QUICK_BUDGET"] if quick else {}) | given
-    check_constants({"RECIPE": recipe}, ALLOWED)
+    allowed = ALLOWED | script.get("ALLOWED", {})
+    check_constants({"RECIPE": recipe}, allowed)
     values = choose_by_recipe(script, recipe, values) | values
     is_trained = not quick and values.get("PRETRAINED", script.get("PRETRAINED")) is not False
     if RECIPES[recipe]["HEAD_START"] == "ridge" and not is_trained:
@@ -318,7 +319,7 @@ def override_constants(script, argv):
         if name not in script or value != script[name]:
             print(f"{name} = {value!r}")
     script.update({name: value for name, value in values.items() if name in script})
-    check_constants(script, ALLOWED | script.get("ALLOWED", {}))
+    check_constants(script, allowed)
 
 
 def choose_by_recipe(script, recipe, given):

@@ -34,7 +34,7 @@ def test_every_recipe_says_the_same_constants():
         shell.check_constants(recipe, recipes.ALLOWED)
 
 
-@pytest.mark.parametrize("name", ["20", "22"])
+@pytest.mark.parametrize("name", ["20", "21"])
 def test_an_edited_constant_wins_over_the_recipe_and_is_told(name, capsys):
     script = override(name, "--recipe", "best", EPOCHS=9)
     assert script["EPOCHS"] == 9
@@ -45,9 +45,12 @@ def test_an_edited_constant_wins_over_the_recipe_and_is_told(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["22", "23", "24"])
-def test_what_compares_trainings_refuses_a_recipe_without_any(name):
+def test_what_compares_trainings_refuses_a_recipe_without_any_and_its_ridge_start(name):
+    for flags in ([], ["--epochs", "2"]):
+        with pytest.raises(shell.InputError, match="--recipe best: expected one of paper, publish"):
+            override(name, "--recipe", "best", *flags)
     with pytest.raises(shell.InputError, match="--epochs 0: expected a number from 1"):
-        override(name, "--recipe", "best")
+        override(name, "--epochs", "0")
 
 
 PUBLISHED = [("published", name) for name in ("20", "21", "22", "23", "24")]
