@@ -9,6 +9,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 import common
 from common import GROUPS, SCORED
@@ -27,14 +28,18 @@ def name_folder(setting, made_with):
     return f"{name}-{key}"
 
 
-def read_rows(out, sets):
-    """{folder's name: its lines of rows.csv} of the rows in `out` that this version's numbers are
-    in, with the scores that lie beside them: of gene sets only where they are these `sets` (see
-    gene_sets.name_members), since other files may call other genes the same.
+def read_rows(out, fingerprint, sets):
+    """{folder's name: its lines of rows.csv} of the rows in `out` that this version has made on
+    the dataset of this fingerprint, with the scores that lie beside them: of gene sets only where
+    they are these `sets` (see gene_sets.name_members), since other files may call other genes the
+    same.
     """
-    lines = {}
+    lines, n_others = {}, 0
     for path in sorted(out.glob("[!.]*/rows.json")):
         made_with = json.loads(path.with_name("recipe.json").read_text())
+        if made_with.get("data") != fingerprint:
+            n_others += 1
+            continue
         if made_with.get("results") != common.RESULTS:
             continue
         found = json.loads(path.read_text())
@@ -46,6 +51,10 @@ def read_rows(out, sets):
                 of_sets = [leave_out_sets(line) for line in of_sets]
             found = [line | scored for line, scored in zip(found, of_sets, strict=True)]
         lines[path.parent.name] = found
+    if n_others:
+        tqdm.write(
+            f"{out}: rows.csv leaves out {n_others} of another data root, or of what 19 made before"
+        )
     return lines
 
 

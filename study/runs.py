@@ -179,7 +179,8 @@ class Run:
     @functools.cached_property
     def lines_on_disk(self):
         """{folder's name: its lines of rows.csv}: read once, and kept by `fill`."""
-        return recording.read_rows(self.out, gene_sets.name_members(self.sets.members))
+        members = gene_sets.name_members(self.sets.members)
+        return recording.read_rows(self.out, self.data.fingerprint, members)
 
     def tested(self):
         """Table of the lines of all rows on test slides, against the headline's truth."""

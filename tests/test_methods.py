@@ -416,6 +416,21 @@ def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_pat
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(row.lines)
 
 
+def test_rows_of_another_dataset_are_told_and_left_out(paper_split, tmp_path, capsys):
+    recipe = CPU | PAPER | {"TARGET": "lognorm"}
+    told = []
+    for fingerprint in ("before", "now", "now"):
+        data = dataclasses.replace(paper_split.data, fingerprint=fingerprint)
+        split = dataclasses.replace(paper_split, data=data)
+        run = runs.Run({}, recipe, [split], tmp_path)
+        row = run.fill(run.row("ridge (colour)", split), methods.ridge_on_colour)
+        told.append(capsys.readouterr().out)
+    assert [text.count("leaves out 1 of another data root") for text in told] == [0, 1, 1]
+    assert len(list(tmp_path.glob("*/rows.json"))) == 2
+    table = pd.read_csv(tmp_path / "rows.csv")
+    assert {*table["folder"]} == {row.folder.name} and len(table) == len(row.lines)
+
+
 def test_the_full_rank_is_kept_through_a_refit(paper_split):
     recipe = CPU | {"BACKBONE": "resnet18", "REFIT": True}
     _, told = ask(methods.ridge_on_features, recipe | {"FULL_RANK": True}, paper_split)
