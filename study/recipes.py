@@ -101,6 +101,12 @@ ALLOWED = {
     "MICRO_BATCH": (3, 999),
     "NEIGHBOURHOOD": (0.5, 5),
 }
+# Constants that change nothing under a protocol.
+WITHOUT_EFFECT = {
+    "loso": ("TEST_SLIDE", "VALID_FRACTION", "FOLDS"),
+    "block": ("VALID_FRACTION",),
+    "hest": ("TRAIN_SLIDES", "TEST_SLIDE"),
+}
 
 
 # ----------------------------------------------------------------------------------------- headline

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import sys
 import textwrap
 import time
 from contextlib import redirect_stdout
@@ -408,23 +407,6 @@ def check_target(protocol, target):
         )
 
 
-# Flags that would change nothing under a protocol.
-WITHOUT_EFFECT = {
-    "loso": ("TEST_SLIDE", "VALID_FRACTION", "FOLDS"),
-    "block": ("VALID_FRACTION",),
-    "hest": ("TRAIN_SLIDES", "TEST_SLIDE"),
-}
-
-
-def check_flags(script, protocol):
-    """InputError where the command line gives a constant that the protocol does not ask for."""
-    given = shell.parse_command(script, sys.argv[1:])
-    for name in WITHOUT_EFFECT.get(protocol, ()):
-        if name in given:
-            flag = f"{shell.flag_of(name)} {shell.show_constant(given[name])}"
-            raise InputError(f"{flag}: --protocol {protocol} does not ask for it: leave it out")
-
-
 def open_run(script, *, validate=True):
     """The Run of a script's constants; `--quick` has its slides made where they are missing.
 
@@ -439,7 +421,6 @@ def open_run(script, *, validate=True):
             shown = shell.show_constant(recipe[name])
             raise InputError(f"{shell.flag_of(name)} {shown}: a number is there twice")
     check_target(recipe["PROTOCOL"], recipe["TARGET"])
-    check_flags(script, recipe["PROTOCOL"])
     root = Path(recipe["DATA_ROOT"])
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
         make_simulated_slides(root, recipe["TARGET"])

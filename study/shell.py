@@ -26,7 +26,7 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from study.recipes import ALLOWED, PAPER, RECIPES
+from study.recipes import ALLOWED, PAPER, RECIPES, WITHOUT_EFFECT
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
 WHOLE_BYTES = 16 * 2**20  # of a file, up to which hash_blocks takes all of it
@@ -293,9 +293,17 @@ def build_parser(script):
 
 
 def parse_command(script, argv):
-    """{name: value} of the constants that the command line gives."""
+    """{name: value} of the constants that the command line gives. InputError for one that the
+    protocol does not ask for.
+    """
     given = vars(build_parser(script).parse_args(argv))
-    return {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
+    protocol = given.get("PROTOCOL", script.get("PROTOCOL"))
+    for name in WITHOUT_EFFECT.get(protocol, ()):
+        if name in given:
+            flag = f"{flag_of(name)} {show_constant(given[name])}"
+            raise InputError(f"{flag}: --protocol {protocol} does not ask for it: leave it out")
+    return given
 
 
 def override_constants(script, argv):
@@ -506,8 +514,7 @@ def end_if_explained(error):
     """End the process with 2 and one line where an exception comes from outside this program."""
     reason = explain(error)
     if reason is not None:
-        print(f"error: {reason} run the same command again", file=sys.stderr)
-        sys.exit(2)
+        end_with(f"{reason} run the same command again")
 
 
 INTERRUPTED = "interrupted: run the same command again"
