@@ -76,9 +76,6 @@ QUICK_BUDGET = recipes.QUICK | {
 }
 
 
-COSTS = ("parameters_backbone", "images_per_s", "peak_memory_mb")
-
-
 def check_backbone(recipe):
     """InputError now for a backbone that could not be trained later, hours from now."""
     name = recipe["BACKBONE"]
@@ -106,15 +103,13 @@ def network(row):
 
 
 def describe_costs(lines, resnet):
-    """{column: text} of a setting: the backbone's parameters in millions and over ResNet-50's,
-    speed and memory. The whole network's parameters are in rows.csv.
-    """
-    mean = lines[[name for name in COSTS if name in lines]].mean()
+    """{column: text} of a setting: the backbone's parameters, speed and memory."""
+    parameters = lines["parameters_backbone"].mean()
     return {
-        "backbone M": f"{mean['parameters_backbone'] / 1e6:.1f}",
-        "of ResNet-50": f"{mean['parameters_backbone'] / resnet['backbone']:.2f}",
+        "backbone M": f"{parameters / 1e6:.1f}",
+        "of ResNet-50": f"{parameters / resnet['backbone']:.2f}",
         "images/s": printing.format_count(lines["images_per_s"]),
-        "peak GB": f"{mean['peak_memory_mb'] / 1024:.1f}",
+        "peak GB": f"{lines['peak_memory_mb'].mean() / 1024:.1f}",
     }
 
 

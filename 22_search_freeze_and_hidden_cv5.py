@@ -89,9 +89,7 @@ class Search:
     folds: list  # a Split a fold
 
     def choose_epoch(self, trained, setting):
-        """The epoch that is best in the mean history of the folds, of this setting's rows among
-        the `trained` ones.
-        """
+        """The best epoch in the mean history of a setting's rows on the folds."""
         rows = [row for row in trained if row.setting == setting and row.split in self.folds]
         numbers = ("epoch", "valid_mse", "valid_heg")
         histories = [shell.read_csv(row.folder / "history.csv", numbers=numbers) for row in rows]
@@ -100,22 +98,18 @@ class Search:
 
 
 def open_searches(run):
-    """A Search a test slide and seed, of FOLDS of its training spots; under loso, of donors or
-    slides.
-    """
+    """A Search a test slide and seed: FOLDS of its training spots; of loso, donors or slides."""
     searches, n_folds = [], Counter()
     for whole in run.splits:
         pool = whole.spots("train")
         roles = splitting.split_folds(whole.data.spots, pool, PROTOCOL, FOLDS, whole.seed)
-        # No two folds of a seed have one number.
-        numbered = enumerate(roles, n_folds[whole.seed])
         groups = whole.groups.copy()
         groups.attrs["source"] = "training and validation spots"
-        folds = [
-            replace(whole, roles=of_fold, groups=groups, fold=number)
-            for number, of_fold in numbered
-        ]
-        n_folds[whole.seed] += len(folds)
+        folds = []
+        for of_fold in roles:  # No two folds of a seed have one number.
+            number = n_folds[whole.seed]
+            folds.append(replace(whole, roles=of_fold, groups=groups, fold=number))
+            n_folds[whole.seed] += 1
         searches.append(Search(whole, folds))
     return searches
 
@@ -139,9 +133,7 @@ def rank_settings(rows):
 
 
 def describe_epochs(trained, searches, settings):
-    """{setting: {column: text}}: the epoch that is best over the folds, mean over the searches, and
-    the minutes of them all.
-    """
+    """{setting: {column: text}}: the epoch best over the folds, and the minutes of them all."""
     columns = {}
     for setting in settings:
         epochs = [search.choose_epoch(trained, setting) for search in searches]
@@ -185,10 +177,8 @@ def choose_hiddens():
 
 
 def train_chosen(run, searches, trained, settings):
-    """Train the setting that each search has chosen on all its training spots: the rows.
-
-    It is chosen on the training slides alone, over the seeds, and trained up to the epoch that was
-    best over the folds.
+    """The rows of the setting that each search has chosen, by the training slides alone and over
+    the seeds, trained on all of them up to the epoch that was best over the folds.
     """
     chosen = []
     for search in searches:

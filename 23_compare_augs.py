@@ -111,9 +111,7 @@ def turn_hue(images, hue):
 
 
 def blur_gaussian(images, size):
-    """(B, 3, S, S) blurred by kernels of (B,) 3 or 5 px, sigma 0.15 size + 0.35 (as OpenCV's),
-    mirrored border.
-    """
+    """(B, 3, S, S) blurred by (B,) 3 or 5 px, sigma 0.15 size + 0.35 (OpenCV's), mirrored."""
     steps = torch.arange(-2, 3, device=images.device)
     sigma = 0.15 * size[:, None] + 0.35
     inside = steps.abs() <= size[:, None] // 2
@@ -155,9 +153,7 @@ def change_where(hit, change, images, values):
 
 
 def network(row):
-    """A method: the network is built, trained on the patches, and predicts the scored spots. With
-    COLOUR, ColourAndBlur stands before it.
-    """
+    """A method: as methods.network, with ColourAndBlur before the network if COLOUR is set."""
     model = methods.start_network(row)
     patches = row.place_patches()
     trained = nn.Sequential(ColourAndBlur(), model) if row.recipe["COLOUR"] else model
@@ -223,9 +219,7 @@ def compare_with_mpa():
 
 
 def predict_anew(run, aug, split):
-    """Fill the rows of a trained network's predictions over the 8 symmetries, and of the same slide
-    as another laboratory would have stained it.
-    """
+    """Fill the rows of a trained network over the 8 symmetries, and under a stain shift."""
     trained = run.find(aug, split)
     recipe = run.recipe | setting_of(aug) | {"AGAIN": trained.folder.name}
     split = splitting.final_split(recipe, split)

@@ -92,9 +92,7 @@ QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,), "FEATURES": "", "WEIGHTS": ((1, 
 
 # ----------------------------------------------------------------------------------------- clusters
 def encode_positions(spots, frequencies=16):
-    """(N, 64) sines and cosines of array row and column, each scaled to 0..1 within its slide, from
-    half a wave to eight.
-    """
+    """(N, 64) sines and cosines of array row and column within the slide, half a wave to eight."""
     places = spots[["array_row", "array_col"]].astype(float)
     by_slide = places.groupby(spots["tissue_index"])
     low = by_slide.transform("min")
@@ -232,8 +230,8 @@ class WithId(nn.Module):
 
 
 def network(ids_of, row):
-    """A method, given the cluster of every spot by seed and fold: the network is built, with the
-    row's ID at its head, trained on the patches, and predicts the scored spots.
+    """A method, given the cluster of every spot by seed and fold: as methods.network, with the
+    row's ID at the network's head.
     """
     if row.recipe["ID"] == "no id":
         return methods.network(row)
@@ -252,9 +250,7 @@ def network(ids_of, row):
 
 # ------------------------------------------------------------------------------------------- figure
 def draw_clusters(path, title, split, ids, points):
-    """UMAP by cluster and by slide, share of slides per cluster, sample patches per cluster; below,
-    the ids on the tissue.
-    """
+    """UMAP, share of slides and sample patches of clusters; below, the ids on the tissue."""
     data = split.data
     train = split.spots("train")
     slides = data.spots["tissue_index"].to_numpy()

@@ -106,22 +106,14 @@ def trained_methods():
     network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
     at_random = {"HEAD_START": "random"}
+    as_published = {"SCHEDULE": "constant", "LOSS": "mse"}  # LOSS is not asked: each has its own
     published = {"EPOCHS": STNET_EPOCHS, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6}
-    # Like BLEEP, it has a loss of its own, whatever LOSS is.
-    published |= {"SCHEDULE": "constant", "STNET_GENES": STNET_GENES, "LOSS": "mse"}
+    published |= as_published | {"STNET_GENES": STNET_GENES}
     stnet = {"BACKBONE": STNET_BACKBONE, "HIDDEN": 0, "HEAD_START": "mean", "AUG": "stnet"}
-    bleep = {
-        "BACKBONE": BLEEP_BACKBONE,
-        "HIDDEN": 0,
-        "HEAD_START": "random",  # It has no head whose output is expression.
-        "AUG": "stnet",
-        "LEARNING_RATE": 1e-3,
-        "SCHEDULE": "constant",
-        "EPOCHS": BLEEP_EPOCHS,
-        "BATCH_SIZE": BLEEP_BATCH,
-        "MICRO_BATCH": MICRO_BATCH,
-        "LOSS": "mse",
-    }
+    # Without a head whose output is expression, it cannot start at the means.
+    bleep = stnet | as_published | {"BACKBONE": BLEEP_BACKBONE, "HEAD_START": "random"}
+    bleep |= {"EPOCHS": BLEEP_EPOCHS, "BATCH_SIZE": BLEEP_BATCH, "MICRO_BATCH": MICRO_BATCH}
+    bleep["LEARNING_RATE"] = 1e-3
     best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best"}
     best |= {"REFIT": REFIT, "TTA": TTA}
     found = {
@@ -202,9 +194,7 @@ def contrast(images, spots):
 
 
 def retrieve(images, spots, expression, k=50):
-    """(B, G) plain mean of the expression (n, G) of the k spots whose (n, 256) embedding has the
-    highest cosine.
-    """
+    """(B, G) plain mean of expression (n, G) of the k spots of the highest cosine."""
     # In 16 bits many of the spots would tie.
     with torch.autocast(images.device.type, enabled=False):
         similarity = F.normalize(images.to(spots.dtype)) @ F.normalize(spots).T
@@ -213,9 +203,7 @@ def retrieve(images, spots, expression, k=50):
 
 
 class Bleep(nn.Module):
-    """Patches -> embeddings while training; in evaluation the retrieved expression of training
-    spots.
-    """
+    """Patches -> embeddings in training, in evaluation the retrieved expression."""
 
     def __init__(self, model, expression, micro_batch):
         super().__init__()
@@ -273,7 +261,7 @@ METHODS = {
 
 
 def train_method(row):
-    """A method: that of METHODS which the row's recipe names; without an epoch, the ridge start."""
+    """A method: that of METHODS which the row names; without an epoch, the ridge start."""
     if not row.recipe["EPOCHS"]:
         return methods.network_of_no_epoch(row)
     return METHODS[row.recipe["METHOD"]](row)
@@ -281,18 +269,14 @@ def train_method(row):
 
 # ------------------------------------------------------------------------------ baselines, controls
 def training_mean(row):
-    """A method: each gene's mean over the training spots: constant, so r is undefined and MSE what
-    is left to explain.
-    """
+    """A method: each gene's mean over the training spots; r is undefined, MSE what is left."""
     mean, _ = common.mean_and_variance(row.split.data.target, row.split.spots("train"))
     mean = mean.astype(np.float32)
     return np.tile(mean, (len(row.split.scored()), 1))
 
 
 def ridge_with_neighbourhood(row):
-    """A method: the ridge on frozen features of the spot's own patch and, beside them, of the
-    patches around it: what a method that looks at single spots leaves on the slide.
-    """
+    """A method: the ridge on frozen features of a spot's patch and of the patches around it."""
     features, _ = freeze_features(row.recipe, row.split)
     spots = row.split.data.spots
     around = average_neighbourhood(features, spots, row.recipe["NEIGHBOURHOOD"])
@@ -319,9 +303,7 @@ def average_neighbourhood(features, spots, width):
 
 
 def depth_only(row):
-    """A method, control: a straight line a gene through the log of the spot's own total counts,
-    which an image does not show.
-    """
+    """A method, control: a straight line a gene through the log of the spot's own total counts."""
     split = row.split
     train = split.spots("train")
     depth = np.log(split.data.annotations.obs["n_counts"].to_numpy(np.float64))[:, None]
@@ -332,8 +314,7 @@ def depth_only(row):
 
 def nearest_spot(row):
     """A method, control: expression measured at the nearest position of the neighbouring training
-    slide, slides laid upon each other by the middle of their spots. NaN for a spot whose slide has
-    no such neighbour.
+    slide, slides laid upon each other by the middle of their spots; NaN without such a slide.
     """
     split, data = row.split, row.split.data
     train, scored = split.spots("train"), split.scored()
@@ -383,9 +364,7 @@ def same_slide(row):
 
 
 def retrieve_from_all(trained, row):
-    """A method, given BLEEP's row: as it was trained, but a test spot's expression is retrieved
-    from all spots of the training slides, those of validation as well.
-    """
+    """A method, given BLEEP's row: test spots are retrieved from validation spots as well."""
     all_train = replace(row, split=row.split.with_all_in_training())
     predicted = methods.predict_again(trained, all_train, wrap=build_bleep)
     first = recording.read_prediction(trained.folder).to_numpy()
@@ -393,9 +372,7 @@ def retrieve_from_all(trained, row):
 
 
 def predict_otherwise(run, settings):
-    """Fill the rows of what was trained and predicts once more: networks by one view of a patch,
-    and BLEEP from all spots of the training slides.
-    """
+    """Fill the rows of networks by one view, and of BLEEP by all spots of the training slides."""
     for name, changed in settings.items():
         recipe = run.recipe | changed
         for split in run.splits:
@@ -487,9 +464,7 @@ def fill_ensembles(run):
 
 # -------------------------------------------------------------------------------------------- table
 def describe_costs_and_gain(lines):
-    """{setting: {column: text}}: parameters (millions), minutes, variance of what is predicted over
-    that of what is measured, and r over BLEEP's.
-    """
+    """{setting: {column: text}}: parameters, minutes, variance ratio and r over BLEEP's."""
     headline = recording.headline_of_lines(lines)
     bleep = lines[lines["setting"] == name_bleep()]
     bleep_r = bleep[headline.column].astype(float).mean()
