@@ -128,9 +128,7 @@ def places_in_pitches(spots):
 
 
 def pitches_to_nearest(spots, others):
-    """(n,) pitches from the spots of a table to the nearest of `others` on the same slide; inf
-    where that has none.
-    """
+    """(n,) pitches from a table's spots to the nearest of `others` on the slide; inf without."""
     pitches = np.full(len(spots), np.inf)
     inside = spots.groupby("tissue_index").indices
     for slide, near in others.groupby("tissue_index"):
@@ -147,9 +145,7 @@ def parts_of(n, size):
 
 
 def log_normalise(counts, totals):
-    """log1p of counts scaled to 10,000 a spot: (N, G) counts, (N,) totals over ALL genes -> (N, G)
-    float32.
-    """
+    """log1p of counts (N, G) scaled to 10,000 a spot by totals (N,) over ALL genes: float32."""
     scale = 1e4 / np.maximum(np.asarray(totals, np.float64), 1)
     result = np.empty(counts.shape, np.float32)
     # In parts, because all spots at once would take four times the memory in float64.
@@ -161,9 +157,8 @@ def log_normalise(counts, totals):
 
 
 def load_dataset(data_root, target):
-    """Read what script 19 wrote, as SpotData with the target named `target`.
-
-    Raises InputError with 19's command where it is missing, damaged or made otherwise.
+    """Read what script 19 wrote, as SpotData with the target named `target`. InputError with 19's
+    command where it is missing, damaged or made otherwise.
     """
     root = Path(data_root)
     folder = shell.find_dataset(data_root)
@@ -251,11 +246,8 @@ def mean_and_variance(values, spots):
 
 # ------------------------------------------------------------------------------------------ patches
 class MappedPatches:
-    """SpotData's patches as they lie on disk: [spots] reads them, (B, 3, size, size) uint8,
-    channels last.
-
-    They are resized each time anew: that takes 0.04 ms a patch, and memory does not grow with their
-    number.
+    """SpotData's patches as they lie on disk: [spots] reads (B, 3, size, size) uint8, channels
+    last, resized each time anew, in 0.04 ms a patch.
     """
 
     device = torch.device("cpu")
@@ -263,9 +255,6 @@ class MappedPatches:
     def __init__(self, patches, size):
         self.patches = patches
         self.size = size
-
-    def __len__(self):
-        return len(self.patches)
 
     def __getitem__(self, spots):
         images = self.patches[spots].permute(0, 3, 1, 2)
@@ -288,9 +277,7 @@ class MappedExpression:
 
 @functools.lru_cache(maxsize=1)  # The trainings of a run share one copy.
 def place_patches(patches, size, device):
-    """SpotData's patches for [spots]: on a GPU, if half of its free memory holds them; else
-    MappedPatches.
-    """
+    """SpotData's patches for [spots]: on a GPU whose free memory takes them twice, else mapped."""
     mapped = MappedPatches(patches, size)
     shape = (len(patches), 3, size, size)
     if device.type != "cuda" or np.prod(shape) > 0.5 * torch.cuda.mem_get_info(device)[0]:
@@ -441,9 +428,7 @@ PADDING = {"reflect": "reflection", "black": "zeros"}  # torch's names of WARP_B
 
 
 def warp(images, affine, border="reflect"):
-    """(n, 3, S, S) float32 resampled by (n, 2, 3), bilinear; what lies outside is mirrored, or
-    black.
-    """
+    """(n, 3, S, S) float32 resampled by (n, 2, 3), bilinear; outside is mirrored, or black."""
     grid = lay_affine_grid(affine, images.shape[3])
     return F.grid_sample(images, grid, padding_mode=PADDING[border], align_corners=False)
 
@@ -451,8 +436,7 @@ def warp(images, affine, border="reflect"):
 def lay_affine_grid(affine, size):
     """F.affine_grid of (n, 2, 3) for square images, align_corners=False: (n, size, size, 2).
 
-    By one broadcast sum, where torch multiplies matrices: that takes 68 times as long on a
-    processor, and was a quarter of the whole augmentation.
+    By one broadcast sum: torch's product of matrices takes 68 times as long on a processor.
     """
     centres = (2 * torch.arange(size, device=affine.device) + 1) / size - 1
     rows = affine[:, :, 1, None] * centres + affine[:, :, 2, None]
@@ -526,9 +510,8 @@ def stages_of(backbone):
 
 
 def widen_depthwise(convolution, forward, images):
-    """A depthwise convolution's forward: training under a processor's autocast, it computes in fp32
-    and returns the type it got, since its backward pass in bf16 takes up to seven times as long
-    (and half of a step's time).
+    """A depthwise convolution's forward: training under a processor's autocast it computes in fp32,
+    since its backward pass in bf16 takes up to seven times as long.
     """
     autocast = images.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     if not (convolution.training and autocast):
@@ -568,9 +551,9 @@ class SpotRegressor(nn.Module):
     """Backbone and head: (B, 3, S, S) pixel values 0..255 -> (B, G) expression.
 
     The last TRAINABLE_STAGES stages of the backbone are trained, all of them if that is -1. With
-    POOL_STAGES the head sees sd and mean of every stage's output over the image, and not the last
-    stage's mean alone: colour and texture are still there in early stages. CHANNELS bgr gives the
-    backbone blue as red, as the published scripts do.
+    POOL_STAGES the head sees sd and mean of every stage's output, and not the last one's mean
+    alone: colour and texture are still there in early stages. CHANNELS bgr gives the backbone blue
+    as red, as the published scripts do.
     """
 
     def __init__(self, backbone, head, widths, recipe):
@@ -654,10 +637,8 @@ def build_model(recipe, n_genes, seed):
 
 
 def measure_features(backbone, recipe):
-    """[numbers of features] as pool_each_stage gives them with POOL_STAGES, else of the backbone's
-    output.
-
-    They are those of one image of IMAGE_SIZE; InputError where the backbone cannot take it.
+    """[numbers of features] of an image of IMAGE_SIZE, with POOL_STAGES as pool_each_stage gives
+    them. InputError where the backbone cannot take it.
     """
     pool_stages = recipe["POOL_STAGES"]
     name, size = recipe["BACKBONE"], recipe["IMAGE_SIZE"]
@@ -777,15 +758,12 @@ def load_weights(backbone, name, path):
         for key, value in backbone.state_dict().items()
         if not is_counter(key)
     }
-    names = dict.fromkeys(wanted)
     has_timms_names = wanted.keys() <= state.keys()
+    names = dict(zip(wanted, wanted if has_timms_names else state, strict=False))
     if has_timms_names:
-        names = {key: key for key in wanted}
         refuse_extra(backbone, name, path, [key for key in state if key not in wanted])
-    else:
-        names |= dict(zip(wanted, state, strict=False))
     for key, shape in wanted.items():
-        found = names[key]
+        found = names.get(key)
         if found is None or shapes[found] != shape:
             its_shape = shapes.get(found, ())
             raise InputError(
@@ -803,9 +781,7 @@ def load_weights(backbone, name, path):
 
 
 def refuse_extra(backbone, name, path, extra):
-    """InputError where the names `extra` that a file holds beside all of a backbone are more than a
-    classifier's.
-    """
+    """InputError where the names `extra` of a file are more than a classifier's."""
     classifiers = backbone.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     for key in extra:
@@ -822,10 +798,7 @@ def is_counter(key):
 
 
 def check_hub():
-    """Where timm's hub does not answer, have its client look into its cache alone.
-
-    Otherwise it tries again for a minute.
-    """
+    """Where timm's hub does not answer, have its client look into its cache, not wait a minute."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # It has been found out, or the user says so.
@@ -864,9 +837,7 @@ LOSSES = {"mse": F.mse_loss}
 
 
 def describe_loss(name):
-    """A loss as rows follow from it: its name and, unless torch has it by this name, a hash of its
-    lines, so that a changed one is computed anew.
-    """
+    """A loss's name and, unless torch has it, a hash of its lines: rows of a changed one differ."""
     loss = LOSSES[name]
     if loss is getattr(F, f"{name}_loss", None):
         return name
@@ -884,9 +855,7 @@ adam = functools.partial(torch.optim.Adam, fused=True)  # the paper's optimiser
 
 
 def prepare_optimiser(network, recipe, optimise=adam):
-    """(`optimise` of the parameters that are trained, SCHEDULE of its rates over the epochs: cosine
-    to zero, or constant).
-    """
+    """(`optimise` of what is trained, SCHEDULE of its rates: cosine to zero, or constant)."""
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = optimise(trainable, recipe["LEARNING_RATE"])
     if recipe["SCHEDULE"] == "constant":
@@ -923,12 +892,11 @@ def fit(
 ):
     """Train; leave the weights of the best epoch in `network`; return the history, a dict an epoch.
 
-    patches (N, 3, S, S) uint8. `split` is a study.splitting.Split, whose training spots are learnt
-    from. `loss` and `optimise` are LOSS and adam unless given. The best epoch has the lowest
-    validation MSE or, by BEST_EPOCH, the highest mean r of HEG; a network that starts as a ridge
-    is judged before its first epoch, too. With `stop` there is no validation, and training ends
-    with that epoch. `checkpoint` is a file from which a killed run goes on; it holds what it was
-    made with. report(history, best_epoch) is called after each epoch.
+    patches (N, 3, S, S) uint8; `split` a study.splitting.Split, whose training spots are learnt
+    from; `loss` and `optimise` LOSS and adam unless given. The best epoch has the lowest validation
+    MSE or, by BEST_EPOCH, the highest mean r of HEG; a ridge start is judged before its first
+    epoch, too. With `stop` there is no validation, and training ends with that epoch. From the file
+    `checkpoint` a killed run goes on. report(history, best_epoch) is called after each epoch.
     """
     device = next(network.parameters()).device
     _, dtype, _ = choose_device(recipe)

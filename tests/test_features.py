@@ -54,7 +54,7 @@ def compute_directly(data, recipe, tta=False):
     """What a network of the plain recipe puts out for every patch."""
     model = features.build_encoder(recipe, None).to(memory_format=torch.channels_last)
     patches = common.place_patches(data.patches, recipe["IMAGE_SIZE"], torch.device("cpu"))
-    every = np.arange(len(patches))
+    every = np.arange(len(data.patches))
     return common.predict(model, patches, every, dtype=torch.float32, tta=tta)
 
 
