@@ -62,9 +62,7 @@ def read_embeddings(path):
 
 
 def find_values(path, file, names, needed=True):
-    """The dataset of an open file that has one of the names; None where none is and none is
-    needed.
-    """
+    """The dataset of an open file that has one of the names; None where none is nor is needed."""
     held = [name for name in names if isinstance(file.get(name), h5py.Dataset)]
     if len(held) == 1:
         return file[held[0]]
@@ -107,9 +105,7 @@ def read_embedded_barcodes(path, dataset, count):
 
 
 def read_patch_centres(path, dataset, count):
-    """((m, 2) centres in px, side in px, name of the slide) of `count` patches, of TRIDENT's
-    coords.
-    """
+    """((m, 2) centres in px, side in px, name of the slide) of TRIDENT's coords."""
     corners, side = read_whole(dataset), dataset.attrs.get("patch_size_level0")
     if corners.shape != (count, 2) or corners.dtype.kind not in "fiu":
         raise InputError(
@@ -150,16 +146,9 @@ def match_spots(path, embeddings, spots):
     return found
 
 
-def embed_spots(path, slide, spots):
-    """As pick_embeddings, of a file that is not read yet."""
-    return pick_embeddings(path, read_embeddings(path), slide, spots)
-
-
 def pick_embeddings(path, embeddings, slide, spots):
-    """(n, D) float32 of a file's Embeddings, those of the spots of a table; NaN for a spot that has
-    none.
-
-    InputError with the name of the `slide` where an embedding itself holds NaN or infinity.
+    """(n, D) float32 of a file's Embeddings, those of the spots of a table; NaN for a spot without.
+    InputError where an embedding itself holds NaN or infinity.
     """
     bad = ~np.isfinite(embeddings.values).all(axis=1)
     if bad.any():
@@ -174,10 +163,7 @@ def pick_embeddings(path, embeddings, slide, spots):
 
 
 def find_patch_centres(path):
-    """The positions of a file's patches, as read_positions gives those of spots.
-
-    InputError where it holds barcodes in place of coords.
-    """
+    """A file's patches, as read_positions gives spots. InputError where it holds barcodes."""
     embeddings = read_embeddings(path)
     if embeddings.centres is None:
         raise InputError(f"{path}: holds barcodes: give the --positions of its spots")
@@ -193,9 +179,7 @@ def find_patch_centres(path):
 # ------------------------------------------------------------------------------------------- models
 @dataclass(frozen=True)
 class Model:
-    """One model's embeddings of the slides of a run, all of one width and of patches of one size
-    on the tissue.
-    """
+    """One model's embeddings of a run's slides, of one width and of patches of one size."""
 
     name: str  # of its folder
     files: dict  # {tissue_index: path}
@@ -212,22 +196,20 @@ class Model:
         return constants | {"EMBEDDINGS": held}
 
     def read(self, spots):
-        """(N, D) float32 embeddings of the table of a run's spots; NaN on slides that take no
-        part.
-        """
+        """(N, D) float32 embeddings of a run's spots; NaN on slides that take no part."""
         slides = spots["tissue_index"].to_numpy()
         values = np.full((len(slides), self.width), np.nan, np.float32)
         for slide, path in self.files.items():
-            values[slides == slide] = embed_spots(path, slide, spots[slides == slide])
+            held = read_embeddings(path)
+            values[slides == slide] = pick_embeddings(path, held, slide, spots[slides == slide])
         return values
 
 
 def open_models(folder, data, splits, backbones):
     """The Models of a folder: itself where it holds .h5 files, else each folder in it that does.
 
-    All that is wrong is told now, and not after trainings: InputError where a spot of a slide that
-    takes part in one of the splits has no embedding, widths differ, or a folder is called as one of
-    the `backbones`, which have rows of their own.
+    InputError, before any training, where a spot of a slide that takes part has no embedding,
+    widths differ, or a folder is called as one of the `backbones`, which have rows of their own.
     """
     folder = Path(folder)
     inside = sorted(folder.glob("[!.]*"))
@@ -255,9 +237,7 @@ def holds_files(folder):
 
 
 def find_files(folder, names):
-    """{tissue_index: path} of the files of slides {tissue_index: name}: <name>.h5 where one is
-    called so, else <tissue_index>.h5 for all.
-    """
+    """{tissue_index: path}: <name>.h5 where one is called so, else <tissue_index>.h5 for all."""
     by_name = {slide: folder / f"{name}.h5" for slide, name in names.items()}
     if any(path.is_file() for path in by_name.values()):
         return by_name
@@ -265,9 +245,7 @@ def find_files(folder, names):
 
 
 def open_model(folder, names, spots, um_per_px):
-    """The Model of a folder for slides {tissue_index: name}, of a run's table of spots; `um_per_px`
-    {tissue_index: of the slide's image}.
-    """
+    """The Model of a folder for slides {tissue_index: name}; `um_per_px` is by slide, too."""
     files = find_files(folder, names)
     lacking, widths, sides = [], {}, {}
     for slide, path in files.items():
@@ -325,9 +303,7 @@ def check_embedded_slide(path, held, names, side_um, um_per_px):
 
 # --------------------------------------------------------------------------------------------- rows
 def settings_of(models, baseline):
-    """{setting: (its constants, its method)} of the models; `baseline` are the constants of a
-    method without network.
-    """
+    """{setting: (its constants, its method)} of the models beside the constants `baseline`."""
     found = {}
     for model in models:
         recipe = baseline | model.constants
@@ -359,9 +335,7 @@ def is_ridge(recipe):
 
 
 def build_ridge(state, recipe, n_genes):
-    """The Ridge of tensors {name: tensor}. KeyError or ValueError where they are not of its recipe
-    and genes.
-    """
+    """The Ridge of tensors {name: tensor}. KeyError or ValueError where they do not fit."""
     weight, bias = state["weight"].numpy(), state["bias"].numpy()
     if weight.shape != (recipe["WIDTH"], n_genes) or bias.shape != (n_genes,):
         raise ValueError(f"coefficients {weight.shape}, intercept {bias.shape}")

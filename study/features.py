@@ -39,12 +39,11 @@ def freeze_features(recipe, split):
 
 
 def encode_spots(data, recipe, seed, *, tta=False):
-    """((N, F) float32 features of all spots of the data by BACKBONE as it comes, [numbers of
-    features of every part, as common.pool_each_stage gives them]).
+    """((N, F) float32 features of all spots by BACKBONE as it comes, [numbers of features of every
+    part, as common.pool_each_stage gives them]).
 
     With `tta` they are the mean over the 8 symmetries. Those of pretrained weights are kept in the
-    data root and read from there, memory-mapped, the next time. The last two results are
-    remembered.
+    data root, and read from there, memory-mapped.
     """
     recipe = recipes.PAPER | recipe
     names = ("BACKBONE", "PRETRAINED", "IMAGE_SIZE", "CHANNELS", "DEVICE", "PRECISION")
@@ -65,9 +64,7 @@ def encode_spots(data, recipe, seed, *, tta=False):
 
 @functools.lru_cache(maxsize=8)
 def ends_with_output(constants):
-    """Whether the last part of what a backbone of these constants gives by common.pool_each_stage
-    is, bit by bit, its output.
-    """
+    """Whether the last part by common.pool_each_stage is, bit by bit, the backbone's output."""
     recipe = dict(constants)
     try:
         model = build_encoder(recipe | {"POOL_STAGES": True}, None).eval()
@@ -113,9 +110,7 @@ def encode_patches(patches, constants, seed, tta, kept):
 
 # -------------------------------------------------------------------------------------------- files
 def name_features(of_patches, model, recipe, device, dtype, tta):
-    """The name of a file of features: the start of the patches' hash, and a hash of all else that
-    they follow from.
-    """
+    """A file's name: the start of the patches' hash, and a hash of what else it follows from."""
     made_with = {
         "backbone": recipe["BACKBONE"],
         "weights": hash_weights(model),
@@ -172,11 +167,8 @@ def read_kept(path, shape):
 
 
 def keep_features(path, features):
-    """Write features, whole or not at all, and return them memory-mapped; as they are where the
-    data root cannot take them, which is said.
-
-    Other processes may write the same file: each has a temporary one, and the last to end wins,
-    with the same content.
+    """Write features and return them memory-mapped; as they are where the data root cannot take
+    them, which is said. Other processes may write the same file, with the same content.
     """
     try:
         remove_leftovers(path.parent)

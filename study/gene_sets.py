@@ -33,10 +33,8 @@ SYMBOL = r"[A-Z][A-Za-z0-9.-]{1,14}"  # what a symbol looks like, and a descript
 
 # -------------------------------------------------------------------------------------------- files
 def read_sets(path):
-    """{set: [its genes]} of a .gmt, as MSigDB has it, or of a CSV with the columns group, gene;
-    plain or gzipped. The content tells which it is, and not the name.
-
-    InputError, in one line that names the file and its line, for anything else.
+    """{set: [its genes]} of a .gmt, as MSigDB has it, or of a CSV with the columns group, gene, by
+    its content; plain or gzipped. InputError that names the line for anything else.
     """
     text = inputs.read_text(path)
     head = re.split(r"[,;\t]", text.partition("\n")[0])
@@ -226,9 +224,7 @@ def score_row(folder, lines, members):
 
 
 def read_expression(folder, genes):
-    """{"prediction", "lognorm" and "target": (n, G) float32} of a row's scored spots, of the genes
-    with these numbers alone.
-    """
+    """{"prediction", "lognorm", "target": (n, G) float32} of scored spots and these genes."""
     found = {}
     with h5py.File(folder / "predictions.h5ad") as file:
         for name, values in {"prediction": file["X"], **file["layers"]}.items():
@@ -331,9 +327,7 @@ def describe_sets(lines, names, out):
 
 
 def mean_of_units(lines, column):
-    """A column's mean of each slide, or of each training where there is one slide, as the table of
-    scores has it.
-    """
+    """A column's mean of each slide, or of each training where there is one slide."""
     headline = recording.headline_of_lines(lines)
     units = headline.unit if lines[headline.unit].nunique() > 1 else ["seed", "fold"]
     return lines.astype({column: float}).groupby(units)[column].mean()

@@ -169,9 +169,7 @@ def control_discoveries(p):
 
 
 def lay_otherwise(places, slide, number=0):
-    """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take; they follow from
-    the slide's number and that of the round.
-    """
+    """(LAID, n) numbers of the spots whose values the spots at places (n, 2) take."""
     words = (int(slide), number) if number else (int(slide),)
     random = np.random.default_rng(seed_of("laid otherwise", *words))
     middle = (places.max(0) + places.min(0)) / 2
@@ -188,9 +186,7 @@ def lay_otherwise(places, slide, number=0):
 
 
 def correlate_laid(predicted, truth, laid):
-    """(LAID, G) r of the predictions (n, G), laid otherwise, and the truth (n, G) of a slide; NaN
-    where one is constant.
-    """
+    """(LAID, G) r of (n, G) predictions laid otherwise and the truth; NaN where one is constant."""
     x = (predicted - predicted.mean(0)).astype(np.float32)
     y = (truth - truth.mean(0)).astype(np.float32)
     taken = np.zeros((len(laid), len(x)), np.float32)  # how often each spot's value is

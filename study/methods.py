@@ -43,9 +43,7 @@ def start_network(row):
 
 
 def network(row, **how):
-    """A method: the network is built, trained on the patches, and predicts the scored spots; `how`,
-    of common.fit, is the recipe's unless given.
-    """
+    """A method: the network is built, trained by common.fit, which takes `how`, and predicts."""
     model = start_network(row)
     patches = row.place_patches()
     row.fit(model, patches, **how)
@@ -53,10 +51,9 @@ def network(row, **how):
 
 
 def network_of_no_epoch(row):
-    """A method: the network whose head is the ridge on its frozen features, by which it predicts.
+    """A method: the network whose head is the ridge on its frozen features.
 
-    The features that the data root keeps are those of its backbone over the 8 symmetries, so with
-    TTA it sees no patch again.
+    With TTA it predicts by the features that the data root keeps, and sees no patch again.
     """
     row.model = start_network(row)
     row.note(weights=name_weights(row.recipe), steps=0, best_epoch=0)
@@ -96,7 +93,8 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     patches = row.place_patches()
     if stain_shift:
         patches = common.StainShiftedPatches(patches, common.OTHER_STAINING)
-    kept = ("weights", "steps", "best_epoch", "refit", *PARAMETERS)
+    kept = ["weights", "steps", "best_epoch", "refit"]
+    kept += ["parameters_backbone", "parameters_trainable", "parameters_total"]
     row.note(**{name: trained.lines[0][name] for name in kept})
     predicted = row.predict(predictor, patches)
     is_valid = row.split.roles[row.split.scored()] == "valid"
@@ -107,9 +105,6 @@ def predict_again(trained, row, stain_shift=False, wrap=None):
     return predicted
 
 
-PARAMETERS = ("parameters_backbone", "parameters_trainable", "parameters_total")
-
-
 # ------------------------------------------------------------------------------------------- ridges
 def learn_ridge(split, features, spots, full_rank=False):
     """ridges.fit_ridge of the expression on the features (N, F) at these spots alone."""
@@ -118,9 +113,7 @@ def learn_ridge(split, features, spots, full_rank=False):
 
 
 def predict_by_ridge(row, features, seen, full_rank=False):
-    """The prediction (n, G) from features `seen` (n, F) of the ridge that the training spots teach
-    on `features` (N, F).
-    """
+    """(n, G) predicted from features `seen` (n, F) by the ridge on `features` (N, F)."""
     ridge, shrinkage = learn_ridge(row.split, features, row.split.spots("train"), full_rank)
     row.note(**shrinkage._asdict())
     return ridge.predict(seen)

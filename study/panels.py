@@ -12,7 +12,7 @@ from slides import inputs
 
 
 class GenesOf:
-    """Expression (N, G) of some of the genes of a memory-mapped array: [spots] reads (n, G)."""
+    """Expression (N, G) of some genes of a memory-mapped array: [spots] reads (n, G)."""
 
     def __init__(self, values, genes):
         self.values = values
@@ -41,9 +41,7 @@ def restrict_panel(data, slides):
 
 @functools.cache
 def take_part(data, slides):
-    """The data as 19 would have made it of these slides alone, where its target is Harmony's: the
-    values of other slides are NaN then.
-    """
+    """As restrict_panel, its target Harmony's of these slides alone; NaN on others."""
     slide_of = data.spots["tissue_index"].to_numpy()
     inside = np.flatnonzero(np.isin(slide_of, slides))
     if len(inside) == len(slide_of):

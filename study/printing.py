@@ -9,14 +9,11 @@ import pandas as pd
 from study import recipes, recording
 
 WIDTH = 120  # columns of what is printed, at most
-WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}  # so that paths can be copied
 
 
 # ----------------------------------------------------------------------------------- printed tables
 def print_table(title, table, keys=1):
-    """One ruled table under its title. Columns that have no room in WIDTH follow below, beside the
-    first `keys` columns again.
-    """
+    """One ruled table under its title; columns beyond WIDTH follow below, with the first `keys`."""
     parts = [format_lines(table[names]) for names in part_columns(table, keys)]
     width = max(len(line) for lines in parts for line in lines)
     print(f"\n{textwrap.fill(title, WIDTH)}")
@@ -26,16 +23,12 @@ def print_table(title, table, keys=1):
 
 
 def format_lines(table):
-    """A table's lines, its head first; of texts that alone are wider than WIDTH the end is left
-    out.
-    """
+    """A table's lines, its head first, cut at WIDTH."""
     return [cut(line.rstrip(), WIDTH) for line in table.to_string(index=False).splitlines()]
 
 
 def part_columns(table, keys):
-    """Lists of the names of a table's columns: as many as have room in WIDTH, the first `keys` in
-    each.
-    """
+    """[names of columns that have room in WIDTH, the first `keys` in each] of a table."""
     first = [*table.columns[:keys]]
     parts = [[*first]]
     for name in table.columns[keys:]:
@@ -92,9 +85,7 @@ def justify_left(column):
 
 
 def format_mean(values, form="{:.3f}"):
-    """The mean of one number a training or slide, ±sd where there are several; "-" where it is
-    undefined.
-    """
+    """The mean of a number a training or slide, ±sd of several; "-" where it is undefined."""
     values = values.dropna()
     if values.empty:
         return "-"
@@ -152,39 +143,29 @@ def describe_scores(lines, interval, sizes, n_genes):
     `lines` is a table of its lines of rows.csv, one or several, and `interval` that of their
     headline's mean; `sizes` as of count_genes, `n_genes` of the panel.
     """
-    if recording.headline_of_lines(lines) is recipes.OF_HEST:
-        return describe_hest(lines, interval, n_genes)
-    # Test slides count alike; folds of a search validate on slides that they share.
-    is_tested = lines["split"].iloc[0] == "test"
-    over = "slide" if is_tested and lines["slide"].nunique() > 1 else ["seed", "fold"]
-    columns = {"HEG": format_group(lines, "heg", sizes.get("heg", 0), over)}
+    headline = recording.headline_of_lines(lines)
+    is_hest = headline is recipes.OF_HEST
+    if is_hest:
+        over = headline.unit
+    else:
+        # Test slides count alike; folds of a search validate on slides that they share.
+        is_tested = lines["split"].iloc[0] == "test"
+        over = "slide" if is_tested and lines["slide"].nunique() > 1 else ["seed", "fold"]
+    group = headline.group.lower()
+    size = n_genes if is_hest else sizes.get(group, 0)
+    columns = {headline.name: format_group(lines, headline.column, size, over, f"{group}_n")}
     columns["[95 %]"] = format_interval(*interval)
-    columns["of ceiling"] = format_share(lines["heg"].mean(), lines["heg_ceiling"].mean())
-    for group in ("HVG", "MG", "all"):
-        columns[group] = format_group(lines, group.lower(), sizes.get(group.lower(), 0))
-    columns["r>=.30"] = f"{lines['n_genes_r30'].mean():.0f}"
-    return columns | describe_counts(lines)
-
-
-def describe_hest(lines, interval, n_genes):
-    """As describe_scores, of a task of HEST-Benchmark: first the number that its published tables
-    hold, over all test spots of a fold at once; `in slides` is the same slide by slide.
-    """
-    unit, column = recipes.OF_HEST.unit, recipes.OF_HEST.column
-    columns = {recipes.OF_HEST.name: format_group(lines, column, n_genes, unit, "all_n")}
-    columns["[95 %]"] = format_interval(*interval)
-    ceiling = lines[recipes.OF_HEST.ceiling].mean()
-    columns["of ceiling"] = format_share(lines[column].mean(), ceiling)
-    columns["in slides"] = f"{lines.groupby(unit)['all'].mean().mean():.3f}"
-    return columns | describe_counts(lines)
-
-
-def describe_counts(lines):
-    """{column: text} of one setting's mean numbers of genes that are told from chance, which test
-    spots have, and of the optimiser's steps, which what learns by epochs has.
-    """
-    steps = lines.get("steps", pd.Series(dtype=float))
-    return {"q<.05": format_count(lines["n_genes_q05"]), "steps": format_count(steps, "{:,.0f}")}
+    ceiling = lines[headline.ceiling].mean()
+    columns["of ceiling"] = format_share(lines[headline.column].mean(), ceiling)
+    if is_hest:  # The headline is over all test spots of a fold at once, this slide by slide.
+        columns["in slides"] = f"{lines.groupby(over)['all'].mean().mean():.3f}"
+    else:
+        for name in ("HVG", "MG", "all"):
+            columns[name] = format_group(lines, name.lower(), sizes.get(name.lower(), 0))
+        columns["r>=.30"] = f"{lines['n_genes_r30'].mean():.0f}"
+    columns["q<.05"] = format_count(lines["n_genes_q05"])
+    steps = lines.get("steps", pd.Series(dtype=float))  # Only what learns by epochs has them.
+    return columns | {"steps": format_count(steps, "{:,.0f}")}
 
 
 def format_count(counts, form="{:.0f}"):
@@ -197,24 +178,18 @@ def describe_differences(table, settings, headline=recipes.HEG):
     """The column that tells the headline of each setting minus another's; the name of the other
     stands in the head where it is the same for all.
     """
-    differences = table[table["group"] == headline.group].set_index("setting")
+    differences = table[table["group"] == headline.group]
     others = differences["minus"].unique()
-    texts = []
-    for setting in settings:
-        if setting not in differences.index:
-            texts.append("")
-            continue
-        line = differences.loc[setting]
-        difference, low, high, other = line[["difference", "low", "high", "minus"]]
-        if np.isnan(difference):
-            texts.append("-")
-            continue
-        text = f"{difference:+.3f} {format_interval(low, high, '{:+.3f}')}"
-        texts.append(text if len(others) == 1 else f"{text} {other}")
+    texts = {}
+    for line in differences.itertuples():
+        interval = format_interval(line.low, line.high, "{:+.3f}")
+        other = "" if len(others) == 1 else f" {line.minus}"
+        is_defined = not np.isnan(line.difference)
+        texts[line.setting] = f"{line.difference:+.3f} {interval}{other}" if is_defined else "-"
     name = f"{headline.name} minus"
     if len(others) == 1:
         name = f"{name} {others[0]}"
-    return justify_left(pd.Series(texts, name=name))
+    return justify_left(pd.Series([texts.get(setting, "") for setting in settings], name=name))
 
 
 def describe_scored(lines):

@@ -45,9 +45,7 @@ def hest_probe(row):
 
 
 def predict_by_probe(row, features):
-    """The prediction (n, G) by hest_probe on features (N, F); NaN of validation spots, from which
-    the probe has learnt.
-    """
+    """(n, G) by hest_probe on features (N, F); NaN of validation spots, which it learns from."""
     split = row.split
     train = order_by_fold_file(split)
     scored = split.scored()
@@ -97,9 +95,7 @@ def round_to_single(values):
 
 
 def order_by_fold_file(split):
-    """Numbers of all spots of the training slides of a fold of HEST-Benchmark, slide by slide as
-    its file names them.
-    """
+    """Numbers of all spots of a fold's training slides, slide by slide as its file names them."""
     train = split.spots("train", "valid")
     folds = splitting.read_task_folds(split.data.root)
     named = folds[(folds["fold"] == split.fold) & (folds["role"] == "train")]["tissue_index"]

@@ -85,9 +85,7 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
 
 
 def read_prediction(folder):
-    """Table (n, G) of float32, by id and gene: what a setting's folder holds of its prediction; the
-    truths beside it, which are as large, are not read.
-    """
+    """Table (n, G) of float32, by id and gene: the prediction alone of a setting's folder."""
     path = folder / "predictions.h5ad"
     table = common.read_annotations(path)
     with h5py.File(path) as file:
@@ -95,9 +93,7 @@ def read_prediction(folder):
 
 
 def score_split(setting, recipe, split, predicted, more):
-    """([a line a role and truth], per-gene table, influence of the test spots) of the prediction
-    of split.scored().
-    """
+    """([a line a role and truth], per-gene table, influence of the test spots) of a prediction."""
     data = split.data
     scored = split.scored()
     truths = {recipe["TARGET"]: data.target, "lognorm": data.lognorm}
@@ -131,11 +127,10 @@ def score_split(setting, recipe, split, predicted, more):
         line["spot_r"] = common.correlate_spots(x, y, usual[truth])
         line |= scales.describe_scales(x, y, spots, data.genes, split.members)
         if role == "test":
-            moved = intervals.find_influence(x, y, spots, data.genes, split.members)
+            scored_values = x, y, spots, data.genes, split.members
+            moved = intervals.find_influence(*scored_values)
             if recipe["PROTOCOL"] == "hest":
-                over_slides = intervals.find_influence(
-                    x, y, spots, data.genes, split.members, pooled=True
-                )
+                over_slides = intervals.find_influence(*scored_values, pooled=True)
                 moved = moved.join(over_slides.add_suffix("_pooled"))
             line |= describe_intervals(line, moved, influence)
             influence = influence.join(moved.add_prefix(f"{truth}_"))
@@ -159,9 +154,7 @@ def part_places(places):
 
 
 def describe_intervals(line, influence, places):
-    """{<group>_ci: [low, high], interval_df: its degrees of freedom} of a line, by the influence
-    (n, k) of its test spots at `places`.
-    """
+    """{<group>_ci: [low, high], interval_df} of a line, by its influence (n, k) at `places`."""
     errors, freedoms = measure_errors(influence, places)
     found = {}
     for key, error, freedom in zip(influence, errors, freedoms, strict=True):
@@ -193,9 +186,7 @@ def name_ceilings(recipe, split, role, truth):
 
 
 def tabulate_genes(data, predicted, truth, spots, ceilings):
-    """A line a gene: common.score_genes, its mean expression and GENE_COLUMNS, the mean over the
-    var columns with the endings `ceilings`.
-    """
+    """A line a gene: scores, mean expression and GENE_COLUMNS, by var's endings `ceilings`."""
     slides = spots["tissue_index"].to_numpy()
     genes = pd.DataFrame(common.score_genes(predicted, truth, slides), data.genes)
     genes["mean"] = truth.mean(0)
@@ -241,9 +232,7 @@ def headline_of_lines(lines):
 
 
 def select_lines(lines, role="test", truth=None):
-    """Table of the lines of this role and truth, by default the headline's, in the order of the
-    trainings.
-    """
+    """Table of the lines of this role and truth, by default the headline's, as trainings go."""
     table = pd.DataFrame(lines)
     truth = truth or headline_of_lines(table).truth
     chosen = (table["split"] == role) & (table["truth"] == truth)
@@ -266,9 +255,7 @@ def join_influence(lines, out):
 
 
 def join_columns(lines, out, name, columns):
-    """As join_influence, of the `columns` {column: what to call it} of the file `name` in each of
-    the lines' folders.
-    """
+    """As join_influence, of the `columns` {column: what to call it} of the file `name`."""
     units = lines.groupby(headline_of_lines(lines).unit)["folder"]
     parts = []
     for _, folders in units:
@@ -284,9 +271,7 @@ def join_columns(lines, out, name, columns):
 
 
 def find_headline_interval(lines, out):
-    """[low, high] of the headline's r of a setting on its test slides; NaN of other spots, and
-    where it is undefined.
-    """
+    """[low, high] of the headline's r of a setting on its test slides; NaN of other spots."""
     if (lines["split"] != "test").any():
         return [np.nan, np.nan]
     headline = headline_of_lines(lines)
@@ -297,9 +282,7 @@ def find_headline_interval(lines, out):
 
 
 def share_genes(ones, others, group):
-    """Whether r of a gene group is defined for the same genes in two settings' lines, training by
-    training.
-    """
+    """Whether r of a gene group is defined for the same genes in two settings' trainings."""
     lacking = [
         lines.set_index(["seed", "fold"])[f"{group.lower()}_lacks"].sort_index()
         for lines in (ones, others)

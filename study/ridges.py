@@ -144,23 +144,20 @@ def find_axes(centred, spots, xx=None):
     They follow from products of the features or, where xx is not given or larger, from those of the
     spots. Axes along which the spots do not vary are left out.
     """
-    if xx is not None and len(spots) >= len(xx):
-        with on_one_core():
-            sizes, axes = scipy.linalg.eigh(xx, driver="evd")
-        kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
-        return sizes[kept], axes[:, kept]
-    x = np.concatenate([x for x, _ in centred.parts(spots)])
+    of_features = xx is not None and len(spots) >= len(xx)
+    if not of_features:
+        x = np.concatenate([x for x, _ in centred.parts(spots)])
     with on_one_core():
-        sizes, turns = scipy.linalg.eigh(x @ x.T, driver="evd")
+        sizes, axes = scipy.linalg.eigh(xx if of_features else x @ x.T, driver="evd")
     kept = sizes > ROUNDING * max(sizes[-1], 1e-12)
-    return sizes[kept], x.T @ (turns[:, kept] / np.sqrt(sizes[kept]))
+    sizes, axes = sizes[kept], axes[:, kept]
+    return sizes, axes if of_features else x.T @ (axes / np.sqrt(sizes))
 
 
 def on_one_core():
     """The context in which linear algebra is done by one thread.
 
-    Of many small steps threads save little, and beside a busy process they wait for each other many
-    times as long as they compute.
+    Of many small steps threads save little, and beside a busy process they wait for each other.
     """
     return find_libraries().limit(limits=1, user_api="blas")
 

@@ -27,8 +27,7 @@ class Row:
 
     A method, method(row), returns the prediction (n, G) of row.split.scored(): it builds what
     row.recipe says, learns from row.split and leaves in the row what is to be kept of it (`fit`,
-    `note`). `fill` has it do so, once (with REFIT twice, see `ask`), and keeps the result in
-    `folder`.
+    `note`). `fill` has it do so and keeps the result in `folder`.
     """
 
     setting: str
@@ -79,9 +78,8 @@ class Row:
             report=self.report,
             **how,
         )
-        # Epochs before an interruption count as well.
-        self.note(seconds=sum(line["seconds"] for line in self.history))
-        self.note(weights=methods.name_weights(self.recipe))
+        seconds = sum(line["seconds"] for line in self.history)  # also before an interruption
+        self.note(seconds=seconds, weights=methods.name_weights(self.recipe))
         if not self.is_refit:
             best_epoch = self.stop
             if best_epoch is None:
@@ -183,9 +181,7 @@ class Row:
 
 
 def forget_peak_memory(device):
-    """Have the peak that peak_memory tells be this row's own, where the system can forget earlier
-    ones.
-    """
+    """Have peak_memory tell of this row alone, where the system can forget earlier ones."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return

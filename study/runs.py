@@ -28,9 +28,7 @@ NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSS
 
 
 def make_simulated_slides(root, target):
-    """Call scripts 18 and 19 where the simulated slides or their patches are missing; other ranks
-    wait for them.
-    """
+    """Call 18 and 19 where the simulated slides or patches are missing; other ranks wait."""
     made = root / "dataset" / "meta.json"
     while RANK and not made.exists():
         time.sleep(0.2)
@@ -94,9 +92,7 @@ def finish_run(
 # ---------------------------------------------------------------------------------------------- run
 @dataclass(eq=False)
 class Run:
-    """One start of a script on one data root: its constants, its splits and the folder of its
-    results.
-    """
+    """One start of a script on one data root."""
 
     script: dict  # the script's globals
     recipe: dict  # its constants as they stand
@@ -118,9 +114,7 @@ class Run:
         return Path(self.script["__file__"]).stem
 
     def title(self, text):
-        """A title that says whether the slides are simulated, and whether anything can be
-        concluded.
-        """
+        """A title that tells of simulated slides, and of a smoke test."""
         note = ""
         if self.recipe["QUICK"] and not self.name.startswith("20"):
             note = "smoke test, not a result: "
@@ -140,13 +134,10 @@ class Run:
         if self.sets.listed:
             lines["gene sets"] = self.sets.describe()
             shell.save_csv(self.out / gene_sets.TABLE, self.sets.table())
+        whole_words = {"break_long_words": False, "break_on_hyphens": False}  # Paths are copied.
+        wrapper = textwrap.TextWrapper(printing.WIDTH, subsequent_indent=" " * 12, **whole_words)
         for name, value in lines.items():
-            line = f"{name:11} {value}"
-            print(
-                textwrap.fill(
-                    line, printing.WIDTH, subsequent_indent=" " * 12, **printing.WHOLE_WORDS
-                )
-            )
+            print(wrapper.fill(f"{name:11} {value}"))
 
     @property
     def baseline(self):
@@ -165,11 +156,10 @@ class Run:
     def fill(self, row, method, **how):
         """Fill a row (see Row.fill), and add it to the run's and to rows.csv; returns it."""
         row.fill(method, **how)
+        self.rows.append(row)
         if not RANK:
             row.lines = gene_sets.add_scores(row, self.sets.members)
-        self.rows.append(row)
-        self.lines_on_disk[row.folder.name] = row.lines
-        if not RANK:
+            self.lines_on_disk[row.folder.name] = row.lines
             lines = [self.lines_on_disk[name] for name in sorted(self.lines_on_disk)]
             table = pd.DataFrame(list(itertools.chain(*lines)))
             shell.save_csv(self.out / "rows.csv", table)
@@ -187,11 +177,9 @@ class Run:
 
     def find(self, setting, split):
         """The row of a setting that learnt from this split."""
-        for row in self.rows:
-            same_split = (row.split.seed, row.split.fold) == (split.seed, split.fold)
-            if row.setting == setting and same_split:
-                return row
-        raise LookupError(f"no row of {setting}")
+        wanted = setting, split.seed, split.fold
+        rows = [row for row in self.rows if (row.setting, row.split.seed, row.split.fold) == wanted]
+        return rows[0]
 
     def train(self, settings, method, splits=None):
         """The rows of each setting {name: {CONSTANT: value}} and split, which `method` fills;
@@ -267,10 +255,7 @@ class Run:
         print(f"figure: {path}")
 
     def finish(self, tables=None):
-        """Save run.json, have the report made of it, and print where the rows are.
-
-        `tables` {caption: lines} are shown in the report.
-        """
+        """Save run.json, have the report made, with these `tables`, and print where it is."""
         folders = dict.fromkeys(row.folder.name for row in self.rows)
         finish_run(
             self.script,
@@ -374,9 +359,7 @@ def describe_split(split, n_trainings):
 
 
 def choose_out(script, root):
-    """OUT, or runs/<script>/<data root's name>. InputError where another data root has its results
-    there.
-    """
+    """OUT, or runs/<script>/<data root's name>. InputError where another one ran there."""
     usual = Path("runs", Path(script["__file__"]).stem, root.resolve().name)
     out = Path(script["OUT"] or usual)
     try:

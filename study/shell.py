@@ -43,9 +43,7 @@ os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
 
 class InputError(Exception):
-    """The user's input is at fault. Its one line names the file or value, what was expected and the
-    fix.
-    """
+    """The user's input is at fault. One line names the value, what was expected and the fix."""
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -53,8 +51,7 @@ class InputError(Exception):
 def whole_file(path, mark=RANK):
     """Give a temporary path beside `path`; rename it to `path` on success, remove it otherwise.
 
-    What a kill leaves behind is overwritten the next time. The `mark` in its name keeps apart
-    processes that write the same file.
+    The `mark` in its name keeps apart processes that write the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Writers look at the suffix, so it stays.
@@ -147,10 +144,7 @@ def save_figure(path, figure, description):
 
 def reserve_disk(path):
     """Take the space of a sparse file now: written through memory, a full disk would kill the
-    process later.
-
-    Where the system cannot reserve (macOS), the free space is at least compared with what is
-    needed.
+    process later. macOS cannot reserve; there the free space is at least compared.
     """
     size = path.stat().st_size
     if not hasattr(os, "posix_fallocate"):
@@ -180,9 +174,7 @@ def hash_unchanged(path, size, changed):
 
 
 def hash_blocks(path):
-    """SHA-256 of a file's content or, of a large one, of blocks spread over it, in hexadecimal
-    digits: a check that is quick where it is made at every start.
-    """
+    """SHA-256 of a file's content or, of a large one, of blocks all over it, which is quick."""
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return hash_file(path)
@@ -196,9 +188,7 @@ def hash_blocks(path):
 
 
 def seed_of(*words):
-    """A seed that depends on the words alone, as seed_of(42, "epoch", 3): what ran before does not
-    matter.
-    """
+    """A seed by the words alone, as seed_of(42, "epoch", 3), whatever ran before."""
     digest = hashlib.sha256(repr(words).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -213,9 +203,7 @@ LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of const
 
 
 def recipe_of(script):
-    """{name: value} of the constants in a script's ruled block as they stand now and, where it
-    trains, of what its RECIPE sets beside them.
-    """
+    """{name: value} of a script's constants as they stand and, where it trains, of its RECIPE."""
     constants = {name: script[name] for name in read_comments(script)}
     if "EPOCHS" not in constants:
         return constants
@@ -223,9 +211,7 @@ def recipe_of(script):
 
 
 def flags_given(script):
-    """{flag: value} of the constants that differ from those in the script's file, as the command
-    line has set them.
-    """
+    """{flag: value} of the constants that the command line has changed from those in the file."""
     written = read_script(script["__file__"])
     changed = [name for name in read_comments(script) if script[name] != written[name]]
     return {flag_of(name): show_constant(script[name]) for name in changed}
@@ -293,9 +279,7 @@ def build_parser(script):
 
 
 def parse_command(script, argv):
-    """{name: value} of the constants that the command line gives. InputError for one that the
-    protocol does not ask for.
-    """
+    """{name: value} of the command line. InputError for what the protocol does not ask for."""
     given = vars(build_parser(script).parse_args(argv))
     given = {name: value for name, value in given.items() if value is not None}
     protocol = given.get("PROTOCOL", script.get("PROTOCOL"))
@@ -331,9 +315,7 @@ def override_constants(script, argv):
 
 
 def choose_by_recipe(script, recipe, given):
-    """{name: value} of what a recipe changes, without what is given otherwise; says which constants
-    of the script were edited and stand against it.
-    """
+    """{name: value} of what a recipe changes; tells of constants that were edited against it."""
     chosen = {}
     for name, value in RECIPES[recipe].items():
         if name in given or value == PAPER[name]:
@@ -363,11 +345,10 @@ def check_constants(script, allowed):
 # ------------------------------------------------------------------------ start and end of a script
 def check_command(path, *, files=(), manifest=False, dataset=False):
     """Answer --help, and end the process with 2 where the command line of the script at `path`
-    holds a mistake, before the script loads torch.
+    holds a mistake, before torch is loaded.
 
-    Where one of the constants `files` names a file or folder, it must be there; with `manifest` the
-    data root must have a slides.csv, and with `dataset` it must have been through script 19. Then
-    choose_waiting, which has to come before torch as well.
+    What the constants `files` name must be there; with `manifest` the data root must have a
+    slides.csv, and with `dataset` it must have been through script 19.
     """
     prepare_process()
     script = read_script(path)
@@ -390,8 +371,8 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
 
 
 def prepare_process():
-    """Draw figures without a screen, whatever a notebook has set, and print a character that the
-    terminal does not have as a question mark: a run must not end at its last line.
+    """Draw figures without a screen, and print what the terminal cannot show as a question mark: a
+    run must not end at its last line.
     """
     os.environ["MPLBACKEND"] = "agg"  # Read when matplotlib is loaded.
     for stream in (sys.stdout, sys.stderr):
@@ -472,9 +453,7 @@ def find_manifest(data_root):
 
 
 def find_dataset(data_root):
-    """The folder that script 19 has made in a data root. InputError with its command where there is
-    none.
-    """
+    """The folder that 19 has made in a data root. InputError with its command where it is not."""
     folder = Path(data_root, "dataset")
     if not (folder / "meta.json").is_file():
         command = f"python 19_make_patches_and_csv.py --data-root {data_root}"
@@ -617,9 +596,7 @@ def explain(error):
 
 
 def call_script(name, *flags):
-    """Run another numbered script in this process, its command printed first. What it refuses ends
-    this one as well.
-    """
+    """Run another numbered script in this process, which ends with it where it is refused."""
     print("$ python", name, *flags, flush=True)
     path = str(Path(__file__).parent.with_name(name))
     before = sys.argv
@@ -631,9 +608,7 @@ def call_script(name, *flags):
 
 
 def hold_folder(folder):
-    """Keep other processes, but torchrun's of the same run, out of a folder until this process
-    ends.
-    """
+    """Keep other processes, but torchrun's of one run, out of a folder until this one ends."""
     if RANK:
         return
     try:

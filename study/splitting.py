@@ -63,9 +63,7 @@ class Split:
         return np.unique(self.data.spots["tissue_index"].to_numpy()[self.spots(*roles)])
 
     def validate_genes(self, predicted, truth):
-        """(G,) r of the prediction (n, G) of the validation spots, against their truth (N, G); NaN
-        without validation.
-        """
+        """(G,) r of the prediction (n, G) of the validation spots with their truth, or NaN."""
         valid = self.spots("valid")
         if not len(valid):
             return np.full(len(self.data.genes), np.nan)
@@ -73,9 +71,7 @@ class Split:
         return common.average_slides(common.pearson_per_gene, predicted, truth[valid], slides)
 
     def mean_heg(self, predicted):
-        """Mean over HEG of r of the prediction (n, G) of the validation spots, against the
-        target.
-        """
+        """Mean over HEG of r of the prediction (n, G) of the validation spots."""
         r = self.validate_genes(predicted, self.data.target)
         return float(pd.Series(r, self.data.genes)[self.members["heg"]].mean())
 
@@ -138,9 +134,7 @@ def final_split(recipe, split):
 
 
 def keep_validation_of(first, second, split):
-    """The validation spots' predictions of `first`, (n, G) of split.scored(), and all others of
-    `second`, of split.with_all_in_training().scored().
-    """
+    """(n, G): validation spots' lines of `first`, and all others of `second`, which lacks them."""
     merged = first.copy()
     merged[split.roles[split.scored()] != "valid"] = second
     return merged
@@ -179,9 +173,7 @@ def split_off_test(spots, recipe, seed):
 
 
 def choose_train_slides(slides, recipe, test):
-    """TRAIN_SLIDES, or every slide but those of `test`. InputError where one is missing or is used
-    twice.
-    """
+    """TRAIN_SLIDES, or all but those of `test`. InputError where one is missing or in both."""
     train = recipe["TRAIN_SLIDES"] or tuple(np.setdiff1d(slides, test))
     for slide in (*train, *test):
         if slide not in slides:
@@ -203,9 +195,14 @@ def split_random(n, pool, valid_fraction, seed):
             "none"
         )
     order = np.random.default_rng(shell.seed_of(seed, "split")).permutation(pool)
+    return assign_roles(n, train=order[n_valid:], valid=order[:n_valid])
+
+
+def assign_roles(n, **spots_of):
+    """Roles (n,) of {role: its spots, as numbers or as bool (n,)}; of two roles the later holds."""
     roles = np.full(n, "", "U5")
-    roles[order[:n_valid]] = "valid"
-    roles[order[n_valid:]] = "train"
+    for role, spots in spots_of.items():
+        roles[spots] = role
     return roles
 
 
@@ -230,14 +227,12 @@ def split_slides(spots, slides):
                 "two are needed"
             )
         after = [slide for slide in others if slide > test]
-        roles = np.full(len(spots), "", "U5")
         valid = [min(after or others)]
         same_donor = [slide for slide in others if donors[slide] == donors[valid[0]]]
         if len(same_donor) < len(others):
             valid = same_donor
-        roles[np.isin(slide_of, others)] = "train"
-        roles[np.isin(slide_of, valid)] = "valid"
-        roles[slide_of == test] = "test"
+        train, valid = np.isin(slide_of, others), np.isin(slide_of, valid)
+        roles = assign_roles(len(spots), train=train, valid=valid, test=slide_of == test)
         trainings.append(roles)
     return trainings
 
@@ -293,17 +288,12 @@ def split_folds(spots, pool, protocol, folds, seed):
             raise InputError(
                 f"fold {fold} of {folds}: {len(pool)} spots are too few for so many folds"
             )
-        roles = np.full(len(spots), "", "U5")
-        roles[valid] = "valid"
-        roles[train] = "train"
-        trainings.append(roles)
+        trainings.append(assign_roles(len(spots), train=train, valid=valid))
     return trainings
 
 
 def assign_folds(spots, protocol, folds, seed):
-    """(n,) number of the fold in which each of these spots validates; units that belong together
-    stay together.
-    """
+    """(n,) fold in which each of these spots validates; units that belong together stay so."""
     if protocol == "loso":
         apart = "donor" if spots["donor"].nunique() > 1 else "tissue_index"
         return pd.factorize(spots[apart])[0]

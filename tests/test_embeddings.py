@@ -89,12 +89,17 @@ def grid(side=4, pitch=300):
     return spots, np.random.default_rng(1).normal(size=(len(spots), WIDTH)).astype(np.float32)
 
 
+def pick(path, slide, spots):
+    """What the file at `path` holds of these spots."""
+    return embeddings.pick_embeddings(path, embeddings.read_embeddings(path), slide, spots)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_spot_gets_its_own_embedding(tmp_path, layout, dtype):
     spots, values = grid()
     path = LAYOUTS[layout](tmp_path / "A.h5", values.astype(dtype), spots)
-    found = embeddings.embed_spots(path, "A", spots.iloc[::-1])
+    found = pick(path, "A", spots.iloc[::-1])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, values.astype(dtype).astype(np.float32)[::-1])
 
@@ -103,7 +108,7 @@ def test_barcodes_may_be_texts_of_any_length_in_a_row(tmp_path):
     spots, values = grid()
     barcodes = spots["barcode"].iloc[::-1].to_list()
     path = write(tmp_path / "A.h5", {"features": values[::-1], "barcode": barcodes})
-    np.testing.assert_array_equal(embeddings.embed_spots(path, "A", spots), values)
+    np.testing.assert_array_equal(pick(path, "A", spots), values)
 
 
 def test_a_patch_counts_for_the_spots_whose_centre_it_holds(tmp_path):
@@ -112,7 +117,7 @@ def test_a_patch_counts_for_the_spots_whose_centre_it_holds(tmp_path):
     for beside, is_held in ((0, True), (half, True), (half + 1, False), (-half - 1, False)):
         corners = spots[["pxl_col", "pxl_row"]].to_numpy() - half + [beside, 3]
         path = write(tmp_path / "A.h5", {"features": values}, coords=corners)
-        found = embeddings.embed_spots(path, "A", spots)
+        found = pick(path, "A", spots)
         assert np.isfinite(found).all() == is_held
         assert np.isnan(found).all() != is_held
 
@@ -147,7 +152,7 @@ def test_a_file_that_is_not_of_the_form_is_refused(tmp_path, case):
     values, parts, words = BAD[case]
     path = write(tmp_path / "3.h5", values, **parts)
     with pytest.raises(shell.InputError) as told:
-        embeddings.embed_spots(path, "C1", grid()[0])
+        pick(path, "C1", grid()[0])
     for word in (str(path), *words):
         assert word in str(told.value)
 
@@ -165,17 +170,17 @@ def test_patches_that_cannot_be_told_apart_are_refused(tmp_path):
     corners = spots[["pxl_col", "pxl_row"]].to_numpy() - SIDE // 2
     twice = write(tmp_path / "A.h5", {"features": values[[0, 0]]}, coords=corners[[0, 0]])
     with pytest.raises(shell.InputError, match="two patches are as near to spot 1x1-1"):
-        embeddings.embed_spots(twice, "A", spots)
+        pick(twice, "A", spots)
     wide = write(tmp_path / "A.h5", {"features": values[:1]}, coords=corners[:1], side=900)
     with pytest.raises(shell.InputError, match=r"several spots, as to 1x1-1.*farther apart"):
-        embeddings.embed_spots(wide, "A", spots)
+        pick(wide, "A", spots)
 
 
 def test_patches_become_positions_that_find_them_again(tmp_path):
     spots, values = grid()
     path = write_as_trident(tmp_path / "A.h5", values, spots)
     placed = embeddings.find_patch_centres(path).rename_axis("barcode").reset_index()
-    found = embeddings.embed_spots(path, "A", placed)
+    found = pick(path, "A", placed)
     np.testing.assert_array_equal(found, embeddings.read_embeddings(path).values)
     near = placed[placed["pxl_row"] < 10**5]
     assert sorted(near["pxl_row"]) == sorted(spots["pxl_row"])
