@@ -135,6 +135,28 @@ def stdout_of(name, *arguments, **options):
     return stdout.getvalue()
 
 
+def expect_refusal(words, name, *arguments, **options):
+    """A script ends with 2 and one line, which holds these words."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert run_script(name, *arguments, **options) == 2
+    error = stderr.getvalue()
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for word in words:
+        assert word in error, (word, error)
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """What is done here is refused by an InputError of one line, which holds these words."""
+    with pytest.raises(shell.InputError) as caught:
+        yield
+    error = str(caught.value)
+    assert "\n" not in error
+    for word in words:
+        assert word in error, (word, error)
+
+
 def rows_of(stdout):
     """The rows, dicts, of the run that printed this, in its order."""
     word, path = stdout.splitlines()[-1].split(": ")

@@ -15,10 +15,19 @@ import scanpy
 import scipy.sparse
 import tifffile
 import torch
-from conftest import TINY, load_script, metadata_of, printed_table, rows_of, run_script, write_h5
+from conftest import (
+    TINY,
+    expect_refusal,
+    load_script,
+    metadata_of,
+    printed_table,
+    rows_of,
+    run_script,
+    stdout_of,
+    write_h5,
+)
 from matplotlib.figure import Figure
 from PIL import Image
-from test_bad_input import check_one_line
 from test_exports import check_drawn
 from test_patches import picture, spot_table
 from test_report import Page, make_slide
@@ -43,13 +52,23 @@ def weights(trained):
 def predicted(simulated, weights, tmp_path_factory):
     """(folder, AnnData) of script 26's prediction of the run's own test slide, with counts."""
     out = tmp_path_factory.mktemp("predicted")
-    assert predict(weights, *slide_of(simulated), out=out) == 0
-    return out, anndata.read_h5ad(out / "predictions.h5ad")
+    return out, predicted_with(weights, *slide_of(simulated), out=out)[0]
 
 
 def predict(weights, *options, out):
     """The exit code of script 26."""
     return run_script("26", "--weights", weights, *options, "--out", out, "--device", "cpu")
+
+
+def predicted_with(weights, *options, out):
+    """(predictions.h5ad of script 26, what it printed)."""
+    printed = stdout_of("26", "--weights", weights, *options, "--out", out, "--device", "cpu")
+    return anndata.read_h5ad(out / "predictions.h5ad"), printed
+
+
+def facts_of(out):
+    """run.json of a run."""
+    return json.loads((out / "run.json").read_text())
 
 
 def slide_of(simulated, number=3):
@@ -71,16 +90,20 @@ def test_a_slide_gets_the_predictions_of_its_run(weights, predicted):
     np.testing.assert_allclose(
         ours.var["r"], theirs.var["test_lognorm_r"], atol=0.01
     )  # of predictions that hardly vary
-    facts = json.loads((folder / "run.json").read_text())
+    facts = facts_of(folder)
     groups = next(iter(facts["tables"].values()))
     rows = {row["group"]: row["r"] for row in groups}
-    scored = json.loads((weights.parent / "rows.json").read_text())
-    expected = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
-    assert rows["HEG"] == pytest.approx(expected["heg"], abs=1e-3)
+    assert rows["HEG"] == pytest.approx(row_of_test(weights)["heg"], abs=1e-3)
     assert facts["label"] == "SIMULATED slides: "
     assert "EPOCHS" not in facts["settings"], "26 has no such constant"
     table = pd.read_csv(folder / "predictions.csv")
     np.testing.assert_allclose(table[list(ours.var_names)], ours.X, rtol=1e-6)
+
+
+def row_of_test(weights):
+    """The row of the test slide, log-normalised truth, beside weights."""
+    scored = json.loads((weights.parent / "rows.json").read_text())
+    return next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
 
 
 def test_other_weights_have_another_folder(tmp_path):
@@ -106,15 +129,15 @@ def painted(simulated, folder):
     return [f"--image={folder / 'painted.tif'}", positions_option, *others]
 
 
-def test_glass_ink_folds_and_blur_stand_out(simulated, weights, tmp_path, capsys):
-    assert predict(weights, *painted(simulated, tmp_path), out=tmp_path / "out") == 0
-    assert "times as far from the training slides as they are" in capsys.readouterr().out
-    distances = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["distance"].to_numpy()
+def test_glass_ink_folds_and_blur_stand_out(simulated, weights, tmp_path):
+    table, printed = predicted_with(weights, *painted(simulated, tmp_path), out=tmp_path / "out")
+    assert "times as far from the training slides as they are" in printed
+    distances = table.obs["distance"].to_numpy()
     assert (distances[:3] > distances[4:].max()).all()
     assert distances[3] > 1.2 * np.median(distances[4:])
 
 
-def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys):
+def test_another_staining_raises_the_alarm(simulated, weights, tmp_path):
     image_option, *others = slide_of(simulated)
     image = tifffile.imread(image_option.removeprefix("--image="))
     for rows in common.parts_of(len(image), 512):
@@ -123,12 +146,11 @@ def test_another_staining_raises_the_alarm(simulated, weights, tmp_path, capsys)
         image[rows] = changed.permute(1, 2, 0).to(torch.uint8).numpy()
     tifffile.imwrite(tmp_path / "shifted.tif", image, photometric="rgb")
     image = ("--image", tmp_path / "shifted.tif")
-    assert predict(weights, *others, *image, out=tmp_path / "out") == 0
-    printed = capsys.readouterr().out
+    _, printed = predicted_with(weights, *others, *image, out=tmp_path / "out")
     warned = next(line for line in printed.splitlines() if "warning: this slide is" in line)
     assert "expect less than the validation r" in warned
     assert "do not rely on the intervals" in warned
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["warnings"]
+    assert facts_of(tmp_path / "out")["warnings"]
 
 
 def test_intervals_are_those_of_the_validation_spots(weights, predicted):
@@ -147,37 +169,34 @@ def test_intervals_are_those_of_the_validation_spots(weights, predicted):
     np.testing.assert_allclose(
         table.var["coverage_80"], per_gene["test_lognorm_coverage_80"], atol=0.11
     )  # of ten spots, one may lie on the limit
-    scored = json.loads((weights.parent / "rows.json").read_text())
-    row = next(row for row in scored if (row["split"], row["truth"]) == ("test", "lognorm"))
-    heg = per_gene.dropna(subset="test_lognorm_r").index.isin(table.var_names[table.var["heg"]])
-    expected = per_gene.dropna(subset="test_lognorm_r")["test_lognorm_coverage_80"][heg].mean()
-    assert row["heg_coverage_80"] == pytest.approx(expected)
+    defined = per_gene.dropna(subset="test_lognorm_r")
+    heg = defined.index.isin(table.var_names[table.var["heg"]])
+    expected = defined["test_lognorm_coverage_80"][heg].mean()
+    assert row_of_test(weights)["heg_coverage_80"] == pytest.approx(expected)
 
 
-def test_weights_of_a_fold_predict_and_say_what_they_cannot(simulated, weights, tmp_path, capsys):
+def test_weights_of_a_fold_predict_and_say_what_they_cannot(simulated, weights, tmp_path):
     def forget(metadata, state):
         metadata["evidence"] = "null"
 
     fold = spoil_weights(weights, tmp_path / "fold.safetensors", forget)
-    assert predict(fold, *slide_of(simulated), out=tmp_path / "out") == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "of a fold of 22" in line]
-    assert len(told) == 1
-    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    table, printed = predicted_with(fold, *slide_of(simulated), out=tmp_path / "out")
+    assert printed.count("of a fold of 22") == 1
     assert "distance" in table.obs and "low" in table.layers
     assert "believe" not in table.var
 
 
-def judge(metadata, believed):
-    """Have the metadata of weights say that these of HEG pass in validation, and no others."""
-    told = json.loads(metadata["evidence"])
-    genes = json.loads(metadata["genes"])
-    told["genes"]["believe"] = [gene in believed for gene in genes]
-    told["genes"] |= {
-        "r": [0.3] * len(genes),
-        "r_k7": [0.4] * len(genes),
-        "r_k19": [0.2] * len(genes),
-    }
-    metadata["evidence"] = json.dumps(told)
+def judged_weights(weights, folder, believed):
+    """Weights that say that these of HEG pass in validation, and no others."""
+
+    def judge(metadata, _):
+        told, genes = json.loads(metadata["evidence"]), json.loads(metadata["genes"])
+        told["genes"]["believe"] = [gene in believed for gene in genes]
+        for name, r in (("r", 0.3), ("r_k7", 0.4), ("r_k19", 0.2)):
+            told["genes"][name] = [r] * len(genes)
+        metadata["evidence"] = json.dumps(told)
+
+    return spoil_weights(weights, folder / "changed.safetensors", judge)
 
 
 def drawn_titles(monkeypatch):
@@ -195,46 +214,36 @@ def drawn_titles(monkeypatch):
 
 
 def test_genes_that_pass_are_drawn_at_the_scale_that_holds_better(
-    simulated, weights, tmp_path, monkeypatch, capsys
+    simulated, weights, tmp_path, monkeypatch
 ):
     heg = metadata_of(weights)["groups"]["heg"]
     passing = heg[2:4]
-    change = lambda metadata, _: judge(metadata, passing)  # noqa: E731
-    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+    changed = judged_weights(weights, tmp_path, passing)
     titles = drawn_titles(monkeypatch)
-    assert predict(changed, *slide_of(simulated), out=tmp_path) == 0
-    printed = capsys.readouterr().out
+    table, printed = predicted_with(changed, *slide_of(simulated), out=tmp_path)
     assert f"2 of {len(pd.read_csv(weights.parent / 'per_gene.csv')):,} pass" in printed
     assert "lie among training spots" in printed
     assert "means over 7 spots hold better than single ones: r 0.40 against 0.30" in printed
-    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
-    assert (
-        {*table.var_names[table.var["believe"]]}
-        == {*table.var_names[table.var["drawn"]]}
-        == {*passing}
-    )
+    for column in ("believe", "drawn"):
+        assert {*table.var_names[table.var[column]]} == {*passing}
     assert table.uns["scale"] == "k7"
     assert "lie among training spots" in titles[0] and "expect less than that r" in titles[0]
     for kind in ("predicted", "means over 7 spots", "measured"):
         assert {title.split(",")[0] for title in titles if f", {kind}\n" in title} == {*passing}
-    tables = json.loads((tmp_path / "run.json").read_text())["tables"]
+    tables = facts_of(tmp_path)["tables"]
     assert {line["gene"] for line in tables["Genes drawn"]} == {*passing}
     (caption,) = [name for name in tables if "in validation: validation spots lie" in name]
     lines = {line["gene"]: line for line in tables[caption]}
     assert {*heg} <= {*lines}
     assert lines[passing[0]]["believe"] and lines[passing[0]]["valid_r_k7"] == 0.4
     assert metadata_of(weights)["pitch_um"] == pytest.approx(100, rel=0.05)
-    wide = spoil_weights(
-        changed, tmp_path / "wide.safetensors", lambda metadata, _: metadata.update(pitch_um="189")
-    )
-    assert predict(wide, *slide_of(simulated), out=tmp_path) == 0
+    change = lambda metadata, _: metadata.update(pitch_um="189")  # noqa: E731
+    wide = spoil_weights(changed, tmp_path / "wide.safetensors", change)
+    genes = ("--genes", f"{passing[0]},{heg[5]}")
+    table, printed = predicted_with(wide, *slide_of(simulated), *genes, out=tmp_path)
     told = "no means over neighbourhoods are shown: spots are 100 um apart, and 189 um in"
-    assert told in capsys.readouterr().out
-    assert anndata.read_h5ad(tmp_path / "predictions.h5ad").uns["scale"] == ""
-    other = heg[5]
-    genes = ("--genes", f"{passing[0]},{other}")
-    assert predict(changed, *slide_of(simulated), *genes, out=tmp_path) == 0
-    assert f"drawn as asked, but failing in validation: {other}\n" in capsys.readouterr().out
+    assert told in printed and table.uns["scale"] == ""
+    assert f"drawn as asked, but failing in validation: {heg[5]}\n" in printed
 
 
 @pytest.mark.parametrize("kind", ["measured", "k7"])
@@ -248,16 +257,14 @@ def test_a_map_says_where_its_r_is_not_defined(kind):
     assert ax.get_title().endswith("\nr is not defined")
 
 
-def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkeypatch, capsys):
-    change = lambda metadata, _: judge(metadata, ())  # noqa: E731
-    changed = spoil_weights(weights, tmp_path / "changed.safetensors", change)
+def test_where_no_gene_passes_none_is_drawn(simulated, weights, tmp_path, monkeypatch):
+    changed = judged_weights(weights, tmp_path, ())
     titles = drawn_titles(monkeypatch)
-    assert predict(changed, *slide_of(simulated), out=tmp_path) == 0
-    assert "no gene of HEG and HVG passes in validation" in capsys.readouterr().out
+    table, printed = predicted_with(changed, *slide_of(simulated), out=tmp_path)
+    assert "no gene of HEG and HVG passes in validation" in printed
     assert not any("predicted" in title for title in titles) and titles
-    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
     assert not table.var["drawn"].any() and table.uns["scale"] == ""
-    assert "Genes drawn" not in json.loads((tmp_path / "run.json").read_text())["tables"]
+    assert "Genes drawn" not in facts_of(tmp_path)["tables"]
 
 
 def test_what_validation_says_is_in_the_h5ad(weights, predicted):
@@ -268,86 +275,76 @@ def test_what_validation_says_is_in_the_h5ad(weights, predicted):
     assert table.var["believe"].tolist() == told["believe"]
 
 
-def test_a_slide_of_one_spot(simulated, weights, tmp_path, capsys):
+def test_a_slide_of_one_spot(simulated, weights, tmp_path):
     positions = tmp_path / "positions.csv"
     table = spot_table().iloc[:1].assign(pxl_row=2000, pxl_col=2000)
     table.to_csv(positions, header=False, index=False)
     image_option, *_ = slide_of(simulated)
     options = (image_option, "--positions", positions, "--um-per-px", 0.304)
-    assert predict(weights, *options, out=tmp_path / "out") == 0
-    assert "of 1 spots are farther" in capsys.readouterr().out
-    assert len(anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")) == 1
+    table, printed = predicted_with(weights, *options, out=tmp_path / "out")
+    assert "of 1 spots are farther" in printed
+    assert len(table) == 1
 
 
-def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path, capsys):
-    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
-    path = tmp_path / "sets.gmt"
-    path.write_text("\t".join(["A", "-", *genes[:12]]) + "\nFEW\t-\tNOWHERE\n")
-    options = (*slide_of(simulated), "--gene-sets", path)
-    assert predict(weights, *options, out=tmp_path / "out") == 0
-    out = capsys.readouterr().out
-    assert "gene sets   1 of 2, of 12 genes in the panel; left out" in out
-    assert "FEW (0)" in out
-    _, (line,) = printed_table(out, "Gene sets: mean r")
-    assert line.split()[:2] == ["A", "12"]
-    assert "set_A" in anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs
-    facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert any(caption.startswith("Gene sets") for caption in facts["tables"])
+def write_gmt(path, sets):
+    path.write_text("".join("\t".join([name, "-", *sets[name]]) + "\n" for name in sets))
+    return "--gene-sets", path
+
+
+def test_a_new_slide_gets_the_scores_of_sets(simulated, weights, tmp_path):
+    """Of symbols and of Ensembl's ids; long names that are nearly the same are all drawn."""
+
+    def name_ids(metadata, _):
+        metadata["gene_ids"] = json.dumps([f"ENSG{n:011}" for n in range(len(genes))])
+
+    genes = metadata_of(weights)["genes"]
+    changed = spoil_weights(weights, tmp_path / "changed.safetensors", name_ids)
+    sets = {"A": genes[:12], "FEW": ["NOWHERE"], "IDS": [f"ENSG{n:011}.3" for n in range(12)]}
+    for cell in "TB":
+        sets[f"GOBP_POSITIVE_REGULATION_OF_{cell}_CELL_PROLIFERATION"] = genes[:12]
+    options = (*slide_of(simulated), *write_gmt(tmp_path / "sets.gmt", sets))
+    twice = ("--genes", f"{genes[0]},{genes[0]}")
+    table, printed = predicted_with(changed, *options, *twice, out=tmp_path / "out")
+    assert "gene sets   4 of 5, of 12 genes in the panel; left out" in printed
+    assert "FEW (0)" in printed
+    _, lines = printed_table(printed, "Gene sets: mean r")
+    assert len(lines) == 4
+    assert lines[0].split()[:2] == ["A", "12"]
+    assert {"set_A", "set_IDS"} < {*table.obs}
+    np.testing.assert_array_equal(table.obs["set_A"], table.obs["set_IDS"])
+    assert any(caption.startswith("Gene sets") for caption in facts_of(tmp_path / "out")["tables"])
+
+
+def rename_genes(matrix, folder, change):
+    """A copy of a matrix folder whose features.tsv `change` has changed."""
+    shutil.copytree(matrix, folder, ignore=shutil.ignore_patterns("*.npy"))
+    features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
+    for column in (0, 1):
+        features[column] = change(features[column], features[1])
+    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
+    return "--matrix", folder
 
 
 def test_genes_that_the_counts_lack_change_no_score_and_nothing_of_validation(
-    simulated, weights, tmp_path, capsys
+    simulated, weights, tmp_path
 ):
-    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
-    lost = metadata_of(weights)["groups"]["heg"]
-    (tmp_path / "sets.gmt").write_text("\t".join(["A", "-", *lost, *genes[-3:]]) + "\n")
-    row = pd.read_csv(simulated / "slides.csv").set_index("tissue_index").loc[3]
-    matrix = tmp_path / "matrix"
-    shutil.copytree(simulated / row["matrix"], matrix, ignore=shutil.ignore_patterns("*.npy"))
-    features = pd.read_csv(matrix / "features.tsv", sep="\t", header=None)
-    for column in (0, 1):
-        features[column] = features[column].where(~features[1].isin(lost), "no-" + features[1])
-    features.to_csv(matrix / "features.tsv", sep="\t", header=False, index=False)
+    genes, lost = metadata_of(weights)["genes"], metadata_of(weights)["groups"]["heg"]
+    sets = write_gmt(tmp_path / "sets.gmt", {"A": [*lost, *genes[-3:]]})
+    image, positions, matrix, *um = slide_of(simulated)
+    lacking = rename_genes(
+        matrix.removeprefix("--matrix="),
+        tmp_path / "matrix",
+        lambda column, symbols: column.where(~symbols.isin(lost), "no-" + symbols),
+    )
     found = []
-    for counts in ([], ["--matrix", matrix]):
-        image, positions, _, *um = slide_of(simulated)
-        options = (image, positions, *um, *counts, "--gene-sets", tmp_path / "sets.gmt")
-        assert predict(weights, *options, out=tmp_path / "out") == 0
-        score = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad").obs["set_A"]
-        tables = json.loads((tmp_path / "out" / "run.json").read_text())["tables"]
-        group = next(iter(tables.values()))[0]
-        found.append((score.tolist(), group["r in validation"], group["pass"]))
+    for counts in ((), lacking):
+        options = (image, positions, *um, *counts, *sets)
+        table, printed = predicted_with(weights, *options, out=tmp_path / "out")
+        group = next(iter(facts_of(tmp_path / "out")["tables"].values()))[0]
+        found.append((table.obs["set_A"].tolist(), group["r in validation"], group["pass"]))
     assert found[0] == found[1]
     assert (group["genes"], group["compared"]) == (len(lost), 0)
-    told = f"lack {len(lost)} of the model's {len(genes):,} genes, as"
-    assert told in capsys.readouterr().out
-
-
-def test_sets_of_ensembl_ids_are_scored(simulated, weights, tmp_path, capsys):
-    def name_ids(metadata, _):
-        genes = json.loads(metadata["genes"])
-        metadata["gene_ids"] = json.dumps([f"ENSG{n:011}" for n in range(len(genes))])
-
-    changed = spoil_weights(weights, tmp_path / "changed.safetensors", name_ids)
-    path = tmp_path / "sets.gmt"
-    path.write_text("\t".join(["A", "-", *(f"ENSG{n:011}.3" for n in range(12))]) + "\n")
-    options = (*slide_of(simulated), "--gene-sets", path)
-    assert predict(changed, *options, out=tmp_path / "out") == 0
-    assert "gene sets   1 of 1, of 12 genes in the panel" in capsys.readouterr().out
-
-
-def test_sets_of_long_names_that_are_nearly_the_same_are_all_drawn(
-    simulated, weights, tmp_path, capsys
-):
-    genes = anndata.read_h5ad(weights.parent / "predictions.h5ad").var_names
-    names = [f"GOBP_POSITIVE_REGULATION_OF_{cell}_CELL_PROLIFERATION" for cell in "TB"]
-    path = tmp_path / "sets.gmt"
-    path.write_text("".join("\t".join([name, "-", *genes[:12]]) + "\n" for name in names))
-    twice = ("--genes", f"{genes[0]},{genes[0]}")
-    options = (*slide_of(simulated), "--gene-sets", path, *twice)
-    assert predict(weights, *options, out=tmp_path / "out") == 0
-    _, lines = printed_table(capsys.readouterr().out, "Gene sets: mean r")
-    assert len(lines) == 2
+    assert f"lack {len(lost)} of the model's {len(genes):,} genes, as" in printed
 
 
 def test_no_slide_overwrites_the_results_of_another(weights, tmp_path, monkeypatch):
@@ -380,16 +377,15 @@ def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
 
 
 def test_results_of_another_script_stay_and_those_of_another_start_go(
-    simulated, trained, weights, tmp_path, monkeypatch, capsys
+    simulated, trained, weights, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
+    command = ("26", "--weights", weights, *slide_of(simulated), "--out")
     for out, name in ((run, "rows.csv"), (run / weights.parent.name, "rows.json")):
-        assert predict(weights, *slide_of(simulated), out=out) == 2
-        check_one_line(capsys, [str(out), name, "another folder"])
+        expect_refusal([str(out), name, "another folder"], *command, out)
     (run / "rows.csv").unlink()
-    assert predict(weights, *slide_of(simulated), out=run) == 2
-    check_one_line(capsys, ["run.json", "another folder"])
+    expect_refusal(["run.json", "another folder"], *command, run)
     out = tmp_path / "out"
     assert predict(weights, *slide_of(simulated), out=out) == 0
     monkeypatch.setattr(imaging, "map_scratch", lambda *_: 1 / 0)
@@ -398,14 +394,16 @@ def test_results_of_another_script_stay_and_those_of_another_start_go(
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def ellipse(height=3200, width=3800):
-    """A slide of light background with an ellipse of tissue, a hole in it, a speck beside it; (image, mask)."""
-    y, x = np.mgrid[:height, :width]
+def ellipse(step=1):
+    """A slide of light background with an ellipse of tissue, a hole in it, a speck beside it, of
+    0.5 um a px or `step` times as coarse; (image, mask).
+    """
+    y, x = np.mgrid[:3200:step, :3800:step]
     tissue = ((y - 1600) / 1200) ** 2 + ((x - 1900) / 1500) ** 2 < 1
     speck = (y - 150) ** 2 + (x - 150) ** 2 < 60**2
     hole = (y - 1600) ** 2 + (x - 1900) ** 2 < 60**2
-    image = np.full((height, width, 3), 238, np.uint8)
-    noise = np.random.default_rng(0).integers(-12, 12, (height, width, 1))
+    image = np.full((*tissue.shape, 3), 238, np.uint8)
+    noise = np.random.default_rng(0).integers(-12, 12, (*tissue.shape, 1))
     image[(tissue & ~hole) | speck] = (196, 120, 178)
     return np.clip(image + noise, 0, 255).astype(np.uint8), tissue
 
@@ -421,17 +419,16 @@ def grid_of(tmp_path, image, um_per_px, **options):
     "options", [{}, {"tile": (240, 176), "compression": "zlib"}, {"rowsperstrip": 37}]
 )
 def test_the_grid_covers_tissue_and_skips_background(tmp_path, options):
-    image, tissue = ellipse()
-    spots = grid_of(tmp_path, image, 0.5, **options)
+    image, tissue = ellipse(2)
+    spots = grid_of(tmp_path, image, 1.0, **options)
     at = spots[["pxl_row", "pxl_col"]].to_numpy()
     on = tissue[tuple(at.T)]
     assert on.mean() > 0.97, "no spots on background, nor on the speck"
-    cell = 200**2 * 0.75**0.5  # px of a spot at a pitch of 200 px
-    assert len(spots) == pytest.approx(tissue.sum() / cell, rel=0.06), (
-        "nor missing in tissue, nor in its small hole"
-    )
+    cell = 100**2 * 0.75**0.5  # px of a spot at a pitch of 100 px
+    # None are missing in tissue, nor in its small hole.
+    assert len(spots) == pytest.approx(tissue.sum() / cell, rel=0.06)
     nearest = np.sqrt(((at[:, None] - at[None]) ** 2).sum(2) + 1e9 * np.eye(len(at))).min(1)
-    assert np.median(nearest) == pytest.approx(200, abs=1.5), "100 um apart"
+    assert np.median(nearest) == pytest.approx(100, abs=0.75), "100 um apart"
     row, col = spots["array_row"], spots["array_col"]
     assert ((row + col) % 2 == 0).all() and spots.index.is_unique
 
@@ -459,13 +456,10 @@ def test_half_the_resolution_gives_the_same_spots_and_nearly_the_same_patches(tm
 
 
 def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
-    image = (
-        np.random.default_rng(0)
-        .integers((120, 60, 90), (200, 90, 160), (1207, 1411, 3))
-        .astype(np.uint8)
-    )
+    random = np.random.default_rng(0)
+    image = random.integers((120, 60, 90), (200, 90, 160), (1207, 1411, 3))
     image[:600, :600] = 240
-    spots = grid_of(tmp_path, image, 0.5)
+    spots = grid_of(tmp_path, image.astype(np.uint8), 0.5)
     assert (spots["pxl_row"] < 1207).all() and (spots["pxl_col"] < 1411).all() and len(spots) > 20
 
 
@@ -474,18 +468,17 @@ def test_a_white_slide_has_no_tissue(tmp_path):
         grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
 
 
-def test_an_image_alone(simulated, weights, tmp_path, capsys):
+def test_an_image_alone(simulated, weights, tmp_path):
     image = next((simulated / "image").glob("*C1.tif"))
-    options = ("--weights", weights, "--image", image, "--um-per-px", 0.304, "--device", "cpu")
-    assert run_script("26", *options, "--out", tmp_path, "--genes", "ALB,RPL41") == 0
-    table = anndata.read_h5ad(tmp_path / "predictions.h5ad")
-    assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in capsys.readouterr().out
+    options = ("--image", image, "--um-per-px", 0.304, "--genes")
+    table, printed = predicted_with(weights, *options, "ALB,RPL41", out=tmp_path)
+    assert table.n_obs > 9 and "measured" not in table.layers and "ALB" in printed
     assert run_script("27", "--run", tmp_path) == 0
     page = Page((tmp_path / "report.html").read_text())
     assert (page.tags.count("img"), page.tags.count("table")) == (1, 6)
     assert not page.mute and not page.outside
-    assert run_script("26", *options, "--out", tmp_path, "--genes", "NOVEL") == 2
-    check_one_line(capsys, ["NOVEL", "of the model"])
+    command = ("26", "--weights", weights, "--out", tmp_path)
+    expect_refusal(["NOVEL", "of the model"], *command, *options, "NOVEL")
 
 
 @pytest.mark.parametrize("target", ["log1p", "lognorm"])
@@ -549,42 +542,42 @@ SPOILT = {
     "another version": (lambda m, s: m.update(format="2"), ["format 2", "this version"]),
     "no version": (lambda m, s: m.pop("format"), ["format None"]),
     "a missing field": (lambda m, s: m.pop("genes"), ["'genes'", "train it again"]),
-    "older weights": (
-        lambda m, s: [m.pop(name) for name in ("training_slides", "half_width_80", "evidence")],
-        ["lack 'training_slides'", "train it again"],
-    ),
+    "older weights": (lambda m, s: [m.pop(name) for name in ("training_slides", "half_width_80", "evidence")], ["lack 'training_slides'", "train it again"]),
     "no intervals": (lambda m, s: m.pop("half_width_95"), ["'half_width_95'", "train it again"]),
     "evidence left out": (lambda m, s: m.pop("evidence"), ["'evidence'", "train it again"]),
     "a missing tensor": (lambda m, s: s.pop("head.4.weight"), ["not the network"]),
     "another patch size": (lambda m, s: m.update(patch_size="256"), ["256 px"]),
     "no evidence": (lambda m, s: m.update(evidence="{}"), ["evidence are of another version"]),
-    "other evidence": (
-        lambda m, s: m.update(evidence='{"claim": "", "genes": {"r": [0.3]}}'),
-        ["evidence are of another version", "train it again"],
-    ),
+    "other evidence": (lambda m, s: m.update(evidence='{"claim": "", "genes": {"r": [0.3]}}'), ["evidence are of another version", "train it again"]),
     "no recipe": (lambda m, s: m.update(recipe="[]"), ["recipe", "train it again"]),
-    "half a recipe": (
-        lambda m, s: m.update(recipe='{"HIDDEN": 16}'),
-        ["BACKBONE", "train it again"],
-    ),
-    "other training slides": (
-        lambda m, s: m.update(training_slides='{"mean": []}'),
-        ["training_slides", "train it again"],
-    ),
+    "half a recipe": (lambda m, s: m.update(recipe='{"HIDDEN": 16}'), ["BACKBONE", "train it again"]),
+    "other training slides": (lambda m, s: m.update(training_slides='{"mean": []}'), ["training_slides", "train it again"]),
     "no JSON": (lambda m, s: m.update(genes="[A"), ["not a .safetensors file of a run"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_other_weights_are_refused_in_one_line(simulated, weights, tmp_path, capsys, case):
+def test_other_weights_are_refused_in_one_line(simulated, weights, tmp_path, case):
     change, words = SPOILT[case]
     path = spoil_weights(weights, tmp_path / "spoilt.safetensors", change)
-    assert run_script("26", "--weights", path, *slide_of(simulated), "--out", tmp_path / "out") == 2
-    check_one_line(capsys, ["spoilt.safetensors", *words])
+    command = ("26", "--weights", path, *slide_of(simulated), "--out", tmp_path / "out")
+    expect_refusal(["spoilt.safetensors", *words], *command)
     assert not (tmp_path / "out").exists()
 
 
-def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tmp_path, capsys):
+def name_folder(run, name, *tables):
+    """A run whose rows.csv are these tables, and whose network's folder is there again under a
+    name, as one of this start.
+    """
+    pd.concat(tables).to_csv(run / "rows.csv", index=False)
+    (network,) = run.glob("EfficientNet-B0-*")
+    shutil.copytree(network, run / name)
+    facts = facts_of(run)
+    facts["folders"].append(name)
+    shell.save_json(run / "run.json", facts)
+
+
+def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     table = pd.read_csv(run / "rows.csv")
@@ -598,19 +591,12 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     # Another protocol's r in validation is not to be compared.
     earlier = better.assign(folder="earlier", setting="an earlier start", protocol="block")
     earlier.loc[valid, "heg"] += 0.1
-    pd.concat([harmony, earlier, better, table]).to_csv(run / "rows.csv", index=False)
-    for name in ("better", "earlier"):
-        shutil.copytree(run / table["folder"][network].iloc[0], run / name)
-    facts = json.loads((run / "run.json").read_text())
-    facts["folders"].append("better")
-    (run / "run.json").write_text(json.dumps(facts))
-    options = [*slide_of(simulated), "--out", tmp_path / "out", "--device", "cpu"]
-    assert run_script("26", "--run", run, *options) == 0
-    assert "another seed: better, HEG r" in capsys.readouterr().out
-    assert run_script("26", "--run", run, "--weights", run / "better", *options) == 2
-    check_one_line(capsys, ["--run", "or --weights"])
-    assert run_script("26", "--run", tmp_path / "out", *options) == 2
-    check_one_line(capsys, ["no rows.csv"])
+    name_folder(run, "better", harmony, earlier, better, table)
+    shutil.copytree(run / "better", run / "earlier")
+    command = ["26", *slide_of(simulated), "--out", tmp_path / "out", "--device", "cpu", "--run"]
+    assert "another seed: better, HEG r" in stdout_of(*command, run)
+    expect_refusal(["--run", "or --weights"], *command, run, "--weights", run / "better")
+    expect_refusal(["no rows.csv"], *command, tmp_path / "out")
 
 
 def test_of_a_search_its_choice_is_taken_and_no_fold(simulated, trained, tmp_path, capsys):
@@ -618,13 +604,9 @@ def test_of_a_search_its_choice_is_taken_and_no_fold(simulated, trained, tmp_pat
     shutil.copytree(trained[0], run)
     table = pd.read_csv(run / "rows.csv")
     network = table[table["setting"] == "EfficientNet-B0"]
-    shutil.copytree(run / network["folder"].iloc[0], run / "choice")
     tested = network[network["split"] == "test"]
     choice = tested.assign(folder="choice", setting="chosen by search")
-    pd.concat([choice, network]).to_csv(run / "rows.csv", index=False)
-    facts = json.loads((run / "run.json").read_text())
-    facts["folders"].append("choice")
-    (run / "run.json").write_text(json.dumps(facts))
+    name_folder(run, "choice", choice, network)
     script = load_script("26")
     script.RUN = str(run)
     image = simulated / pd.read_csv(simulated / "slides.csv")["image"].iloc[2]
@@ -637,7 +619,7 @@ def slide_in(image, positions=None, matrix=None):
 
 
 def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
-    simulated, weights, tmp_path, monkeypatch, capsys
+    simulated, weights, tmp_path, capsys
 ):
     """Under protocol loso every slide trained most networks, the best in validation among them."""
     run = tmp_path / "run"
@@ -675,11 +657,9 @@ def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     assert script.choose_weights(slide_in(simulated / images[2])) == run / tests["2"]
     assert "not known whether" not in capsys.readouterr().out
     assert script.choose_weights(slide_in(simulated / images[1])) == run / tests["1"]
-    assert (
-        "not known whether the model has learnt from this slide, since" in capsys.readouterr().out
-    )
-    facts = json.loads((run / "run.json").read_text()) | {"data_root": str(tmp_path)}
-    (run / "run.json").write_text(json.dumps(facts))
+    told = "not known whether the model has learnt from this slide, since"
+    assert told in capsys.readouterr().out
+    shell.save_json(run / "run.json", facts_of(run) | {"data_root": str(tmp_path)})
     script.choose_weights(slide_in(simulated / images[1]))
     told = capsys.readouterr().out
     assert "no test" not in told
@@ -723,20 +703,19 @@ def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_p
     (["--gene-sets", "measured.gmt"], ["measured.gmt", "Foo and Foo_measured would share"]),
 ])  # fmt: skip
 def test_script_26_refuses_what_is_not_there(
-    simulated, weights, tmp_path, monkeypatch, capsys, arguments, words
+    simulated, weights, tmp_path, monkeypatch, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
     Path("patches.h5").touch()
-    genes = "\t".join(metadata_of(weights)["genes"][:6])
+    genes = metadata_of(weights)["genes"][:6]
     for path, names in (("slash.gmt", ("A/B", "A|B")), ("measured.gmt", ("Foo", "Foo_measured"))):
-        Path(path).write_text("".join(f"{name}\t-\t{genes}\n" for name in names))
+        write_gmt(Path(path), dict.fromkeys(names, genes))
     options = ["--weights", weights, *slide_of(simulated), "--out", tmp_path / "out"]
-    assert run_script("26", *options, *arguments) == 2
-    check_one_line(capsys, words)
+    expect_refusal(words, "26", *options, *arguments)
 
 
 def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
-    simulated, trained, weights, tmp_path, capsys
+    simulated, trained, weights, tmp_path
 ):
     odd = tmp_path / "a $x_{ b$.tif"
     odd.symlink_to(slide_of(simulated)[0].removeprefix("--image="))
@@ -748,8 +727,8 @@ def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     (run / "run.json").write_text("{")
-    assert run_script("26", "--run", run, *image, "--out", tmp_path / "other") == 2
-    check_one_line(capsys, ["run.json", "not as a script wrote it"])
+    options = ("--run", run, *image, "--out", tmp_path / "other")
+    expect_refusal(["run.json", "not as a script wrote it"], "26", *options)
 
 
 # ---------------------------------------------------------------------------------------------- Space Ranger
@@ -776,19 +755,14 @@ def space_ranger(folder, simulated, number, kind):
         h5 = outs / "filtered_feature_bc_matrix.h5"
         write_h5(h5, matrix.X, names, barcodes=matrix.obs_names, ids=ids)
     image = tifffile.imread(simulated / row["image"])
-    tifffile.imwrite(outs / "spatial" / "unused.tif", image[::8, ::8], photometric="rgb")
+    for name in ["unused.tif"] + ["cytassist_image.tiff"] * (kind == "cytassist"):
+        tifffile.imwrite(outs / "spatial" / name, image[::8, ::8], photometric="rgb")
     Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")
-    (outs / "spatial" / "scalefactors_json.json").write_text(
-        json.dumps({"tissue_hires_scalef": 0.25})
-    )
-    if kind == "cytassist":
-        tifffile.imwrite(
-            outs / "spatial" / "cytassist_image.tiff", image[::8, ::8], photometric="rgb"
-        )
+    shell.save_json(outs / "spatial" / "scalefactors_json.json", {"tissue_hires_scalef": 0.25})
     return outs, simulated / row["image"]
 
 
-def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
+def test_space_rangers_folders_become_a_data_root(simulated, tmp_path):
     kinds = {1: "new", 2: "old", 3: "cytassist", 4: "new"}
     made = [space_ranger(tmp_path, simulated, number, kind) for number, kind in kinds.items()]
     outs = ",".join(
@@ -805,15 +779,12 @@ def test_space_rangers_folders_become_a_data_root(simulated, tmp_path, capsys):
     manifest = pd.read_csv(tmp_path / "mine" / "slides.csv")
     assert manifest["name"].tolist() == ["sample1", "sample2", "sample3", "sample4"]
     assert manifest["um_per_px"].tolist() == pytest.approx([0.304] * 4, rel=0.01)
-    again = run_script("19", "--data-root", tmp_path / "mine", *options, "--target", "lognorm")
-    assert again == 0, "once more"
-    capsys.readouterr()
-    other = {"from_spaceranger": made[0][0], "images": made[0][1]}
-    assert run_script("19", data_root=tmp_path / "mine", **other) == 2
-    check_one_line(capsys, ["slides.csv", "already", "other slides"])
+    assert run_script("19", "--data-root", tmp_path / "mine", *options, "--check") == 0, "once more"
+    other = {"from_spaceranger": made[0][0], "images": made[0][1], "data_root": tmp_path / "mine"}
+    expect_refusal(["slides.csv", "already", "other slides"], "19", **other)
 
 
-def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
+def test_a_users_own_files_stay(simulated, weights, tmp_path):
     outs, image = space_ranger(tmp_path, simulated, 1, "new")
     own = outs.parent / "A.tif"  # in the folder that bears the slide's name, inside the data root
     shutil.copy(image, own)
@@ -836,40 +807,31 @@ def test_a_users_own_files_stay(simulated, weights, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == made | {"slide", "B.tif"}, "patches do not stay"
 
 
-def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_path, capsys):
-    row = pd.read_csv(simulated / "slides.csv").iloc[0]
-    folder = tmp_path / "matrix"
-    shutil.copytree(simulated / row["matrix"], folder)
-    features = pd.read_csv(folder / "features.tsv", sep="\t", header=None)
-    for column in (0, 1):
-        features[column] = "mouse-" + features[column]
-    features.to_csv(folder / "features.tsv", sep="\t", header=False, index=False)
-    options = (*slide_of(simulated, 1), "--matrix", folder)
-    assert predict(weights, *options, out=tmp_path / "out") == 2
-    check_one_line(capsys, [str(folder), "none of the model's"])
+def test_a_slide_without_the_models_genes_is_refused(simulated, weights, tmp_path):
+    matrix = slide_of(simulated, 1)[2].removeprefix("--matrix=")
+    mouse = rename_genes(matrix, tmp_path / "matrix", lambda column, _: "mouse-" + column)
+    options = ("--weights", weights, *slide_of(simulated, 1), *mouse, "--out", tmp_path / "out")
+    expect_refusal([str(tmp_path / "matrix"), "none of the model's"], "26", *options)
     assert not (tmp_path / "out" / "predictions.csv").exists()
 
 
 def test_a_space_ranger_folder_alone_is_predicted_from_its_hires_image(
-    simulated, weights, tmp_path, capsys
+    simulated, weights, tmp_path
 ):
     outs, _ = space_ranger(tmp_path, simulated, 3, "new")
-    assert predict(weights, "--positions", outs, out=tmp_path / "out") == 0
-    assert "hires image, 1.2" in capsys.readouterr().out
-    table = anndata.read_h5ad(tmp_path / "out" / "predictions.h5ad")
+    table, printed = predicted_with(weights, "--positions", outs, out=tmp_path / "out")
+    assert "hires image, 1.2" in printed
     truth = read_positions(outs / "spatial" / "tissue_positions.csv").loc[table.obs["barcode"]]
     assert np.abs(table.obs["pxl_row"].to_numpy() - truth["pxl_row"].to_numpy() / 4).max() <= 0.5
     assert list(table.uns["spatial"]) == ["sample3"] and "measured" in table.layers
 
 
-def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
+def test_the_full_resolution_image_is_asked_for(simulated, tmp_path):
     outs, _ = space_ranger(tmp_path, simulated, 1, "new")
     options = ("--data-root", tmp_path / "mine", "--from-spaceranger", outs, "--target", "lognorm")
-    assert run_script("19", *options) == 2
-    check_one_line(capsys, ["outs", "--images", "--use-hires"])
+    expect_refusal(["outs", "--images", "--use-hires"], "19", *options)
     assert not (tmp_path / "mine" / "slides.csv").exists()
-    assert run_script("19", *options, "--use-hires") == 0
-    assert "hires image, 1.2" in capsys.readouterr().out
+    assert "hires image, 1.2" in stdout_of("19", *options, "--use-hires")
     coarse = np.load(tmp_path / "mine" / "dataset" / "patches.npy")
     assert coarse.shape[1:] == (224, 224, 3) and len(coarse) == 10
 
@@ -878,12 +840,11 @@ def test_the_full_resolution_image_is_asked_for(simulated, tmp_path, capsys):
     ("spatial", ["tissue_positions.csv", "outs/"]),
     ("filtered_feature_bc_matrix.h5", ["filtered_feature_bc_matrix.h5", "outs/"]),
 ])  # fmt: skip
-def test_a_folder_that_is_not_space_rangers(simulated, tmp_path, capsys, gone, words):
+def test_a_folder_that_is_not_space_rangers(simulated, tmp_path, gone, words):
     outs, image = space_ranger(tmp_path, simulated, 1, "new")
     shutil.rmtree(outs / gone) if (outs / gone).is_dir() else (outs / gone).unlink()
-    options = ("--from-spaceranger", outs, "--images", image)
-    assert run_script("19", "--data-root", tmp_path / "mine", *options) == 2
-    check_one_line(capsys, words)
+    options = {"data_root": tmp_path / "mine", "from_spaceranger": outs, "images": image}
+    expect_refusal(words, "19", **options)
 
 
 def test_a_space_ranger_folder_is_predicted_and_compared(simulated, weights, tmp_path):
