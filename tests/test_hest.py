@@ -14,6 +14,7 @@ import tifffile
 from conftest import stdout_of
 from test_files import (
     GENES,
+    check_slides,
     check_spots,
     draw_counts,
     edit_manifest,
@@ -25,6 +26,7 @@ from test_files import (
     spot_array,
 )
 
+import common
 from slides.counts import read_matrix
 from slides.positions import read_positions
 
@@ -41,17 +43,12 @@ def make_anndata(seed=1, rows=6):
 
 
 def make_h5ad(root, change=lambda table: table):
-    """A data root of two slides, the first of which is an .h5ad that `change` has changed, or what
-    it returns.
-    """
-    make_slides(root)
-    # The genes are called by one name in both slides.
-    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
-    (root / "matrix2" / "features.tsv").write_text(features)
+    """A data root of a slide that is an .h5ad, which `change` has changed, or what it returns."""
+    make_slides(root, 1)
     table = make_anndata()
     table = change(table) or table
     table.write_h5ad(root / "slide1.h5ad")
-    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad", "matrix2"])
+    edit_manifest(root, positions="", matrix="slide1.h5ad")
     return root
 
 
@@ -113,22 +110,24 @@ def without_array(table):
     "change", [lambda t: t, as_dense, in_a_layer, in_raw, with_gene_ids, without_array]
 )
 def test_an_h5ad_gives_the_pixels_and_counts_of_its_spots(tmp_path, change):
-    _, table, patches = make_dataset(make_h5ad(tmp_path / "mine", change))
-    check_spots(table, patches, 1, paint(1), 36)
+    check_slides(make_h5ad(tmp_path / "mine", change))
 
 
-def test_an_h5ad_may_be_packed(tmp_path):
-    root = make_h5ad(tmp_path / "mine")
+def test_an_h5ad_may_be_packed_and_stand_beside_a_folder(tmp_path):
+    root = make_slides(tmp_path / "mine")
+    # The genes are called by one name in both slides.
+    features = "".join(f"{gene}\t{gene}\tGene Expression\n" for gene in GENES)
+    (root / "matrix2" / "features.tsv").write_text(features)
+    make_anndata().write_h5ad(root / "slide1.h5ad")
     pack(root / "slide1.h5ad")
-    edit_manifest(root, matrix=["slide1.h5ad.gz", "matrix2"])
-    _, table, patches = make_dataset(root)
-    check_spots(table, patches, 1, paint(1), 36)
+    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad.gz", "matrix2"])
+    check_slides(root)
+    assert sorted(common.load_dataset(root, "lognorm").genes) == sorted(GENES)
 
 
 def test_symbols_of_an_h5ad_name_the_genes(tmp_path):
-    path = tmp_path / "slide.h5ad"
-    with_gene_ids(make_anndata()).write_h5ad(path)
-    genes = read_matrix(path).var["name"]
+    with_gene_ids(make_anndata()).write_h5ad(tmp_path / "slide.h5ad")
+    genes = read_matrix(tmp_path / "slide.h5ad").var["name"]
     assert genes[GENES[0]] == f"symbol of {GENES[0]}"
 
 
@@ -153,9 +152,8 @@ def test_a_file_of_positions_wins_over_an_h5ad(tmp_path):
         table.obsm["spatial"] = table.obsm["spatial"] + 7
 
     root = make_h5ad(tmp_path / "mine", change)
-    edit_manifest(root, positions=["positions1.csv", "positions2.csv"])
-    _, table, patches = make_dataset(root)
-    check_spots(table, patches, 1, paint(1), 36)
+    edit_manifest(root, positions="positions1.csv")
+    check_slides(root)
 
 
 def normalised(table):
@@ -200,8 +198,8 @@ def with_a_gene_twice(table):
         (with_a_gene_twice, ["slide1.h5ad", f"gene id {GENES[1]}", "twice"]),
     ],
 )
-def test_an_h5ad_in_doubt_is_refused(tmp_path, capsys, change, words):
-    refuse(capsys, make_h5ad(tmp_path / "mine", change), *words)
+def test_an_h5ad_in_doubt_is_refused(tmp_path, change, words):
+    refuse(make_h5ad(tmp_path / "mine", change), *words)
 
 
 def in_other_layers(table):
@@ -232,21 +230,21 @@ def beside_raw(table):
         (beside_raw, ["nor raw", "the layers umi", "counts: umi"]),
     ],
 )
-def test_of_an_h5ad_without_counts_the_layers_are_named(tmp_path, capsys, change, words):
-    refuse(capsys, make_h5ad(tmp_path / "mine", change), "slide1.h5ad", *words)
+def test_of_an_h5ad_without_counts_the_layers_are_named(tmp_path, change, words):
+    refuse(make_h5ad(tmp_path / "mine", change), "slide1.h5ad", *words)
 
 
-def test_a_file_that_is_no_h5ad_is_refused(tmp_path, capsys):
+def test_a_file_that_is_no_h5ad_is_refused(tmp_path):
     root = make_h5ad(tmp_path / "mine")
     (root / "slide1.h5ad").write_bytes(b"not HDF5")
-    refuse(capsys, root, "slide1.h5ad", "not a whole .h5ad")
+    refuse(root, "slide1.h5ad", "not a whole .h5ad")
 
 
-def test_of_a_zarr_folder_the_conversion_is_named(tmp_path, capsys):
+def test_of_a_zarr_folder_the_conversion_is_named(tmp_path):
     root = make_h5ad(tmp_path / "mine")
     (root / "slide1.zarr").mkdir()
-    edit_manifest(root, matrix=["slide1.zarr", "matrix2"])
-    refuse(capsys, root, "slide1.zarr", "to_legacy_anndata", "write_h5ad")
+    edit_manifest(root, matrix="slide1.zarr")
+    refuse(root, "slide1.zarr", "to_legacy_anndata", "write_h5ad")
 
 
 # --------------------------------------------------------------------------------------------- HEST
@@ -297,64 +295,56 @@ def test_the_newest_table_of_hest_is_read(tmp_path):
     assert len(manifest) == 3
 
 
-def test_samples_of_one_patient_are_of_one_donor(tmp_path):
-    hest = make_hest(tmp_path / "hest", patient=["P1", "P1", "P3"])
-    manifest, _ = choose(tmp_path, from_hest=hest, organ="Liver")
-    assert manifest["donor"].nunique() == 1
-
-
-def test_a_sample_without_a_patient_is_a_donor_of_its_own_with_a_warning(tmp_path):
-    hest = make_hest(tmp_path / "hest", patient=["", None, "P3"])
+@pytest.mark.parametrize("patients, donors, warnings", [
+    (["P1", "P1"], ["A title, with a comma P1"] * 2, 0),
+    (["", None], ["NCBI1", "NCBI2"], 2),
+])  # fmt: skip
+def test_samples_of_one_patient_are_of_one_donor(tmp_path, patients, donors, warnings):
+    """One without a patient is a donor of its own, with a warning."""
+    hest = make_hest(tmp_path / "hest", patient=[*patients, "P3"])
     manifest, printed = choose(tmp_path, from_hest=hest, organ="Liver")
-    assert list(manifest["donor"]) == ["NCBI1", "NCBI2"]
-    assert printed.count("names no patient") == 2
+    assert list(manifest["donor"]) == donors
+    assert printed.count("names no patient") == warnings
 
 
-@pytest.mark.parametrize(
-    "lost, options, words",
-    [
-        ("", {"samples": "NCBI9"}, ["--samples NCBI9", "3 samples", "NCBI1"]),
-        ("", {"organ": "Lung"}, ["organ is 'Lung'", "Brain, Liver"]),
-        ("", {"organ": "Brain", "species": "Homo sapiens"}, ["species", "Mus musculus"]),
-        ("", {}, ["--from-hest", "--samples"]),
-        ("", {"samples": "NCBI1", "from_spaceranger": "outs"}, ["--from-spaceranger", "one of"]),
-        ("st/NCBI2.h5ad", {"organ": "Liver"}, ["NCBI2.h5ad", "no such file"]),
-        ("wsis/NCBI1.tif", {"organ": "Liver"}, ["NCBI1.tif", "no such file"]),
-        ("HEST_v1_1_0.csv", {"organ": "Liver"}, ["HEST_v*.csv", "--samples"]),
-        (
-            "HEST_v1_1_0.csv metadata/NCBI1.json",
-            {"samples": "NCBI1"},
-            ["NCBI1.json", "no metadata"],
-        ),
-    ],
-)
-def test_samples_of_hest_that_cannot_be_used_are_refused(tmp_path, capsys, lost, options, words):
+@pytest.mark.parametrize("lost, options, words", [
+    ("", {"samples": "NCBI9"}, ["--samples NCBI9", "3 samples", "NCBI1"]),
+    ("", {"organ": "Lung"}, ["organ is 'Lung'", "Brain, Liver"]),
+    ("", {"organ": "Brain", "species": "Homo sapiens"}, ["species", "Mus musculus"]),
+    ("", {}, ["--from-hest", "--samples"]),
+    ("", {"samples": "NCBI1", "from_spaceranger": "outs"}, ["--from-spaceranger", "one of"]),
+    ("st/NCBI2.h5ad", {"organ": "Liver"}, ["NCBI2.h5ad", "no such file"]),
+    ("wsis/NCBI1.tif", {"organ": "Liver"}, ["NCBI1.tif", "no such file"]),
+    ("HEST_v1_1_0.csv", {"organ": "Liver"}, ["HEST_v*.csv", "--samples"]),
+    ("HEST_v1_1_0.csv metadata/NCBI1.json", {"samples": "NCBI1"}, ["NCBI1.json", "no metadata"]),
+])  # fmt: skip
+def test_samples_of_hest_that_cannot_be_used_are_refused(tmp_path, lost, options, words):
     hest, root = make_hest(tmp_path / "hest"), tmp_path / "mine"
     for name in lost.split():
         (hest / name).unlink()
-    refuse(capsys, root, *words, from_hest=hest, **options)
+    refuse(root, *words, from_hest=hest, **options)
     assert not (root / "slides.csv").exists()
 
 
-def test_a_sample_of_hest_without_a_resolution_is_refused(tmp_path, capsys):
+def test_a_sample_of_hest_without_a_resolution_is_refused(tmp_path):
     hest = make_hest(tmp_path / "hest", pixel_size_um_estimated=[None, 0.5, 0.5])
     words = "NCBI1", "pixel_size_um_estimated"
-    refuse(capsys, tmp_path / "mine", *words, from_hest=hest, samples="NCBI1")
+    refuse(tmp_path / "mine", *words, from_hest=hest, samples="NCBI1")
 
 
-def test_filters_without_hest_are_refused(tmp_path, capsys):
-    refuse(capsys, make_slides(tmp_path / "mine"), "--organ", "--from-hest", organ="Liver")
+def test_filters_without_hest_are_refused(tmp_path):
+    refuse(make_slides(tmp_path / "mine"), "--organ", "--from-hest", organ="Liver")
 
 
-def test_another_slides_csv_is_not_replaced(tmp_path, capsys):
+def test_another_slides_csv_is_not_replaced(tmp_path):
     root = make_slides(tmp_path / "mine")
     hest = make_hest(tmp_path / "hest")
-    refuse(capsys, root, "slides.csv", "leave out --from-hest", from_hest=hest, samples="NCBI1")
+    refuse(root, "slides.csv", "leave out --from-hest", from_hest=hest, samples="NCBI1")
 
 
-def test_a_folder_of_hest_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_folder_of_hest_that_is_not_there_is_named(tmp_path):
     options = {"from_hest": tmp_path / "none", "samples": "NCBI1"}
-    refuse(capsys, tmp_path / "mine", "--from-hest", "none", "no such folder", **options)
+    refuse(tmp_path / "mine", "--from-hest", "none", "no such folder", **options)
 
 
 # ------------------------------------------------------------------------------------------ patches
@@ -407,14 +397,14 @@ def test_patches_of_hest_are_checked_without_being_written(tmp_path):
         ({}, {"samples": "NCBI2"}, ["NCBI2.h5", "no such file"]),
     ],
 )
-def test_patches_of_hest_that_cannot_be_used_are_refused(tmp_path, capsys, made, options, words):
+def test_patches_of_hest_that_cannot_be_used_are_refused(tmp_path, made, options, words):
     hest, _ = make_hest_of_patches(tmp_path / "hest", **made)
     options = {"from_hest": hest, "samples": "NCBI1", "hest_patches": True} | options
-    refuse(capsys, tmp_path / "mine", *words, **options)
+    refuse(tmp_path / "mine", *words, **options)
 
 
-def test_a_file_that_holds_no_patches_is_refused(tmp_path, capsys):
+def test_a_file_that_holds_no_patches_is_refused(tmp_path):
     hest, _ = make_hest_of_patches(tmp_path / "hest")
     (hest / "patches" / "NCBI1.h5").write_bytes(b"not HDF5")
-    options = {"from_hest": hest, "samples": "NCBI1", "hest_patches": True}
-    refuse(capsys, tmp_path / "mine", "NCBI1.h5", "not a whole file of patches", **options)
+    words, options = ("NCBI1.h5", "not a whole file of patches"), {"samples": "NCBI1"}
+    refuse(tmp_path / "mine", *words, from_hest=hest, hest_patches=True, **options)

@@ -222,10 +222,10 @@ def keep_finest_bins(binned):
     (drop_bin_size, ["scalefactors_json.json", "no bin_size_um"]),
     (keep_finest_bins, ["square_008um or square_016um"]),
 ])  # fmt: skip
-def test_bins_that_cannot_be_read_are_refused(tmp_path, capsys, change, words):
+def test_bins_that_cannot_be_read_are_refused(tmp_path, change, words):
     outs, image = make_hd(tmp_path / "liver")
     change(outs / "binned_outputs" / "square_008um")
-    refuse(capsys, tmp_path / "mine", *words, from_spaceranger=outs, images=image)
+    refuse(tmp_path / "mine", *words, from_spaceranger=outs, images=image)
     assert not (tmp_path / "mine" / "slides.csv").exists()
 
 
@@ -240,21 +240,21 @@ def test_counts_of_cells_are_refused(tmp_path, capsys, part):
 
 
 @pytest.mark.parametrize("size, fit", [(2, 56), (24, 48), (64, 64)])
-def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, capsys, size, fit):
+def test_bins_of_other_sizes_are_read_as_the_message_says(tmp_path, size, fit):
     outs, image = make_hd(tmp_path / "liver")
     binned = outs / "binned_outputs" / "square_008um"
     scales = SCALES | {"bin_size_um": size, "microns_per_pixel": size / BIN_PX}
     (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
     folder = binned.rename(binned.with_name(f"square_{size:03d}um"))
     words = f"or name the folder {folder} and --bin-um {fit}"
-    refuse(capsys, tmp_path / "mine", words, from_spaceranger=outs, images=image)
+    refuse(tmp_path / "mine", words, from_spaceranger=outs, images=image)
     slide, positions = space_ranger.read_space_ranger(folder, image, bin_um=float(fit))
     assert slide.um_per_px == size / BIN_PX
     assert measure_pitch(positions) == pytest.approx(fit / size * BIN_PX, abs=1)
 
 
 @pytest.mark.parametrize("bin_um, fix", [(50.0, "give 48"), (4.0, "give 8")])
-def test_spots_that_are_no_multiple_of_the_bins_are_refused(tmp_path, capsys, bin_um, fix):
+def test_spots_that_are_no_multiple_of_the_bins_are_refused(tmp_path, bin_um, fix):
     outs, image = make_hd(tmp_path / "liver")
     options = {"from_spaceranger": outs, "images": image, "bin_um": bin_um}
-    refuse(capsys, tmp_path / "mine", f"--bin-um {bin_um:g}", "8 um", fix, **options)
+    refuse(tmp_path / "mine", f"--bin-um {bin_um:g}", "8 um", fix, **options)
