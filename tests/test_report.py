@@ -11,13 +11,12 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TINY, load_script, run_script
+from conftest import TINY, expect_refusal, load_script, refused, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import distance_transform_cdt
-from test_bad_input import check_one_line
 
 from study import drawing, recording, shell
 
@@ -66,13 +65,11 @@ def test_the_report_of_a_run_is_one_file_that_needs_nothing(report):
     _, text = report
     page = Page(text)
     assert page.tags.count("img") == 5  # the settings, and maps and scores of two of them
-    assert not page.mute
-    assert not page.outside
+    assert not page.mute and not page.outside
     assert page.tags.count("script") == 2  # the viewer's data and the viewer
-    assert "SIMULATED" in text
-    assert "LEARNING_RATE" in text
+    for words in ("SIMULATED", "LEARNING_RATE", "color-scheme"):
+        assert words in text
     assert "prefers" not in text
-    assert "color-scheme" in text
 
 
 def test_the_report_begins_with_a_picture_of_its_settings(report):
@@ -182,11 +179,6 @@ def test_figures_of_an_earlier_start_are_left_out(tmp_path):
     assert "drawn now.png" in text and "before.png" not in text
 
 
-def test_what_there_is_to_say_about_tables_stands_before_them(tmp_path):
-    text = written(tmp_path, tables={"Genes": [{"gene": "ALB"}]}, about="q < 0.05 passes")
-    assert text.index("<p>q &lt; 0.05 passes</p>") < text.index("ALB")
-
-
 def test_a_row_is_read_as_it_was_written(report):
     """An interval is two numbers, a whole number none with a point, and an empty cell None."""
     run, _ = report
@@ -206,7 +198,7 @@ def test_a_row_is_read_as_it_was_written(report):
 @pytest.mark.parametrize("name", ["folder", "heg", "setting", "n_spots"])
 def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
     pd.read_csv(report[0] / "rows.csv").drop(columns=name).to_csv(tmp_path / "rows.csv")
-    with pytest.raises(shell.InputError, match=f"rows.csv: lacks {name}: run its script again"):
+    with refused(f"rows.csv: lacks {name}: run its script again"):
         load_script("27").read_rows_of_run(tmp_path, [])
 
 
@@ -250,7 +242,7 @@ def copied(report, tmp_path):
 
 @pytest.mark.parametrize("kind", SAVED)
 @pytest.mark.parametrize("name", ["rows.csv", "genes.csv", "per_gene.csv", "history.csv"])
-def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, kind):
+def test_a_table_that_a_spreadsheet_saved_is_named(copied, name, kind):
     run, folder = copied
     path, fix = run / name, "run its script again"
     if name != "rows.csv":
@@ -258,16 +250,14 @@ def test_a_table_that_a_spreadsheet_saved_is_named(copied, capsys, name, kind):
     if (name, kind) == ("genes.csv", "quoted"):
         pytest.skip("it holds no decimals")
     save_as(kind, path)
-    assert run_script("27", "--run", run) == 2
-    check_one_line(capsys, [f"error: {path}: ", fix, "spreadsheet"])
+    expect_refusal([f"error: {path}: ", fix, "spreadsheet"], "27", "--run", run)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "genes.csv", "predictions.h5ad"])
-def test_a_file_that_is_gone_is_named(copied, capsys, name):
+def test_a_file_that_is_gone_is_named(copied, name):
     run, folder = copied
     (run / name if name == "rows.csv" else folder / name).unlink()
-    assert run_script("27", "--run", run) == 2
-    check_one_line(capsys, [name, "gone", "run its script again"])
+    expect_refusal([name, "gone", "run its script again"], "27", "--run", run)
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -278,18 +268,17 @@ def test_influence_that_a_spreadsheet_saved_are_named(copied, kind):
     rows = rows[rows["folder"] == folder.name]
     assert recording.join_influence(rows, run)[0].shape[1] == 4
     save_as(kind, path)
-    with pytest.raises(shell.InputError, match=f"{path}: .*remove {folder} and run"):
+    with refused(f"{path}: ", f"remove {folder} and run"):
         recording.join_influence(rows, run)
 
 
-def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path, capsys):
+def test_a_setting_whose_folder_was_removed_is_computed_again(trained, simulated, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
     options = {"data_root": simulated, "out": out, **TINY}
     folder = next(path.parent for path in out.glob("*/influence.csv"))
     save_as("german", folder / "influence.csv")
-    assert run_script("20", **options) == 2
-    check_one_line(capsys, [f"remove {folder} and run its script again"])
+    expect_refusal([f"remove {folder} and run its script again"], "20", **options)
     shutil.rmtree(folder)
     assert run_script("20", **options) == 0
     assert {(folder / name).is_file() for name in ("influence.csv", "rows.json")} == {True}
@@ -321,10 +310,12 @@ def test_a_report_escapes_what_it_shows(tmp_path):
     assert not {"script", "i", "b", "u", "em"} & set(Page(text).tags)
 
 
-def test_warnings_stand_at_the_top(tmp_path):
-    text = written(tmp_path, warnings=["a.csv: 3 of 9", "b.csv: 4 of 9"], tables={"T": [{"x": 1}]})
+def test_warnings_and_what_there_is_to_say_stand_before_the_tables(tmp_path):
+    told = {"warnings": ["a.csv: 3 of 9", "b.csv: 4 of 9"], "about": "q < 0.05 passes"}
+    text = written(tmp_path, tables={"T": [{"x": 1}]}, **told)
     assert text.index("<h1>") < text.index("a.csv: 3 of 9") < text.index("b.csv: 4 of 9")
     assert text.index("b.csv: 4 of 9") < text.index("<table>")
+    assert text.index("<p>q &lt; 0.05 passes</p>") < text.index("<table>")
     assert "Warnings" not in written(tmp_path, warnings=[])
     assert "Warnings" not in written(tmp_path)
 
@@ -354,11 +345,10 @@ def test_other_tables_of_a_run_are_shown(tmp_path):
 @pytest.mark.parametrize("content, word", [
     (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "lacks data_root"),
 ])  # fmt: skip
-def test_a_folder_without_a_finished_run_has_no_report(tmp_path, capsys, content, word):
+def test_a_folder_without_a_finished_run_has_no_report(tmp_path, content, word):
     if content:
         (tmp_path / "run.json").write_text(content)
-    assert run_script("27", "--run", tmp_path) == 2
-    check_one_line(capsys, ["run.json", word])
+    expect_refusal(["run.json", word], "27", "--run", tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
