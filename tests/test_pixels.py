@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
-from conftest import run_script
+from conftest import refused, run_script
 from PIL import Image
 from test_patches import HEIGHT, WIDTH, make_root, picture
 
 from slides import imaging
 from slides.manifest import Slide
 from slides.positions import place_spots
-from study import shell
 
 TILES = {"tile": (128, 128), "compression": "zlib"}
 
@@ -28,13 +27,10 @@ def pixels_of(path):
     return found
 
 
-def refused(path, *words):
-    """Whether an image is refused with these words, on opening or when it is read."""
-    with pytest.raises(shell.InputError) as error:
+def refuse(path, *words):
+    """An image is refused with these words, on opening or when it is read."""
+    with refused(path.name, *words):
         pixels_of(path)
-    for word in (path.name, *words):
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- alpha
@@ -127,7 +123,7 @@ def test_two_grey_channels_are_no_alpha(tmp_path):
     pixels = np.dstack([picture()[..., 0], picture()[..., 1]])
     tifffile.imwrite(tmp_path / "stains.tif", pixels, photometric="minisblack",
                      planarconfig="contig", extrasamples=["unspecified"])  # fmt: skip
-    refused(tmp_path / "stains.tif", "2 grey channels")
+    refuse(tmp_path / "stains.tif", "2 grey channels")
 
 
 # ----------------------------------------------------------------------------------- colour spaces
@@ -179,9 +175,9 @@ def test_other_jpeg_2000_is_of_rgb(tmp_path, description, compression):
 
 def test_ycbcr_of_other_programs_is_refused(tmp_path):
     write_jpeg2000(tmp_path / "s.tif", as_ycbcr(picture()), None, 34712, "ycbcr")
-    refused(tmp_path / "s.tif", "YCBCR", "8-bit RGB")
+    refuse(tmp_path / "s.tif", "YCBCR", "8-bit RGB")
     tifffile.imwrite(tmp_path / "t.tif", as_ycbcr(picture()), photometric="ycbcr", **TILES)
-    refused(tmp_path / "t.tif", "YCBCR", "8-bit RGB")
+    refuse(tmp_path / "t.tif", "YCBCR", "8-bit RGB")
 
 
 # ------------------------------------------------------------------------------ channels and pages
@@ -236,13 +232,13 @@ def test_red_green_and_blue_may_be_pages_of_their_own(tmp_path, kind):
 def test_pages_that_are_no_colours_are_refused(tmp_path):
     stained = tmp_path / "stained.ome.tif"
     write_channels(stained, planes_of(picture()), ["DAPI", "CD3", "CD20"])
-    refused(stained, "dapi, cd3, cd20", "red, green and blue")
+    refuse(stained, "dapi, cd3, cd20", "red, green and blue")
     focus = tmp_path / "focus.ome.tif"
     write_channels(focus, planes_of(picture()), axes="ZYX")
-    refused(focus, "3 images of one size", "export")
+    refuse(focus, "3 images of one size", "export")
     twins = tmp_path / "twins.tif"
     tifffile.imwrite(twins, np.stack([picture()] * 2), photometric="rgb", metadata=None)
-    refused(twins, "2 images of one size", "export")
+    refuse(twins, "2 images of one size", "export")
 
 
 def write_pages(path, *images, **options):
@@ -272,7 +268,7 @@ def test_a_grey_slide_is_not_mistaken_for_its_label(tmp_path):
     write_pages(tmp_path / "slide.tif", label, picture()[..., 0], **TILES)
     assert (pixels_of(tmp_path / "slide.tif")[..., 2] == picture()[..., 0]).all()
     write_pages(tmp_path / "deep.tif", label, picture()[..., 0].astype(np.uint16), **TILES)
-    refused(tmp_path / "deep.tif", "uint16", "8-bit RGB")
+    refuse(tmp_path / "deep.tif", "uint16", "8-bit RGB")
 
 
 # ------------------------------------------------------------------------- which way up, and formats
@@ -297,12 +293,12 @@ def test_an_image_that_is_to_be_turned_is_refused(tmp_path, name, write):
     assert pixels_of(tmp_path / name).shape == (HEIGHT, WIDTH, 3)
     for orientation in (2, 3, 6):
         write(tmp_path / name, orientation)
-        refused(tmp_path / name, f"Orientation tag {orientation}", "without the tag")
+        refuse(tmp_path / name, f"Orientation tag {orientation}", "without the tag")
 
 
 def test_a_picture_in_cmyk_is_refused(tmp_path):
     Image.fromarray(picture()).convert("CMYK").save(tmp_path / "slide.jpg")
-    refused(tmp_path / "slide.jpg", "CMYK", "8-bit RGB")
+    refuse(tmp_path / "slide.jpg", "CMYK", "8-bit RGB")
 
 
 @pytest.mark.parametrize("name, content, kind", [
@@ -317,7 +313,7 @@ def test_other_formats_are_refused_by_name(tmp_path, name, content, kind):
         Image.fromarray(picture()[::9, ::9]).save(tmp_path / name, "JPEG")
     else:
         (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, kind, "raw2ometiff --rgb")
+    refuse(tmp_path / name, kind, "raw2ometiff --rgb")
 
 
 # -------------------------------------------------------------------------------------- background
@@ -360,7 +356,7 @@ def test_units_of_ome(tmp_path, size, unit):
 
 def test_a_unit_that_is_no_length_is_no_resolution(tmp_path):
     write_ome(tmp_path / "s.ome.tif", 0.5, "pixel")
-    with pytest.raises(shell.InputError, match="--um-per-px"):
+    with refused("--um-per-px"):
         imaging.read_resolution(tmp_path / "s.ome.tif")
 
 
@@ -378,9 +374,8 @@ def test_units_of_imagej(tmp_path, per_unit, unit):
 )
 def test_aperio_may_write_a_decimal_comma(tmp_path, stated):
     text = f"Aperio Image Library v11.2.1\n900x700|AppMag = 20|{stated}"
-    tifffile.imwrite(
-        tmp_path / "s.svs", picture(), photometric="rgb", metadata=None, description=text
-    )
+    options = {"photometric": "rgb", "metadata": None, "description": text}
+    tifffile.imwrite(tmp_path / "s.svs", picture(), **options)
     assert imaging.read_resolution(tmp_path / "s.svs") == 0.5
 
 
