@@ -10,11 +10,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ask, run_script, stdout_of
+from conftest import run_script, stdout_of
 from test_weights import SMALL, weights_of
 
 import common
-from study import features, methods
+from study import features
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def recipe(weights):
-    return {
-        "BACKBONE": SMALL,
-        "PRETRAINED": str(weights),
-        "IMAGE_SIZE": 32,
-        "DEVICE": "cpu",
-        "PRECISION": "fp32",
-        "REFIT": False,
-    }
+    recipe = {"BACKBONE": SMALL, "PRETRAINED": str(weights), "IMAGE_SIZE": 32, "REFIT": False}
+    return recipe | {"DEVICE": "cpu", "PRECISION": "fp32"}
 
 
 @pytest.fixture
@@ -92,9 +86,8 @@ def test_kept_features_are_those_computed_directly(data, recipe, monkeypatch, po
 
 def test_a_backbone_whose_last_part_is_not_its_output_has_two_files(data, recipe, monkeypatch):
     pool = common.pool_each_stage
-    monkeypatch.setattr(
-        common, "pool_each_stage", lambda *parts: [*pool(*parts)[:-1], pool(*parts)[0]]
-    )
+    changed = lambda *parts: [*pool(*parts)[:-1], pool(*parts)[0]]  # noqa: E731
+    monkeypatch.setattr(common, "pool_each_stage", changed)
     features.ends_with_output.cache_clear()
     found, _ = features.encode_spots(data, recipe, 42)
     features.encode_spots(data, recipe | {"POOL_STAGES": True}, 42)
@@ -147,19 +140,16 @@ def refuse_space(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_leaves_them_in_memory_and_is_told(data, recipe, monkeypatch, capsys):
-    monkeypatch.setattr(np, "save", refuse_space)
+@pytest.mark.parametrize("kind", ["a full disk", "no folder can be made"])
+def test_features_that_cannot_be_kept_stay_in_memory(data, recipe, monkeypatch, capsys, kind):
+    if kind == "a full disk":
+        monkeypatch.setattr(np, "save", refuse_space)
+    else:
+        (data.root / "dataset" / "features").write_text("a file in its place")
     found, _ = features.encode_spots(data, recipe, 42)
     np.testing.assert_array_equal(found, compute_directly(data, recipe))
     assert capsys.readouterr().out.count("are not kept in") == 1
     assert not list_kept(data)
-
-
-def test_a_data_root_that_takes_no_folder_is_told(data, recipe, capsys):
-    (data.root / "dataset" / "features").write_text("a file in its place")
-    found, _ = features.encode_spots(data, recipe, 42)
-    np.testing.assert_array_equal(found, compute_directly(data, recipe))
-    assert "are not kept in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "of fewer spots"])
@@ -212,15 +202,6 @@ def test_what_a_killed_process_left_is_removed_and_what_one_writes_now_is_not(tm
     features.keep_features(tmp_path / "b.npy", np.zeros((1, 1), np.float32))
     assert not left.exists()
     assert now.exists()
-
-
-def test_ridges_on_kept_features_are_those_on_computed_ones(paper_split, data, recipe):
-    split = dataclasses.replace(paper_split, data=data)
-    computed, _ = ask(methods.ridge_on_features, recipe, split)
-    features.encode_patches.cache_clear()
-    read, _ = ask(methods.ridge_on_features, recipe, split)
-    np.testing.assert_array_equal(computed, read)
-    assert len(list_kept(data)) == 1
 
 
 def test_script_19_removes_features_of_other_patches_alone(simulated, tmp_path):
