@@ -28,21 +28,6 @@ def test_one_more_spot_is_covered_as_often_as_asked(level):
     assert covered > level - 0.005
 
 
-def test_the_widths_of_a_split_follow_from_its_validation_spots(paper_split):
-    data, scored = paper_split.data, paper_split.scored()
-    random = np.random.default_rng(0)
-    predicted = random.normal(1, 0.3, (len(scored), len(data.genes))).astype(np.float32)
-    truth = np.asarray(data.lognorm[np.arange(len(data.spots))])
-    found = conformal.find_half_widths(paper_split, predicted, data.lognorm)
-    valid = paper_split.spots("valid")
-    rows = paper_split.roles[scored] == "valid"
-    errors = np.abs(predicted[rows] - truth[valid])
-    rank = int(np.ceil(0.8 * (len(valid) + 1)))
-    # All slides that train validate too, so nothing is scaled.
-    np.testing.assert_allclose(found["80"], np.sort(errors, 0)[rank - 1], rtol=1e-6)
-    assert np.isnan(found["95"]).all(), "of six validation spots"
-
-
 def test_a_calm_validation_slide_widens_the_intervals(simulated):
     data = common.load_dataset(simulated, "lognorm")
     slides = data.spots["tissue_index"].to_numpy()
