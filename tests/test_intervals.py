@@ -60,12 +60,8 @@ def test_influence_is_what_leaving_a_spot_out_takes_away(pooled):
         by_slide = []
         for slide in np.unique(slides):
             inside = kept & (slides == slide)
-            by_slide.append(
-                [
-                    scipy.stats.pearsonr(predicted[inside, gene], truth[inside, gene])[0]
-                    for gene in range(5)
-                ]
-            )
+            pairs = zip(predicted[inside, :5].T, truth[inside, :5].T, strict=True)
+            by_slide.append([scipy.stats.pearsonr(x, y)[0] for x, y in pairs])
         return np.mean(by_slide, axis=0)
 
     whole = mean_r(np.ones(len(spots), bool))
@@ -96,12 +92,8 @@ def test_slides_are_independent():
     slides = spots["tissue_index"].to_numpy()
     moved = intervals.find_influence(predicted, truth, spots, NAMES, MEMBERS)[["heg"]].to_numpy()
     both, freedom = intervals.measure_error(moved, slides, places)
-    by_slide = [
-        intervals.measure_error(
-            moved[slides == slide], slides[slides == slide], places[slides == slide]
-        )
-        for slide in (1, 2)
-    ]
+    parts = ([values[slides == slide] for values in (moved, slides, places)] for slide in (1, 2))
+    by_slide = [intervals.measure_error(*part) for part in parts]
     variances = [error[0] ** 2 for error, _ in by_slide]
     assert both[0] ** 2 == pytest.approx(sum(variances))
     assert max(found[0] for _, found in by_slide) < freedom[0]
@@ -143,9 +135,8 @@ def test_close_spots_may_stand_for_one_cell():
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_so_few_spots_have_no_interval(n):
-    errors, freedoms = intervals.measure_error(
-        np.zeros((n, 1)), np.ones(n), lay_grid("hexagonal", 2)[:n]
-    )
+    places = lay_grid("hexagonal", 2)[:n]
+    errors, freedoms = intervals.measure_error(np.zeros((n, 1)), np.ones(n), places)
     assert intervals.find_interval(0.3, errors[0], freedoms[0]) is None
 
 
@@ -254,9 +245,8 @@ def test_a_shared_field_is_told_from_chance_and_the_rest_is_not():
     truth[:, :60] += predicted[:, :60]
     truth[:, 199] = 2.0
     slides = np.repeat([1, 2], len(places))
-    p = intervals.compare_with_chance(
-        np.tile(predicted, (2, 1)), np.tile(truth, (2, 1)), slides, np.tile(places, (2, 1))
-    )
+    predicted, truth, places = (np.tile(values, (2, 1)) for values in (predicted, truth, places))
+    p = intervals.compare_with_chance(predicted, truth, slides, places)
     q = intervals.control_discoveries(p)
     assert (q[:60] < 0.05).mean() > 0.9
     assert (q[60:199] < 0.05).mean() < 0.06
