@@ -21,14 +21,8 @@ from test_interruptions import SCRIPTS, finish, results, start
 import common
 
 SMALL = TINY | {"epochs": 2, "target": "lognorm"}
-RECIPE = NETWORK | {
-    "HIDDEN": 0,
-    "AUG": "mpa",
-    "BATCH_SIZE": 7,
-    "LEARNING_RATE": 1e-3,
-    "EPOCHS": 1,
-    "LOSS": "mse",
-}
+RECIPE = NETWORK | {"HIDDEN": 0, "AUG": "mpa", "BATCH_SIZE": 7, "LEARNING_RATE": 1e-3}
+RECIPE |= {"EPOCHS": 1, "LOSS": "mse"}
 SPOTS, GENES = 11, 5
 RANKS = 3
 

@@ -155,9 +155,7 @@ def test_the_command_runs(place, command):
     if command[0] == "pytest":
         pytest.skip("this is the test suite itself; .ci/run runs it")
     if len(command) == 2 and command[1] in LIVER:
-        pytest.skip(
-            "needs GSE240429's ten gigabytes; test_download runs script 17 against a local server"
-        )
+        pytest.skip("needs GSE240429's ten gigabytes; test_download has a local server")
     if "HER2ST" in line and not (SHARED / "her2st").is_dir():
         pytest.skip("shared/her2st is not there")
     stdout = run(command, place)
