@@ -10,7 +10,16 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import NETWORK, SHARED, edit_manifest, run_script, write_h5, write_slide
+from conftest import (
+    NETWORK,
+    SHARED,
+    edit_manifest,
+    refused,
+    run_script,
+    stdout_of,
+    write_h5,
+    write_slide,
+)
 from PIL import Image
 
 import common
@@ -18,7 +27,6 @@ from slides import imaging
 from slides.colour import colour_statistics
 from slides.counts import join_genes, read_matrix
 from slides.positions import lay_blocks, measure_pitch, read_positions
-from study import shell
 
 HEIGHT, WIDTH = 700, 900
 
@@ -99,8 +107,19 @@ def make_root(tmp_path, image="slide.tif", writer=None, pixels=None, spots=None,
     return spots, np.asarray(counts)
 
 
+def make_dataset(root):
+    """(patches.npy, dataset.csv, what 19 printed) of a data root."""
+    printed = stdout_of("19", data_root=root, target="lognorm")
+    folder = root / "dataset"
+    return np.load(folder / "patches.npy"), pd.read_csv(folder / "dataset.csv"), printed
+
+
 def read_meta(root):
     return json.loads((root / "dataset" / "meta.json").read_text())
+
+
+def read_counts(root):
+    return anndata.read_h5ad(root / "dataset" / "counts.h5ad")
 
 
 def expected_patch(image, row, col):
@@ -109,12 +128,10 @@ def expected_patch(image, row, col):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_patch_row_and_count_are_of_one_spot(tmp_path, kind, capsys):
+def test_patch_row_and_count_are_of_one_spot(tmp_path, kind):
     spots, counts = make_root(tmp_path, kind, WRITERS[kind])
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    patches = np.load(tmp_path / "dataset" / "patches.npy", mmap_mode="r")
-    rows = pd.read_csv(tmp_path / "dataset" / "dataset.csv")
-    stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
+    patches, rows, printed = make_dataset(tmp_path)
+    stored = read_counts(tmp_path)
     assert patches.shape == (7, 224, 224, 3) and patches.dtype == np.uint8
     assert list(rows.columns[:7]) == common.ID_COLUMNS
     assert rows["array_row"].is_monotonic_increasing
@@ -133,15 +150,11 @@ def test_patch_row_and_count_are_of_one_spot(tmp_path, kind, capsys):
         counted = counts[k][[int(name.removeprefix("G")) for name in stored.var_names]]
         assert np.array_equal(stored.X[i].toarray()[0], counted)
         assert stored.obs["n_counts"].iloc[i] == counts[k].sum()
-        np.testing.assert_allclose(
-            row[stored.var_names].astype(float), np.log1p(counted * 1e4 / counted.sum()), rtol=1e-6
-        )
-    how = {
-        "contiguous.tif": "memory-mapped",
-        "tiles-lzw-predictor.tif": "tiles of 64 x 64 px",
-        "strips-lzw.tif": "strips of 900 x 37 px",
-    }
-    assert how.get(kind, "") in capsys.readouterr().out
+        lognorm = np.log1p(counted * 1e4 / counted.sum())
+        np.testing.assert_allclose(row[stored.var_names].astype(float), lognorm, rtol=1e-6)
+    how = {"contiguous.tif": "memory-mapped", "strips-lzw.tif": "strips of 900 x 37 px"}
+    how["tiles-lzw-predictor.tif"] = "tiles of 64 x 64 px"
+    assert how.get(kind, "") in printed
 
 
 def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
@@ -160,9 +173,8 @@ def test_every_segment_is_decoded_at_most_once(tmp_path, monkeypatch):
     patches = np.zeros((7, 224, 224, 3), np.uint8)
     imaging.read_patches(tmp_path / "s.tif", spots, patches)
     assert decoded and len(decoded) == len(set(decoded))
-    assert np.array_equal(
-        patches[0], expected_patch(picture(), spots["pxl_row"][0], spots["pxl_col"][0])
-    )
+    expected = expected_patch(picture(), *spots.loc[0, ["pxl_row", "pxl_col"]])
+    assert np.array_equal(patches[0], expected)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -186,11 +198,8 @@ def test_the_regions_of_an_image_cover_it_once(tmp_path, kind):
 def test_only_regions_that_are_needed_are_read(tmp_path):
     WRITERS["tiles.tif"](tmp_path / "s.tif", picture())
     image = imaging.open_image(tmp_path / "s.tif")
-    places = {
-        (top, left)
-        for _, top, left in image.regions(lambda box: box[0] <= 300 < box[2] and box[3] == WIDTH)
-    }
-    assert places == {(256, 768)}
+    regions = image.regions(lambda box: box[0] <= 300 < box[2] and box[3] == WIDTH)
+    assert [(top, left) for _, top, left in regions] == [(256, 768)]
 
 
 def test_a_new_format_is_one_function(tmp_path, monkeypatch):
@@ -210,9 +219,7 @@ def test_a_new_format_is_one_function(tmp_path, monkeypatch):
 
     make_root(tmp_path, "slide.npy", np.save)
     monkeypatch.setattr(imaging, "open_image", open_numpy)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    patches = np.load(tmp_path / "dataset" / "patches.npy")
-    made = pd.read_csv(tmp_path / "dataset" / "dataset.csv")
+    patches, made, _ = make_dataset(tmp_path)
     for patch, row in zip(patches, made.itertuples(), strict=True):
         assert np.array_equal(patch, expected_patch(picture(), row.pxl_row, row.pxl_col))
 
@@ -239,7 +246,7 @@ def test_the_thumbnail_averages_squares_and_is_made_in_the_same_pass(tmp_path, m
     opened, original = [], imaging.open_image
     monkeypatch.setattr(imaging, "open_image", lambda path: opened.append(path) or original(path))
     make_root(tmp_path, kind, WRITERS[kind])
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    make_dataset(tmp_path)
     assert len(opened) == 1, "the image is read once"
     meta = read_meta(tmp_path)
     assert meta["px_per_thumbnail_px"] == {"S1": 16} and meta["slides"][0]["um_per_px"] == 0.5
@@ -263,10 +270,8 @@ def test_patches_over_the_border_are_padded_white_and_counted(tmp_path):
     spots = spot_table(4)
     spots["pxl_row"], spots["pxl_col"] = [0, 350, 699, 350], [0, 450, 899, 111]
     make_root(tmp_path, spots=spots, pixels=np.zeros((HEIGHT, WIDTH, 3), np.uint8))
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    patches = np.load(tmp_path / "dataset" / "patches.npy")
-    rows = pd.read_csv(tmp_path / "dataset" / "dataset.csv").set_index("barcode")
-    by_spot = [patches[rows.index.get_loc(b)] for b in spots["barcode"]]
+    patches, rows, _ = make_dataset(tmp_path)
+    by_spot = patches[pd.Index(rows["barcode"]).get_indexer(spots["barcode"])]
     white = [(patch == 255).mean() for patch in by_spot]
     assert white == [0.75, 0, 1 - (113 / 224) ** 2, 1 / 224]
     assert (by_spot[0][112:, 112:] == 0).all() and (by_spot[0][:112] == 255).all()
@@ -292,7 +297,7 @@ def test_red_stays_red_from_slide_to_network(tmp_path):
     spots = spot_table(3)
     spots["pxl_row"], spots["pxl_col"] = 350 + np.arange(3), 450
     make_root(tmp_path, spots=spots, pixels=pixels)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
+    make_dataset(tmp_path)
     data = common.load_dataset(tmp_path, "lognorm")
     assert data.patches[0, 112, 112].tolist() == [255, 0, 0]
     seen = []
@@ -318,22 +323,20 @@ def test_gzipped_folder_and_h5_give_the_same_counts(tmp_path):
     h5, names = tmp_path / "filtered_feature_bc_matrix.h5", [*plain.var["name"]]
     write_h5(h5, plain.X.toarray(), names, barcodes=plain.obs_names)
     for other in (read_matrix(packed), read_matrix(h5)):
-        pd.testing.assert_frame_equal(
-            other.to_df(), plain.to_df(), check_dtype=False, check_names=False
-        )
+        tables = other.to_df(), plain.to_df()
+        pd.testing.assert_frame_equal(*tables, check_dtype=False, check_names=False)
         assert other.var["name"].tolist() == names
 
 
-def test_genes_are_aligned_by_id_and_those_of_one_slide_kept(tmp_path, capsys):
+def test_genes_are_aligned_by_id_and_those_of_one_slide_kept(tmp_path):
     make_root(tmp_path, "one.tif")
     counts = np.random.default_rng(2).poisson(3.0, (7, 11)) + 1
     WRITERS["contiguous.tif"](tmp_path / "two.tif", picture())
     # G10 is missing, the order another one.
     order = [f"G{i}" for i in (11, 3, 2, 1, 0, 4, 5, 6, 7, 8, 9)]
     write_slide(tmp_path, "two.tif", spot_table(seed=5), counts, order, slide=2)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert "12 genes, 11 of them in every slide" in capsys.readouterr().out
-    stored = anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad")
+    assert "12 genes, 11 of them in every slide" in make_dataset(tmp_path)[2]
+    stored = read_counts(tmp_path)
     assert stored.var_names.is_monotonic_increasing
     assert stored.var.loc["G10", ["listed_1", "listed_2"]].tolist() == [True, False]
     second = stored[stored.obs["tissue_index"] == 2]
@@ -345,13 +348,12 @@ def test_genes_are_aligned_by_id_and_those_of_one_slide_kept(tmp_path, capsys):
     assert second.obs["n_counts"].iloc[0] == counts[at].sum(), "depth is over the slide's own genes"
 
 
-def test_duplicate_gene_names_are_made_unique_and_said(tmp_path, capsys):
+def test_duplicate_gene_names_are_made_unique_and_said(tmp_path):
     make_root(tmp_path)
     path = tmp_path / "matrix1" / "features.tsv"
     path.write_text(path.read_text().replace("\tG1\t", "\tG0\t"))
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert "1 gene names" in capsys.readouterr().out
-    assert "G0-1" in anndata.read_h5ad(tmp_path / "dataset" / "counts.h5ad").var_names
+    assert "1 gene names" in make_dataset(tmp_path)[2]
+    assert "G0-1" in read_counts(tmp_path).var_names
 
 
 @pytest.mark.parametrize("expression", [True, False])
@@ -411,13 +413,10 @@ def test_colour_statistics_tell_what_they_say():
 
 
 def test_panel_is_the_union_of_each_slides_variable_genes_and_the_markers(simulated):
-    stored = anndata.read_h5ad(simulated / "dataset" / "counts.h5ad")
-    assert {"hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"} <= set(stored.var.columns)
-    assert (stored.var[["hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"]].any(axis=1)).all()
-    assert (
-        stored.var_names[stored.var["MG"]].isin(common.MARKER_GENES).all()
-        and stored.var["MG"].sum() == 8
-    )
+    stored = read_counts(simulated)
+    assert stored.var[["hvg_1", "hvg_2", "hvg_3", "hvg_4", "MG"]].any(axis=1).all()
+    markers = stored.var_names[stored.var["MG"]]
+    assert markers.isin(common.MARKER_GENES).all() and len(markers) == 8
 
 
 def test_harmony_takes_the_slide_effect_out(simulated):
@@ -435,7 +434,7 @@ def test_outputs_are_the_same_when_made_again(tmp_path):
     make_root(tmp_path)
     made = []
     for _ in range(2):
-        assert run_script("19", data_root=tmp_path, target="lognorm") == 0
+        make_dataset(tmp_path)
         paths = [path for path in (tmp_path / "dataset").iterdir() if path.suffix != ".h5ad"]
         made.append({path.name: path.read_bytes() for path in paths})
     assert made[0] == made[1]
@@ -445,12 +444,10 @@ def test_outputs_are_the_same_when_made_again(tmp_path):
 @pytest.mark.data
 @pytest.mark.skipif(not (SHARED / "gse240429").is_dir(), reason="shared/gse240429 is not there")
 def test_real_positions_and_features_are_read():
-    table = read_positions(
-        SHARED / "gse240429/data/tissue_pos_matrices/tissue_positions_list_1.csv"
-    )
-    barcodes = (
-        (SHARED / "gse240429/data/filtered_expression_matrices/1/barcodes.tsv").read_text().split()
-    )
+    folder = SHARED / "gse240429" / "data"
+    table = read_positions(folder / "tissue_pos_matrices" / "tissue_positions_list_1.csv")
+    barcodes = folder / "filtered_expression_matrices" / "1" / "barcodes.tsv"
+    barcodes = barcodes.read_text().split()
     assert len(table) == 4992 and set(barcodes) <= set(table.index) and len(barcodes) == 2378
 
 
@@ -472,5 +469,5 @@ def test_symbols_do_not_depend_on_the_order_of_the_slides():
 def test_slides_without_a_shared_gene_are_refused_by_name():
     first, other = gene_table(["A"], ["A"]), gene_table(["B"], ["B"])
     features = {1: first, 2: first, 7: other}
-    with pytest.raises(shell.InputError, match="slide 7 shares no gene id"):
+    with refused("slide 7 shares no gene id"):
         join_genes(features.items())
