@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import rows_of
 from scipy.spatial.distance import cdist
 
 from study import scales
@@ -112,9 +111,3 @@ def test_a_field_under_noise_holds_better_over_more_spots():
     assert found["heg_k7"] == pytest.approx((1 + 4 / 7) ** -0.5, abs=0.03)
     assert found["heg_k19"] == pytest.approx((1 + 4 / 19) ** -0.5, abs=0.03)
     assert np.isnan(found["hvg_k7"])
-
-
-def test_every_row_of_a_run_has_its_scales(trained):
-    for row in rows_of(trained[1]):
-        for name in ("heg_k7", "hvg_k19", "mg_k7", "all_k19", "component_1_r"):
-            assert -1 <= row[name] <= 1
