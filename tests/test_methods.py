@@ -16,9 +16,9 @@ from conftest import (
     PAPER,
     SMALL_RUNS,
     ask,
+    expect_refusal,
     load_script,
     printed_table,
-    run_script,
     stdout_of,
     table_of,
 )
@@ -51,12 +51,10 @@ def bleep_on(split, recipe):
     return load_script("25").build_bleep(model, row), row.place_patches()
 
 
-def how_trained(script, row, monkeypatch):
+def how_trained(script, split, monkeypatch, **changed):
     """{name: value} of what script 25 gives to Row.fit for a row, which is not trained."""
-    seen = {}
-    monkeypatch.setattr(
-        row, "fit", lambda network, patches, **how: seen.update(how, network=network)
-    )
+    row, seen = rows.Row("", SMALL_NETWORK | CPU | changed, split, None), {}
+    monkeypatch.setattr(row, "fit", lambda network, _, **how: seen.update(how, network=network))
     monkeypatch.setattr(row, "predict", lambda network, patches: None)
     script.train_method(row)
     return seen
@@ -179,8 +177,8 @@ def test_bleep_retrieves_training_spots_with_the_weights_of_now(paper_split):
 
 
 def test_bleep_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
-    recipe = SMALL_NETWORK | CPU | {"METHOD": "BLEEP", "MICRO_BATCH": 8, "LEARNING_RATE": 1e-3}
-    how = how_trained(load_script("25"), rows.Row("BLEEP", recipe, paper_split, None), monkeypatch)
+    changed = {"METHOD": "BLEEP", "MICRO_BATCH": 8, "LEARNING_RATE": 1e-3}
+    how = how_trained(load_script("25"), paper_split, monkeypatch, **changed)
     network = how["network"]
     assert how["loss"] == network.loss
     optimiser = how["optimise"](network.parameters(), 1e-3)
@@ -217,9 +215,8 @@ def test_published_stnet_constants():
     published |= {"EPOCHS": 50, "BATCH_SIZE": 32, "LEARNING_RATE": 1e-6, "BACKBONE": "densenet121"}
     published |= {"SCHEDULE": "constant", "LOSS": "mse"}
     assert trained["ST-Net"].items() >= published.items()
-    assert trained["BLEEP"]["LOSS"] == "mse", (
-        "LOSS is of other methods, and changes none of its rows"
-    )
+    told = "LOSS is of other methods, and changes none of its rows"
+    assert trained["BLEEP"]["LOSS"] == "mse", told
 
 
 def test_bleeps_rate_is_constant_as_published():
@@ -234,12 +231,10 @@ def test_bleeps_rate_is_constant_as_published():
 
 def test_published_stnet_is_trained_by_its_own_loss_and_optimiser(paper_split, monkeypatch):
     script = load_script("25")
-    recipe = SMALL_NETWORK | CPU | {"METHOD": "ST-Net"}
-    how = how_trained(script, rows.Row("", recipe, paper_split, None), monkeypatch)
+    how = how_trained(script, paper_split, monkeypatch, METHOD="ST-Net")
     assert how["loss"] is script.sum_of_squares
     assert how["optimise"] is script.sgd_with_momentum
-    recipe |= {"METHOD": "ST-Net, Adam"}
-    how = how_trained(script, rows.Row("", recipe, paper_split, None), monkeypatch)
+    how = how_trained(script, paper_split, monkeypatch, METHOD="ST-Net, Adam")
     assert not how.keys() & {"loss", "optimise"}
 
 
@@ -249,8 +244,7 @@ def test_published_stnet_loss_and_optimiser():
     over_genes = ((predicted - target) ** 2).mean(1)
     loss = script.sum_of_squares(predicted, target).item()
     assert loss == pytest.approx(over_genes.sum().item(), rel=1e-5), "summed over the batch"
-    predicted, target = predicted[:, :4], target[:, :4]
-    network = nn.Linear(3, 4)
+    target, network = target[:, :4], nn.Linear(3, 4)
     weight = network.weight
     recipe = script.trained_methods()["ST-Net"]
     optimiser, schedule = common.prepare_optimiser(network, recipe, script.sgd_with_momentum)
@@ -502,19 +496,25 @@ def compared(finished):
     return table_of(finished("25")[1])
 
 
-def test_every_method_has_its_rows(compared):
+def shown(stdout, name):
+    """(head of the printed table of methods, the line of one without its name)."""
+    head, lines = printed_table(stdout, "methods; a control uses")
+    (line,) = [line for line in lines if line.startswith(name)]
+    return head, line.removeprefix(name)
+
+
+def test_every_method_has_its_rows(compared, finished):
     assert compared["setting"].unique().tolist() == METHODS
     assert set(compared["setting"].value_counts()) == {2}
+    assert "published, not computed here" not in finished("25")[1]
 
 
 def test_the_training_mean_has_no_r(compared, finished):
     of = compared[compared["setting"] == "training mean"]
     assert of["heg"].isna().all()
-    assert (of["heg_n"] == 0).all()
-    assert (of["n_genes_r30"] == 0).all()
-    head, lines = printed_table(finished("25")[1], "methods; a control uses")
-    (line,) = [line for line in lines if line.startswith("training mean")]
-    words = dict(zip(COLUMNS_25, line.removeprefix("training mean").split(), strict=False))
+    assert (of[["heg_n", "n_genes_r30"]] == 0).all(axis=None)
+    head, line = shown(finished("25")[1], "training mean")
+    words = dict(zip(COLUMNS_25, line.split(), strict=False))
     for column in ("HEG", "[95 %]", "of ceiling", "steps", "M", "over BLEEP"):
         assert column in head
         assert words[column] == "-"
@@ -525,21 +525,14 @@ COLUMNS_25 = ["HEG", "[95 %]", "of ceiling", "steps", "M", "min", "var", "over B
 
 
 def test_the_table_shows_how_much_predictions_vary(compared, finished):
-    _, lines = printed_table(finished("25")[1], "methods; a control uses")
     tested = compared[compared["split"] == "test"].set_index("setting")
     for name in ("ridge (colour)", "depth only (control)"):
-        (line,) = [line for line in lines if line.startswith(name)]
+        _, line = shown(finished("25")[1], name)
         assert f" {tested.loc[name, 'variance_ratio']:.2f} " in line
 
 
-def test_methods_without_published_numbers_beside_them(finished):
-    assert "published, not computed here" not in finished("25")[1]
-
-
 def test_parameters_of_prior_methods(compared, simulated):
-    total = (
-        compared.dropna(subset="parameters_total").groupby("setting")["parameters_total"].first()
-    )
+    total = compared.groupby("setting")["parameters_total"].first()
     panel = len(common.load_dataset(simulated, "lognorm").genes)
     assert total["ST-Net"] == 6953856 + 1025 * panel
     of_images = (2048 + 1) * 256 + (256 + 1) * 256 + 2 * 256
@@ -575,19 +568,9 @@ def grid_of_spots(n_slides=3, side=14):
     colour = np.eye(4)[quarter] * 10 + np.random.default_rng(0).normal(size=(len(spots), 4))
     values = np.random.default_rng(1).random((len(spots), 3))
     annotations = anndata.AnnData(values, obsm={"colour": colour})
-    data = common.SpotData(
-        root=None,
-        patches=None,
-        spots=spots,
-        genes=list("abc"),
-        target=values,
-        lognorm=values,
-        annotations=annotations,
-        meta={},
-        fingerprint="",
-        label="",
-    )
-    return data, quarter
+    known = {"spots": spots, "target": values, "lognorm": values, "annotations": annotations}
+    others = {"root": None, "patches": None, "genes": [*"abc"], "meta": {}}
+    return common.SpotData(**known, **others, fingerprint="", label=""), quarter
 
 
 def test_clusters_find_the_tissue_and_test_spots_follow_their_image():
@@ -626,6 +609,7 @@ def test_a_test_spots_cluster_does_not_change_with_its_expression(paper_split, c
 
 def test_positional_codes_are_64_numbers_scaled_within_a_slide():
     script, (data, _) = load_script("24"), grid_of_spots(2)
+    assert np.isfinite(script.encode_positions(data.spots.assign(array_row=4))).all(), "of one row"
     spots, half = data.spots.copy(), len(data.spots) // 2
     axes = ["array_row", "array_col"]
     spots.loc[spots["tissue_index"] == 1, axes] = 3 * spots[axes] + 50
@@ -634,11 +618,6 @@ def test_positional_codes_are_64_numbers_scaled_within_a_slide():
     assert np.abs(codes).max() <= 1
     np.testing.assert_allclose(codes[:half], codes[half:], atol=1e-9)
     assert len(np.unique(codes[:half].round(6), axis=0)) == half, "each position is its own"
-
-
-def test_positional_codes_of_a_single_row_are_finite():
-    script, (data, _) = load_script("24"), grid_of_spots(1)
-    assert np.isfinite(script.encode_positions(data.spots.assign(array_row=4))).all()
 
 
 def test_shuffled_ids_are_the_same_ids_of_each_slide():
@@ -679,14 +658,10 @@ def test_a_warp_leaves_the_id_as_it_is(border):
     assert torch.equal(warped[:, 3, 16, 16].round().long(), torch.arange(64) * 4)
 
 
-def test_cluster_ids_have_their_rows(finished):
-    rows = table_of(finished("24")[1])
-    settings = ["no id", "cluster id", "shuffled id"]
-    assert rows["setting"].tolist() == [name for name in settings for _ in range(2)]
-
-
-def test_clusters_are_printed_and_saved(finished):
+def test_clusters_are_printed_and_saved_and_have_their_rows(finished):
     out, stdout = finished("24")
+    settings = ["no id", "cluster id", "shuffled id"]
+    assert table_of(stdout)["setting"].tolist() == [name for name in settings for _ in range(2)]
     head, lines = printed_table(stdout, "clusters of the first training")
     assert "silhouette" in head
     assert len(lines) == 2
@@ -704,7 +679,6 @@ def test_a_constant_of_the_ids_does_not_touch_the_row_without_one(copied, simula
     assert "clusters of" not in stdout, "which that row does not need"
 
 
-def test_clusters_that_cannot_be_are_told(simulated, tmp_path, capsys):
+def test_clusters_that_cannot_be_are_told(simulated, tmp_path):
     options = SMALL_RUNS["24"] | {"min_cluster": 0.9}
-    assert run_script("24", data_root=simulated, out=tmp_path, **options) == 2
-    assert "MIN_CLUSTER" in capsys.readouterr().err
+    expect_refusal(["MIN_CLUSTER"], "24", data_root=simulated, out=tmp_path, **options)
