@@ -16,7 +16,19 @@ import pandas as pd
 import pytest
 import tifffile
 import torch
-from conftest import AT_RANDOM, TINY, TINY_SEARCH, edit_manifest, flags_of, run_script, write_slide
+from conftest import (
+    AT_RANDOM,
+    TINY,
+    TINY_SEARCH,
+    edit_manifest,
+    expect_refusal,
+    flags_of,
+    refused,
+    rows_of,
+    run_script,
+    stdout_of,
+    write_slide,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,7 +40,6 @@ from slides.counts import check_counts, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
 from study import panels, runs, shell, splitting
-from study.shell import InputError
 
 
 # Each of these gives a function that spoils a data root.
@@ -208,7 +219,7 @@ def dataset_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_script_19_refuses(tmp_path, dataset_files, case, capsys):
+def test_script_19_refuses(tmp_path, dataset_files, case):
     spoil, words = CASES[case]
     make_root(tmp_path)
     (tmp_path / "dataset").mkdir()
@@ -216,17 +227,9 @@ def test_script_19_refuses(tmp_path, dataset_files, case, capsys):
         (tmp_path / "dataset" / name).write_bytes(content)
     spoil(tmp_path)
     target = "harmony" if "harmony" in case else "lognorm"
-    assert run_script("19", data_root=tmp_path, target=target) == 2
-    check_one_line(capsys, words)
+    expect_refusal(words, "19", data_root=tmp_path, target=target)
     left = {path.name: path.read_bytes() for path in (tmp_path / "dataset").iterdir()}
     assert left == dataset_files, "the old one is whole, and nothing lies beside it"
-
-
-def check_one_line(capsys, words):
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    for word in words:
-        assert word in error, (word, error)
 
 
 LOSO = ["--protocol", "loso", "--target", "lognorm"]
@@ -269,11 +272,10 @@ LOSO = ["--protocol", "loso", "--target", "lognorm"]
         (["--data-root", "nowhere"], ["nowhere", "19_make_patches_and_csv.py --data-root nowhere"]),
     ],
 )
-def test_script_20_refuses(simulated, tmp_path, monkeypatch, capsys, arguments, words):
+def test_script_20_refuses(simulated, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    out = tmp_path / "out"
-    assert run_script("20", *flags_of(TINY | {"data_root": simulated, "out": out}), *arguments) == 2
-    check_one_line(capsys, words)
+    options = TINY | {"data_root": simulated, "out": tmp_path / "out"}
+    expect_refusal(words, "20", *flags_of(options), *arguments)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
 
 
@@ -295,36 +297,32 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("script, arguments, words", OTHERS)
-def test_the_other_scripts_refuse(
-    simulated, tmp_path, monkeypatch, capsys, script, arguments, words
-):
+def test_the_other_scripts_refuse(simulated, tmp_path, monkeypatch, script, arguments, words):
     monkeypatch.chdir(tmp_path)
     options = {}
     if script > "17":
         options = {"data_root": tmp_path}
     if script > "20":
         options = (TINY_SEARCH if script == "22" else TINY) | {"data_root": simulated}
-    assert run_script(script, *flags_of(options), *arguments) == 2
-    check_one_line(capsys, words)
+    expect_refusal(words, script, *flags_of(options), *arguments)
     assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
 
 
-def test_spots_without_counts_are_left_out_and_said(tmp_path, capsys):
+def test_spots_without_counts_are_left_out_and_said(tmp_path):
     make_root(tmp_path)
     keep_counts(tmp_path, lambda lines: [line for line in lines if line.split()[1] != "3"])
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    assert "slide 1: 1 spots without counts are left out" in capsys.readouterr().out
+    printed = stdout_of("19", data_root=tmp_path, target="lognorm")
+    assert "slide 1: 1 spots without counts are left out" in printed
     assert len(common.load_dataset(tmp_path, "lognorm").spots) == 6
 
 
 @pytest.mark.parametrize("content, words", [("", ["panel.csv"]), ("gene\n", ["panel.csv", "names no gene"]),
                                             ("gene\nNONE\n", ["panel.csv", "hold none", "NONE"])])  # fmt: skip
-def test_a_panel_without_genes(tmp_path, capsys, content, words):
+def test_a_panel_without_genes(tmp_path, content, words):
     make_root(tmp_path)
     (tmp_path / "panel.csv").write_text(content)
     panel = tmp_path / "panel.csv"
-    assert run_script("19", data_root=tmp_path, target="lognorm", panel=panel) == 2
-    check_one_line(capsys, words)
+    expect_refusal(words, "19", data_root=tmp_path, target="lognorm", panel=panel)
     assert not (tmp_path / "dataset").exists()
 
 
@@ -338,38 +336,35 @@ def test_a_dataset_that_19_exchanges_while_it_is_read_is_refused(simulated, tmp_
         return read(path)
 
     monkeypatch.setattr(common, "map_array", exchange)
-    with pytest.raises(shell.InputError, match="dataset: made anew in this moment"):
+    with refused("dataset: made anew in this moment"):
         common.load_dataset(tmp_path, "lognorm")
 
 
 @pytest.mark.parametrize(
     "name", ["patches.npy", "counts.h5ad", "meta.json", "lognorm.npy", "target.npy"]
 )
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, damage):
+@pytest.mark.parametrize("spoil", [cut, without])
+def test_a_damaged_dataset_names_the_command(simulated, tmp_path, name, spoil):
     shutil.copytree(simulated / "dataset", tmp_path / "dataset")
-    spoil = cut if damage == "cut" else without
     spoil(name)(tmp_path / "dataset")
-    with pytest.raises(shell.InputError, match=r"19_make_patches_and_csv\.py --data-root"):
+    with refused("19_make_patches_and_csv.py --data-root"):
         common.load_dataset(tmp_path, "harmony")
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])
-def test_results_cannot_go_into_a_file(simulated, tmp_path, capsys, out):
+def test_results_cannot_go_into_a_file(simulated, tmp_path, out):
     (tmp_path / "file").write_text("mine")
-    assert run_script("20", "--data-root", simulated, "--out", tmp_path / out, *flags_of(TINY)) == 2
-    check_one_line(capsys, [out, "no folder to write to"])
+    options = TINY | {"data_root": simulated, "out": tmp_path / out}
+    expect_refusal([out, "no folder to write to"], "20", **options)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path, capsys):
+def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path):
     make_root(tmp_path)
-    assert run_script("19", "--data-root", tmp_path, "--target", "lognorm") == 0
-    capsys.readouterr()
-    assert run_script("20", "--data-root", tmp_path, "--target", "harmony", *flags_of(TINY)) == 2
-    check_one_line(
-        capsys, ["lognorm", f"19_make_patches_and_csv.py --data-root {tmp_path} --target harmony"]
-    )
+    assert run_script("19", data_root=tmp_path, target="lognorm") == 0
+    command = f"19_make_patches_and_csv.py --data-root {tmp_path} --target harmony"
+    options = TINY | {"data_root": tmp_path, "target": "harmony"}
+    expect_refusal(["lognorm", command], "20", **options)
 
 
 def test_gene_sets_csv_with_other_columns_names_the_line():
@@ -377,72 +372,52 @@ def test_gene_sets_csv_with_other_columns_names_the_line():
         inputs.parse_gene_sets("set,gene\nHEG,ALB\n", "gene_sets.csv")
 
 
-def test_pretrained_weights_without_a_network_name_the_way_out(
-    simulated, tmp_path, monkeypatch, capsys
-):
+def test_pretrained_weights_without_a_network_name_the_way_out(simulated, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     # As HF_HUB_OFFLINE=1 does: the client would retry for a minute.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     options = TINY | {"data_root": simulated, "out": tmp_path / "out", "pretrained": True}
-    assert run_script("20", **options) == 2
-    check_one_line(capsys, ["efficientnet_b0", "--pretrained false"])
+    expect_refusal(["efficientnet_b0", "--pretrained false"], "20", **options)
 
 
-def test_slides_are_not_simulated_over_others(simulated, capsys):
-    assert run_script("18", "--data-root", simulated) == 2
-    check_one_line(capsys, ["slides.csv", "--data-root"])
+def test_slides_are_not_simulated_over_others(simulated):
+    expect_refusal(["slides.csv", "--data-root"], "18", data_root=simulated)
 
 
-def test_help_lists_every_constant_with_its_comment(capsys):
-    assert run_script("20", "--help") == 0
-    text = capsys.readouterr().out
-    assert (
-        "--learning-rate" in text
-        and "[0.0003]" in text
-        and "average predictions over the 8 symmetries" in text
-    )
+def test_help_lists_every_constant_with_its_comment():
+    text = stdout_of("20", "--help")
+    for words in ("--learning-rate", "[0.0003]", "average predictions over the 8 symmetries"):
+        assert words in text
 
 
 # ---------------------------------------------------------------------------------------------- odd, and legal
 
 
-def make_dataset(root, *arguments):
-    assert run_script("19", "--data-root", root, "--target", "lognorm", *arguments) == 0
+def make_dataset(root):
+    assert run_script("19", data_root=root, target="lognorm") == 0
     return common.load_dataset(root, "lognorm")
 
 
-def test_swapped_row_and_column_are_warned_of(tmp_path, capsys):
+def test_swapped_row_and_column_are_warned_of(tmp_path):
     """A tissue much wider than high, on a square image, in which every spot stays when swapped."""
     rows, cols = (part.ravel() for part in np.mgrid[0:3, 0:12])
-    spots = pd.DataFrame(
-        {
-            "barcode": [f"S{i}" for i in range(36)],
-            "in_tissue": 1,
-            "array_row": rows,
-            "array_col": cols,
-        }
-    )
+    spots = pd.DataFrame({"barcode": [f"S{i}" for i in range(36)], "in_tissue": 1})
+    spots["array_row"], spots["array_col"] = rows, cols
     spots["pxl_row"], spots["pxl_col"] = 300 + 200 * rows, 200 + 230 * cols
     image = np.full((3000, 3000, 3), 235, np.uint8)
     image[100:1000] = np.random.default_rng(0).integers(0, (200, 80, 160), (900, 3000, 3))
     tifffile.imwrite(tmp_path / "slide.tif", image, photometric="rgb")
     counts = np.random.default_rng(1).integers(1, 9, (36, 12))
     write_slide(tmp_path, "slide.tif", spots, counts, [f"G{g}" for g in range(12)])
-    make_dataset(tmp_path)
-    assert "warning" not in capsys.readouterr().out
     swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})[spots.columns]
-    swapped.to_csv(tmp_path / "positions1.csv", header=False, index=False)
-    make_dataset(tmp_path)
-    out = capsys.readouterr().out
-    assert "positions1.csv: pxl_row and pxl_col look swapped" in out
-    mirrored = spots.assign(
-        array_col=11 - spots["array_col"]
-    )  # an image that was scanned mirrored is no mistake
-    mirrored.to_csv(tmp_path / "positions1.csv", header=False, index=False)
-    make_dataset(tmp_path)
-    assert "warning" not in capsys.readouterr().out
+    mirrored = spots.assign(array_col=11 - spots["array_col"])  # as scanned: no mistake
+    told = "positions1.csv: pxl_row and pxl_col look swapped"
+    for table, warning in ((spots, ""), (swapped, told), (mirrored, "")):
+        table.to_csv(tmp_path / "positions1.csv", header=False, index=False)
+        printed = stdout_of("19", data_root=tmp_path, target="lognorm")
+        assert warning in printed and ("warning" in printed) == bool(warning)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG"])
@@ -471,84 +446,66 @@ def two_slides(root, spots=(7, 7)):
         write_slide(root, "slide.tif", table, counts, [f"G{i}" for i in range(12)], slide)
 
 
-def network_of(root, *arguments):
+def network_on(root, **changed):
+    """Options of a small run of 20."""
     options = TINY | AT_RANDOM | {"target": "lognorm", "data_root": root, "out": root / "out"}
-    code = run_script("20", *flags_of(options), *arguments)
-    return code, sorted((root / "out").glob("EfficientNet-B0-*/rows.json"))
+    return options | changed
 
 
-def test_one_slide_alone_is_a_dataset_but_no_experiment(tmp_path, capsys):
+def test_one_slide_alone_is_a_dataset_but_no_experiment(tmp_path):
     make_root(tmp_path)
     assert len(make_dataset(tmp_path).patches) == 7
-    capsys.readouterr()
-    assert network_of(tmp_path, "--test-slide", 1) == (2, [])
-    check_one_line(capsys, ["--valid-fraction", "0 spots"])
+    expect_refusal(["--valid-fraction", "0 spots"], "20", **network_on(tmp_path, test_slide=1))
 
 
-def test_a_test_slide_of_one_spot_has_a_prediction_and_no_r(tmp_path, capsys):
+def test_of_a_slide_of_one_spot_there_is_a_prediction_and_no_r_or_it_is_refused(tmp_path):
     two_slides(tmp_path, spots=(9, 1))
     assert make_dataset(tmp_path).annotations.var["ceiling_2"].isna().all()
-    code, (rows,) = network_of(tmp_path, "--test-slide", 2)
-    row = next(row for row in json.loads(rows.read_text()) if row["split"] == "test")
-    assert code == 0 and row["n_spots"] == 1 and row["heg"] is None and row["heg_n"] == 0
+    rows = rows_of(stdout_of("20", **network_on(tmp_path, test_slide=2)))
+    (row,) = [row for row in rows if is_tested(row)]
+    assert row["n_spots"] == 1 and row["heg"] is None and row["heg_n"] == 0
     assert np.isfinite(row["mse"])
+    words = ["--valid-fraction 0.2", "1 spots"]
+    expect_refusal(words, "20", **network_on(tmp_path, test_slide=1, out=tmp_path / "other"))
 
 
-def test_a_training_slide_of_one_spot_is_refused(tmp_path, capsys):
-    two_slides(tmp_path, spots=(9, 1))
-    make_dataset(tmp_path)
-    capsys.readouterr()
-    assert network_of(tmp_path, "--test-slide", 1) == (2, [])
-    check_one_line(capsys, ["--valid-fraction 0.2", "1 spots"])
+def is_tested(row):
+    return (row["setting"], row["split"]) == ("EfficientNet-B0", "test")
 
 
-def test_fewer_than_fifty_genes_are_all_of_them(tmp_path, capsys):
+def test_gene_sets_with_unknown_genes_an_empty_group_and_fewer_than_fifty_genes(tmp_path):
     two_slides(tmp_path)
-    make_dataset(tmp_path)
-    code, (rows,) = network_of(tmp_path, "--test-slide", 2)
-    row = json.loads(rows.read_text())[-1]
-    assert (
-        code == 0 and row["heg_n"] == row["hvg_n"] == 12 and row["mg_n"] == 0 and row["mg"] is None
-    )
-
-
-def test_gene_sets_with_unknown_genes_and_an_empty_group(tmp_path, capsys):
-    two_slides(tmp_path)
-    make_dataset(tmp_path)
+    data = make_dataset(tmp_path)
     (tmp_path / "gene_sets.csv").write_text("group,gene\nHEG,G1\nHEG,NOVEL\nHVG,G2\n")
-    data = common.load_dataset(tmp_path, "lognorm")
     groups = panels.choose_gene_groups(data, np.arange(7), published=True)
     members = splitting.Split(data, np.full(7, "train"), groups, 42).members
     assert (members["heg"], members["hvg"], members["mg"]) == (["G1"], ["G2"], [])
-    code, _ = network_of(tmp_path, "--test-slide", 2)
-    assert code == 0
-    assert "gene groups training spots" in capsys.readouterr().out, (
-        "published lists go with harmony"
-    )
+    printed = stdout_of("20", **network_on(tmp_path, test_slide=2))
+    assert "gene groups training spots" in printed, "published lists go with harmony"
+    (row,) = [row for row in rows_of(printed) if is_tested(row)]
+    assert row["heg_n"] == row["hvg_n"] == 12 and row["mg_n"] == 0 and row["mg"] is None
 
 
 # ---------------------------------------------------------------------------------------------- fuzzed
-FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-CELL = st.one_of(
-    st.sampled_from(
-        ["1", "0", "-1", "1e9", "1e400", "nan", "", "A0-1", "slide.tif", "matrix1", "..", '"']
-    ),
-    st.text(max_size=6),
-)
+CHECKED = [HealthCheck.function_scoped_fixture]
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=CHECKED)
+ODD = ["1", "0", "-1", "1e9", "1e400", "nan", "", "A0-1", "slide.tif", "matrix1", "..", '"']
+CELL = st.one_of(st.sampled_from(ODD), st.text(max_size=6))
 
 
 def spoilt(whole):
     """Strategy: a file's bytes with a piece replaced, a table of odd cells, or anything at all."""
-    at = st.integers(0, len(whole))
-    replaced = st.tuples(at, st.integers(0, 40), st.binary(max_size=20)).map(
-        lambda edit: whole[: edit[0]] + edit[2] + whole[edit[0] + edit[1] :]
-    )
-    cells = st.lists(st.lists(CELL, max_size=8), max_size=6)
-    table = cells.map(
-        lambda rows: "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
-    )
+
+    def replace(edit):
+        at, length, piece = edit
+        return whole[:at] + piece + whole[at + length :]
+
+    def join(rows):
+        return "\n".join(",".join(row) for row in rows).encode("utf-8", "surrogatepass")
+
+    edits = st.tuples(st.integers(0, len(whole)), st.integers(0, 40), st.binary(max_size=20))
+    replaced = edits.map(replace)
+    table = st.lists(st.lists(CELL, max_size=8), max_size=6).map(join)
     under_header = table.map(lambda rows: whole.split(b"\n")[0] + b"\n" + rows)
     return st.one_of(replaced, table, under_header, st.binary(max_size=60))
 
@@ -610,14 +567,13 @@ def test_results_of_another_data_root_stay(tmp_path, monkeypatch, given):
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps({"data_root": str(one)}))
     assert runs.choose_out(script, one) == out
-    with pytest.raises(shell.InputError, match="--out"):
+    with refused("--out"):
         runs.choose_out(script, other)
 
 
 @pytest.mark.parametrize("quick", [{"quick": True}, {"QUICK": True}])
-def test_the_best_recipe_does_not_start_from_the_quick_budgets_random_weights(capsys, quick):
-    assert run_script("20", recipe="best", **quick) == 2
-    check_one_line(capsys, ["--recipe best", "--quick"])
+def test_the_best_recipe_does_not_start_from_the_quick_budgets_random_weights(quick):
+    expect_refusal(["--recipe best", "--quick"], "20", recipe="best", **quick)
 
 
 def make_zip(*names):
@@ -657,17 +613,15 @@ def test_a_file_of_another_kind_under_the_name_of_a_table_is_named(tmp_path, kin
     path = tmp_path / "table.csv"
     path.write_bytes(gzip.compress(content) if packed else content)
     for read in (inputs.split_cells, inputs.read_dense_table):
-        with pytest.raises(InputError) as caught:
+        with refused(f"table.csv: this is {kind}", "as CSV"):
             read(path)
-        assert f"table.csv: this is {kind}" in str(caught.value)
-        assert "as CSV" in str(caught.value)
 
 
 @pytest.mark.parametrize("flag", ["manifest", "panel", "positions"])
-def test_a_workbook_under_the_name_of_a_table_ends_script_19(tmp_path, capsys, flag):
+def test_a_workbook_under_the_name_of_a_table_ends_script_19(tmp_path, flag):
     make_root(tmp_path)
     name = {"manifest": "slides.csv", "panel": "panel.csv", "positions": "positions1.csv"}[flag]
     (tmp_path / name).write_bytes(OTHER_KINDS["an Excel workbook (.xlsx)"])
     options = {"panel": tmp_path / name} if flag == "panel" else {}
-    assert run_script("19", data_root=tmp_path, target="lognorm", check=True, **options) == 2
-    check_one_line(capsys, [name, "this is an Excel workbook (.xlsx)", "as CSV"])
+    options |= {"data_root": tmp_path, "target": "lognorm", "check": True}
+    expect_refusal([name, "this is an Excel workbook (.xlsx)", "as CSV"], "19", **options)
