@@ -22,6 +22,7 @@ from conftest import (
     TIMING,
     TINY,
     TINY_SEARCH,
+    expect_refusal,
     flags_of,
     load_script,
     run_script,
@@ -147,12 +148,17 @@ def undisturbed(simulated, tmp_path_factory):
     return run
 
 
-def kill_at_random(script, number, simulated, folder, undisturbed):
-    """Kill a run at a random moment while it writes, and again when it is late: started once more,
-    it ends the same.
-    """
+OFTEN = [(script, number) for script in ("19", "20", "22") for number in range(1, 9)]
+AT_ONCE = [("19", 0), ("20", 0), ("22", 0)]
+
+
+@pytest.mark.parametrize(
+    "script, number", [*AT_ONCE, *(pytest.param(*one, marks=pytest.mark.slow) for one in OFTEN)]
+)
+def test_a_killed_run_ends_with_the_same_bits(simulated, tmp_path, undisturbed, script, number):
+    """Killed at a random moment while it writes, and again when it is late, it ends the same."""
     whole, seconds = undisturbed(script)
-    data, out = slides_of(script, simulated, folder), folder / "out"
+    data, out = slides_of(script, simulated, tmp_path), tmp_path / "out"
     moment = random.Random(f"{script} {number}")
     command = command_of(script, data, out)
     for reached, share in ((has_begun, 0.5), (is_late, 0.02 if script == "19" else 0.2)):
@@ -164,22 +170,8 @@ def kill_at_random(script, number, simulated, folder, undisturbed):
         assert process.returncode == -signal.SIGKILL, "it had ended before"
     finish(command)
     assert results(data / "dataset" if script == "19" else out) == whole
-    assert not list(folder.rglob(".partial-*")), "nothing half-written stays"
+    assert not list(tmp_path.rglob(".partial-*")), "nothing half-written stays"
     assert not (data / "dataset" / ".new").exists()
-
-
-@pytest.mark.parametrize("script, number", [("19", 0), ("20", 0), ("20", 1), ("22", 0), ("22", 1)])
-def test_a_killed_run_ends_with_the_same_bits(simulated, tmp_path, undisturbed, script, number):
-    kill_at_random(script, number, simulated, tmp_path, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(2, 9))
-@pytest.mark.parametrize("script", ["19", "20", "22"])
-def test_a_killed_run_ends_with_the_same_bits_each_time(
-    simulated, tmp_path, undisturbed, script, number
-):
-    kill_at_random(script, number, simulated, tmp_path, undisturbed)
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
@@ -218,25 +210,19 @@ def stopped(simulated, tmp_path, monkeypatch):
     return options, path
 
 
-def test_a_checkpoint_made_with_other_constants_or_data_is_refused(stopped, capsys):
+def test_a_checkpoint_made_with_other_constants_or_data_is_refused(stopped):
     options, path = stopped
     state = torch.load(path, weights_only=True)
     state["made_with"] |= {"EPOCHS": 9, "data": "0123456789abcdef"}
     torch.save(state, path)
-    assert run_script("20", **options) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    for words in ("checkpoint.pt", "EPOCHS = 9 (now 4)", "data = 0123456789abcdef (now"):
-        assert words in error
+    words = ("checkpoint.pt", "EPOCHS = 9 (now 4)", "data = 0123456789abcdef (now")
+    expect_refusal(words, "20", **options)
 
 
-def test_a_damaged_checkpoint_is_refused(stopped, capsys):
+def test_a_damaged_checkpoint_is_refused(stopped):
     options, path = stopped
     path.write_bytes(path.read_bytes()[:1000])
-    assert run_script("20", **options) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    for words in ("checkpoint.pt", "remove it"):
-        assert words in error
+    expect_refusal(("checkpoint.pt", "remove it"), "20", **options)
 
 
 @pytest.fixture
@@ -385,16 +371,15 @@ def test_a_linked_dataset_is_made_where_the_link_leads(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "patches.npy", "thumbnail_S1.png", ""])
-def test_what_is_in_the_place_of_a_dataset_is_told_at_the_start(tmp_path, capsys, name):
+def test_what_is_in_the_place_of_a_dataset_is_told_at_the_start(tmp_path, name):
     make_root(tmp_path)
     path = tmp_path / "dataset" / name
     if name:
         path.mkdir(parents=True)
     else:
         path.write_text("a file")
-    assert run_script("19", data_root=tmp_path, target="lognorm") == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: a ") and error.endswith("move it away\n")
+    words = (f"error: {path}: a ", "move it away\n")
+    expect_refusal(words, "19", data_root=tmp_path, target="lognorm")
     assert path.exists()
 
 
