@@ -32,6 +32,13 @@ from study import shell
 NOBODY = 65534
 
 
+def run_code(code):
+    """What another process prints that runs this code in the repository."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 # ------------------------------------------------------------------------------------------- locks
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, number):
@@ -187,9 +194,7 @@ shell.run_script(globals())
 def test_rank_and_world_size_of_a_pod_are_not_torchruns(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    command = [sys.executable, "-c", "from study import shell; print(shell.RANK, shell.RANKS)"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "1"]
+    assert run_code("from study import shell; print(shell.RANK, shell.RANKS)") == "0 1\n"
 
 
 def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
@@ -204,10 +209,14 @@ def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------ environments
 ENVIRONMENTS = {
-    "a notebook's figures": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-    "figures on a screen": {"MPLBACKEND": "tkagg"},
-    "a terminal of ASCII": {"PYTHONIOENCODING": "ascii"},
-    "no locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "a notebook's figures, a terminal of ASCII": {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PYTHONIOENCODING": "ascii",
+    },
+    "figures on a screen, no locale": {
+        "MPLBACKEND": "tkagg",
+        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    },
 }
 
 
@@ -238,9 +247,8 @@ for script in {scripts!r}:
     runpy.run_path(script)
     print(matplotlib.get_backend())
 """
-    process = start(
-        [sys.executable, "-X", "utf8=0", "-c", code], env=os.environ | ENVIRONMENTS[kind]
-    )
+    command = [sys.executable, "-X", "utf8=0", "-c", code]
+    process = start(command, env=os.environ | ENVIRONMENTS[kind])
     out, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr[-2000:]
     assert [line.lower() for line in out.splitlines()[-3:]] == ["agg"] * 3
@@ -432,20 +440,14 @@ def test_a_folder_in_which_nobody_may_look_is_told_in_a_line(monkeypatch, capsys
 
 def test_script_17_does_not_load_torch():
     code = f"import sys, runpy; runpy.run_path({str(COMMANDS['17'])!r}); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert "torch" not in done.stdout.split()
+    assert "torch" not in run_code(code).split()
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, ["GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=PASSIVE"]),
-        ({"GOMP_SPINCOUNT": "7"}, ["GOMP_SPINCOUNT=7"] * 2),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["OMP_WAIT_POLICY=ACTIVE"] * 2),
-    ],
-)
+@pytest.mark.parametrize("given, expected", [
+    ({}, ["GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=PASSIVE"]),
+    ({"GOMP_SPINCOUNT": "7"}, ["GOMP_SPINCOUNT=7"] * 2),
+    ({"OMP_WAIT_POLICY": "ACTIVE"}, ["OMP_WAIT_POLICY=ACTIVE"] * 2),
+])  # fmt: skip
 @pytest.mark.parametrize("busy", [0, 1])
 def test_waiting_threads_sleep_by_the_load_unless_the_user_says_otherwise(
     monkeypatch, given, expected, busy
