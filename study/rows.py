@@ -80,15 +80,15 @@ class Row:
         )
         seconds = sum(line["seconds"] for line in self.history)  # also before an interruption
         self.note(seconds=seconds, weights=methods.name_weights(self.recipe))
+        steps = common.count_steps(len(self.split.spots("train")), self.recipe, self.stop)
+        self.note(steps=steps)  # A refitted network's are those of its second training.
         if not self.is_refit:
             best_epoch = self.stop
             if best_epoch is None:
                 best_epoch = common.choose_epoch(self.history, self.recipe)
             rates = [line["images_per_s"] for line in self.history if line["images_per_s"]]
             self.note(
-                steps=common.count_steps(len(self.split.spots("train")), self.recipe, self.stop),
-                best_epoch=best_epoch,
-                images_per_s=float(np.median(rates)) if rates else np.nan,
+                best_epoch=best_epoch, images_per_s=float(np.median(rates)) if rates else np.nan
             )
         self.count_parameters()
 

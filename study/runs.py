@@ -290,6 +290,9 @@ TARGETS = {
 }
 
 
+BY_SETTING = "by setting"  # what the header says of a constant that the settings hold
+
+
 def describe_run(recipe, splits):
     """{name: text} of the header's lines."""
     split = splits[0]
@@ -310,10 +313,6 @@ def describe_run(recipe, splits):
     roles = describe_split(split, len(splits))
     if splitting.is_refitted(recipe, split):
         roles += "; test is predicted after refitting on training + validation spots (REFIT)"
-    device, dtype, reason = common.choose_device(recipe)
-    where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name()
     return {
         "data": f"{data.root}: {slides} slides, {n_spots:,} spots x {n_genes:,} genes",
         "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",
@@ -321,13 +320,27 @@ def describe_run(recipe, splits):
         "split": roles,
         "steps": describe_steps(recipe, split),
         "gene groups": groups,
-        "device": f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})",
+        "device": describe_device(recipe),
         "weights": describe_weights(recipe),
     }
 
 
+def describe_device(recipe):
+    """The header's line of what computes, and in which precision."""
+    device = common.find_device(recipe)
+    where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    if "IMAGE_SIZE" not in recipe:
+        return f"{device.type} ({where}), precision {BY_SETTING}"
+    _, dtype, reason = common.choose_device(recipe)
+    return f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})"
+
+
 def describe_steps(recipe, split):
     """How many steps the optimiser takes, by the constants of the script."""
+    if not {"EPOCHS", "BATCH_SIZE"} <= {*recipe}:
+        return BY_SETTING
     if not recipe["EPOCHS"]:
         return "none: a ridge start is what is kept"
     steps = common.count_steps(len(split.spots("train")), recipe)
@@ -337,6 +350,8 @@ def describe_steps(recipe, split):
 
 def describe_weights(recipe):
     """The header's line of what networks start from."""
+    if "PRETRAINED" not in recipe:
+        return BY_SETTING
     if recipe["PRETRAINED"] is True:
         return "pretrained (timm's hub)"
     if recipe["PRETRAINED"] is False:

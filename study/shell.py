@@ -205,9 +205,12 @@ LINE = re.compile(r"^# -{20,}.*$", re.MULTILINE)  # rules off the block of const
 def recipe_of(script):
     """{name: value} of a script's constants as they stand and, where it trains, of its RECIPE."""
     constants = {name: script[name] for name in read_comments(script)}
-    if "EPOCHS" not in constants:
+    if "PROTOCOL" not in constants:
         return constants
-    return RECIPES[constants.get("RECIPE", "paper")] | constants
+    recipe = RECIPES[constants.get("RECIPE", "paper")] | constants
+    if "EPOCHS" not in constants:  # Each setting has its own.
+        del recipe["EPOCHS"]
+    return recipe
 
 
 def flags_given(script):

@@ -52,19 +52,29 @@ def test_readme_names_every_script():
 
 
 def test_a_new_experiment_is_a_copy_of_21(simulated, tmp_path):
-    """Under another number and with one line more, which is a setting."""
+    """Under another number and with one line more, which is a setting; what it varies has left the
+    ruled block.
+    """
     (original,) = REPOSITORY.glob("21_*.py")
     loop = "    for name in FROZEN:\n"
-    line = '    settings["wide head"] = {"BACKBONE": "resnet10t", "HIDDEN": 48}\n'
+    varied = {"BATCH_SIZE": 8, "EPOCHS": 1, "PRETRAINED": False}
+    setting = {"BACKBONE": "resnet10t", "HIDDEN": 48} | varied
     text = original.read_text()
     assert loop in text
+    text = text.replace(loop, f'    settings["wide head"] = {setting}\n{loop}')
+    for name in varied:
+        text, count = re.subn(f"^{name} = .*\n", "", text, flags=re.MULTILINE)
+        assert count == 1
     copy = tmp_path / "28_compare_heads.py"
-    copy.write_text(text.replace(loop, line + loop))
-    options = TINY | {"target": "lognorm", "epochs": 1, "only": "wide head"}
+    copy.write_text(text)
+    options = {name: value for name, value in TINY.items() if name.upper() not in varied}
+    options |= {"target": "lognorm", "only": "wide head"}
     stdout = stdout_of(copy, data_root=simulated, out=tmp_path / "runs", **options)
     rows = table_of(stdout)
     assert {*rows["setting"]} == {"wide head"}
     assert "28_compare_heads" in stdout
+    for line in ("steps", "weights"):
+        assert re.search(f"^{line} +by setting$", stdout, re.MULTILINE)
     (weights,) = (tmp_path / "runs").glob("wide_head-*/weights.safetensors")
     assert safetensors.torch.load_file(weights)["head.1.weight"].shape[0] == 48
 

@@ -88,6 +88,7 @@ def test_a_network_is_trained_again_up_to_the_epoch_that_validation_chose(paper_
         recording.read_prediction(row.folder).to_numpy() for row in (first, refit, alone)
     )
     assert refit.notes["best_epoch"] == first.notes["best_epoch"]
+    assert refit.notes["steps"] == alone.notes["steps"]
     valid = rows_of(paper_split, "valid")
     np.testing.assert_array_equal(predicted[valid], once[valid])
     np.testing.assert_array_equal(predicted[~valid], of_all)
