@@ -55,8 +55,8 @@ OF_SPOTS = (
     r"[xy][._]?(pixel|pxl|px|coord|coordinate|pos|position|centroid)s?|"
     r"tissue|row|col|total|sum)"
 )
-# Barcodes: letters as 10x has, or ST's place on the array, 10x13.
-BARCODES = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?)"
+# Barcodes: letters as 10x has, or ST's place on the array, 10x13, with what programs add to it.
+BARCODES = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?(?:[-_]\w+)?)"
 PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
 # What spreadsheets make of MARCH1, SEPT2 and DEC1.
 DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)|(?:Mar|Sep|Dec)-\d{1,2})"

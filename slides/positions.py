@@ -297,16 +297,21 @@ def check_pitch(slide, positions):
         pitches, expected = {float(stated[1]): 0.1}, f"{float(stated[1]):g}, as their barcodes say"
     elif is_hexagonal(positions):
         pitches, expected = {SPOT_PITCH: 0.1}, "100, as Visium's array"
+    elif is_square(positions):
+        pitches = {um: share for um, share in PITCHES.items() if um != SPOT_PITCH}
+        expected = "200 of a square grid (ST), or HEST-1k's 110 (ST) or 128 (Visium HD)"
     if len(positions) < 2 or any(abs(um / known - 1) < share for known, share in pitches.items()):
         return
-    likely = next(iter(pitches))
+    # HEST-1k states its own exactly, so they are no guess.
+    guesses = [known for known, share in pitches.items() if share > 0.05]
+    likely = " or ".join(f"{known / pitch:.4g} they would be {known:g}" for known in guesses)
     other = "unless these are positions in another frame, as px of a scaled image or microns"
     if any(abs(pitch / known - 1) < 0.02 for known in pitches):
         other = "but it seems that these are positions in another frame, in microns: give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
-        f"with um_per_px {likely / pitch:.4g} they would be {likely:g}, {other}"
+        f"with um_per_px {likely}, {other}"
     )
 
 
@@ -332,6 +337,17 @@ def is_hexagonal(positions):
     parity = (positions["array_row"] + positions["array_col"]) % 2
     rows = positions["array_row"] % 2
     return len(positions) > 1 and parity.nunique() == 1 and rows.nunique() == 2
+
+
+def is_square(positions):
+    """Whether the spots lie on a square grid, as those of ST do."""
+    affine, array, rank = imaging.fit_array(positions)
+    if len(array) < 4 or rank < 3:  # The array is no more than a line.
+        return False
+    down, across = affine[:2]
+    sides = np.linalg.norm(down), np.linalg.norm(across)
+    angle = down @ across / np.prod(sides)  # its cosine
+    return max(sides) < 1.1 * min(sides) and abs(angle) < 0.1
 
 
 def check_tags(slide):

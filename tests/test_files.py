@@ -346,12 +346,12 @@ def write_dense(path, counts, barcodes, separator, turned, head):
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-@pytest.mark.parametrize("of_st", [False, True])
+@pytest.mark.parametrize("of_st", ["", "{}x{}", "SPOT{}x{}-1"])
 @pytest.mark.parametrize("name", DENSE)
 def test_counts_as_a_plain_table(tmp_path, name, of_st):
     counts, barcodes = draw_counts(36, 1), spot_array()["barcode"]
     if of_st:
-        barcodes = [f"{number // 6}x{number % 6}" for number in range(36)]
+        barcodes = [of_st.format(*divmod(number, 6)) for number in range(36)]
     write_dense(tmp_path / name, counts, barcodes, *DENSE[name])
     table = read_matrix(tmp_path / name)
     assert [*table.obs_names] == [*barcodes]
@@ -645,6 +645,20 @@ def test_pitches_that_collections_have_by_design_are_known(tmp_path, capsys, um,
     printed = capsys.readouterr().out
     assert ("warning" in printed) != known
     assert known or f"are {um} um; expected 100 (Visium), 200 (ST)" in printed
+
+
+@pytest.mark.parametrize("um, known", [(94, 0), (100, 0), (110, 1), (188, 1), (400, 0)])
+def test_a_square_grid_has_no_pitch_of_visium(tmp_path, capsys, um, known):
+    """As where the um_per_px of a section of ST is half of what it should be."""
+    make_slides(tmp_path, 1)
+    edit_manifest(tmp_path, um_per_px=um / 200)
+    (slide,) = read_manifest(tmp_path)
+    row, col = np.divmod(np.arange(30), 6)
+    places = {"pxl_row": 200 * row + 300 + col, "pxl_col": 200 * col + 300}
+    check_pitch(slide, pd.DataFrame({"array_row": row, "array_col": col} | places))
+    printed = capsys.readouterr().out
+    assert ("warning" in printed) != known
+    assert known or ("expected 200 of a square grid (ST)" in printed and "would be 200" in printed)
 
 
 @pytest.mark.parametrize(
