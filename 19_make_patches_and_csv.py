@@ -7,7 +7,7 @@ Writes     <DATA_ROOT>/dataset/: patches.npy (N, 224, 224, 3) uint8 RGB, lognorm
            table), counts.h5ad (raw counts of the panel; obs: blocks; var: per slide the
            counting-noise ceiling and Moran's I of each gene; colour statistics of the patches;
            thumbnails, as scanpy and squidpy draw them), meta.json, contact_sheet.png,
-           thumbnail_<slide>.png
+           thumbnail_<slide>.png, spots_<slide>.png (the same with the spots)
 Prints     per slide: spots, image and how it is read, patches over its border; panel and target
 Command    python 19_make_patches_and_csv.py --data-root GSE240429_data
 Override   python 19_make_patches_and_csv.py --data-root HER2ST_data --target lognorm
@@ -40,7 +40,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import common
 from common import PATCH_SIZE
@@ -106,6 +106,7 @@ WRITTEN = (
     "counts.h5ad",
     "contact_sheet.png",
     "thumbnail_*.png",
+    "spots_*.png",
     "meta.json",
 )
 LEAST_SPOTS = 16  # for which Harmony makes a cluster at all
@@ -299,7 +300,8 @@ def open_array(path, dtype, shape):
 
 
 def write_patches(out, manifest, obs, thumbnails):
-    """patches.npy, contact_sheet.png and thumbnail_<slide>.png of spots `obs`, slide by slide.
+    """patches.npy, contact_sheet.png and, of each slide, thumbnail_ and spots_<slide>.png of spots
+    `obs`, slide by slide.
 
     `thumbnails` holds, by slide name, those that were made to lay a grid, and None for the others,
     which are made in the same pass over the image as the patches. Returns the number of patches
@@ -321,8 +323,10 @@ def write_patches(out, manifest, obs, thumbnails):
         counted = f"{len(spots):6} {size} {cut.over_border:15}"
         print(f"{slide.tissue_index:>5}  {slide.name:9} {counted}   {cut.image.how}")
         if THUMBNAIL and not holds_patches(slide.image):
-            pixels = (cut.thumbnail or thumbnail).pixels()
-            Image.fromarray(pixels).save(out / f"thumbnail_{slide.tissue_index}.png")
+            picture = Image.fromarray((cut.thumbnail or thumbnail).pixels())
+            picture.save(out / f"thumbnail_{slide.tissue_index}.png")
+            circle_spots(picture, spots, imaging.thumbnail_step(slide))
+            picture.save(out / f"spots_{slide.tissue_index}.png")
     patches.flush()
     inside = np.concatenate(inside)
     if not inside.all():
@@ -330,6 +334,14 @@ def write_patches(out, manifest, obs, thumbnails):
     tissue_index = obs["tissue_index"].to_numpy()[inside]
     draw_contact_sheet(patches, tissue_index).save(out / "contact_sheet.png")
     return over_border, inside
+
+
+def circle_spots(picture, spots, step):
+    """Draw a circle around every spot on a thumbnail, whose px is `step` px of the slide."""
+    pen = ImageDraw.Draw(picture)
+    radius = drawing.SPOT * measure_pitch(spots) / step / 2
+    for x, y in spots[["pxl_col", "pxl_row"]].to_numpy() / step:
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="green")
 
 
 def keep_rows(path, kept):

@@ -14,6 +14,7 @@ from conftest import (
     NETWORK,
     SHARED,
     edit_manifest,
+    load_script,
     refused,
     run_script,
     stdout_of,
@@ -359,7 +360,8 @@ def test_duplicate_gene_names_are_made_unique_and_said(tmp_path):
 @pytest.mark.parametrize("expression", [True, False])
 def test_nothing_but_the_results_is_in_the_dataset(tmp_path, expression):
     make_root(tmp_path)
-    names = ["contact_sheet.png", "dataset.csv", "meta.json", "patches.npy", "thumbnail_1.png"]
+    names = ["contact_sheet.png", "dataset.csv", "meta.json", "patches.npy"]
+    names += ["spots_1.png", "thumbnail_1.png"]
     if expression:
         names += ["counts.h5ad", "lognorm.npy"]
     else:
@@ -370,6 +372,16 @@ def test_nothing_but_the_results_is_in_the_dataset(tmp_path, expression):
     assert not (tmp_path / ".dataset").exists()
     columns = pd.read_csv(tmp_path / "dataset" / "dataset.csv").columns.tolist()
     assert (columns == common.ID_COLUMNS) != expression
+
+
+def test_circles_show_where_the_spots_lie():
+    picture = Image.new("RGB", (60, 40), "white")
+    spots = pd.DataFrame({"pxl_col": [200, 400], "pxl_row": [100, 300]})
+    load_script("19").circle_spots(picture, spots, 10)
+    changed = np.argwhere((np.array(picture) != 255).any(2))
+    away = np.hypot(*(changed[:, None, ::-1] - [[20, 10], [40, 30]]).transpose(2, 0, 1)).min(1)
+    radius = 0.55 * np.hypot(200, 200) / 10 / 2
+    assert len(changed) > 60 and np.abs(away - radius).max() < 1.5
 
 
 def test_published_panel_and_harmony_are_used_where_they_are(tmp_path):
