@@ -189,7 +189,7 @@ def draw_figure(path, title, differences):
     ax = figure.subplots()
     place_of = {setting: place for place, setting in enumerate(names["setting"])}
     for shift, group in zip((-0.2, 0, 0.2), ("HEG", "HVG", "all"), strict=True):
-        lines = differences[differences["group"] == group].dropna()
+        lines = differences[differences["group"] == group]
         places = lines["setting"].map(place_of) + shift
         middle = lines["difference"]
         ends = np.stack([middle - lines["low"], lines["high"] - middle])
@@ -197,7 +197,8 @@ def draw_figure(path, title, differences):
     ax.axvline(0, color="grey", linewidth=0.8)
     ax.set_yticks(range(len(names)), names["setting"] + " - " + names["minus"])
     ax.invert_yaxis()
-    ax.set(xlabel="difference of Pearson r, mean over genes", title=title)
+    ax.set(xlabel="difference of Pearson r, mean over genes")
+    ax.set_title(title, size=10, wrap=True)
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
     shell.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
 
@@ -246,9 +247,10 @@ def main():
         run.fill(row, ridge_under_stain_shift)
     title = "augmentations; 8 views = averaged over the symmetries at test time"
     differences = run.print_scores(title, minus=compare_with_mpa())
-    if differences is not None:
+    known = () if differences is None else differences.dropna()
+    if len(known):
         path = run.out / "paired_differences.png"
-        draw_figure(path, run.title(f"{differences['n'][0]} pairs"), differences)
+        draw_figure(path, run.title(f"pairs: {known['n'].max()}"), known)
         run.show_figure(path)
     run.finish()
 

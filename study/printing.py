@@ -1,6 +1,7 @@
 """Tables as they are printed."""
 
 import functools
+import re
 import textwrap
 
 import numpy as np
@@ -127,6 +128,14 @@ def format_group(lines, column, size, over=None, counts=None):
     if len(defined) < len(lines):
         text += f" ({len(defined)} of {len(lines)})"
     return text
+
+
+def explain_fewer(cells):
+    """What a table's title says where format_group has marked means of fewer genes; else ""."""
+    found = re.search(r"\d/(\d+)", cells)
+    if not found:
+        return ""
+    return f"; /{found[1]}: the mean of {found[1]} genes, since the group's others have no r"
 
 
 def count_genes(groups):

@@ -239,8 +239,9 @@ class Run:
             settings = chosen["setting"].unique()
             shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
-        title = self.title(f"{title}: {scored} ({self.data.root})")
         printed = pd.concat(shown, axis=1)
+        fewer = printing.explain_fewer(printed.to_string())
+        title = self.title(f"{title}: {scored}{fewer} ({self.data.root})")
         printing.print_table(title, printed)
         self.tables[title] = printed.rename(columns=str.strip).to_dict("records")
         if self.sets.members and not RANK:
