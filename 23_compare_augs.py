@@ -250,7 +250,8 @@ def main():
     known = () if differences is None else differences.dropna()
     if len(known):
         path = run.out / "paired_differences.png"
-        draw_figure(path, run.title(f"pairs: {known['n'].max()}"), known)
+        n_pairs = known["n"].max()
+        draw_figure(path, run.title(f"means over {n_pairs} pairs"), known)
         run.show_figure(path)
     run.finish()
 
