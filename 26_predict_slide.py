@@ -337,7 +337,7 @@ def add_trust(table, trained, distances):
     for name, half in trained.half_widths.items():
         table.var[f"half_width_{name}"] = half
     if "measured" in table.layers:
-        values = table.X, table.layers["measured"], trained.half_widths, trained.floor
+        values = table.X, table.layers["measured"], trained.half_widths
         table.var = table.var.assign(**conformal.measure_coverage(*values))
 
 
@@ -372,7 +372,7 @@ def save_predictions(path, table, trained):
             for name, half in trained.half_widths.items():
                 ending = "" if name == "80" else f"_{name}"
                 for end, step in (("low", -half), ("high", half)):
-                    values = conformal.find_limit(table.X, step, trained.floor)
+                    values = conformal.find_limit(table.X, step)
                     anndata.io.write_elem(file["layers"], f"{end}{ending}", values)
 
 
@@ -693,7 +693,7 @@ def main():
     save_predictions(out / "predictions.h5ad", table, trained)
     spots = table.obs.reset_index()
     exports.save_expression(out / "predictions.csv", spots, predicted, trained.genes)
-    measurements = exports.choose_measurements(table, genes, trained.floor)
+    measurements = exports.choose_measurements(table, genes)
     path = out / "predictions.geojson"
     exports.write_geojson(path, table.obsm["spatial"], drawing.diameter_of(table), measurements)
     report(slide, table, genes, scored, trained, out)

@@ -153,7 +153,7 @@ def measure_network(data, folder):
         patches = apply(data.patches[test].numpy())
         placed = common.MappedPatches(torch.from_numpy(patches), recipe["IMAGE_SIZE"])
         seen = common.predict(model, placed, range(len(test)), dtype=dtype, tta=recipe["TTA"])
-        coverage = conformal.measure_coverage(seen, truth, trained.half_widths, floor=0)
+        coverage = conformal.measure_coverage(seen, truth, trained.half_widths)
         line = {"slide": data.spots["tissue_index"].iloc[test[0]], "change": change}
         line |= compare(training, colour_statistics(patches))
         line["HEG r"] = common.pearson_per_gene(seen[:, heg], truth[:, heg]).mean()

@@ -55,7 +55,7 @@ def compare_spread(split, truth):
     return float(np.median(np.sqrt(of_all[varies] / of_valid[varies]))) if varies.any() else 1.0
 
 
-def measure_coverage(predicted, truth, half_widths, floor):
+def measure_coverage(predicted, truth, half_widths, floor=0.0):
     """{"coverage_80": (G,), ...}: the share of the spots whose truth (n, G) lies in the interval
     around its prediction (n, G), with the ends of find_limit; NaN where one of the three is not
     known.
@@ -70,14 +70,9 @@ def measure_coverage(predicted, truth, half_widths, floor):
     return coverage
 
 
-def find_floor(target):
-    """The least value that measured expression of a recipe's TARGET can have."""
-    return -np.inf if target == "harmony" else 0
-
-
-def find_limit(predicted, step, floor):
+def find_limit(predicted, step, floor=0.0):
     """(n, G) float32 ends of the intervals around the prediction (n, G): `step` (G,) away from it,
-    none below `floor`, the least value that expression has.
+    none below `floor`, the least value of what they are to hold, as of log-normalised counts.
     """
     limit = predicted + np.asarray(step, np.float32)
     return np.maximum(limit, floor, out=limit)

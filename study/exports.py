@@ -71,19 +71,19 @@ def describe_spot(name, ring, columns, values):
     return {"type": "Feature", "geometry": geometry, "properties": properties}
 
 
-def choose_measurements(table, drawn, floor):
+def choose_measurements(table, drawn):
     """Table of the measurements of write_geojson, of 26's AnnData: the distance, the genes `drawn`,
     the scores of gene sets, then the genes that pass in validation, or are of HEG and HVG where
-    that is not known, best first. Genes have intervals of 80 %, none of which ends below `floor`.
+    that is not known, best first. Genes have intervals of 80 %.
     """
     groups = [{"distance": table.obs["distance"].to_numpy()}]
-    groups += [measure_gene(table, gene, floor) for gene in drawn]
+    groups += [measure_gene(table, gene) for gene in drawn]
     for name in table.obs.filter(regex="^set_(?!.*_measured$)"):
         groups.append({name: table.obs[name].to_numpy()})
     passes = table.var["believe"] if "believe" in table.var else table.var["heg"] | table.var["hvg"]
     best = table.var["valid_r"][passes].sort_values(ascending=False, kind="stable").index
     others = [gene for gene in best[:MOST_MEASUREMENTS] if gene not in drawn]
-    groups += [measure_gene(table, gene, floor) for gene in others]
+    groups += [measure_gene(table, gene) for gene in others]
     columns = {}
     for found in groups:
         if len(columns) + len(found) > MOST_MEASUREMENTS:
@@ -92,13 +92,13 @@ def choose_measurements(table, drawn, floor):
     return pd.DataFrame(columns, table.obs_names)
 
 
-def measure_gene(table, gene, floor):
+def measure_gene(table, gene):
     """{column: (n,)} of a gene's prediction and, where it is known, its interval of 80 %."""
     values = table.X[:, table.var_names.get_loc(gene)]
     half = table.var["half_width_80"][gene]
     if not np.isfinite(half):
         return {gene: values}
-    low, high = (conformal.find_limit(values, step, floor) for step in (-half, half))
+    low, high = (conformal.find_limit(values, step) for step in (-half, half))
     return {gene: values, f"{gene} low": low, f"{gene} high": high}
 
 

@@ -113,7 +113,7 @@ def score_split(setting, recipe, split, predicted, more):
             genes = genes.assign(p=p, q=intervals.control_discoveries(p))
         if role == "test":
             half_widths = conformal.find_half_widths(split, predicted, values)
-            floor = conformal.find_floor(truth)
+            floor = -np.inf if truth == "harmony" else 0.0
             genes = genes.assign(**conformal.measure_coverage(x, y, half_widths, floor))
         per_gene = per_gene.join(genes.add_prefix(f"{role}_{truth}_"))
         line = {"setting": setting, "split": role}

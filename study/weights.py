@@ -60,11 +60,6 @@ class Trained:
         """
         return [*self.groups.get("heg", []), *self.groups.get("hvg", [])] or self.genes
 
-    @property
-    def floor(self):
-        """The least value that measured expression can have."""
-        return conformal.find_floor(self.recipe["TARGET"])
-
     @functools.cached_property
     def judged(self):
         """Table of what validation says of each gene, see evidence.judge_genes, or None."""

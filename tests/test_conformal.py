@@ -49,16 +49,16 @@ def test_coverage_counts_spots_and_knows_what_it_cannot_know():
     coverage = conformal.measure_coverage(predicted, truth, half_widths, -np.inf)
     np.testing.assert_array_equal(coverage["coverage_80"], [0.75, np.nan, np.nan])
     np.testing.assert_array_equal(coverage["coverage_95"], [1, np.nan, 1])
-    none = conformal.measure_coverage(predicted - 1, np.zeros((4, 3)), half_widths, floor=0)
+    none = conformal.measure_coverage(predicted - 1, np.zeros((4, 3)), half_widths)
     np.testing.assert_array_equal(none["coverage_80"], [1, 1, np.nan])  # as its ends: 0 and 0
 
 
 def test_limits_stop_at_the_least_expression():
     predicted = np.array([[1.0, 0.2], [-0.4, 0.2]], np.float32)
     half = np.array([0.3, np.nan])
-    low = conformal.find_limit(predicted, -half, 0)
+    low = conformal.find_limit(predicted, -half)
     np.testing.assert_allclose(low, [[0.7, np.nan], [0, np.nan]], rtol=1e-6)
-    high = conformal.find_limit(predicted, half, 0)
+    high = conformal.find_limit(predicted, half)
     np.testing.assert_allclose(high, [[1.3, np.nan], [0, np.nan]], rtol=1e-6)
     assert low.dtype == high.dtype == np.float32
     assert conformal.find_limit(predicted, -half, -np.inf)[1, 0] == pytest.approx(-0.7)

@@ -67,7 +67,7 @@ def judged_slide():
 
 
 def test_measurements_are_distance_sets_and_genes_that_pass_with_their_intervals():
-    shown = exports.choose_measurements(judged_slide(), ["GENE3"], floor=0)
+    shown = exports.choose_measurements(judged_slide(), ["GENE3"])
     assert [*shown][:5] == ["distance", "GENE3", "GENE3 low", "GENE3 high", "set_A"]
     assert [*shown][5:9] == ["GENE79", "GENE78", "GENE78 low", "GENE78 high"]
     np.testing.assert_allclose(
@@ -78,7 +78,7 @@ def test_measurements_are_distance_sets_and_genes_that_pass_with_their_intervals
     slide = judged_slide()
     slide.obs = slide.obs.join(pd.DataFrame(0.0, slide.obs_names, [f"set_{n}" for n in range(60)]))
     slide.X -= 1
-    shown = exports.choose_measurements(slide, ["GENE3"], floor=0)
+    shown = exports.choose_measurements(slide, ["GENE3"])
     assert "GENE3 high" in shown and shown.shape[1] == exports.MOST_MEASUREMENTS
     assert (shown["GENE3 low"] <= shown["GENE3 high"]).all()
 
@@ -87,7 +87,7 @@ def test_without_evidence_the_genes_of_heg_and_hvg_are_given():
     table = judged_slide()
     table.var = table.var.drop(columns="believe")
     table.var.loc["GENE5", "heg"] = table.var.loc["GENE6", "hvg"] = True
-    shown = exports.choose_measurements(table, ["GENE9"], 0)
+    shown = exports.choose_measurements(table, ["GENE9"])
     genes = [name for name in shown if name in table.var_names]
     assert genes == ["GENE9", "GENE6", "GENE5"]
 
