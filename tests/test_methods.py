@@ -165,7 +165,7 @@ def test_bleep_retrieves_training_spots_with_the_weights_of_now(paper_split):
     network, patches = bleep_on(paper_split, recipe)
     expression = paper_split.data.target[paper_split.spots("train")]
     assert np.array_equal(network.expression, expression)
-    every = np.arange(len(patches))
+    every = np.arange(len(paper_split.data.spots))
     predicted = common.predict(network, patches, every, dtype=torch.float32)
     # 24 training spots are fewer than the 50 that are averaged.
     mean = np.tile(expression.mean(0), (len(every), 1))
