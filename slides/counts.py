@@ -123,7 +123,7 @@ def read_matrix_file(path):
     if is_anndata(path):
         return read_anndata_matrix(path)
     file, part = split_part(path)
-    if file.name.lower().removesuffix(".gz").endswith((".tsv", ".csv", ".txt")):
+    if inputs.is_called(file, ".tsv", ".csv", ".txt"):
         table = read_dense_matrix(file)
     elif file.is_file():
         table = read_h5_matrix(file)

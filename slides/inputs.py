@@ -331,6 +331,11 @@ def parse_numbers(texts, separator):
     return numbers.astype(np.float64).mask(doubtful & (separator == ","))
 
 
+def is_called(path, *endings):
+    """Whether a file's name, plain or gzipped, has one of these endings, in capitals or not."""
+    return path.name.lower().removesuffix(".gz").endswith(endings)
+
+
 def check_unique(names, kind, path):
     """InputError where one of the names stands there twice."""
     names = pd.Series(names)

@@ -137,7 +137,7 @@ def read_manifest_row(root, row, need_files):
         raise InputError(f"{place} has no image")
     if slide.matrix is None:
         return slide
-    if slide.matrix.suffix == ".zarr":
+    if inputs.is_called(slide.matrix, ".zarr"):
         raise InputError(
             f"{slide.matrix}: a .zarr folder is not read: convert SpatialData with "
             "spatialdata_io.experimental.to_legacy_anndata and its write_h5ad, and name the .h5ad"

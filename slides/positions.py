@@ -58,7 +58,7 @@ def read_positions(path):
     if is_anndata(path):
         table = read_anndata_positions(path)
     else:
-        if file.name.removesuffix(".gz").endswith(".parquet"):
+        if inputs.is_called(file, ".parquet"):
             table = inputs.read_parquet(file, POSITION_SPELLINGS)
         else:
             table = inputs.read_table(file, POSITION_SPELLINGS, row_names="barcode")
@@ -89,6 +89,10 @@ def parse_positions(path, table):
     if len(odd):
         barcode, value = odd[["barcode", "in_tissue"]].iloc[0]
         raise InputError(f"{path}: in_tissue of barcode {barcode} is {value}; expected 0 or 1")
+    unnamed = table[table["barcode"].astype(str).str.strip() == ""]
+    if len(unnamed):
+        row, col = unnamed[PLACE].iloc[0]
+        raise InputError(f"{path}: the spot at pxl_row {row} and pxl_col {col} has no barcode")
     inputs.check_unique(table["barcode"], "barcode", path)
     check_places(path, table, texts)
     table = table.set_index("barcode")

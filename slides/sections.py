@@ -35,7 +35,7 @@ def split_part(path):
 
 def is_anndata(path):
     """Whether a path, or None, is that of an .h5ad, plain or gzipped, or of a part of its spots."""
-    return path is not None and split_part(path)[0].name.removesuffix(".gz").endswith(".h5ad")
+    return path is not None and inputs.is_called(split_part(path)[0], ".h5ad")
 
 
 def read_anndata(path, backed=None):

@@ -173,6 +173,7 @@ CASES = {
         positioned(lambda spots: spots.assign(pxl_row=spots["pxl_row"] + HEIGHT)),
         ["slide.tif", "outside the image", f"{HEIGHT} x {WIDTH}"],
     ),
+    "a spot without barcode": (positioned(lambda spots: spots.assign(barcode=["", *spots["barcode"][1:]])), ["positions1.csv", "no barcode"]),
     "barcode twice": (positioned(lambda spots: pd.concat([spots, spots[:1]])), ["positions1.csv", "A0-1", "twice"]),
     "positions with five columns": (positioned(lambda spots: spots.drop(columns="in_tissue")), ["positions1.csv", "5 columns"]),
     "positions without tissue": (

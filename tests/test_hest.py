@@ -120,7 +120,8 @@ def test_an_h5ad_may_be_packed_and_stand_beside_a_folder(tmp_path):
     (root / "matrix2" / "features.tsv").write_text(features)
     make_anndata().write_h5ad(root / "slide1.h5ad")
     pack(root / "slide1.h5ad")
-    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.h5ad.gz", "matrix2"])
+    (root / "slide1.h5ad.gz").rename(root / "slide1.H5AD.gz")
+    edit_manifest(root, positions=["", "positions2.csv"], matrix=["slide1.H5AD.gz", "matrix2"])
     check_slides(root)
     assert sorted(common.load_dataset(root, "lognorm").genes) == sorted(GENES)
 

@@ -163,7 +163,7 @@ def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
 
 def test_positions_may_be_a_parquet(tmp_path):
     table, _ = make_bins()
-    path = tmp_path / "positions.parquet"
+    path = tmp_path / "positions.PARQUET"
     write_parquet(path, table.astype({"in_tissue": bool}))
     text = tmp_path / "positions.csv"
     table.to_csv(text, index=False)
