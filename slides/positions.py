@@ -27,8 +27,9 @@ from study.shell import InputError
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 # um: the share by which spots may be off, of Visium, its forerunner ST, and two that HEST-1k has by
 # design and states exactly: ST of 110 um and Visium HD, whose bins are summed to 128 um. Of these
-# Visium's array alone is hexagonal.
+# Visium's array alone is hexagonal, and HEST-1k's squares of Xenium alone are as far apart.
 PITCHES = {SPOT_PITCH: 0.1, 200.0: 0.1, 110.0: 0.02, 128.0: 0.02}
+HEST_BIN = r"\d{3,}x\d{3,}"  # how HEST-1k calls the squares of Xenium, 100 um wide, and Visium HD
 BLOCK_WIDTH = 5  # pitches
 THOUSANDS = r"[1-9]\d{0,2}([.,]\d{3})+"  # as 1.234
 # How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
@@ -301,7 +302,7 @@ def check_pitch(slide, positions):
         pitches, expected = {float(stated[1]): 0.1}, f"{float(stated[1]):g}, as their barcodes say"
     elif is_hexagonal(positions):
         pitches, expected = {SPOT_PITCH: 0.1}, "100, as Visium's array"
-    elif is_square(positions):
+    elif is_square(positions) and not re.fullmatch(HEST_BIN, str(positions.index[0])):
         pitches = {um: share for um, share in PITCHES.items() if um != SPOT_PITCH}
         expected = "200 of a square grid (ST), or HEST-1k's 110 (ST) or 128 (Visium HD)"
     if len(positions) < 2 or any(abs(um / known - 1) < share for known, share in pitches.items()):
@@ -344,14 +345,20 @@ def is_hexagonal(positions):
 
 
 def is_square(positions):
-    """Whether the spots lie on a square grid, as those of ST do."""
-    affine, array, rank = imaging.fit_array(positions)
-    if len(array) < 4 or rank < 3:  # The array is no more than a line.
+    """Whether the spots lie on a square grid, as those of ST do.
+
+    It is seen from the directions to neighbours, and not from the array: where a file has none, its
+    rows and columns are made from px, and say nothing. Directions at right angles have the same
+    fourth power, and the three of a hexagonal grid cancel out. Those of one line have the same
+    square.
+    """
+    if len(positions) < 2:
         return False
-    down, across = affine[:2]
-    sides = np.linalg.norm(down), np.linalg.norm(across)
-    angle = down @ across / np.prod(sides)  # its cosine
-    return max(sides) < 1.1 * min(sides) and abs(angle) < 0.1
+    centres = positions["pxl_col"].to_numpy() + 1j * positions["pxl_row"].to_numpy()
+    tree = cKDTree(np.column_stack([centres.real, centres.imag]))
+    near = tree.query_pairs(1.25 * measure_pitch(positions), output_type="ndarray")
+    angles = np.angle(centres[near[:, 0]] - centres[near[:, 1]])
+    return abs(np.exp(4j * angles).mean()) > 0.5 > abs(np.exp(2j * angles).mean())
 
 
 def check_tags(slide):

@@ -661,6 +661,32 @@ def test_a_square_grid_has_no_pitch_of_visium(tmp_path, capsys, um, known):
     assert known or ("expected 200 of a square grid (ST)" in printed and "would be 200" in printed)
 
 
+@pytest.mark.parametrize("turn", [0, 10, 45])
+def test_visium_without_an_array_is_no_square_grid(tmp_path, capsys, turn):
+    """Rows and columns that are made from px are as far apart down as across."""
+    row, col = np.divmod(np.arange(100), 10)
+    places = (200 * col + 100 * (row % 2) + 173.2j * row) * np.exp(1j * np.deg2rad(turn))
+    places += 3000 + 3000j
+    table = anndata.AnnData(np.ones((100, 2), np.float32))
+    table.obsm["spatial"] = np.column_stack([places.real, places.imag])
+    table.write_h5ad(tmp_path / "a.h5ad")
+    slide = Slide(1, "A", "A", tmp_path / "a.tif", 0.5, tmp_path / "a.h5ad", None)
+    check_pitch(slide, read_positions(tmp_path / "a.h5ad"))
+    printed = capsys.readouterr().out
+    assert "no array_row and array_col" in printed and "warning" not in printed
+
+
+@pytest.mark.parametrize("um, known", [(50, 0), (100, 1), (128, 1)])
+def test_the_squares_of_hest_are_known_by_their_names(tmp_path, capsys, um, known):
+    """Those of Xenium are 100 um wide."""
+    row, col = np.divmod(np.arange(30), 6)
+    positions = {"array_row": row, "array_col": col, "pxl_row": 250 * row, "pxl_col": 250 * col}
+    names = [f"{i:03}x{j:03}" for i, j in zip(row, col, strict=True)]
+    slide = Slide(1, "A", "A", tmp_path / "a.tif", um / 250, tmp_path / "a.h5ad", None)
+    check_pitch(slide, pd.DataFrame(positions, names))
+    assert ("warning" in capsys.readouterr().out) != known
+
+
 @pytest.mark.parametrize(
     "resolutions, check", [((0.25, 0.5), False), ((0.5, 0.25), True), ((0.5, 1.0), True)]
 )
