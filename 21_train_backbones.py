@@ -145,7 +145,7 @@ def main():
     for setting in settings.values():
         check_backbone(run.recipe | setting)
     run.train(settings, network)
-    resnet = run.recipe | {"BACKBONE": "resnet50", "TRAINABLE_STAGES": -1}
+    resnet = run.rows[0].recipe | {"BACKBONE": "resnet50", "TRAINABLE_STAGES": -1}
     resnet = common.count_parameters(build_on_meta(resnet, len(run.data.genes)))
     lines = run.tested()
     costs = {name: describe_costs(group, resnet) for name, group in lines.groupby("setting")}

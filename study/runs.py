@@ -332,7 +332,7 @@ def describe_device(recipe):
     where = f"{torch.get_num_threads()} threads, {shell.describe_waiting()}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()
-    if "IMAGE_SIZE" not in recipe:
+    if not {"PRECISION", "IMAGE_SIZE"} <= {*recipe}:
         return f"{device.type} ({where}), precision {BY_SETTING}"
     _, dtype, reason = common.choose_device(recipe)
     return f"{device.type} ({where}), {str(dtype).removeprefix('torch.')} ({reason})"

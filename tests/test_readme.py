@@ -58,6 +58,7 @@ def test_a_new_experiment_is_a_copy_of_21(simulated, tmp_path):
     (original,) = REPOSITORY.glob("21_*.py")
     loop = "    for name in FROZEN:\n"
     varied = {"BATCH_SIZE": 8, "EPOCHS": 1, "PRETRAINED": False}
+    varied |= {"IMAGE_SIZE": 32, "PRECISION": "fp32"}
     setting = {"BACKBONE": "resnet10t", "HIDDEN": 48} | varied
     text = original.read_text()
     assert loop in text
@@ -75,6 +76,7 @@ def test_a_new_experiment_is_a_copy_of_21(simulated, tmp_path):
     assert "28_compare_heads" in stdout
     for line in ("steps", "weights"):
         assert re.search(f"^{line} +by setting$", stdout, re.MULTILINE)
+    assert re.search("^device .*, precision by setting$", stdout, re.MULTILINE)
     (weights,) = (tmp_path / "runs").glob("wide_head-*/weights.safetensors")
     assert safetensors.torch.load_file(weights)["head.1.weight"].shape[0] == 48
 
