@@ -267,8 +267,8 @@ def check_sources(root, meta):
                     f"{path}: was not there when the dataset was made: run {same_command} again"
                 )
             check_source(path, described, same_command)
-    for name, described in (meta["task"] | meta.get("panel", {})).items():
-        # The path of a panel is absolute.
+    # Older datasets of this format say nothing of a task. The path of a panel is absolute.
+    for name, described in (meta.get("task", {}) | meta.get("panel", {})).items():
         if (root / name).is_file():
             check_source(root / name, described, command)
 

@@ -19,6 +19,7 @@ from conftest import (
     edit_manifest,
     expect_refusal,
     load_script,
+    refused,
     run_script,
     stdout_of,
     write_h5,
@@ -167,6 +168,16 @@ def test_a_manifest_that_changed_after_19_is_refused(made, column, value, words)
     before = pd.read_csv(made / "slides.csv")[column]
     edit_manifest(made, **{column: [value, before[0 if value == before[1] else 1]]})
     refuse_training(made, "slides.csv", *words)
+
+
+def test_a_dataset_that_says_nothing_of_a_task_is_read(made):
+    """As an older version of this format wrote it."""
+    meta = common.load_dataset(made, "lognorm").meta
+    del meta["task"]
+    check_sources(made, meta)
+    edit_manifest(made, um_per_px=0.6)
+    with refused("um_per_px of slide 1 is 0.6"):
+        check_sources(made, meta)
 
 
 @pytest.mark.parametrize("name", ["image2.tif", "positions1.csv", "matrix2/matrix.mtx"])
