@@ -341,7 +341,7 @@ def circle_spots(picture, spots, step):
     pen = ImageDraw.Draw(picture)
     radius = drawing.SPOT * measure_pitch(spots) / step / 2
     for x, y in spots[["pxl_col", "pxl_row"]].to_numpy() / step:
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="green")
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="lime")
 
 
 def keep_rows(path, kept):

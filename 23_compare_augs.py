@@ -250,8 +250,7 @@ def main():
     known = () if differences is None else differences.dropna()
     if len(known):
         path = run.out / "paired_differences.png"
-        n_pairs = known["n"].max()
-        draw_figure(path, run.title(f"means over {n_pairs} pairs"), known)
+        draw_figure(path, run.title(f"pairs of trainings: {known['n'].max()}"), known)
         run.show_figure(path)
     run.finish()
 

@@ -548,8 +548,8 @@ def draw_maps(path, table, genes, title, note):
             ax = figure.add_subplot(grid[number, wide + column])
             draw_map(ax, table, thumbnail, gene, kind)
     letters = int(13 * figure.get_figwidth())  # of a line in this size
-    lines = [textwrap.fill(line, letters) for line in (title, *note.splitlines())]
-    figure.suptitle("\n".join(lines), size=10)
+    texts = [textwrap.fill(text, letters) for text in (title, *note.splitlines())]
+    figure.suptitle("\n".join(texts), size=10)
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 

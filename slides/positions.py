@@ -304,7 +304,7 @@ def check_pitch(slide, positions):
         pitches, expected = {SPOT_PITCH: 0.1}, "100, as Visium's array"
     elif is_square(positions) and not re.fullmatch(HEST_BIN, str(positions.index[0])):
         pitches = {um: share for um, share in PITCHES.items() if um != SPOT_PITCH}
-        expected = "200 of a square grid (ST), or HEST-1k's 110 (ST) or 128 (Visium HD)"
+        expected = "200 of a square grid (ST), HEST-1k's 110 or 128, or a pitch of your own"
     if len(positions) < 2 or any(abs(um / known - 1) < share for known, share in pitches.items()):
         return
     # HEST-1k states its own exactly, so they are no guess.
@@ -312,7 +312,7 @@ def check_pitch(slide, positions):
     likely = " or ".join(f"{known / pitch:.4g} they would be {known:g}" for known in guesses)
     other = "unless these are positions in another frame, as px of a scaled image or microns"
     if any(abs(pitch / known - 1) < 0.02 for known in pitches):
-        other = "but it seems that these are positions in another frame, in microns: give px"
+        other = "unless these are positions in microns, as such a pitch may be: then give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "

@@ -132,10 +132,9 @@ def format_group(lines, column, size, over=None, counts=None):
 
 def explain_fewer(cells):
     """What a table's title says where format_group has marked means of fewer genes; else ""."""
-    found = re.search(r"\d/(\d+)", cells)
-    if not found:
+    if not re.search(r"\d/\d", cells):
         return ""
-    return f"; /{found[1]}: the mean of {found[1]} genes, since the group's others have no r"
+    return "; /n: the mean of n genes, since the others of their group have no r"
 
 
 def count_genes(groups):

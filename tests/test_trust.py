@@ -141,7 +141,7 @@ def test_a_mean_says_of_how_many_genes_and_slides_it_is():
     assert printing.format_group(lines, "heg", 50, "slide") == "0.250±0.071"
     lines.loc[1, "heg_n"] = 47
     assert printing.format_group(lines, "heg", 50) == "0.250/47"
-    assert "the mean of 47 genes" in printing.explain_fewer("setting HEG\nridge 0.250/47")
+    assert "the mean of n genes" in printing.explain_fewer("setting HEG\nridge 0.250/47")
     assert printing.explain_fewer("setting HEG\nST-Net/BLEEP 0.250") == ""
     lines.loc[1, ["heg", "heg_n"]] = np.nan, 0
     assert printing.format_group(lines, "heg", 50, "slide") == "0.300 (1 of 2)"
