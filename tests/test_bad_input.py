@@ -415,6 +415,7 @@ def test_swapped_row_and_column_are_warned_of(tmp_path):
     swapped = spots.rename(columns={"pxl_row": "pxl_col", "pxl_col": "pxl_row"})[spots.columns]
     mirrored = spots.assign(array_col=11 - spots["array_col"])  # as scanned: no mistake
     told = "positions1.csv: pxl_row and pxl_col look swapped"
+    edit_manifest(tmp_path, um_per_px=1.0)  # 200 um, as a square grid of ST has
     for table, warning in ((spots, ""), (swapped, told), (mirrored, "")):
         table.to_csv(tmp_path / "positions1.csv", header=False, index=False)
         printed = stdout_of("19", data_root=tmp_path, target="lognorm")
