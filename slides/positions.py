@@ -312,7 +312,7 @@ def check_pitch(slide, positions):
     likely = " or ".join(f"{known / pitch:.4g} they would be {known:g}" for known in guesses)
     other = "unless these are positions in another frame, as px of a scaled image or microns"
     if any(abs(pitch / known - 1) < 0.02 for known in pitches):
-        other = "unless these are positions in microns, as such a pitch may be: then give px"
+        other = "unless these are positions in another frame, in microns, as it seems: then give px"
     inputs.warn(
         f"{slide.positions}: the spots are {pitch:.4g} px apart, which at um_per_px "
         f"{slide.um_per_px:g} are {um:.0f} um; expected {expected}: "
