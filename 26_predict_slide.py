@@ -34,7 +34,6 @@ if __name__ == "__main__":  # Check the command before the slow imports.
 
 
 import hashlib
-import textwrap
 from pathlib import Path
 
 import anndata
@@ -512,20 +511,21 @@ def join_drawn(table, genes, scored):
 
 
 def describe_maps(trained):
-    """What stands below the maps' title: what r in validation can claim, and how to read a map."""
-    lines = ["Each map has its own colour scale."]
+    """The lines below the maps' title: what r in validation can claim, and how to read a map."""
+    lines = []
     if trained.judged is not None:
         claim = trained.evidence["claim"]
-        lines.insert(0, f"{claim[0].upper()}{claim[1:]}.")
-        if not GENES:
-            lines.append("The genes are the best in validation: expect less than that r.")
-    return "\n".join(lines)
+        lines.append(f"{claim[0].upper()}{claim[1:]}.")
+    lines.append("Each map has its own colour scale.")
+    if trained.judged is not None and not GENES:
+        lines.append("The genes are the best in validation: expect less than that r.")
+    return lines
 
 
 def draw_maps(path, table, genes, title, note):
     """Rows of three genes' predicted expression; its means over neighbourhoods, where they hold
-    better, and what was measured, below. Before them stand the H&E and the distance. The note
-    stands below the title.
+    better, and what was measured, below. Before them stand the H&E and the distance. The lines
+    `note` stand below the title.
     """
     name, thumbnail = exports.read_library(table.uns)
     kinds = ["predicted", table.uns["scale"], "measured" if "measured" in table.layers else ""]
@@ -547,9 +547,7 @@ def draw_maps(path, table, genes, title, note):
         for column, gene in enumerate(three):
             ax = figure.add_subplot(grid[number, wide + column])
             draw_map(ax, table, thumbnail, gene, kind)
-    letters = int(13 * figure.get_figwidth())  # of a line in this size
-    texts = [textwrap.fill(text, letters) for text in (title, *note.splitlines())]
-    figure.suptitle("\n".join(texts), size=10)
+    drawing.entitle(figure, [title, *note])
     shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 

@@ -23,7 +23,6 @@ import base64
 import html
 import io
 import json
-import textwrap
 from pathlib import Path
 from urllib.parse import quote
 
@@ -179,9 +178,7 @@ def draw_test_slide(path, table, groups, thumbnail, title):
             drawing.draw_spots(ax, table, thumbnail, values)
             ax.set_title(words, size=9)
     shown = f"measured and predicted expression of {', '.join(genes)}"
-    letters = int(13 * figure.get_figwidth())  # of a line in this size
-    lines = [textwrap.fill(line, letters) for line in (title, shown, ABOUT_MAPS)]
-    figure.suptitle("\n".join(lines), size=10)
+    drawing.entitle(figure, [title, shown, ABOUT_MAPS])
     ground = "the H&E" if thumbnail else "white"
     save_picture(path, figure, f"{title}: {shown}, on {ground}")
 

@@ -1,5 +1,7 @@
 """Spots of a slide on axes: AnnData with obs["pitch"] and obsm["spatial"], in px of the slide."""
 
+import textwrap
+
 import numpy as np
 from matplotlib.collections import EllipseCollection
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +27,12 @@ def shape_of(table):
     """Height of a map over its width, at most 1.6 and at least 0.4."""
     (left, right), (top, bottom) = view_of(table)
     return min(1.6, max(0.4, (bottom - top) / (right - left)))
+
+
+def entitle(figure, lines):
+    """Set these lines above a figure, each wrapped at its width."""
+    letters = int(13 * figure.get_figwidth())  # of a line in this size
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in lines), size=10)
 
 
 def draw_tissue(ax, table, thumbnail, pale=False):

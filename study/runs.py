@@ -240,7 +240,7 @@ class Run:
             shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
         printed = pd.concat(shown, axis=1)
-        fewer = printing.explain_fewer(printed.to_string())
+        fewer = printing.explain_fewer(table.to_string())  # which holds no names of settings
         title = self.title(f"{title}: {scored}{fewer} ({self.data.root})")
         printing.print_table(title, printed)
         self.tables[title] = printed.rename(columns=str.strip).to_dict("records")

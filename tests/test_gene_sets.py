@@ -477,7 +477,7 @@ def test_maps_have_the_scores_of_sets(tmp_path):
     assert drawn.var_names.tolist() == ["G8", "G0", *best, "T/NK, score of 5 genes"]
     np.testing.assert_allclose(drawn.X[:, -1], score, atol=1e-6)
     np.testing.assert_array_equal(drawn.X[:, 1], predicted[:, 0])
-    script.draw_maps(tmp_path / "maps.png", drawn, ["G8", "T/NK, score of 5 genes"], "maps", "")
+    script.draw_maps(tmp_path / "maps.png", drawn, ["G8", "T/NK, score of 5 genes"], "maps", [])
     assert (tmp_path / "maps.png").stat().st_size > 10_000
     table.write_h5ad(tmp_path / "predictions.h5ad")
     assert "set_T|NK" in anndata.read_h5ad(tmp_path / "predictions.h5ad").obs
