@@ -62,7 +62,6 @@ PRETRAINED = True  # ImageNet weights of every image encoder: true, false, or a 
 HIDDEN = 3000  # units of the head of BACKBONE; 0 = a linear head
 OTHER_BACKBONES = ("mobilenetv2_100", "densenet121")  # in place of BACKBONE, the rest as it is
 FEATURES = "resnet50"  # frozen timm backbone of ridges; or a folder of others' embeddings, as in 20
-NEIGHBOURHOOD = 1.5  # pitches, sd of the Gaussian by which a ridge sees the tissue around a spot
 
 IMAGE_SIZE = 224  # px of the network's input; patches are 224 px of the slide
 EPOCHS = 30  # of all networks but ST-Net as published and BLEEP
@@ -70,7 +69,7 @@ BATCH_SIZE = 32  # a last batch of one spot is left out, since BatchNorm needs t
 LEARNING_RATE = 3e-4  # Adam; cosine to zero over the epochs
 LOSS = "mse"  # a name of common.LOSSES
 TTA = True  # average predictions over the 8 symmetries; what ridges see, always is
-REFIT = False  # true = every method is refitted on training + validation spots, best too
+REFIT = False  # true = every method is refitted on training + validation spots
 STNET_EPOCHS = 50  # of ST-Net as published
 BLEEP_BACKBONE = "resnet50"  # timm name of BLEEP's image encoder
 BLEEP_EPOCHS = 150
@@ -101,7 +100,7 @@ def trained_methods():
     constants stay out of it.
     """
     others = ("FEATURES", "STNET_EPOCHS", "BLEEP_EPOCHS", "BLEEP_BATCH", "MICRO_BATCH")
-    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES", "NEIGHBOURHOOD")
+    others += ("BLEEP_BACKBONE", "OTHER_BACKBONES")
     shared = dict.fromkeys(others)
     network = methods.name_network(BACKBONE)
     paper = {"BACKBONE": BACKBONE, "RECIPE": "paper"}
@@ -114,8 +113,6 @@ def trained_methods():
     bleep = stnet | as_published | {"BACKBONE": BLEEP_BACKBONE, "HEAD_START": "random"}
     bleep |= {"EPOCHS": BLEEP_EPOCHS, "BATCH_SIZE": BLEEP_BATCH, "MICRO_BATCH": MICRO_BATCH}
     bleep["LEARNING_RATE"] = 1e-3
-    best = recipes.RECIPES["best"] | {"BACKBONE": BACKBONE, "RECIPE": "best"}
-    best |= {"REFIT": REFIT, "TTA": TTA}
     found = {
         network: ("network", paper),
         f"{network}, random start": ("network", paper | at_random),
@@ -124,15 +121,12 @@ def trained_methods():
     for backbone in OTHER_BACKBONES:
         found[methods.name_network(backbone)] = ("network", paper | {"BACKBONE": backbone})
     found |= {
-        f"{network}, best recipe": ("network", best),
         "ST-Net": ("ST-Net", stnet | published),
         "ST-Net, random start": ("ST-Net", stnet | published | at_random),
         "ST-Net, Adam": ("ST-Net, Adam", stnet),
         "ST-Net, Adam, random start": ("ST-Net, Adam", stnet | at_random),
         name_bleep(): ("BLEEP", bleep),
     }
-    if PRETRAINED is False:  # Features of a random network are nothing to start from.
-        del found[f"{network}, best recipe"]
     return {name: shared | own | {"METHOD": method} for name, (method, own) in found.items()}
 
 
@@ -261,9 +255,7 @@ METHODS = {
 
 
 def train_method(row):
-    """A method: that of METHODS which the row names; without an epoch, the ridge start."""
-    if not row.recipe["EPOCHS"]:
-        return methods.network_of_no_epoch(row)
+    """A method: that of METHODS which the row names."""
     return METHODS[row.recipe["METHOD"]](row)
 
 
@@ -273,33 +265,6 @@ def training_mean(row):
     mean, _ = common.mean_and_variance(row.split.data.target, row.split.spots("train"))
     mean = mean.astype(np.float32)
     return np.tile(mean, (len(row.split.scored()), 1))
-
-
-def ridge_with_neighbourhood(row):
-    """A method: the ridge on frozen features of a spot's patch and of the patches around it."""
-    features, _ = freeze_features(row.recipe, row.split)
-    spots = row.split.data.spots
-    around = average_neighbourhood(features, spots, row.recipe["NEIGHBOURHOOD"])
-    features = np.hstack([features, around])
-    row.note(weights=methods.name_weights(row.recipe))
-    return methods.predict_by_ridge(row, features, features[row.split.scored()])
-
-
-def average_neighbourhood(features, spots, width):
-    """(N, F) features (N, F) of the tissue around every spot: their Gaussian mean over the other
-    spots of its slide, `width` pitches its standard deviation; its own where none is near.
-    """
-    around, places = features.copy(), common.places_in_pitches(spots).to_numpy()
-    for numbers in spots.groupby("tissue_index").indices.values():
-        tree = cKDTree(places[numbers])
-        near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
-        near.data = np.exp(-((near.data / width) ** 2) / 2)
-        near.setdiag(0)
-        total = near.sum(1).A1
-        has_neighbours = total > 0
-        mean = (near @ features[numbers])[has_neighbours] / total[has_neighbours, None]
-        around[numbers[has_neighbours]] = mean
-    return around
 
 
 def depth_only(row):
@@ -418,8 +383,8 @@ def computed_methods(run):
         if backbone == features:
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
-        wide = pooled | {"NEIGHBOURHOOD": NEIGHBOURHOOD}
-        found[f"ridge ({backbone}, neighbourhood)"] = (wide, ridge_with_neighbourhood)
+        wide = pooled | {"NEIGHBOURHOOD": recipes.BEST["NEIGHBOURHOOD"]}
+        found[f"ridge ({backbone}, neighbourhood)"] = (wide, methods.ridge_on_features)
         if PROTOCOL == "hest":
             for probe, changed in probes.name_probes(backbone).items():
                 found[probe] = (recipe | changed, probes.hest_probe)

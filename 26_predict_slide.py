@@ -282,6 +282,17 @@ def predict_patches(model, trained, patches):
     return common.predict(model, placed, rows, dtype=dtype, tta=trained.recipe["TTA"])
 
 
+def blend_as_learnt(predicted, spots, trained, um_per_px):
+    """The prediction (n, G) of single spots, blended by NEIGHBOURHOOD as the model has learnt."""
+    pitches = trained.recipe["NEIGHBOURHOOD"]
+    if not pitches:
+        return predicted
+    width = pitches * trained.pitch_um
+    print(f"blended     half of a value is the mean over the spots around, sd {width:.0f} um")
+    here = um_per_px * spots.obs["pitch"].iloc[0]
+    return common.blend_neighbourhood(predicted, spots.obs, width / here)
+
+
 def embed_slide(slide, spots, patches, recipe):
     """(spots, patches, their embeddings (n, D) by FEATURES) of those of a slide's spots and patches
     that have one.
@@ -676,6 +687,7 @@ def main():
         predicted = model.predict(embedded)
     else:
         predicted = predict_patches(model, trained, patches)
+    predicted = blend_as_learnt(predicted, spots, trained, slide.um_per_px)
     distances = compare_slides(trained, patches)
     del model, patches  # before as much again is taken to draw and write
     table = assemble(slide, spots, predicted, thumbnail, trained)

@@ -316,7 +316,8 @@ def settings_of(models, baseline):
 
 def ridge_on(model, row):
     """A method, given a Model: the ridge on its embeddings, whose coefficients are kept."""
-    embedded = model.read(row.split.data.spots)
+    spots = row.split.data.spots
+    embedded = common.blend_neighbourhood(model.read(spots), spots, row.recipe["NEIGHBOURHOOD"])
     row.model, shrinkage = methods.learn_ridge(row.split, embedded, row.split.spots("train"))
     row.note(weights=f"{model.name}, {model.width}", **shrinkage._asdict())
     return row.model.predict(embedded[row.split.scored()])

@@ -31,11 +31,12 @@ def freeze_features(recipe, split):
     """((N, F) features of BACKBONE before training, (F,) the factors that they have been given).
 
     They are averaged over the 8 symmetries, and their parts, as common.pool_each_stage gives them,
-    made equally strong on the training spots.
+    made equally strong on the training spots; then blended by NEIGHBOURHOOD.
     """
     features, widths = encode_spots(split.data, recipe, split.seed, tta=True)
     scale = ridges.balance_parts(features[split.spots("train")], widths)
-    return features * scale, scale
+    width = recipe["NEIGHBOURHOOD"]
+    return common.blend_neighbourhood(features * scale, split.data.spots, width), scale
 
 
 def encode_spots(data, recipe, seed, *, tta=False):

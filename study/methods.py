@@ -131,7 +131,11 @@ def ridge_on_colour(row, seen=None):
     """A method: the ridge on standardised colour statistics, which predicts from these or, where
     others (N, 40) are `seen`, from those.
     """
-    statistics = row.split.data.annotations.obsm["colour"]
+    data, width = row.split.data, row.recipe["NEIGHBOURHOOD"]
+    statistics = data.annotations.obsm["colour"]
     scaler = StandardScaler().fit(statistics[row.split.spots("train")])
-    seen = scaler.transform((statistics if seen is None else seen)[row.split.scored()])
-    return predict_by_ridge(row, scaler.transform(statistics), seen)
+    features = common.blend_neighbourhood(scaler.transform(statistics), data.spots, width)
+    if seen is not None:
+        seen = common.blend_neighbourhood(scaler.transform(seen), data.spots, width)
+    seen = features if seen is None else seen
+    return predict_by_ridge(row, features, seen[row.split.scored()])

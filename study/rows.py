@@ -98,10 +98,16 @@ class Row:
         self.note(**{f"parameters_{part}": count for part, count in parameters.items()})
 
     def predict(self, network, patches):
-        """(n, G) float32 prediction of the scored spots by a network, over the views of TTA."""
+        """(n, G) float32 prediction of the scored spots by a network, over the views of TTA and
+        blended by NEIGHBOURHOOD.
+        """
         _, dtype, _ = common.choose_device(self.recipe)
-        spots, tta = self.split.scored(), self.recipe["TTA"]
-        return common.predict(network, patches, spots, dtype=dtype, tta=tta)
+        scored, tta, width = self.split.scored(), self.recipe["TTA"], self.recipe["NEIGHBOURHOOD"]
+        if not width:
+            return common.predict(network, patches, scored, dtype=dtype, tta=tta)
+        every = np.arange(len(self.split.data.spots))
+        predicted = common.predict(network, patches, every, dtype=dtype, tta=tta)
+        return common.blend_neighbourhood(predicted, self.split.data.spots, width)[scored]
 
     # ----------------------------------------------------------------------------------------- disk
     def fill(self, method, *, rank=0, refit=True):

@@ -142,7 +142,7 @@ class Run:
     @property
     def baseline(self):
         """The constants on which a method without network depends; the others stay out of it."""
-        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT")
+        names = ("TARGET", "PROTOCOL", "DEVICE", "PRECISION", "REFIT", "NEIGHBOURHOOD")
         shared = {name: self.recipe[name] for name in names}
         # Colour is that of the patches as they are, whatever a network sees.
         return shared | {"PRETRAINED": False, "IMAGE_SIZE": common.PATCH_SIZE}

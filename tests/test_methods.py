@@ -30,6 +30,7 @@ from study import methods, recipes, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
+CPU |= {"NEIGHBOURHOOD": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -271,18 +272,12 @@ def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
 
 
 # ------------------------------------------------------------------------------ baselines, controls
-RIDGES = {
-    "on features": methods.ridge_on_features,
-    "on colour": methods.ridge_on_colour,
-    "with neighbourhood": load_script("25").ridge_with_neighbourhood,
-}
-
-
-@pytest.mark.parametrize("kind", RIDGES)
-def test_ridges_see_the_training_spots_alone(paper_split, changed_split, kind):
-    recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": 1.5}
-    one, told = ask(RIDGES[kind], recipe, paper_split)
-    other, told_then = ask(RIDGES[kind], recipe, changed_split)
+@pytest.mark.parametrize("width", [0, 1.5])
+@pytest.mark.parametrize("method", [methods.ridge_on_features, methods.ridge_on_colour])
+def test_ridges_see_the_training_spots_alone(paper_split, changed_split, method, width):
+    recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": width}
+    one, told = ask(method, recipe, paper_split)
+    other, told_then = ask(method, recipe, changed_split)
     np.testing.assert_array_equal(one, other)
     assert told == told_then
     assert np.ptp(one[-10:], axis=0).max() > 0
@@ -296,22 +291,6 @@ def test_the_ridge_on_features_learns_from_training_spots(paper_split):
     one, _ = ask(method, recipe, paper_split)
     other, _ = ask(method, recipe, dataclasses.replace(paper_split, data=data))
     assert not np.allclose(one, other)
-
-
-def test_neighbourhood_are_the_other_spots_of_the_slide_by_their_distance():
-    """A row of four spots a pitch apart on one slide; two spots, out of each other's reach, on
-    another that lies in the same place.
-    """
-    spots = pd.DataFrame({"tissue_index": [1, 2, 1, 1, 1, 2], "pitch": 50.0, "pxl_row": 7})
-    spots["pxl_col"] = [0, 0, 50, 100, 150, 250]
-    features = np.eye(6)
-    around = load_script("25").average_neighbourhood(features, spots, 1.0)
-    near, far = np.exp(-1 / 2), np.exp(-4 / 2)
-    expected = np.array([near, far, np.exp(-9 / 2)])  # at 1, 2 and 3 pitches
-    np.testing.assert_allclose(around[0, [2, 3, 4]], expected / expected.sum())
-    assert (around[0, [0, 1, 5]] == 0).all(), "neither itself nor another slide"
-    np.testing.assert_allclose(around[2, [0, 3, 4]], [near, near, far] / (2 * near + far))
-    np.testing.assert_array_equal(around[[1, 5]], features[[1, 5]])
 
 
 def test_depth_control_uses_the_spots_own_depth(paper_split, changed_split):

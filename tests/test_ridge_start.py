@@ -210,20 +210,39 @@ def test_features_that_never_vary_give_the_mean(width):
 
 
 # ------------------------------------------------------------------------------------- ridge start
+def test_half_a_blended_spot_are_the_others_of_its_slide_by_their_distance():
+    """A row of four spots a pitch apart on one slide; two spots, out of each other's reach, on
+    another that lies in the same place.
+    """
+    spots = pd.DataFrame({"tissue_index": [1, 2, 1, 1, 1, 2], "pitch": 50.0, "pxl_row": 7})
+    spots["pxl_col"] = [0, 0, 50, 100, 150, 250]
+    values = np.eye(6)
+    blended = common.blend_neighbourhood(values, spots, 1.0)
+    near, far = np.exp(-1 / 2), np.exp(-4 / 2)
+    expected = np.array([near, far, np.exp(-9 / 2)])  # at 1, 2 and 3 pitches
+    np.testing.assert_allclose(blended[0, [2, 3, 4]], expected / expected.sum() / 2)
+    assert blended[0, 0] == 0.5, "its own"
+    assert (blended[0, [1, 5]] == 0).all(), "of another slide"
+    expected = [near, near, far] / (2 * near + far) / 2
+    np.testing.assert_allclose(blended[2, [0, 3, 4]], expected)
+    np.testing.assert_array_equal(blended[[1, 5]], values[[1, 5]])
+    assert common.blend_neighbourhood(values, spots, 0) is values
+    np.testing.assert_array_equal(values, np.eye(6), "the values given stay as they are")
+
+
+@pytest.mark.parametrize("width", [0.0, 1.5])
 @pytest.mark.parametrize("pool_stages", [True, False])
-def test_the_first_prediction_is_the_ridges(paper_split, pool_stages):
-    model, patches, row = start(paper_split, POOL_STAGES=pool_stages)
+def test_the_first_prediction_is_the_ridges(paper_split, pool_stages, width):
+    changed = {"POOL_STAGES": pool_stages, "NEIGHBOURHOOD": width}
+    model, patches, row = start(paper_split, **changed)
     ridge, told = ask(methods.ridge_on_features, row.recipe, paper_split)
     np.testing.assert_allclose(row.predict(model, patches), ridge, atol=1e-4)
     assert row.notes == {name: told[name] for name in ("alpha", "rank")}
 
 
-@pytest.mark.parametrize("name", ["20", "25"])
-def test_without_an_epoch_the_network_is_the_ridge_on_its_features(paper_split, name):
-    script = load_script(name)
-    method = script.efficientnet if name == "20" else script.train_method
+def test_without_an_epoch_the_network_is_the_ridge_on_its_features(paper_split):
     row = rows.Row("best", RECIPE | {"EPOCHS": 0}, paper_split, None)
-    predicted = method(row)
+    predicted = load_script("20").efficientnet(row)
     ridge, told = ask(methods.ridge_on_features, RECIPE, paper_split)
     np.testing.assert_allclose(predicted, ridge, atol=1e-4)
     np.testing.assert_allclose(row.predict(row.model, row.place_patches()), ridge, atol=1e-4)
