@@ -72,7 +72,7 @@ QUICK = False  # the small budget below, on simulated slides
 AUGS = ("mpa", "mpa_stain", "stnet", "stnet_color", "none")
 
 # From the ridge start of recipe best they hardly differ, and without training not at all.
-ALLOWED = {"RECIPE": ("paper", "published"), "EPOCHS": (1, 10**6)}
+ALLOWED = {"RECIPE": ("paper", "published"), "EPOCHS": (1, 1_000_000)}
 
 QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,)}
 

@@ -85,7 +85,7 @@ SETTINGS = ("no id", "cluster id", "shuffled id")
 MOST_CLUSTERS = 256  # an id travels as a byte
 
 # From the ridge start of recipe best an id changes next to nothing, and without training nothing.
-ALLOWED = {"RECIPE": ("paper", "published"), "EPOCHS": (1, 10**6)}
+ALLOWED = {"RECIPE": ("paper", "published"), "EPOCHS": (1, 1_000_000)}
 
 QUICK_BUDGET = recipes.QUICK | {"SEEDS": (42,), "FEATURES": "", "WEIGHTS": ((1, 0), (1, 0.5))}
 

@@ -150,8 +150,7 @@ def open_tiff(path):
 def tiff_errors(path):
     """InputError for whatever tifffile and its codecs raise for a damaged file."""
     kinds = (tifffile.TiffFileError, ValueError, TypeError, LookupError, ArithmeticError)
-    # Of a compression or colours that it does not know tifffile gives a number without a name.
-    kinds += (AttributeError, struct.error, OSError, RuntimeError)
+    kinds += (struct.error, OSError, RuntimeError)
     try:
         yield
     except kinds as error:
@@ -180,7 +179,10 @@ def choose_series(tiff):
         return series.keyframe.imagelength * series.keyframe.imagewidth
 
     def has_colours(series):
-        grey = series.keyframe.photometric.name in ("MINISBLACK", "MINISWHITE")
+        grey = series.keyframe.photometric in (
+            tifffile.PHOTOMETRIC.MINISBLACK,
+            tifffile.PHOTOMETRIC.MINISWHITE,
+        )
         return not grey or len(series.pages) == 3  # which may be three grey pages
 
     largest = max(tiff.series, key=count_pixels)
@@ -216,6 +218,12 @@ JPEG_TAIL = 65_536  # bytes; programs may write notes behind the end
 
 def check_tiff(path, tiff, page):
     """InputError for a TIFF that is cut short, and for a page that does not come out as RGB."""
+    for tag in ("compression", "photometric"):  # Of one that it knows tifffile gives the name.
+        if not hasattr(getattr(page, tag), "name"):
+            raise InputError(
+                f"{path}: its {tag} is number {getattr(page, tag)}, which is not known here: "
+                "export it as RGB with LZW, deflate or JPEG"
+            )
     needed, held = max(np.add(page.dataoffsets, page.databytecounts)), tiff.filehandle.size
     if needed > held:
         raise InputError(

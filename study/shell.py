@@ -357,7 +357,7 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     script = read_script(path)
     try:
         script |= parse_command(script, sys.argv[1:])
-        check_constants(script, ALLOWED)
+        check_constants(script, ALLOWED | script.get("ALLOWED", {}))
         for name in files:
             if script[name] and not Path(script[name]).exists():
                 raise InputError(f"{flag_of(name)} {script[name]}: no such file or folder")
@@ -432,14 +432,14 @@ def describe_waiting():
 
 
 def read_script(path):
-    """{name: value} of a script's docstring and constants, which are read and not run."""
+    """{name: value} of a script's docstring, constants and ALLOWED, which are read and not run."""
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
     constants = read_comments(script)
     for node in tree.body:
         if isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0])
-            if name in constants:
+            if name in constants or name == "ALLOWED":
                 script[name] = ast.literal_eval(node.value)
     return script
 
