@@ -4,6 +4,7 @@ others than torchrun, systems that cannot reserve disk space.
 
 import errno
 import fcntl
+import gc
 import io
 import mmap
 import os
@@ -406,6 +407,7 @@ def test_help_loads_no_package(number):
         ("20", ["--epochs", "-1"], "--epochs -1: expected a number from 0 to 1000000"),
         ("22", ["--data-root", "nowhere"], "no meta.json in nowhere/dataset"),
         ("22", ["--folds", "1"], "--folds 1: expected a number from 2 to 1000000"),
+        ("22", ["--recipe", "best"], "--recipe best: expected one of paper, published"),
         ("25", ["--micro-batch", "2"], "--micro-batch 2: expected a number from 3 to 999"),
         ("26", ["--weights", "nowhere"], "--weights nowhere: no such file or folder"),
         ("27", ["--run", "nowhere"], "--run nowhere: no such file or folder"),
@@ -422,6 +424,7 @@ def test_a_mistake_in_the_command_is_told_before_any_package_is_loaded(number, f
 @pytest.mark.parametrize("flag", ["--from-spaceranger", "--from-hest"])
 def test_where_script_19_writes_slides_csv_it_need_not_be_there(monkeypatch, tmp_path, flag):
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # so that what check_command sets is undone
+    monkeypatch.setattr(gc, "disable", lambda: None)
     monkeypatch.setattr(sys, "argv", ["19", "--data-root", str(tmp_path), flag, str(tmp_path)])
     shell.check_command(COMMANDS["19"], files=("FROM_HEST",), manifest=True)
 
@@ -436,6 +439,24 @@ def test_a_folder_in_which_nobody_may_look_is_told_in_a_line(monkeypatch, capsys
     with pytest.raises(SystemExit, match="2"):
         shell.check_command(COMMANDS["19"], **asked)
     assert capsys.readouterr().err.startswith("error: /a: no permission")
+
+
+def test_garbage_is_collected_again_once_a_script_runs(tmp_path):
+    (tmp_path / "script.py").write_text(f"""
+import gc, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from study import shell
+# {"-" * 40}
+# {"-" * 40}
+shell.check_command(__file__)
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+def main():
+    print(gc.isenabled(), gc.get_freeze_count() > 0)
+shell.run_script(globals())
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+""")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False False", "True True", "True False"], done.stderr
 
 
 def test_script_17_does_not_load_torch():
