@@ -66,7 +66,7 @@ LOSS = "mse"  # a name of common.LOSSES
 BEST_EPOCH = "mse"  # by validation: lowest mse, or highest r of heg
 REFIT = False  # true = then refit on training + validation spots, up to that epoch
 TTA = False  # average predictions over the 8 symmetries
-NEIGHBOURHOOD = 0.0  # the spots around count half: pitches, sd of their Gaussian; 0 = alone
+NEIGHBOURHOOD = False  # true = half of what is seen of a spot is the mean of the spots around it
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32

@@ -383,7 +383,7 @@ def computed_methods(run):
         if backbone == features:
             full_rank = pooled | {"FULL_RANK": True}
             found[f"ridge ({backbone}, full rank)"] = (full_rank, methods.ridge_on_features)
-        wide = pooled | {"NEIGHBOURHOOD": recipes.BEST["NEIGHBOURHOOD"]}
+        wide = pooled | {"NEIGHBOURHOOD": True}
         found[f"ridge ({backbone}, neighbourhood)"] = (wide, methods.ridge_on_features)
         if PROTOCOL == "hest":
             for probe, changed in probes.name_probes(backbone).items():

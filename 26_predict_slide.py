@@ -283,14 +283,26 @@ def predict_patches(model, trained, patches):
 
 
 def blend_as_learnt(predicted, spots, trained, um_per_px):
-    """The prediction (n, G) of single spots, blended by NEIGHBOURHOOD as the model has learnt."""
-    pitches = trained.recipe["NEIGHBOURHOOD"]
-    if not pitches:
+    """The prediction (n, G) of single spots, blended as the model has learnt; as it is, if it saw
+    single spots. It learnt from spots around within so many micrometres, and these count.
+    """
+    sd = trained.recipe["NEIGHBOURHOOD"]  # in pitches of the slides that taught
+    if not sd:
         return predicted
-    width = pitches * trained.pitch_um
-    print(f"blended     half of a value is the mean over the spots around, sd {width:.0f} um")
-    here = um_per_px * spots.obs["pitch"].iloc[0]
-    return common.blend_neighbourhood(predicted, spots.obs, width / here)
+    sd *= trained.pitch_um
+    blended = common.blend_neighbourhood(predicted, spots.obs, sd / find_pitch(spots, um_per_px))
+    count = (blended != predicted).any(axis=1).sum()
+    told = f"of {count} of {len(blended)} spots half is the mean of those around, sd {sd:.0f} um"
+    if count:
+        print(f"blended     {told}")
+    else:
+        inputs.warn(f"the model sees the spots around, and no spot has any: {told}")
+    return blended
+
+
+def find_pitch(spots, um_per_px):
+    """um from spot to spot on a slide."""
+    return um_per_px * spots.obs["pitch"].iloc[0]
 
 
 def embed_slide(slide, spots, patches, recipe):
@@ -359,7 +371,7 @@ def add_evidence(table, trained, genes, um_per_px):
     """
     table.var["drawn"] = table.var_names.isin(genes)
     scale = evidence.choose_scale(trained.judged, trained.candidates) or ""
-    here, there = um_per_px * table.obs["pitch"].iloc[0], trained.pitch_um
+    here, there = find_pitch(table, um_per_px), trained.pitch_um
     if scale and there and abs(here / there - 1) > PITCH_SHARE:
         text = f"spots are {here:.0f} um apart, and {there:.0f} um in validation"
         print(f"scale       no means over neighbourhoods are shown: {text}")

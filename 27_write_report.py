@@ -57,7 +57,8 @@ KEYS = ("setting", "split", "truth", "slide", "seed", "fold")
 # What the table of further metrics leaves out: the tables of scores or the settings hold it, it is
 # of the measured expression alone, or no number for a reader.
 SHOWN_ELSEWHERE = {*KEYS, "n_spots", "n_genes_r30", "n_genes_q05", "steps", "heg", "heg_moran"}
-SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "gene_lists", "folder", "heg_lacks"}
+SHOWN_ELSEWHERE |= {"target", "protocol", "recipe", "refit", "neighbourhood", "gene_lists"}
+SHOWN_ELSEWHERE |= {"folder", "heg_lacks"}
 # What the table of scales shows: (a column of a row, its heading).
 SCALES = (
     ("heg", "HEG, spots"),
@@ -212,8 +213,9 @@ def save_picture(path, figure, description):
         # Cut here, since bbox_inches="tight" would draw all of it twice.
         picture = picture.crop(ImageOps.invert(picture).getbbox())
         picture = ImageOps.expand(picture, 10, "white")
-        # The other methods dull the colours that are rare, as yellow, or the shades of grey. Every
-        # third pixel of every third row has them all, and they are chosen twenty times as fast.
+        # The other methods dull rare colours, as yellow, or the shades of grey. Colours are chosen
+        # from a ninth of the pixels, in a twentieth of the time: what is a pixel thin may get one
+        # that is only similar.
         ninth = picture.width // 3, picture.height // 3
         sample = picture.resize(ninth, Image.Resampling.NEAREST)
         colours = sample.quantize(192, Image.Quantize.MAXCOVERAGE, kmeans=1)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
+from sklearn.preprocessing import normalize
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -39,7 +40,7 @@ from study.shell import InputError
 
 # -------------------------------------------------------------------------------------- conventions
 FORMAT = 4  # of script 19's files, rows and weights; raised when one of them changes
-RESULTS = 8  # raised when the same constants give another number: rows on disk are made anew then
+RESULTS = 9  # raised when the same constants give another number: rows on disk are made anew then
 PATCH_SIZE = 224  # px of the slide; 68 um at GSE240429's 0.304 um/px
 GROUP_SIZE = 50  # genes of the groups HEG and HVG
 GROUPS = ("HEG", "HVG", "MG")
@@ -58,6 +59,7 @@ PREDICT_BATCH = {"cpu": 16, "cuda": 256}  # what was fastest; on a processor the
 READ_AHEAD = 2  # batches that are read while one is used
 SPOTS_AT_ONCE = 1024  # spots, and genes, whose expression is in memory at a time
 GENES_AT_ONCE = 512
+BLEND_SD = 1.5  # pitches; of the Gaussian by which NEIGHBOURHOOD averages the spots around
 
 
 # ------------------------------------------------------------------------------------------- device
@@ -1106,27 +1108,33 @@ def predict(model, patches, spots, *, dtype, tta=False):
     return np.concatenate(parts)
 
 
-def blend_neighbourhood(values, spots, width):
-    """(N, F) values (N, F) of a table's spots, half of each its own and half the Gaussian mean of
-    the other spots of its slide, `width` pitches its sd. Without a width, or where no other spot is
-    within three of it, they are as they were.
+def blend_neighbourhood(values, spots, sd=BLEND_SD):
+    """(N, F) values (N, F) of a table's spots, half of each its own and half the mean over the
+    other spots of its slide, weighted by a Gaussian of `sd` pitches. Where no other spot lies
+    within three sd, a spot keeps its own.
 
-    A linear head turns blended features into the blended predictions of single patches.
+    Behind a linear head, blended features are the blended predictions of single patches.
     """
-    if not width:
-        return values
-    blended, places = values.copy(), places_in_pitches(spots).to_numpy(np.float64)
+    blended = values.copy()
+    places = places_in_pitches(spots).to_numpy(np.float64)
     for numbers in spots.groupby("tissue_index").indices.values():
-        tree = cKDTree(places[numbers])
-        near = tree.sparse_distance_matrix(tree, 3 * width, output_type="coo_matrix").tocsr()
-        near.data = np.exp(-((near.data / width) ** 2) / 2)
-        near.setdiag(0)
-        total = near.sum(1).A1
-        has_others = total > 0
-        around = (near @ values[numbers])[has_others] / total[has_others, None]
-        numbers = numbers[has_others]
-        blended[numbers] = (values[numbers] + around) / 2
+        around = weigh_around(places[numbers], sd)
+        for part in parts_of(values.shape[1], GENES_AT_ONCE):
+            own = values[numbers, part]
+            blended[numbers, part] = (own + around @ own) / 2
     return blended
+
+
+def weigh_around(places, sd):
+    """Sparse (n, n) float32 matrix that takes values of spots at places (n, 2) to their means over
+    the other spots, weighted by a Gaussian; to their own where none lies within three sd.
+    """
+    tree = cKDTree(places)
+    near = tree.sparse_distance_matrix(tree, 3 * sd, output_type="coo_matrix").tocsr()
+    near.data = np.exp(-((near.data / sd) ** 2) / 2)
+    near.setdiag(0)
+    near.setdiag(near.sum(1).A1 == 0)
+    return normalize(near, "l1").astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------- correlation

@@ -153,6 +153,8 @@ def measure_network(data, folder):
         patches = apply(data.patches[test].numpy())
         placed = common.MappedPatches(torch.from_numpy(patches), recipe["IMAGE_SIZE"])
         seen = common.predict(model, placed, range(len(test)), dtype=dtype, tta=recipe["TTA"])
+        if recipe["NEIGHBOURHOOD"]:
+            seen = common.blend_neighbourhood(seen, data.spots.iloc[test])
         coverage = conformal.measure_coverage(seen, truth, trained.half_widths)
         line = {"slide": data.spots["tissue_index"].iloc[test[0]], "change": change}
         line |= compare(training, colour_statistics(patches))

@@ -317,7 +317,9 @@ def settings_of(models, baseline):
 def ridge_on(model, row):
     """A method, given a Model: the ridge on its embeddings, whose coefficients are kept."""
     spots = row.split.data.spots
-    embedded = common.blend_neighbourhood(model.read(spots), spots, row.recipe["NEIGHBOURHOOD"])
+    embedded = model.read(spots)
+    if row.recipe["NEIGHBOURHOOD"]:
+        embedded = common.blend_neighbourhood(embedded, spots)
     row.model, shrinkage = methods.learn_ridge(row.split, embedded, row.split.spots("train"))
     row.note(weights=f"{model.name}, {model.width}", **shrinkage._asdict())
     return row.model.predict(embedded[row.split.scored()])

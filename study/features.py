@@ -35,8 +35,10 @@ def freeze_features(recipe, split):
     """
     features, widths = encode_spots(split.data, recipe, split.seed, tta=True)
     scale = ridges.balance_parts(features[split.spots("train")], widths)
-    width = recipe["NEIGHBOURHOOD"]
-    return common.blend_neighbourhood(features * scale, split.data.spots, width), scale
+    features = features * scale
+    if recipe["NEIGHBOURHOOD"]:
+        features = common.blend_neighbourhood(features, split.data.spots)
+    return features, scale
 
 
 def encode_spots(data, recipe, seed, *, tta=False):

@@ -26,6 +26,11 @@ def start_network(row):
         )
     if not recipe["EPOCHS"] and not starts_as_ridge:
         raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
+    if recipe["EPOCHS"] and recipe["NEIGHBOURHOOD"]:
+        raise InputError(
+            "--neighbourhood true: a network in training sees single patches: add --epochs 0, or "
+            "--neighbourhood false"
+        )
     model = common.build_model(recipe, len(split.data.genes), split.seed)
     model = model.to(row.device, memory_format=torch.channels_last)
     if recipe["HEAD_START"] == "mean":
@@ -131,11 +136,11 @@ def ridge_on_colour(row, seen=None):
     """A method: the ridge on standardised colour statistics, which predicts from these or, where
     others (N, 40) are `seen`, from those.
     """
-    data, width = row.split.data, row.recipe["NEIGHBOURHOOD"]
+    data = row.split.data
     statistics = data.annotations.obsm["colour"]
     scaler = StandardScaler().fit(statistics[row.split.spots("train")])
-    features = common.blend_neighbourhood(scaler.transform(statistics), data.spots, width)
-    if seen is not None:
-        seen = common.blend_neighbourhood(scaler.transform(seen), data.spots, width)
-    seen = features if seen is None else seen
+    features = scaler.transform(statistics)
+    seen = features if seen is None else scaler.transform(seen)
+    if row.recipe["NEIGHBOURHOOD"]:
+        features, seen = (common.blend_neighbourhood(x, data.spots) for x in (features, seen))
     return predict_by_ridge(row, features, seen[row.split.scored()])

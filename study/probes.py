@@ -20,7 +20,7 @@ SEED = 1  # of the benchmark's runs
 def name_probes(backbone):
     """{setting: {CONSTANT: value}} of the two probes that HEST-Benchmark describes."""
     # They see single spots, and learn from validation spots anyway.
-    plain = {"NEIGHBOURHOOD": 0.0, "REFIT": False}
+    plain = {"NEIGHBOURHOOD": False, "REFIT": False}
     return {
         f"hest probe ({backbone})": plain,
         f"hest probe ({backbone}, full width)": plain | {"FULL_WIDTH": True},

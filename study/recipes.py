@@ -27,7 +27,7 @@ PAPER = {
     "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
     "REFIT": False,  # then train again, on training + validation spots, up to that epoch
     "TTA": False,  # predictions are averaged over the 8 symmetries
-    "NEIGHBOURHOOD": 0.0,  # the spots around count half: pitches, sd of their Gaussian; 0 = alone
+    "NEIGHBOURHOOD": False,  # half of what is seen of a spot is the mean of the spots around it
 }
 # What the public scripts do and the paper does not describe: docs/trust.md, "How the public scripts
 # differ from the paper".
@@ -47,7 +47,7 @@ BEST = PAPER | {
     "EPOCHS": 0,
     "REFIT": True,
     "TTA": True,
-    "NEIGHBOURHOOD": 1.5,
+    "NEIGHBOURHOOD": True,
 }
 RECIPES = {"paper": PAPER, "published": PUBLISHED, "best": BEST}
 # What `--quick` sets in 20 to 25, each of which adds its own.
@@ -81,7 +81,6 @@ ALLOWED = {
     "TRAINABLE_STAGES": (-1, 1000),
     "VALID_FRACTION": (0, 1),
     "LEARNING_RATE": (0, 1),
-    "NEIGHBOURHOOD": (0, 5),
     "BATCH_SIZE": (2, 10**6),
     "EPOCHS": (0, 10**6),
     "UM_PER_PX": (0, 20),

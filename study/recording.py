@@ -122,6 +122,7 @@ def score_split(setting, recipe, split, predicted, more):
         line |= {"target": recipe["TARGET"], "truth": truth, "protocol": recipe["PROTOCOL"]}
         line["recipe"] = recipe.get("RECIPE")
         line["refit"] = bool(splitting.is_refitted(recipe, split))
+        line["neighbourhood"] = bool(recipe.get("NEIGHBOURHOOD"))
         line |= {"gene_lists": split.groups.attrs["source"], "n_spots": len(x), **more}
         line |= summarise_genes(genes, split.members)
         line["spot_r"] = common.correlate_spots(x, y, usual[truth])

@@ -102,12 +102,16 @@ class Row:
         blended by NEIGHBOURHOOD.
         """
         _, dtype, _ = common.choose_device(self.recipe)
-        scored, tta, width = self.split.scored(), self.recipe["TTA"], self.recipe["NEIGHBOURHOOD"]
-        if not width:
-            return common.predict(network, patches, scored, dtype=dtype, tta=tta)
-        every = np.arange(len(self.split.data.spots))
-        predicted = common.predict(network, patches, every, dtype=dtype, tta=tta)
-        return common.blend_neighbourhood(predicted, self.split.data.spots, width)[scored]
+        how = {"dtype": dtype, "tta": self.recipe["TTA"]}
+        scored = self.split.scored()
+        if not self.recipe["NEIGHBOURHOOD"]:
+            return common.predict(network, patches, scored, **how)
+        spots = self.split.data.spots
+        slides = self.split.slides(*common.SCORED)
+        seen = np.flatnonzero(spots["tissue_index"].isin(slides))  # all that lie around them
+        predicted = common.predict(network, patches, seen, **how)
+        blended = common.blend_neighbourhood(predicted, spots.iloc[seen])
+        return blended[np.searchsorted(seen, scored)]
 
     # ----------------------------------------------------------------------------------------- disk
     def fill(self, method, *, rank=0, refit=True):

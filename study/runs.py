@@ -314,6 +314,8 @@ def describe_run(recipe, splits):
     roles = describe_split(split, len(splits))
     if splitting.is_refitted(recipe, split):
         roles += "; test is predicted after refitting on training + validation spots (REFIT)"
+    if recipe["NEIGHBOURHOOD"]:
+        roles += "; half of what is seen of a spot is the mean of the spots around (NEIGHBOURHOOD)"
     return {
         "data": f"{data.root}: {slides} slides, {n_spots:,} spots x {n_genes:,} genes",
         "target": f"{recipe['TARGET']} ({TARGETS[recipe['TARGET']]})",

@@ -436,7 +436,9 @@ def describe_waiting():
 
 
 def read_script(path):
-    """{name: value} of a script's docstring, constants and ALLOWED, which are read and not run."""
+    """{name: value} of a script's docstring, constants and ALLOWED. They are read and not run, so
+    that a value must be written out.
+    """
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
     constants = read_comments(script)

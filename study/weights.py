@@ -198,7 +198,7 @@ def check_metadata(path, metadata):
         raise InputError(
             f"{path}: its recipe lacks one of {', '.join(sorted(needed))}: {TRAIN_AGAIN}"
         )
-    trained.recipe = {"NEIGHBOURHOOD": 0.0} | trained.recipe  # Older weights do not tell it.
+    trained.recipe = {"NEIGHBOURHOOD": False} | trained.recipe  # Older weights do not tell it.
     try:
         trained.training_slides = similarity.TrainingSlides(**trained.training_slides)
         evidence.read_genes(trained.evidence, trained.genes)

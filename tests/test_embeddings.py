@@ -42,7 +42,7 @@ from study.rows import Row
 SIDE = 256  # px of a patch of TRIDENT's
 WIDTH = 12
 BASELINE = LOGNORM | {"DEVICE": "cpu", "PRECISION": "fp32", "PRETRAINED": False, "REFIT": False}
-BASELINE |= {"NEIGHBOURHOOD": 1.5}
+BASELINE |= {"NEIGHBOURHOOD": True}
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -363,7 +363,7 @@ def test_a_ridge_on_the_features_of_a_backbone_is_that_backbones_ridge(
     recipe = BASELINE | {"BACKBONE": "resnet18", "IMAGE_SIZE": 32, "REFIT": refit}
     expected, told = ask(methods.ridge_on_features, recipe, paper_split)
     features, _ = freeze_features(recipe, paper_split)
-    single, _ = freeze_features(recipe | {"NEIGHBOURHOOD": 0.0}, paper_split)
+    single, _ = freeze_features(recipe | {"NEIGHBOURHOOD": False}, paper_split)
     folder = write_model(tmp_path / "brought", paper_split.data, single)
     (model,) = open_models(folder, paper_split, backbones=())
     ((constants, method),) = embeddings.settings_of([model], BASELINE | {"REFIT": refit}).values()

@@ -174,6 +174,7 @@ def test_a_killed_run_ends_with_the_same_bits(simulated, tmp_path, undisturbed, 
     for reached, share in ((has_begun, 0.5), (is_late, 0.02 if script == "19" else 0.2)):
         pause = moment.uniform(0, share * seconds)
         while not kill_after(pause, start(command), reached, script, data, out):
+            assert pause > 0.01, "it ends whenever it is killed"
             shutil.rmtree(made)  # It had ended: the machine is less busy than when it was timed.
             pause /= 2
     finish(command)

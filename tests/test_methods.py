@@ -30,7 +30,7 @@ from study import methods, recipes, ridges, rows, runs, shell, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
-CPU |= {"NEIGHBOURHOOD": 0.0}
+CPU |= {"NEIGHBOURHOOD": False}
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +272,10 @@ def test_a_genes_step_of_published_stnet_is_that_of_250_genes(n_genes):
 
 
 # ------------------------------------------------------------------------------ baselines, controls
-@pytest.mark.parametrize("width", [0, 1.5])
+@pytest.mark.parametrize("sees_around", [False, True])
 @pytest.mark.parametrize("method", [methods.ridge_on_features, methods.ridge_on_colour])
-def test_ridges_see_the_training_spots_alone(paper_split, changed_split, method, width):
-    recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": width}
+def test_ridges_see_the_training_spots_alone(paper_split, changed_split, method, sees_around):
+    recipe = CPU | {"BACKBONE": "resnet18", "NEIGHBOURHOOD": sees_around}
     one, told = ask(method, recipe, paper_split)
     other, told_then = ask(method, recipe, changed_split)
     np.testing.assert_array_equal(one, other)

@@ -16,7 +16,6 @@ import scipy.sparse
 import tifffile
 import torch
 from conftest import (
-    AT_RANDOM,
     TINY,
     expect_refusal,
     load_script,
@@ -102,29 +101,38 @@ def test_a_slide_gets_the_predictions_of_its_run(weights, predicted):
 
 
 def test_spots_are_blended_as_in_the_run_over_as_many_micrometres(simulated, tmp_path):
-    options = TINY | AT_RANDOM | {"target": "lognorm", "epochs": 1, "neighbourhood": 1.5}
+    options = TINY | {"target": "lognorm", "head_start": "ridge", "hidden": 0, "epochs": 0}
+    options["neighbourhood"] = True
     rows = rows_of(stdout_of("20", data_root=simulated, out=tmp_path / "run", **options))
     weights = tmp_path / "run" / rows[0]["folder"] / "weights.safetensors"
     theirs = anndata.read_h5ad(weights.parent / "predictions.h5ad")
     ours, printed = predicted_with(weights, *slide_of(simulated), out=tmp_path / "ours")
-    assert "half of a value is the mean over the spots around, sd 150 um" in printed
+    assert "of 10 of 10 spots half is the mean of those around, sd 150 um" in printed
     test = theirs[theirs.obs["role"] == "test"].X
-    np.testing.assert_allclose(ours.X, test, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.X, test, rtol=0, atol=1e-4)
 
     def single(metadata, _):
-        metadata["recipe"] = json.dumps(json.loads(metadata["recipe"]) | {"NEIGHBOURHOOD": 0.0})
+        recipe = json.loads(metadata["recipe"])
+        del recipe["NEIGHBOURHOOD"]  # as weights of an older version
+        metadata["recipe"] = json.dumps(recipe)
 
     def coarse(metadata, _):
         metadata["pitch_um"] = json.dumps(2 * json.loads(metadata["pitch_um"]))
 
-    tables = []
-    for change in (single, coarse):
-        changed = spoil_weights(weights, tmp_path / f"{change.__name__}.safetensors", change)
-        table, _ = predicted_with(changed, *slide_of(simulated), out=tmp_path / change.__name__)
-        tables.append(table)
-    expected = common.blend_neighbourhood(tables[0].X, tables[0].obs, 3.0)
-    np.testing.assert_allclose(tables[1].X, expected, rtol=0, atol=1e-5)
-    assert np.abs(expected - ours.X).max() > 1e-4
+    def near(metadata, _):
+        metadata["pitch_um"] = "20"
+
+    tables = {}
+    for change in (single, coarse, near):
+        name = change.__name__
+        changed = spoil_weights(weights, tmp_path / f"{name}.safetensors", change)
+        tables[name], printed = predicted_with(changed, *slide_of(simulated), out=tmp_path / name)
+    alone = tables["single"]
+    expected = common.blend_neighbourhood(alone.X, alone.obs, 3.0)
+    np.testing.assert_allclose(tables["coarse"].X, expected, rtol=0, atol=1e-4)
+    assert np.abs(expected - ours.X).max() > 1e-2
+    np.testing.assert_array_equal(tables["near"].X, alone.X)
+    assert "no spot has any: of 0 of 10 spots half is the mean of those around, sd 30 um" in printed
 
 
 def row_of_test(weights):

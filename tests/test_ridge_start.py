@@ -15,7 +15,7 @@ from study import methods, recipes, recording, ridges, rows, weights
 RECIPE = NETWORK | PAPER | recipes.RECIPES["best"]
 RECIPE |= {"BACKBONE": "resnet10t", "TARGET": "lognorm", "IMAGE_SIZE": 32, "LOSS": "mse"}
 RECIPE |= {"BATCH_SIZE": 8, "EPOCHS": 1, "AUG": "stnet", "RECIPE": "best"}
-RECIPE |= {"REFIT": False}  # One network, one ridge.
+RECIPE |= {"REFIT": False, "NEIGHBOURHOOD": False}  # One network, one ridge, that may be trained.
 
 
 def start(split, **changed):
@@ -220,21 +220,19 @@ def test_half_a_blended_spot_are_the_others_of_its_slide_by_their_distance():
     blended = common.blend_neighbourhood(values, spots, 1.0)
     near, far = np.exp(-1 / 2), np.exp(-4 / 2)
     expected = np.array([near, far, np.exp(-9 / 2)])  # at 1, 2 and 3 pitches
-    np.testing.assert_allclose(blended[0, [2, 3, 4]], expected / expected.sum() / 2)
+    np.testing.assert_allclose(blended[0, [2, 3, 4]], expected / expected.sum() / 2, rtol=1e-6)
     assert blended[0, 0] == 0.5, "its own"
     assert (blended[0, [1, 5]] == 0).all(), "of another slide"
-    expected = [near, near, far] / (2 * near + far) / 2
-    np.testing.assert_allclose(blended[2, [0, 3, 4]], expected)
+    expected = np.array([near, near, far]) / (2 * near + far) / 2
+    np.testing.assert_allclose(blended[2, [0, 3, 4]], expected, rtol=1e-6)
     np.testing.assert_array_equal(blended[[1, 5]], values[[1, 5]])
-    assert common.blend_neighbourhood(values, spots, 0) is values
     np.testing.assert_array_equal(values, np.eye(6), "the values given stay as they are")
 
 
-@pytest.mark.parametrize("width", [0.0, 1.5])
+@pytest.mark.parametrize("changed", [{}, {"NEIGHBOURHOOD": True, "EPOCHS": 0}])
 @pytest.mark.parametrize("pool_stages", [True, False])
-def test_the_first_prediction_is_the_ridges(paper_split, pool_stages, width):
-    changed = {"POOL_STAGES": pool_stages, "NEIGHBOURHOOD": width}
-    model, patches, row = start(paper_split, **changed)
+def test_the_first_prediction_is_the_ridges(paper_split, pool_stages, changed):
+    model, patches, row = start(paper_split, POOL_STAGES=pool_stages, **changed)
     ridge, told = ask(methods.ridge_on_features, row.recipe, paper_split)
     np.testing.assert_allclose(row.predict(model, patches), ridge, atol=1e-4)
     assert row.notes == {name: told[name] for name in ("alpha", "rank")}
@@ -352,6 +350,11 @@ def test_channels_last_and_tokens_are_pooled_over_their_places():
 def test_a_hidden_layer_cannot_start_as_a_ridge(paper_split):
     with refused("--hidden 16"):
         start(paper_split, HIDDEN=16)
+
+
+def test_a_network_in_training_does_not_see_the_neighbourhood(paper_split):
+    with refused("--neighbourhood true", "add --epochs 0"):
+        start(paper_split, NEIGHBOURHOOD=True, EPOCHS=1)
 
 
 def test_the_start_is_judged_and_kept_where_training_only_harms(paper_split):
