@@ -58,7 +58,7 @@ def results_of(split):
         "x",
         PAPER | {"TARGET": "lognorm", "REFIT": False},
         split,
-        ask(methods.ridge_on_colour, {"REFIT": False}, split)[0],
+        ask(methods.ridge_on_colour, {"REFIT": False, "NEIGHBOURHOOD": True}, split)[0],
         {},
     )
     features = split.data.annotations.obsm["colour"]
