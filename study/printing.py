@@ -73,10 +73,11 @@ def cut_middle(text, width):
 
 def shorten(texts, width):
     """A column of texts by cut_middle, wider where two that differ would be one."""
-    shortened = texts.map(functools.partial(cut_middle, width=width))
-    if shortened.nunique() < texts.nunique():
-        return shorten(texts, width + 1)
-    return shortened
+    while True:
+        shortened = texts.map(functools.partial(cut_middle, width=width))
+        if shortened.nunique() == texts.nunique():
+            return shortened
+        width += 1
 
 
 def justify_left(column):

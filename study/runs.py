@@ -25,6 +25,9 @@ from study.shell import RANK, RANKS, InputError
 
 # What a constant that names something in common.py may be, beside recipes.ALLOWED.
 NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
+# What the ruled block of a script must hold, also of a copy, in which settings may hold the rest.
+NEEDED = ("DATA_ROOT", "OUT", "TARGET", "PROTOCOL", "TRAIN_SLIDES", "TEST_SLIDE", "SEEDS")
+NEEDED += ("GENE_SETS", "DEVICE", "QUICK")
 
 
 def make_simulated_slides(root, target):
@@ -415,6 +418,10 @@ def open_run(script, *, validate=True):
     """
     shell.check_constants(script, NAMED_IN_COMMON)
     recipe = shell.recipe_of(script)
+    for name in NEEDED:
+        if name not in recipe:
+            block = f"the ruled block of constants of {Path(script['__file__']).name}"
+            raise InputError(f"{name} is not in {block}: every setting needs it, so write it there")
     if not recipe["SEEDS"]:
         raise InputError("--seeds: expected one number at least")
     for name in ("SEEDS", "TRAIN_SLIDES"):

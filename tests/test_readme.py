@@ -9,7 +9,7 @@ import time
 import pytest
 import safetensors.torch
 import timm
-from conftest import REPOSITORY, SHARED, TINY, load_script, stdout_of, table_of
+from conftest import REPOSITORY, SHARED, TINY, expect_refusal, load_script, stdout_of, table_of
 from test_predict_slide import space_ranger
 from test_source import too_wide
 
@@ -79,6 +79,10 @@ def test_a_new_experiment_is_a_copy_of_21(simulated, tmp_path):
     assert re.search("^device .*, precision by setting$", stdout, re.MULTILINE)
     (weights,) = (tmp_path / "runs").glob("wide_head-*/weights.safetensors")
     assert safetensors.torch.load_file(weights)["head.1.weight"].shape[0] == 48
+    copy.write_text(text.replace('\nDEVICE = "auto"', '\n# DEVICE = "auto"'))
+    del options["device"]
+    words = ["DEVICE is not in the ruled block", "28_compare_heads.py"]
+    expect_refusal(words, copy, data_root=simulated, out=tmp_path / "runs", **options)
 
 
 # ------------------------------------------------------------------------------ every command, run
