@@ -66,7 +66,7 @@ LOSS = "mse"  # a name of common.LOSSES
 BEST_EPOCH = "mse"  # by validation: lowest mse, or highest r of heg
 REFIT = False  # true = then refit on training + validation spots, up to that epoch
 TTA = False  # average predictions over the 8 symmetries
-NEIGHBOURHOOD = False  # true = half of what is seen of a spot is the mean of the spots around it
+NEIGHBOURHOOD = False  # true, without epochs = half of what is seen of a spot are those around it
 
 DEVICE = "auto"  # auto, cpu or cuda
 PRECISION = "auto"  # auto, bf16, fp16 or fp32
@@ -133,13 +133,14 @@ def main():
         models = embeddings.open_models(FEATURES, run.data, run.splits, (BACKBONE,))
     join_ranks(run.recipe)
     run.print_header()
-    network = methods.name_network(BACKBONE)
-    minus = {network: "ridge (colour)"}
+    seen = ", neighbourhood" if NEIGHBOURHOOD else ""
+    network = methods.name_network(BACKBONE) + seen
+    minus = {network: "ridge (colour)" + seen}
     for split in run.splits:
-        fill_rows(run, split, run.recipe, models=models)
+        fill_rows(run, split, run.recipe, seen, models)
     for split in run.splits if COMPARE_TARGETS else ():
         other = replace(split, data=replace(split.data, target=split.data.lognorm))
-        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, ", lognorm target", models)
+        fill_rows(run, other, run.recipe | {"TARGET": "lognorm"}, f"{seen}, lognorm target", models)
         minus[f"{network}, lognorm target"] = network
     run.print_scores("mean Pearson r", minus=minus)
     run.finish(printing.print_published(run.data.root))

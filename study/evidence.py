@@ -156,5 +156,6 @@ def tell_of_genes(trained):
     if scale:
         chosen = judged[judged.index.isin(candidates) & judged["believe"]].mean()
         r = f"r {chosen[f'r_{scale}']:.2f} against {chosen['r']:.2f} in validation"
-        lines.append(("scale", f"{MEANS[f'r_{scale}']} hold better than single ones: {r}"))
+        text = f"{MEANS[f'r_{scale}']} hold better than single ones: {r}, of HEG and HVG that pass"
+        lines.append(("scale", text))
     return lines

@@ -26,11 +26,6 @@ def start_network(row):
         )
     if not recipe["EPOCHS"] and not starts_as_ridge:
         raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
-    if recipe["EPOCHS"] and recipe["NEIGHBOURHOOD"]:
-        raise InputError(
-            "--neighbourhood true: a network in training sees single patches: add --epochs 0, or "
-            "--neighbourhood false"
-        )
     model = common.build_model(recipe, len(split.data.genes), split.seed)
     model = model.to(row.device, memory_format=torch.channels_last)
     if recipe["HEAD_START"] == "mean":

@@ -27,7 +27,7 @@ PAPER = {
     "BEST_EPOCH": "mse",  # by validation: mse, or heg (mean r of HEG)
     "REFIT": False,  # then train again, on training + validation spots, up to that epoch
     "TTA": False,  # predictions are averaged over the 8 symmetries
-    "NEIGHBOURHOOD": False,  # half of what is seen of a spot is the mean of the spots around it
+    "NEIGHBOURHOOD": False,  # half of what is seen of a spot are those around it; without epochs
 }
 # What the public scripts do and the paper does not describe: docs/trust.md, "How the public scripts
 # differ from the paper".

@@ -316,6 +316,12 @@ def override_constants(script, argv):
             print(f"{name} = {value!r}")
     script.update({name: value for name, value in values.items() if name in script})
     check_constants(script, allowed)
+    settled = recipe_of(script)
+    if settled.get("NEIGHBOURHOOD") and settled.get("EPOCHS"):
+        raise InputError(
+            f"--epochs {settled['EPOCHS']}: a network in training sees single patches, without the "
+            "neighbourhood of recipe best: add --neighbourhood false (in 20), or leave epochs out"
+        )
 
 
 def choose_by_recipe(script, recipe, given):

@@ -94,7 +94,7 @@ class Split:
         if "AUG" in recipe:
             made_with["augmentation"] = common.describe_augmentation(recipe["AUG"])
         if recipe.get("NEIGHBOURHOOD"):
-            made_with["NEIGHBOURHOOD"] = common.BLEND_SD
+            made_with["neighbourhood_pitches"] = common.BLEND_SD
         device, dtype, _ = common.choose_device(recipe)
         made_with["DEVICE"] = device.type
         made_with["PRECISION"] = str(dtype).removeprefix("torch.")

@@ -34,14 +34,20 @@ def test_every_recipe_says_the_same_constants():
         shell.check_constants(recipe, recipes.ALLOWED)
 
 
-@pytest.mark.parametrize("name", ["20", "21"])
-def test_an_edited_constant_wins_over_the_recipe_and_is_told(name, capsys):
-    script = override(name, "--recipe", "best", EPOCHS=9)
+def test_an_edited_constant_wins_over_the_recipe_and_is_told(capsys):
+    script = override("20", "--recipe", "best", "--neighbourhood", "false", EPOCHS=9)
     assert script["EPOCHS"] == 9
     assert shell.recipe_of(script)["EPOCHS"] == 9
     assert shell.recipe_of(script)["HEAD_START"] == recipes.BEST["HEAD_START"]
     told = capsys.readouterr().out
     assert f"EPOCHS = 9 as edited, in place of {recipes.BEST['EPOCHS']} of recipe best" in told
+
+
+@pytest.mark.parametrize("name", ["20", "21"])
+@pytest.mark.parametrize("flags, edited", [(["--epochs", "9"], {}), ([], {"EPOCHS": 9})])
+def test_a_network_in_training_is_refused_the_neighbourhood(name, flags, edited):
+    with pytest.raises(shell.InputError, match="--epochs 9: a network in training sees single"):
+        override(name, "--recipe", "best", *flags, **edited)
 
 
 @pytest.mark.parametrize("name", ["22", "23", "24"])

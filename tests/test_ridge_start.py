@@ -352,11 +352,6 @@ def test_a_hidden_layer_cannot_start_as_a_ridge(paper_split):
         start(paper_split, HIDDEN=16)
 
 
-def test_a_network_in_training_does_not_see_the_neighbourhood(paper_split):
-    with refused("--neighbourhood true", "add --epochs 0"):
-        start(paper_split, NEIGHBOURHOOD=True, EPOCHS=1)
-
-
 def test_the_start_is_judged_and_kept_where_training_only_harms(paper_split):
     model, patches, row = start(paper_split)
     before = common.copy_state(model)
