@@ -99,7 +99,9 @@ def join_ranks(recipe):
 
 
 def fill_rows(run, split, recipe, suffix="", models=()):
-    """Fill the rows of the network and of ridges; `models` are of others' embeddings."""
+    """Fill the rows of the network and of ridges, whose names end in the suffix; `models` are of
+    others' embeddings.
+    """
     network = methods.name_network(BACKBONE)
     # Whose embeddings stand beside it changes nothing of the network.
     without = {name: value for name, value in recipe.items() if name != "FEATURES"}

@@ -290,7 +290,7 @@ def blend_as_learnt(predicted, spots, trained, um_per_px):
     if not trained.recipe["NEIGHBOURHOOD"]:
         return predicted
     sd = trained.recipe["neighbourhood_pitches"] * trained.pitch_um
-    blended = common.blend_neighbourhood(predicted, spots.obs, sd / find_pitch(spots, um_per_px))
+    blended = common.blend_neighbourhood(predicted, spots.obs, sd / pitch_in_um(spots, um_per_px))
     count = (blended != predicted).any(axis=1).sum()
     told = f"of {count} of {len(blended)} spots half is the mean of those around, sd {sd:.0f} um"
     if count:
@@ -300,7 +300,7 @@ def blend_as_learnt(predicted, spots, trained, um_per_px):
     return blended
 
 
-def find_pitch(spots, um_per_px):
+def pitch_in_um(spots, um_per_px):
     """um from spot to spot on a slide."""
     return um_per_px * spots.obs["pitch"].iloc[0]
 
@@ -371,7 +371,7 @@ def add_evidence(table, trained, genes, um_per_px):
     """
     table.var["drawn"] = table.var_names.isin(genes)
     scale = evidence.choose_scale(trained.judged, trained.candidates) or ""
-    here, there = find_pitch(table, um_per_px), trained.pitch_um
+    here, there = pitch_in_um(table, um_per_px), trained.pitch_um
     if scale and there and abs(here / there - 1) > PITCH_SHARE:
         text = f"spots are {here:.0f} um apart, and {there:.0f} um in validation"
         print(f"scale       no means over neighbourhoods are shown: {text}")

@@ -219,10 +219,11 @@ JPEG_TAIL = 65_536  # bytes; programs may write notes behind the end
 def check_tiff(path, tiff, page):
     """InputError for a TIFF that is cut short, and for a page that does not come out as RGB."""
     for tag in ("compression", "photometric"):  # Of one that it knows tifffile gives the name.
-        if not hasattr(getattr(page, tag), "name"):
+        value = getattr(page, tag)
+        if not hasattr(value, "name"):
             raise InputError(
-                f"{path}: its {tag} is number {getattr(page, tag)}, which is not known here: "
-                "export it as RGB with LZW, deflate or JPEG"
+                f"{path}: its {tag} is number {value}, which is not known here: export it as RGB "
+                "with LZW, deflate or JPEG"
             )
     needed, held = max(np.add(page.dataoffsets, page.databytecounts)), tiff.filehandle.size
     if needed > held:

@@ -134,8 +134,13 @@ def ridge_on_colour(row, seen=None):
     data = row.split.data
     statistics = data.annotations.obsm["colour"]
     scaler = StandardScaler().fit(statistics[row.split.spots("train")])
-    features = scaler.transform(statistics)
-    seen = features if seen is None else scaler.transform(seen)
-    if row.recipe["NEIGHBOURHOOD"]:
-        features, seen = (common.blend_neighbourhood(x, data.spots) for x in (features, seen))
+
+    def prepare(values):
+        scaled = scaler.transform(values)
+        if row.recipe["NEIGHBOURHOOD"]:
+            return common.blend_neighbourhood(scaled, data.spots)
+        return scaled
+
+    features = prepare(statistics)
+    seen = features if seen is None else prepare(seen)
     return predict_by_ridge(row, features, seen[row.split.scored()])
