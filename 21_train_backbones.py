@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, printing, recipes, recording, runs, shell
+from study import drawing, methods, printing, recipes, recording, runs, shell
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -132,7 +132,7 @@ def draw_figure(path, title, lines):
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(which="both", labelsize=8)
-    shell.save_figure(path, figure, "r of every backbone against its number of parameters")
+    drawing.save_figure(path, figure, "r of every backbone against its number of parameters")
 
 
 def main():

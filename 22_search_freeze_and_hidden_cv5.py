@@ -35,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import methods, recipes, recording, runs, shell, splitting, weights
+from study import drawing, methods, recipes, recording, runs, shell, splitting, weights
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -167,7 +167,7 @@ def draw_figure(path, title, rows):
     ax.set_yticks(range(len(STAGES)), STAGES)
     ax.set(xlabel="hidden units", ylabel="trainable stages")
     ax.set_title(title, size=9)
-    shell.save_figure(path, figure, "r in validation by trainable stages and hidden units")
+    drawing.save_figure(path, figure, "r in validation by trainable stages and hidden units")
 
 
 # --------------------------------------------------------------------------------------------- main

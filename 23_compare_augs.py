@@ -35,7 +35,7 @@ from torch import nn
 
 import common
 from slides.colour import colour_statistics
-from study import methods, recipes, runs, shell, splitting
+from study import drawing, methods, recipes, runs, shell, splitting
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -200,7 +200,7 @@ def draw_figure(path, title, differences):
     ax.set(xlabel="difference of Pearson r, mean over genes")
     ax.set_title(title, size=10, wrap=True)
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
-    shell.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
+    drawing.save_figure(path, figure, "differences in r to MPA, with 95 % intervals")
 
 
 def compare_with_mpa():

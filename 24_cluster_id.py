@@ -41,7 +41,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from study import methods, printing, recipes, runs, shell
+from study import drawing, methods, printing, recipes, runs, shell
 from study.features import encode_spots
 
 # ---------------------------------------------------------------------------------------- constants
@@ -278,7 +278,7 @@ def draw_clusters(path, title, split, ids, points):
         ax.set(aspect="equal")
         ax.set_axis_off()
     figure.suptitle(title)
-    shell.save_figure(path, figure, "clusters of spots on every slide")
+    drawing.save_figure(path, figure, "clusters of spots on every slide")
 
 
 def show_patches(ax, patches, train, ids, columns=5, rows=10):

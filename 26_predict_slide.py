@@ -573,7 +573,7 @@ def draw_maps(path, table, genes, title, note):
             ax = figure.add_subplot(grid[number, wide + column])
             draw_map(ax, table, thumbnail, gene, kind)
     drawing.entitle(figure, [title, *note])
-    shell.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
+    drawing.save_figure(path, figure, f"{title}: H&E and maps of {', '.join(genes) or 'no gene'}")
 
 
 def draw_distance(ax, table, thumbnail):

@@ -32,8 +32,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from study import drawing, printing, recording, viewer
 from study.shell import InputError, fingerprint_of
@@ -181,7 +180,7 @@ def draw_test_slide(path, table, groups, thumbnail, title):
     shown = f"measured and predicted expression of {', '.join(genes)}"
     drawing.entitle(figure, [title, shown, ABOUT_MAPS])
     ground = "the H&E" if thumbnail else "white"
-    save_picture(path, figure, f"{title}: {shown}, on {ground}")
+    drawing.save_photographs(path, figure, f"{title}: {shown}, on {ground}")
 
 
 def values_of(table, gene):
@@ -197,30 +196,6 @@ def draw_agreement(ax, table, genes, shape):
         ax.plot(measured, predicted, ".", markersize=3, alpha=0.5, label=gene)
     ax.set(xlabel="measured", ylabel="predicted", box_aspect=shape)
     ax.legend(fontsize=8, markerscale=1.5, handletextpad=0.1, framealpha=0.6)
-
-
-def save_picture(path, figure, description):
-    """Write a figure that holds photographs, without its white margins and in 192 colours, which
-    take a quarter of the bytes.
-    """
-    information = PngInfo()
-    information.add_text("Description", description)
-    shell.keep_text(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    with shell.whole_file(path) as partial, Image.open(buffer) as image:
-        picture = image.convert("RGB")
-        # Cut here, since bbox_inches="tight" would draw all of it twice.
-        picture = picture.crop(ImageOps.invert(picture).getbbox())
-        picture = ImageOps.expand(picture, 10, "white")
-        # The other methods dull rare colours, as yellow, or the shades of grey. Colours are chosen
-        # from a ninth of the pixels, in a twentieth of the time: what is a pixel thin may get one
-        # that is only similar.
-        ninth = picture.width // 3, picture.height // 3
-        sample = picture.resize(ninth, Image.Resampling.NEAREST)
-        colours = sample.quantize(192, Image.Quantize.MAXCOVERAGE, kmeans=1)
-        reduced = picture.quantize(palette=colours, dither=Image.Dither.NONE)
-        reduced.save(partial, pnginfo=information, optimize=True)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -286,7 +261,7 @@ def draw_scores(path, genes, groups, history, selected_epoch, title):
         draw_losses(axes[1], history, selected_epoch)
         shown += "; losses"
     figure.suptitle(f"{title}\n{shown}", size=10)
-    shell.save_figure(path, figure, f"{title}: {shown}")
+    drawing.save_figure(path, figure, f"{title}: {shown}")
 
 
 def draw_ranks(ax, genes, groups):
@@ -591,7 +566,7 @@ def write_report(run, facts):
     if scored:
         figure, text = draw_settings(scored, facts["label"])
         buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=100)
+        drawing.paint(figure).save(buffer, "PNG")
         parts.append(as_image(buffer.getvalue(), text))
     parts += [as_picture(run / name) for name in facts["figures"] if (run / name).is_file()]
     if facts.get("warnings"):

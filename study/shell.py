@@ -124,25 +124,6 @@ def as_utf8(text):
     return text.encode("utf-8", "replace").decode()
 
 
-def keep_text(figure):
-    """Have the text of a figure stand as it is: it names files and genes, in which a $ is no
-    mathematics and a byte may be no UTF-8.
-    """
-    legends = [ax.get_legend() for ax in figure.axes]
-    entries = [entry for legend in legends if legend for entry in legend.get_texts()]
-    for text in (*figure.texts, *(ax.title for ax in figure.axes), *entries):
-        text.set_parse_math(False)
-        text.set_text(as_utf8(text.get_text()))
-
-
-def save_figure(path, figure, description):
-    """Write a figure whole, with the text that stands for it where it cannot be seen."""
-    keep_text(figure)
-    metadata = {"Description": as_utf8(description)}
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=100, metadata=metadata)
-
-
 def reserve_disk(path):
     """Take the space of a sparse file now: written through memory, a full disk would kill the
     process later. macOS cannot reserve; there the free space is at least compared.

@@ -38,7 +38,7 @@ from slides import imaging, inputs
 from slides.counts import read_matrix
 from slides.manifest import MANIFEST, Slide
 from slides.positions import place_spots, read_positions
-from study import shell
+from study import drawing, shell
 from study import weights as weighing
 
 
@@ -245,7 +245,7 @@ def drawn_titles(monkeypatch):
         titles.append(figure.get_suptitle().partition("\n")[2])
         titles.extend(ax.get_title() for ax in figure.axes if ax.get_title())
 
-    monkeypatch.setattr(shell, "save_figure", note)
+    monkeypatch.setattr(drawing, "save_figure", note)
     return titles
 
 
@@ -759,7 +759,7 @@ def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
     assert predict(weights, *image, out=tmp_path / "out") == 0
     figure = Figure()
     figure.suptitle("caf\udce9")
-    shell.save_figure(tmp_path / "maps.png", figure, "caf\udce9")
+    drawing.save_figure(tmp_path / "maps.png", figure, "caf\udce9")
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     (run / "run.json").write_text("{")
