@@ -16,8 +16,8 @@ from study.shell import InputError
 
 
 # ----------------------------------------------------------------------------------------- networks
-def start_network(row):
-    """The network before training; its last layer starts as HEAD_START says."""
+def build_network(row):
+    """The network with a random last layer, on the row's device."""
     recipe, split = row.recipe, row.split
     starts_as_ridge = recipe["HEAD_START"] == "ridge"
     if starts_as_ridge and recipe["HIDDEN"]:
@@ -27,19 +27,30 @@ def start_network(row):
     if not recipe["EPOCHS"] and not starts_as_ridge:
         raise InputError("--epochs 0: needs --head-start ridge, which predicts without any")
     model = common.build_model(recipe, len(split.data.genes), split.seed)
-    model = model.to(row.device, memory_format=torch.channels_last)
-    if recipe["HEAD_START"] == "mean":
+    return model.to(row.device, memory_format=torch.channels_last)
+
+
+def start_network(row):
+    """The network before training; its last layer starts as HEAD_START says."""
+    model = build_network(row)
+    if row.recipe["HEAD_START"] == "mean":
         # Through a random last layer the first steps would turn the pretrained backbone before the
         # head knows anything; behind this one it waits, and the first prediction is the mean.
-        mean, _ = common.mean_and_variance(split.data.target, split.spots("train"))
+        mean, _ = common.mean_and_variance(row.split.data.target, row.split.spots("train"))
         nn.init.zeros_(model.head[-1].weight)
         model.head[-1].bias.data.copy_(torch.from_numpy(mean))
-    if starts_as_ridge:
-        features, scale = freeze_features(recipe, split)
-        ridge, shrinkage = learn_ridge(split, features, split.spots("train"))
-        ridges.start_as_ridge(model, ridge, scale)
-        row.note(**shrinkage._asdict())
+    if row.recipe["HEAD_START"] == "ridge":
+        start_as_ridge(row, model)
     return model
+
+
+def start_as_ridge(row, model):
+    """Have the head predict what the ridge on frozen features does; returns these (N, F)."""
+    features, scale = freeze_features(row.recipe, row.split)
+    ridge, shrinkage = learn_ridge(row.split, features, row.split.spots("train"))
+    ridges.copy_to_head(ridge, model, scale)
+    row.note(**shrinkage._asdict())
+    return features
 
 
 def network(row, **how):
@@ -55,12 +66,12 @@ def network_of_no_epoch(row):
 
     With TTA it predicts by the features that the data root keeps, and sees no patch again.
     """
-    row.model = start_network(row)
+    row.model = build_network(row)
+    features = start_as_ridge(row, row.model)
     row.note(weights=name_weights(row.recipe), steps=0, best_epoch=0)
     row.count_parameters()
     if not row.recipe["TTA"]:
         return row.predict(row.model, row.place_patches())
-    features, _ = freeze_features(row.recipe, row.split)
     head = row.model.head[-1]
     ridge = ridges.Ridge(head.weight.detach().cpu().numpy().T, head.bias.detach().cpu().numpy())
     return ridge.predict(features[row.split.scored()])

@@ -291,7 +291,7 @@ def balance_parts(features, widths):
     return np.repeat(factors.astype(np.float32), widths)
 
 
-def start_as_ridge(model, ridge, scale):
+def copy_to_head(ridge, model, scale):
     """Have the network's linear head predict what the ridge does on its features times `scale`."""
     with torch.no_grad():
         if model.pool_stages:
