@@ -15,16 +15,18 @@ SHORT = {
 
 
 def table_above(name):
-    """[{head: cell}] of every line of the table that stands above the link to a file of results/.
+    """([{head: cell}] of every line of the table that stands above the link to a file of results/,
+    the text between the section's head and that link).
 
     The head of r is "HEG", without what follows it.
     """
-    lines = PAGE[: PAGE.index(f"(../results/{name})")].splitlines()
-    lines = [line for line in lines if line.startswith("| ")]
+    above = PAGE[: PAGE.index(f"(../results/{name})")]
+    lines = [line for line in above.splitlines() if line.startswith("| ")]
     last_head = max(i for i, line in enumerate(lines) if line.startswith("| method"))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[last_head:]]
     heads = [re.sub("^HEG ±.*", "HEG", head) for head in cells[0]]
-    return [dict(zip(heads, line, strict=True)) for line in cells[2:]]
+    section = " ".join(above[above.rindex("\n## ") :].split())
+    return [dict(zip(heads, line, strict=True)) for line in cells[2:]], section
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ def table_above(name):
 )
 def test_a_table_says_what_its_rows_say(path):
     rows = pd.read_csv(path)
-    lines = table_above(path.name)
+    lines, section = table_above(path.name)
     assert lines
     kinds = {"22_": 12, "_c5_": 3}  # rows a setting: folds, seeds; else sections
     n_rows = next((count for kind, count in kinds.items() if kind in path.name), 4)
@@ -49,6 +51,8 @@ def test_a_table_says_what_its_rows_say(path):
         assert line["of ceiling"] == f"{share:.0%}".replace("%", " %")
         if "HVG" in line:
             assert float(line["HVG"]) == pytest.approx(found["hvg"].mean(), abs=5.1e-4), method
+        steps = "-" if found["steps"].isna().all() else f"{found['steps'].mean():.0f}"
         if "steps" in line:
-            steps = found["steps"]
-            assert line["steps"] == ("-" if steps.isna().all() else f"{steps.mean():.0f}")
+            assert line["steps"] == steps
+        elif steps != "-":
+            assert f"{steps} steps" in section, method
