@@ -326,6 +326,7 @@ def parse_numbers(texts, separator):
     """
     if pd.api.types.is_numeric_dtype(texts):
         return texts.astype(np.float64)
+    texts = texts.astype(str)  # A .parquet may hold decimals, or dates.
     doubtful = texts.str.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+")
     numbers = pd.to_numeric(texts.str.replace(",", ".", regex=False), errors="coerce")
     return numbers.astype(np.float64).mask(doubtful & (separator == ","))

@@ -81,7 +81,7 @@ def parse_positions(path, table):
         numbers = inputs.parse_numbers(table[column], separator)
         unknown = ~(numbers.abs() < 2**31)
         if unknown.any():
-            barcode, text = table.loc[unknown, ["barcode", column]].iloc[0]
+            barcode, text = texts.loc[unknown, ["barcode", column]].iloc[0]
             raise InputError(
                 f"{path}: the position of barcode {barcode} is not a number ({column} {text!r})"
             )

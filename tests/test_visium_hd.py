@@ -3,6 +3,7 @@ takes as it takes Visium's; what does not fit together is refused in one line.
 """
 
 import json
+from decimal import Decimal
 
 import anndata
 import numpy as np
@@ -164,7 +165,9 @@ def test_a_sample_of_larger_bins_in_a_matrix_folder(tmp_path):
 def test_positions_may_be_a_parquet(tmp_path):
     table, _ = make_bins()
     path = tmp_path / "positions.PARQUET"
-    write_parquet(path, table.astype({"in_tissue": bool}))
+    kinds = {"in_tissue": bool, "pxl_row_in_fullres": str}
+    table = table.astype(kinds).assign(pxl_row_in_fullres=lambda t: t.iloc[:, 4].map(Decimal))
+    write_parquet(path, table)
     text = tmp_path / "positions.csv"
     table.to_csv(text, index=False)
     pd.testing.assert_frame_equal(read_positions(path), read_positions(text))
