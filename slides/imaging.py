@@ -456,7 +456,7 @@ def find_resolution(tiff):
         return float(pixels.get("PhysicalSizeX")) * um_of(pixels.get("PhysicalSizeXUnit", "µm"))
     stated = re.search(r"MPP ?= ?(\d+[.,]?\d*(?:[eE][-+]?\d+)?)", page.description)
     if stated:
-        return float(stated[1].replace(",", ".")) * reduction_of(page.description)
+        return float(stated[1].replace(",", ".")) * reduction_of(page)
     if "XResolution" not in page.tags:
         return 0.0
     unit = RESOLUTION_UNITS.get(page.tags.valueof("ResolutionUnit", default=2), "")
@@ -466,12 +466,18 @@ def find_resolution(tiff):
     return um_of(unit) * units / pixels
 
 
-def reduction_of(description):
-    """How many px of the slide a px of an image is, by Aperio's description: MPP is of the slide,
+def reduction_of(page):
+    """How many px of the slide a px of a page is, by Aperio's description: MPP is of the slide,
     also where the image was made smaller, "[0,0 4096x4096] (256x256) -> 1024x1024".
+
+    0 where the page has another width than the description says: a program that scaled or cut the
+    image has left it there.
     """
-    made = re.search(r"\[\d+,\d+ (\d+)x\d+\].*-> *(\d+)x\d+", description)
-    return float(made[1]) / float(made[2]) if made else 1.0
+    found = re.search(r"\[\d+,\d+[ ,](\d+)x\d+\](?:.*-> *(\d+)x\d+)?", page.description)
+    if not found:
+        return 1.0
+    whole, made = int(found[1]), int(found[2] or found[1])
+    return whole / made if made == page.imagewidth else 0.0
 
 
 def um_of(unit):
