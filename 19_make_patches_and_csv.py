@@ -67,6 +67,7 @@ from slides.panel import (
     published_panel,
     read_panel,
     warn_of_lost_genes,
+    warn_of_unlisted,
 )
 from slides.positions import measure_pitch, place_spots
 from slides.spots import read_spots
@@ -460,14 +461,18 @@ def write_lognorm(root, path, tables, panel):
     """
     n_spots = sum(len(table.obs) for table in tables)
     lognorm = open_array(path, np.float32, (n_spots, len(panel)))
-    first, columns = 0, {}
+    first, columns, sums, depths = 0, {}, {}, {}
     for table in tables:
         counts = table.read()
+        slide = counts.obs["tissue_index"].iloc[0]
+        sums[slide] = np.asarray(counts.X.sum(0), np.float64).ravel()
+        depths[slide] = counts.obs["n_counts"].sum()
         part = common.log_normalise(counts.X, counts.obs["n_counts"])
         lognorm[first : first + len(part)] = part
         first += len(part)
         columns |= describe_genes(root, counts, part)
     lognorm.flush()
+    warn_of_unlisted(panel, sums, depths)
     return panel.assign(**columns)
 
 

@@ -13,6 +13,8 @@ from study.shell import InputError
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 PUBLISHED = "data/filtered_expression_matrices/hvg_union.npy"  # in the paper's data root
 LOST_GENES = 20  # genes of a panel that a warning names at most
+UNLIKELY_ZERO = 20  # counts on a slide, where none are found by chance once in 5e8
+MANY_UNLISTED = 0.01  # of the panel; a table of counts may leave out what a woman lacks
 
 
 def find_variable_genes(counts, n_genes):
@@ -87,6 +89,26 @@ def warn_of_lost_genes(path, genes, names):
     if similar:
         hint += f", as {similar[0]}"
     inputs.warn(f"{path}: {len(lost)} of {len(genes)} genes are not in the slides: {shown}: {hint}")
+
+
+def warn_of_unlisted(panel, counts, depths):
+    """Warn of slides that do not list many genes of the panel (G), of which they would have counts
+    by the rates of the others: these were not measured, as by another kit, and 0 is no measurement.
+
+    `counts` {tissue_index: (G,) counts} and `depths` {tissue_index: counts of all genes}.
+    """
+    for slide, found in counts.items():
+        others = sum(depths.values()) - depths[slide]
+        expected = (sum(counts.values()) - found) * (depths[slide] / max(others, 1))
+        unlisted = ~panel[f"listed_{slide}"].to_numpy() & (expected >= UNLIKELY_ZERO)
+        if unlisted.sum() > MANY_UNLISTED * len(panel):
+            gene = np.argmax(np.where(unlisted, expected, 0))
+            inputs.warn(
+                f"slide {slide} does not list {unlisted.sum()} of the {len(panel)} genes of the "
+                f"panel that other slides have many counts of, as {panel.index[gene]}, of which "
+                f"it would have {expected[gene]:,.0f}: it was not measured there, and is taken as "
+                "0: give --panel with genes that all slides list"
+            )
 
 
 def published_panel(root, tables, genes):

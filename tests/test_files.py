@@ -33,6 +33,7 @@ from PIL import Image
 import common
 from slides.counts import read_barcodes, read_matrix
 from slides.manifest import MANIFEST, Slide, read_manifest
+from slides.panel import warn_of_unlisted
 from slides.positions import check_pitch, read_positions
 from slides.spots import match_barcodes, read_spots
 from study import shell
@@ -786,7 +787,8 @@ def test_few_shared_genes_are_no_leak(tmp_path):
     path = tmp_path / "matrix2" / "features.tsv"
     first, others = path.read_text().split("\n", 1)
     path.write_text(f"{first}\n{name_otherwise(others)}")
-    _, table, _ = make_dataset(tmp_path)
+    printed, table, _ = make_dataset(tmp_path)
+    assert "slide 2 does not list 46 of the 94 genes of the panel" in printed
     shared = table[:, table.var[["listed_1", "listed_2"]].all(axis=1)]
     assert shared.n_vars == 2
     assert len(np.unique(shared.X.toarray(), axis=0)) < 72
@@ -798,6 +800,18 @@ def test_a_slide_that_is_there_twice_is_found_beside_one_of_other_genes(tmp_path
     path.write_text(name_otherwise(path.read_text()))
     edit_manifest(tmp_path, matrix=["matrix1", "matrix2", "matrix1"])
     refuse(tmp_path, "1_", "3_", "the same counts, on two slides", "its own")
+
+
+@pytest.mark.parametrize("expected, warned", [(500, True), (5, False)])
+def test_genes_that_were_not_measured_on_a_slide_are_warned_of(capsys, expected, warned):
+    """But not those of which a slide may have no count by chance."""
+    panel = pd.DataFrame({"listed_1": True, "listed_2": [False, True]}, ["HAL", "VWF"])
+    counts = {1: np.array([2.0 * expected, 4000]), 2: np.array([0, 2000.0])}
+    warn_of_unlisted(panel, counts, {1: 20_000, 2: 10_000})
+    text = "slide 2 does not list 1 of the 2 genes of the panel that other slides have many counts"
+    printed = capsys.readouterr().out
+    assert [text in printed, "as HAL, of which it would have 500" in printed] == [warned] * 2
+    assert "slide 1" not in printed
 
 
 # -------------------------------------------------------------------------------------------- check
