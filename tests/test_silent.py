@@ -584,6 +584,16 @@ def test_donors_that_are_spelt_in_two_ways_are_warned_of(tmp_path, capsys, names
     assert ("warning" in printed) == same
 
 
+def test_one_file_of_positions_for_two_slides_is_warned_of(tmp_path, capsys):
+    make_slides(tmp_path)
+    edit_manifest(tmp_path, positions="positions1.csv")
+    read_manifest(tmp_path)
+    assert "slides S1 and S2 have one file of positions" in capsys.readouterr().out
+    edit_manifest(tmp_path, matrix="", positions="")
+    read_manifest(tmp_path)
+    assert "warning" not in capsys.readouterr().out, "each gets a grid"
+
+
 def test_two_slides_without_a_donor_are_refused(tmp_path):
     """NA is a name beside others, and two people that programs had no name for."""
     make_slides(tmp_path)
