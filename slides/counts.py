@@ -58,13 +58,13 @@ OF_SPOTS = (
 # Barcodes: letters as 10x has, or ST's place on the array, 10x13, with what programs add to it.
 BARCODES = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?(?:[-_]\w+)?)"
 PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
-# What spreadsheets make of MARCH1, SEPT2 and DEC1.
-DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)|(?:Mar|Sep|Dec)-\d{1,2})"
+# What spreadsheets, and those who read them, make of MARCH1, SEPT2 and DEC1.
+DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)(-\d+)?|(?:Mar|Sep|Dec)-\d{1,2}|\d{4}-(?:03|09|12)-\d\d.*)"
 BINARISED = 50  # counts a spot, of which some would be above 1
 RENAMED = 0.2  # of the ids that slides share: with other symbols, above which it is warned of
 MOST_COUNTS = 2**31 - 1  # in which counts.h5ad keeps one
 # Columns of obs in which programs keep the counts of a spot before genes are left out.
-DEPTHS = ("total_counts", "n_counts", "nCount_Spatial", "nCount_RNA")
+DEPTHS = ("total_counts", "n_counts", "nCount_Spatial", "nCount_RNA", "sum_umi", "nUMI")
 DEPTHS_DIFFER = 0.1  # of a spot's counts, median over the spots
 VERSION = r"^(ENS[A-Z]*\d{6,})\.\d+$"  # an Ensembl id with its version
 ENSEMBL = r"ENS[A-Z]*\d{6,}(?:\.\d+)?"

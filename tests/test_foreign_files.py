@@ -124,7 +124,7 @@ def test_slides_of_two_naming_schemes_are_refused():
         join_genes([(1, ids), (2, ids), (3, symbols), (4, symbols)])
 
 
-@pytest.mark.parametrize("name", ["total_counts", "nCount_Spatial"])
+@pytest.mark.parametrize("name", ["total_counts", "nCount_Spatial", "sum_umi"])
 def test_counts_of_some_of_the_genes_are_warned_of(tmp_path, name):
     counts = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
     var = pd.DataFrame(index=GENES)
@@ -267,7 +267,7 @@ def test_ids_that_are_other_genes_on_another_slide_are_warned_of():
     check_warned("4 of 4 gene ids have other symbols on other slides")
 
 
-@pytest.mark.parametrize("name", ["1-Mar", "Sep-02", "2-Dec"])
+@pytest.mark.parametrize("name", ["1-Mar", "Sep-02", "2-Dec-21", "2021-09-01 00:00:00"])
 def test_names_that_became_dates_are_warned_of(name):
     join_genes([(1, pd.DataFrame({"name": ["HAL", name]}, ["a", "b"]))])
     check_warned(f"a gene is called {name}")
@@ -374,14 +374,30 @@ def test_a_number_that_tiff_does_not_know_is_refused(tmp_path, tag):
         imaging.open_image(path)
 
 
+def write_aperio(folder, image, start):
+    """A TIFF whose description begins so, and says MPP = 0.25; returns its path."""
+    description = f"{start} JPEG/RGB Q=70|AppMag = 40|MPP = 2.5e-1"
+    path = folder / "s.tif"
+    tifffile.imwrite(path, image, photometric="rgb", description=description, metadata=None)
+    return path
+
+
 def test_the_resolution_of_a_reduced_image_is_its_own(tmp_path):
     image = np.full((300, 400, 3), 200, np.uint8)
     start = "Aperio Image Library v12\r\n1600x1240 [0,40 1600x1200] (256x256)"
-    for text, expected in (("", 0.25), (" -> 400x300", 1.0)):
-        description = f"{start}{text} JPEG/RGB Q=70|AppMag = 40|MPP = 2.5e-1"
-        path = tmp_path / "s.tif"
-        tifffile.imwrite(path, image, photometric="rgb", description=description, metadata=None)
+    for text, width, expected in (("", 1600, 0.25), (" -> 400x300", 400, 1.0)):
+        path = write_aperio(tmp_path, image[:, :1].repeat(width, 1), start + text)
         assert imaging.read_resolution(path) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["1600x1240 [0,40 1600x1200]", "1600x1240 [0,0,1600x1200] -> 800x600"]
+)
+def test_the_resolution_of_another_image_is_not_taken(tmp_path, text):
+    """As of the slide, where a program has scaled or cut it and kept its description."""
+    path = write_aperio(tmp_path, np.full((300, 400, 3), 200, np.uint8), text)
+    with refused("its resolution is not known", "give --um-per-px"):
+        imaging.read_resolution(path)
 
 
 def test_a_fourth_channel_that_no_tag_names_is_left_out(tmp_path):
