@@ -30,6 +30,7 @@ SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide
 # Visium's array alone is hexagonal, and HEST-1k's squares of Xenium alone are as far apart.
 PITCHES = {SPOT_PITCH: 0.1, 200.0: 0.1, 110.0: 0.02, 128.0: 0.02}
 HEST_BIN = r"\d{3,}x\d{3,}"  # how HEST-1k calls the squares of Xenium, 100 um wide, and Visium HD
+LARGEST_SLIDE = 210.0  # mm: glass for sections of whole organs has 203
 BLOCK_WIDTH = 5  # pitches
 THOUSANDS = r"[1-9]\d{0,2}([.,]\d{3})+"  # as 1.234
 # How the columns of positions are called by Space Ranger, its readers in R and Python, and Seurat.
@@ -382,6 +383,12 @@ def lay_grid(slide, thumbnail):
     Spots are SPOT_PITCH um apart and numbered as on Visium: row + column is even.
     """
     height, width = thumbnail.slide_shape
+    high, wide = (side * slide.um_per_px / 1000 for side in (height, width))
+    if min(high, wide) < SPOT_PITCH / 1000 or max(high, wide) > LARGEST_SLIDE:
+        raise InputError(
+            f"{slide.image}: at um_per_px {slide.um_per_px:g} its {height} x {width} px are "
+            f"{high:.3g} x {wide:.3g} mm, which no section is: give um per px, about 0.5 at 20x"
+        )
     pitch = SPOT_PITCH / slide.um_per_px  # px; rows are 0.866 pitches apart
     grid = np.mgrid[0 : int(height / pitch / 0.866) + 1, 0 : int(2 * width / pitch) + 1]
     even = grid.sum(axis=0) % 2 == 0

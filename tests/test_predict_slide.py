@@ -21,6 +21,7 @@ from conftest import (
     load_script,
     metadata_of,
     printed_table,
+    refused,
     rows_of,
     run_script,
     stdout_of,
@@ -502,6 +503,16 @@ def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
 def test_a_white_slide_has_no_tissue(tmp_path):
     with pytest.raises(shell.InputError, match="no tissue"):
         grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
+
+
+@pytest.mark.parametrize(
+    "shape, um, size", [((20, 10_600, 3), 20, "212"), ((150, 150, 3), 5e-4, "7.5e-05")]
+)
+def test_a_slide_of_no_possible_size_is_refused(tmp_path, shape, um, size):
+    """As where the magnification, or mm, stand for um per px: its grid may have billions of spots."""
+    image = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    with refused(f"um_per_px {um:g}", f"{size} mm", "give um per px"):
+        grid_of(tmp_path, image, um)
 
 
 def test_an_image_alone(simulated, weights, tmp_path):
