@@ -61,8 +61,9 @@ QUICK = {
     "LEARNING_RATE": 1e-3,
 }
 # ------------------------------------------------------------------------------------------- limits
-# What a constant may be: one of these words, or a number from the least to the greatest. They stand
-# here and not in their scripts, so that a mistake is told before a script loads its packages.
+# What a constant may be: one of these words, several as here, or a number from the least to the
+# greatest, whole where the greatest is whole. They stand here and not in their scripts, so that a
+# mistake is told before a script loads its packages.
 ALLOWED = {
     "TARGET": ("harmony", "lognorm", "log1p"),
     "PROTOCOL": ("paper", "loso", "block", "hest"),
@@ -79,22 +80,22 @@ ALLOWED = {
     "IMAGE_SIZE": (32, 4096),
     "HIDDEN": (0, 10**6),
     "TRAINABLE_STAGES": (-1, 1000),
-    "VALID_FRACTION": (0, 1),
-    "LEARNING_RATE": (0, 1),
+    "VALID_FRACTION": (0, 1.0),
+    "LEARNING_RATE": (0, 1.0),
     "BATCH_SIZE": (2, 10**6),
     "EPOCHS": (0, 10**6),
-    "UM_PER_PX": (0, 20),
+    "UM_PER_PX": (0, 20.0),
     # of 17 to 19
     "DATASET": ("GSE240429", "HER2ST"),
     "SLIDES": (1, 1000),
     "SPOTS": (2, 10**6),
     "DEPTH": (1, 10**6),
-    "DISPERSION": (0, 100),
+    "DISPERSION": (0, 100.0),
     "HVG_PER_SLIDE": (1, 10**6),
-    "BIN_UM": (2, 2000),
+    "BIN_UM": (2, 2000.0),
     # of 22, 24 and 25
     "FOLDS": (2, 10**6),
-    "MIN_CLUSTER": (0, 1),
+    "MIN_CLUSTER": (0, 1.0),
     "NEIGHBOURS": (2, 10**6),
     "EMBEDDING": (1, 10**6),
     "STNET_EPOCHS": (1, 10**6),
@@ -102,6 +103,9 @@ ALLOWED = {
     "BLEEP_BATCH": (2, 10**6),
     "MICRO_BATCH": (3, 999),
 }
+SWITCHES = ("REFIT", "TTA", "NEIGHBOURHOOD", "POOL_STAGES", "COMPARE_TARGETS", "QUICK", "CHECK")
+ALLOWED |= dict.fromkeys((*SWITCHES, "USE_HIRES", "HEST_PATCHES", "THUMBNAIL"), (False, True))
+ALLOWED |= dict.fromkeys(("SEEDS", "TRAIN_SLIDES"), ((42,),))
 # Constants that change nothing under a protocol.
 WITHOUT_EFFECT = {
     "loso": ("TEST_SLIDE", "VALID_FRACTION", "FOLDS"),

@@ -319,17 +319,23 @@ def choose_by_recipe(script, recipe, given):
 
 
 def check_constants(script, allowed):
-    """InputError where a constant has a value that `allowed` {name: choices} leaves out."""
+    """InputError where a constant has a value that `allowed` {name: choices} leaves out, or one of
+    another kind, as it may be edited to: REFIT = "false" would be true.
+    """
     for name in script.keys() & allowed.keys():
         value, choices = script[name], allowed[name]
-        if isinstance(choices[0], str):
-            fits = value in choices
-            expected = f"one of {', '.join(choices)}"
+        kind = type(choices[-1])
+        if kind is tuple:
+            expected = f"several in brackets, as {choices[-1]}"
+        elif kind in (str, bool):
+            expected = f"one of {', '.join(map(str, choices))}"
         else:
-            least, greatest = choices
-            fits = least <= value <= greatest
-            expected = f"a number from {least} to {greatest}"
-        if not fits:
+            whole = ", without decimals" if kind is int else ""
+            expected = f"a number from {choices[0]} to {choices[-1]}{whole}"
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{name} = {value!r} in the script: expected {expected}")
+        fits = value in choices if kind is str else choices[0] <= value <= choices[-1]
+        if kind is not tuple and not fits:
             raise InputError(f"{flag_of(name)} {value}: expected {expected}")
 
 
@@ -342,8 +348,8 @@ def check_command(path, *, files=(), manifest=False, dataset=False):
     slides.csv, and with `dataset` it must have been through script 19.
     """
     prepare_process()
-    script = read_script(path)
     try:
+        script = read_script(path)
         script |= parse_command(script, sys.argv[1:])
         check_constants(script, ALLOWED | script.get("ALLOWED", {}))
         for name in files:
@@ -424,7 +430,7 @@ def describe_waiting():
 
 def read_script(path):
     """{name: value} of a script's docstring, constants and ALLOWED. They are read and not run, so
-    that a value must be written out.
+    that a value must be written out: else InputError.
     """
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
@@ -433,7 +439,13 @@ def read_script(path):
         if isinstance(node, ast.Assign):
             name = ast.unparse(node.targets[0])
             if name in constants or name == "ALLOWED":
-                script[name] = ast.literal_eval(node.value)
+                try:
+                    script[name] = ast.literal_eval(node.value)
+                except ValueError:
+                    raise InputError(
+                        f"{name} = {ast.unparse(node.value)} in {Path(path).name}: expected a "
+                        "value that is written out, as 0.0003 for 3 * 1e-4"
+                    ) from None
     return script
 
 

@@ -119,3 +119,26 @@ def test_steps_are_those_that_training_takes():
     assert common.count_steps(9, recipe) == 3 * 2, "a last batch of one spot is left out"
     assert common.count_steps(10, recipe) == 3 * 3
     assert common.count_steps(10, recipe, stop=2) == 2 * 3, "a training that ends before"
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ('REFIT = "false"', "REFIT = 'false' in the script: expected one of False, True"),
+        ("SEEDS = (42)", "SEEDS = 42 in the script: expected several in brackets, as (42,)"),
+        ("TRAIN_SLIDES = [1, 2]", "TRAIN_SLIDES = [1, 2] in the script: expected several"),
+        ("EPOCHS = 1e2", "EPOCHS = 100.0 in the script: expected a number from 0 to 1000000, with"),
+        ('IMAGE_SIZE = "64"', "IMAGE_SIZE = '64' in the script: expected a number from 32"),
+        ("LEARNING_RATE = 3 * 1e-4", "LEARNING_RATE = 3 * 0.0001 in 20_copy.py: expected a value"),
+    ],
+)
+def test_a_constant_edited_to_another_kind_is_told(line, told, tmp_path, monkeypatch, capsys):
+    (script,) = REPOSITORY.glob("20_*.py")
+    name = line.split(" = ")[0]
+    text = re.sub(rf"^{name} = .*$", line, script.read_text(), flags=re.MULTILINE)
+    copy = tmp_path / "20_copy.py"
+    copy.write_text(text)
+    monkeypatch.setattr("sys.argv", [str(copy), "--quick"])
+    with pytest.raises(SystemExit):
+        shell.check_command(str(copy))
+    assert told in capsys.readouterr().err
