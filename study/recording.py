@@ -43,6 +43,8 @@ def read_rows(out, fingerprint, sets):
         if made_with.get("results") != common.RESULTS:
             continue
         found = json.loads(path.read_text())
+        if {line["folder"] for line in found} != {path.parent.name}:
+            continue  # A copy, or renamed: the row itself is there, or is computed again.
         scores = path.with_name(SET_SCORES)
         if scores.is_file():
             kept = json.loads(scores.read_text())

@@ -3,6 +3,7 @@ may see, intervals.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -387,6 +388,18 @@ def test_rows_of_another_version_are_made_anew_and_left_out(paper_split, tmp_pat
         row = run.fill(run.row("ridge (colour)", paper_split), methods.ridge_on_colour)
     assert len(list(tmp_path.glob("*/rows.json"))) == 2
     assert len(pd.read_csv(tmp_path / "rows.csv")) == len(row.lines)
+
+
+def test_a_folder_that_was_copied_or_renamed_is_no_row_again(paper_split, tmp_path):
+    recipe = CPU | PAPER | {"TARGET": "lognorm"}
+
+    def fill():
+        run = runs.Run({}, recipe, [paper_split], tmp_path)
+        return run.fill(run.row("ridge (colour)", paper_split), methods.ridge_on_colour)
+
+    shutil.copytree(fill().folder, tmp_path / "a copy")
+    fill().folder.rename(tmp_path / "renamed")
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == len(fill().lines)
 
 
 def test_rows_of_another_dataset_are_told_and_left_out(paper_split, tmp_path, capsys):
