@@ -111,7 +111,9 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
     run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)
     for setting, (constants, method) in embeddings.settings_of(models, baseline).items():
-        run.fill(run.row(setting + suffix, split, constants), method)
+        sees_the_same = constants["NEIGHBOURHOOD"] == NEIGHBOURHOOD  # not the probes under hest
+        name = setting + suffix if sees_the_same else setting
+        run.fill(run.row(name, split, constants), method)
     if PRETRAINED is False:  # Features of a random network are no baseline.
         return
     for name in ("PRETRAINED", "BACKBONE", "IMAGE_SIZE", "POOL_STAGES"):

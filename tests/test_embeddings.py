@@ -478,6 +478,21 @@ def test_the_folds_of_hest_benchmark_have_ridge_and_probe(tmp_path):
         np.testing.assert_allclose(test.X, expected, rtol=0, atol=1e-5)
 
 
+def test_only_rows_that_see_the_neighbourhood_are_called_so():
+    script, sees = load_script("20"), {}
+    vars(script).update(NEIGHBOURHOOD=True, PROTOCOL="hest", PRETRAINED=False)
+    run = SimpleNamespace(
+        baseline=BASELINE | {"PROTOCOL": "hest"},
+        row=lambda setting, split, recipe: sees.update({setting: recipe["NEIGHBOURHOOD"]}),
+        fill=lambda row, method: None,
+    )
+    models = [embeddings.Model("uni", {}, WIDTH)]
+    script.fill_rows(run, None, BASELINE, ", neighbourhood", models)
+    assert "hest probe (uni)" in sees
+    for setting, is_seen in sees.items():
+        assert setting.endswith(", neighbourhood") == is_seen
+
+
 def test_methods_of_25_keep_a_backbone_beside_embeddings(brought, paper_split):
     script = load_script("25")
     script.FEATURES, script.PRETRAINED, script.BACKBONE = str(brought), "weights", "tiny"
