@@ -188,6 +188,14 @@ def test_every_backbone_has_its_rows_and_is_tuned_but_for_the_frozen_one(backbon
     assert (finished("21")[0] / "r_against_parameters.png").stat().st_size > 5000
 
 
+def test_without_epochs_no_backbone_is_called_trainable(simulated, tmp_path):
+    options = SMALL_RUNS["21"] | {"head_start": "ridge", "hidden": 0, "epochs": 0}
+    stdout = stdout_of("21", data_root=simulated, out=tmp_path, **options)
+    assert {*table_of(stdout)["setting"]} == {*SMALL_RUNS["21"]["BACKBONES"]}
+    assert "ridges on backbones, none of which is trained: test slide" in stdout
+    assert "trainable" not in stdout
+
+
 def test_backbones_are_measured_in_resnet50s(backbones, finished):
     """A backbone's parameters as a share of ResNet-50's stand in the printed table."""
     head, lines = printed_table(finished("21")[1], "backbones, all stages trainable")
