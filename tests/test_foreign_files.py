@@ -41,9 +41,9 @@ def check_warned(*words):
     assert all(word in line for word in words), line
 
 
-def check_names(read, ids=GENES):
-    """The genes of a matrix are GENES, joined by these ids."""
-    assert (read.var["name"].tolist(), read.var_names.tolist()) == (GENES, [*ids])
+def check_names(read, ids=GENES, names=GENES):
+    """The genes of a matrix have these names, and are joined by these ids."""
+    assert (read.var["name"].tolist(), read.var_names.tolist()) == ([*names], [*ids])
 
 
 def write(path, var, obs=None, counts=None):
@@ -54,17 +54,28 @@ def write(path, var, obs=None, counts=None):
     return path
 
 
-@pytest.mark.parametrize("column", ["index", "features", "gene_ids", "gene_symbols"])
-def test_genes_that_lost_their_names_have_them_in_a_column(tmp_path, column):
-    """SeuratDisk leaves row numbers in their place, by which slides would be joined."""
-    var = pd.DataFrame({column: GENES}, [str(number) for number in range(4)])
-    table = read_matrix(write(tmp_path / "m.h5ad", var))
-    assert table.var["name"].tolist() == GENES
+ROWS = [*"0123"]  # SeuratDisk leaves row numbers in place of names, by which slides would be joined
+GAP = [*GENES[:3], IDS[3]]
+# columns and index of var: (ids, names)
+NAMED = [
+    ({"index": GENES}, ROWS, GENES, GENES),
+    ({"features": GENES}, ROWS, GENES, GENES),
+    ({"gene_ids": GENES}, ROWS, GENES, GENES),
+    ({"gene_symbols": GENES}, ROWS, GENES, GENES),
+    ({"index": range(4), "gene_ids": GENES}, ROWS, GENES, GENES),
+    ({"id": range(4)}, GENES, GENES, GENES),
+    ({"id": range(1, 5)}, GENES, GENES, GENES),
+    ({"gene_symbols": [*GENES[:3], None]}, IDS, IDS, GAP),
+    ({"hgnc_symbol": [*GENES[:3], ""]}, IDS, IDS, GAP),
+    ({"Symbol": [*GENES[:3], " "]}, IDS, IDS, GAP),
+    ({"Symbol": GENES, "symbol": GENES[::-1]}, IDS, IDS, GENES),
+]
 
 
-def test_numbers_of_rows_are_no_names_of_genes(tmp_path):
-    var = pd.DataFrame({"index": range(4), "gene_ids": GENES}, [str(number) for number in range(4)])
-    assert read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist() == GENES
+@pytest.mark.parametrize("columns, index, ids, names", NAMED)
+def test_genes_have_the_names_that_some_column_holds(tmp_path, columns, index, ids, names):
+    path = write(tmp_path / "m.h5ad", pd.DataFrame(columns, index))
+    check_names(read_matrix(path), ids, names)
 
 
 PROBES = [f"ENSG0{number}|{number}|00a000{number}" for number in "1234"]
@@ -80,15 +91,6 @@ def test_what_are_no_genes_are_refused(tmp_path, kind):
     var, words = NO_GENES[kind]
     with refused(words):
         read_matrix(write(tmp_path / "m.h5ad", var))
-
-
-def test_symbols_have_many_columns_and_gaps(tmp_path):
-    for column, gap in (("gene_symbols", None), ("hgnc_symbol", ""), ("Symbol", " ")):
-        var = pd.DataFrame({column: [*GENES[:3], gap]}, IDS)
-        table = read_matrix(write(tmp_path / "m.h5ad", var))
-        assert table.var["name"].tolist() == [*GENES[:3], IDS[3]]
-    var = pd.DataFrame({"Symbol": GENES, "symbol": GENES[::-1]}, IDS)
-    assert read_matrix(write(tmp_path / "m.h5ad", var)).var["name"].tolist() == GENES
 
 
 @pytest.mark.parametrize("head", ["", "gene_id\tgene_short_name\n"])
@@ -115,13 +117,6 @@ def test_ids_are_joined_without_their_versions(tmp_path):
     versions = pd.DataFrame(index=[f"{name}.{number}" for number, name in enumerate(IDS, 3)])
     other = read_matrix(write(tmp_path / "b.h5ad", versions))
     assert len(join_genes([(1, plain.var), (2, other.var)])) == 4
-
-
-def test_slides_of_two_naming_schemes_are_refused():
-    ids = pd.DataFrame({"name": GENES}, [f"ENSG{number}" for number in range(4)])
-    symbols = pd.DataFrame({"name": GENES}, GENES)
-    with pytest.raises(InputError, match=r"no gene id is in every slide .*slide 1: ENSG0"):
-        join_genes([(1, ids), (2, ids), (3, symbols), (4, symbols)])
 
 
 @pytest.mark.parametrize("name", ["total_counts", "nCount_Spatial", "sum_umi"])
@@ -252,53 +247,50 @@ def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path):
     assert table["gene"].tolist() == ["HAL"]
 
 
-def test_numbers_of_rows_are_no_ids(tmp_path):
-    for names in (range(4), range(1, 5)):
-        var = pd.DataFrame({"id": names}, GENES)
-        assert read_matrix(write(tmp_path / "m.h5ad", var)).var_names.tolist() == GENES
+LETTERS = ["g1", "g2", "g3", "g4"]
+ENSEMBL = ["ENSG0", "ENSG1", "ENSG2", "ENSG3"]
+SPELLED = ["HAL", "Hal", "VWF"]  # names that one slide tells apart are other genes
+OTHER_ID = "other ids on other slides: 1, as HAL: ENSG0 and "
+# (names, ids) of each slide, what is warned of
+JOINED = [
+    ([(GENES, LETTERS), (GENES, LETTERS)], ""),
+    ([(GENES, LETTERS), (GENES[::-1], LETTERS)], "4 of 4 gene ids have other symbols on other slides"),
+    ([(["HAL", "1-Mar"], ["a", "b"])], "a gene is called 1-Mar"),
+    ([(["HAL", "Sep-02"], ["a", "b"])], "a gene is called Sep-02"),
+    ([(["HAL", "2-Dec-21"], ["a", "b"])], "a gene is called 2-Dec-21"),
+    ([(["HAL", "2021-09-01 00:00:00"], ["a", "b"])], "a gene is called 2021-09-01 00:00:00"),
+    ([(SPELLED, SPELLED), (SPELLED[:2], SPELLED[:2])], ""),
+    ([(["HAL", "HLA-A"], ["HAL", "HLA-A"]), (["HAL", "HLA.A"], ["HAL", "HLA.A"])],
+     "spelled otherwise on other slides: 1, as HLA-A and HLA.A."),
+    ([(GENES, ENSEMBL), (GENES, ["HAL", *ENSEMBL[1:]])], OTHER_ID),
+    ([(GENES, ENSEMBL), (GENES, ["ENSG9", *ENSEMBL[1:]])], OTHER_ID),
+    ([([*GENES, "HAL"], [*ENSEMBL, "ENSG9"]), (GENES, ["ENSG9", *ENSEMBL[1:]])], ""),
+]  # fmt: skip
 
 
-def test_ids_that_are_other_genes_on_another_slide_are_warned_of():
-    ids = ["g1", "g2", "g3", "g4"]
-    slides = [pd.DataFrame({"name": names}, ids) for names in (GENES, GENES, GENES[::-1])]
-    join_genes(enumerate(slides[:2]))
-    assert not inputs.WARNINGS
-    join_genes(enumerate(slides))
-    check_warned("4 of 4 gene ids have other symbols on other slides")
+def join_slides(slides):
+    """Join the genes of slides 1, 2, ... of these (names, ids)."""
+    tables = [pd.DataFrame({"name": names}, ids) for names, ids in slides]
+    return join_genes(enumerate(tables, 1))
 
 
-@pytest.mark.parametrize("name", ["1-Mar", "Sep-02", "2-Dec-21", "2021-09-01 00:00:00"])
-def test_names_that_became_dates_are_warned_of(name):
-    join_genes([(1, pd.DataFrame({"name": ["HAL", name]}, ["a", "b"]))])
-    check_warned(f"a gene is called {name}")
+@pytest.mark.parametrize("slides, words", JOINED)
+def test_genes_that_may_be_joined_wrongly_are_warned_of(slides, words):
+    join_slides(slides)
+    if words:
+        check_warned(words)
+    assert len(inputs.WARNINGS) == bool(words)
 
 
-def slide_genes(*names):
-    return pd.DataFrame({"name": names}, names)
-
-
-def test_a_gene_spelled_otherwise_on_another_slide_is_warned_of():
-    """But names that one slide tells apart are other genes."""
-    join_genes([(1, slide_genes("HAL", "Hal", "MT-CO1")), (2, slide_genes("HAL", "Hal", "VWF"))])
-    assert not inputs.WARNINGS
-    join_genes([(1, slide_genes("HAL", "HLA-A", "MT-CO1")), (2, slide_genes("HAL", "HLA.A", "V"))])
-    check_warned("spelled otherwise on other slides: 1, as HLA-A and HLA.A.")
-
-
-@pytest.mark.parametrize("other", ["HAL", "ENSG9"])
-def test_a_gene_with_another_id_on_another_slide_is_warned_of(other):
-    ids = [f"ENSG{number}" for number in range(4)]
-    slides = [pd.DataFrame({"name": GENES}, names) for names in (ids, [other, *ids[1:]])]
-    join_genes(enumerate(slides))
-    check_warned("other ids on other slides: 1, as HAL: ENSG0 and ")
-    join_genes(enumerate([pd.concat([slides[0], slides[1][:1]]), slides[1]]))
-    assert len(inputs.WARNINGS) == 1
-
-
-def test_ids_beside_symbols_are_refused_where_few_genes_are_shared():
-    ids = pd.DataFrame({"name": [*GENES, "GFP"]}, ["ENSG0", "ENSG1", "ENSG2", "ENSG3", "GFP"])
-    with refused("other ids on other slides: 4, as CYP3A4: ", "name genes"):
-        join_genes([(1, ids), (2, slide_genes(*GENES, "GFP"))])
+@pytest.mark.parametrize("slides, words", [
+    ([(GENES, ENSEMBL)] * 2 + [(GENES, GENES)] * 2, ["no gene id is in every slide ", "slide 1: ENSG0"]),
+    ([(["A"], ["A"])] * 2 + [(["B"], ["B"])], ["slide 3 shares no gene id"]),
+    ([([*GENES, "GFP"], [*ENSEMBL, "GFP"]), ([*GENES, "GFP"], [*GENES, "GFP"])],
+     ["other ids on other slides: 4, as CYP3A4: ", "name genes"]),
+])  # fmt: skip
+def test_slides_that_share_too_few_genes_are_refused(slides, words):
+    with refused(*words):
+        join_slides(slides)
 
 
 def test_symbols_that_raw_lacks_are_those_of_var(tmp_path):
@@ -336,11 +328,15 @@ def test_a_slide_of_one_genome_goes_beside_one_of_two(tmp_path):
         read_matrix(path, "mm10")
 
 
-@pytest.mark.parametrize("change", ["GRCh38_{}", "mm10___{}", "hg19_{}", "b'{}'"])
-def test_what_programs_set_around_all_names_is_no_part_of_them(tmp_path, change):
-    """The prefix of one genome, where the genes of the other were left out, and text of bytes."""
-    names = [change.format(gene) for gene in GENES]
-    check_names(read_matrix(write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names))))
+@pytest.mark.parametrize("around", ["GRCh38_{}", "mm10___{}", "hg19_{}", "b'{}'", "gene_{}"])
+def test_what_programs_set_around_all_names_is_no_part_of_them(tmp_path, around):
+    """The prefix of one genome, where the genes of the other were left out, and text of bytes; but
+    not any prefix.
+    """
+    names = [around.format(gene) for gene in GENES]
+    expected = names if around == "gene_{}" else GENES
+    path = write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names))
+    check_names(read_matrix(path), expected, expected)
 
 
 @pytest.mark.parametrize("name", ["indices", "indptr"])
@@ -356,12 +352,6 @@ def test_a_sparse_matrix_that_points_beyond_itself_is_refused(tmp_path, kind, na
         file["matrix" if kind == "h5" else "X"][name][2] = 999
     with pytest.raises(InputError, match=f"m.{kind}: .*ind(ices|ex|ptr)"):
         read_matrix(path)
-
-
-def test_a_prefix_of_names_that_is_no_genome_stays(tmp_path):
-    names = [f"gene_{gene}" for gene in GENES]
-    read = read_matrix(write(tmp_path / "m.h5ad", pd.DataFrame({"gene_ids": names}, names)))
-    assert read.var_names.tolist() == names
 
 
 @pytest.mark.parametrize("tag", ["Compression", "PhotometricInterpretation"])
@@ -470,12 +460,15 @@ def test_an_ndpi_is_read_tile_by_tile(tmp_path):
     assert imaging.read_resolution(path) == pytest.approx(0.5)
 
 
-def test_channels_behind_one_page_of_imagej_are_refused(tmp_path):
-    planes = np.zeros((3, 64, 64), np.uint8)
-    path = tmp_path / "s.tif"
-    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "CYX"}, truncate=True)
-    with refused("ImageJ keeps 3 images"):
-        imaging.open_image(path)
+@pytest.mark.parametrize("labels, words", [
+    ({}, "ImageJ keeps 3 images"),  # behind one page
+    ({"Labels": ["DAPI", "CD8", "PanCK"]}, "its channels are dapi, cd8, panck"),
+])  # fmt: skip
+def test_channels_of_imagej_that_are_no_colours_are_refused(tmp_path, labels, words):
+    options = {"imagej": True, "metadata": {"axes": "CYX", **labels}, "truncate": not labels}
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros((3, 64, 64), np.uint8), **options)
+    with refused(words):
+        imaging.open_image(tmp_path / "s.tif")
 
 
 def test_a_resolution_that_the_image_contradicts_is_warned_of(tmp_path):
@@ -497,15 +490,6 @@ def test_other_scenes_of_an_image_are_named(tmp_path):
     for _ in range(2):
         imaging.open_image(tmp_path / "s.ome.tif")
     check_warned("second (300 x 352 px) is taken, and not first (300 x 340 px)")
-
-
-def test_channels_that_imagej_names_are_no_colours(tmp_path):
-    planes = np.zeros((3, 64, 64), np.uint8)
-    labels = ["DAPI", "CD8", "PanCK"]
-    path = tmp_path / "s.tif"
-    tifffile.imwrite(path, planes, imagej=True, metadata={"axes": "CYX", "Labels": labels})
-    with refused("its channels are dapi, cd8, panck"):
-        imaging.open_image(path)
 
 
 @pytest.mark.parametrize("second, warned", [("HAL", True), ("http://broad/X", False), ("", False)])

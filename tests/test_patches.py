@@ -15,7 +15,6 @@ from conftest import (
     SHARED,
     edit_manifest,
     load_script,
-    refused,
     run_script,
     stdout_of,
     write_h5,
@@ -476,10 +475,3 @@ def test_symbols_do_not_depend_on_the_order_of_the_slides():
     back = join_genes(reversed(features.items()))
     assert forth.index.tolist() == back.index.tolist() == ["HAL", "ALB"]
     assert forth["gene_ids"].tolist() == ["ENSG1", "ENSG2"]
-
-
-def test_slides_without_a_shared_gene_are_refused_by_name():
-    first, other = gene_table(["A"], ["A"]), gene_table(["B"], ["B"])
-    features = {1: first, 2: first, 7: other}
-    with refused("slide 7 shares no gene id"):
-        join_genes(features.items())
