@@ -138,6 +138,39 @@ COLOURS = {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}
 DAMAGED_GZIP = gzip.compress(b"x" * 99)[:-12] + b"no" * 9
 CLASH = "".join(f"I{g}\t{'barcode' if g == 3 else g}\tGene Expression\n" for g in range(12))
 
+
+def make_zip(*names):
+    """An archive with empty files of these names."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return made.getvalue()
+
+
+def make_tar():
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("slides.csv"))
+    return made.getvalue()
+
+
+OTHER_KINDS = {
+    "an Excel workbook (.xlsx)": make_zip("[Content_Types].xml", "xl/workbook.xml"),
+    "a .zip archive": make_zip("slides.csv"),
+    "an old Excel workbook (.xls)": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(100),
+    "a .tar archive": make_tar(),
+    "packed as .bz2": bz2.compress(b"gene\nHAL\n"),
+    "packed as .xz": lzma.compress(b"gene\nHAL\n"),
+    "a web page": b"<!DOCTYPE html>\n<html><body>Not found</body></html>",
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "binary": bytes(range(256)),
+}
+
+WORKBOOK = "an Excel workbook (.xlsx)"
+
+
 # name: (what is spoilt, words that the message must hold)
 CASES = {
     "no manifest": (without("slides.csv"), ["slides.csv", "17_download_data.py"]),
@@ -146,6 +179,7 @@ CASES = {
     "no slide in the manifest": (written("slides.csv", ",".join(MANIFEST) + "\n"), ["slides.csv", "tissue_index"]),
     "one slide twice": (changed("slides.csv", repeat_first_slide), ["slides.csv", "tissue_index"]),
     "two slides of one name": (changed("slides.csv", rename_first_slide), ["slides.csv", "name"]),
+    "a workbook for a manifest": (written("slides.csv", OTHER_KINDS[WORKBOOK]), ["slides.csv", f"this is {WORKBOOK}", "as CSV"]),
     "missing slide": (without("slide.tif"), ["slides.csv", "slide.tif", "does not exist"]),
     "path out of the data root": (edited(image="../slide.tif"), ["../slide.tif", "outside"]),
     "an absolute path": (edited(image="/etc/hostname"), ["/etc/hostname", "outside"]),
@@ -173,6 +207,7 @@ CASES = {
         positioned(lambda spots: spots.assign(pxl_row=spots["pxl_row"] + HEIGHT)),
         ["slide.tif", "outside the image", f"{HEIGHT} x {WIDTH}"],
     ),
+    "a workbook for positions": (written("positions1.csv", OTHER_KINDS[WORKBOOK]), ["positions1.csv", f"this is {WORKBOOK}", "as CSV"]),
     "a spot without barcode": (positioned(lambda spots: spots.assign(barcode=["", *spots["barcode"][1:]])), ["positions1.csv", "no barcode"]),
     "barcode twice": (positioned(lambda spots: pd.concat([spots, spots[:1]])), ["positions1.csv", "A0-1", "twice"]),
     "positions with five columns": (positioned(lambda spots: spots.drop(columns="in_tissue")), ["positions1.csv", "5 columns"]),
@@ -234,53 +269,7 @@ def test_script_19_refuses(tmp_path, dataset_files, case):
 
 
 LOSO = ["--protocol", "loso", "--target", "lognorm"]
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--epoch", "3", "--nonsense"], ["--epoch", "--nonsense", "--help"]),
-        (["--epochs", "three"], ["--epochs", "invalid int value: 'three'"]),
-        (["--epochs", "0"], ["--epochs 0", "needs --head-start ridge"]),
-        (["--epochs"], ["--epochs"]),
-        (["--batch-size", "1"], ["--batch-size 1", "from 2"]),
-        (["--target", "raw"], ["--target raw", "harmony, lognorm"]),
-        (["--target", "lognorm", "--compare-targets"], ["--compare-targets", "--target harmony"]),
-        (["--tta", "no"], ["--tta", "invalid bool value: 'no'"]),
-        (["--pretrained", "no"], ["--pretrained no", "no such file or folder", "true, false"]),
-        (["--train-slides", "1,x"], ["--train-slides", "invalid tuple value: '1,x'"]),
-        (["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
-        (["--test-slide", "9"], ["slide 9", "[1 2 3 4]"]),
-        (["--valid-fraction", "0"], ["--valid-fraction 0.0"]),
-        (["--valid-fraction", "1.5"], ["--valid-fraction 1.5"]),
-        (["--backbone", "efficientnet_b00"], ["efficientnet_b00", "timm"]),
-        (["--backbone", "efficientnet_b0.zzz"], ["efficientnet_b0.zzz", "timm"]),
-        (["--backbone", "vgg11", "--stochastic-depth", "0.2"], ["use --stochastic-depth 0"]),
-        (["--aug", "nonsense"], ["--aug nonsense", ", ".join(common.AUGMENTATIONS)]),
-        (["--loss", "huber"], ["--loss huber: expected one of mse"]),
-        (["--seeds", ""], ["--seeds"]),
-        (["--seeds", "42,43,42"], ["--seeds 42,43,42", "twice"]),
-        (["--train-slides", "1,1,2"], ["--train-slides 1,1,2", "twice"]),
-        ([*LOSO, "--test-slide", "2"], ["--test-slide 2: --protocol loso does not ask for it"]),
-        ([*LOSO, "--test-slide", "3"], ["--test-slide 3: --protocol loso does not ask for it"]),
-        ([*LOSO, "--valid-fraction", "0.3"], ["--valid-fraction 0.3: --protocol loso"]),
-        (["--device", "tpu"], ["--device tpu"]),
-        (["--protocol", "block"], ["--protocol block", "--target lognorm"]),
-        ([*LOSO, "--train-slides", "1,2"], ["slide 1", "two are needed"]),
-        (["--protocol", "random"], ["--protocol random", "paper, loso, block"]),
-        (["--trainable-stages", "10"], ["TRAINABLE_STAGES 10", "9 stages"]),
-        (["--trainable-stages", "-2"], ["--trainable-stages -2", "from -1"]),
-        (["--data-root", "nowhere"], ["nowhere", "19_make_patches_and_csv.py --data-root nowhere"]),
-    ],
-)
-def test_script_20_refuses(simulated, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    options = TINY | {"data_root": simulated, "out": tmp_path / "out"}
-    expect_refusal(words, "20", *flags_of(options), *arguments)
-    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".lock"}
-
-
-OTHERS = [
+COMMANDS = [
     ("17", ["--source", "http://example.org"], ["http://example.org", "https"]),
     ("18", ["--slides", "0"], ["--slides 0", "from 1"]),
     ("18", ["--geometry", "."], ["tissue_positions_list_1.csv"]),
@@ -290,23 +279,56 @@ OTHERS = [
     ("19", ["--use-hires"], ["--images and --use-hires go with --from-spaceranger"]),
     ("19", ["--um-per-px", "nan"], ["--um-per-px nan", "from 0"]),
     ("19", ["--um-per-px", "-0.5"], ["--um-per-px -0.5", "from 0"]),
+    ("20", ["--epoch", "3", "--nonsense"], ["--epoch", "--nonsense", "--help"]),
+    ("20", ["--epochs", "three"], ["--epochs", "invalid int value: 'three'"]),
+    ("20", ["--epochs", "0"], ["--epochs 0", "needs --head-start ridge"]),
+    ("20", ["--epochs"], ["--epochs"]),
+    ("20", ["--batch-size", "1"], ["--batch-size 1", "from 2"]),
+    ("20", ["--target", "raw"], ["--target raw", "harmony, lognorm"]),
+    ("20", ["--target", "lognorm", "--compare-targets"], ["--compare-targets", "--target harmony"]),
+    ("20", ["--tta", "no"], ["--tta", "invalid bool value: 'no'"]),
+    ("20", ["--pretrained", "no"], ["--pretrained no", "no such file or folder", "true, false"]),
+    ("20", ["--train-slides", "1,x"], ["--train-slides", "invalid tuple value: '1,x'"]),
+    ("20", ["--train-slides", "1,3"], ["slide 3", "TRAIN_SLIDES"]),
+    ("20", ["--test-slide", "9"], ["slide 9", "[1 2 3 4]"]),
+    ("20", ["--valid-fraction", "0"], ["--valid-fraction 0.0"]),
+    ("20", ["--valid-fraction", "1.5"], ["--valid-fraction 1.5"]),
+    ("20", ["--backbone", "efficientnet_b00"], ["efficientnet_b00", "timm"]),
+    ("20", ["--backbone", "efficientnet_b0.zzz"], ["efficientnet_b0.zzz", "timm"]),
+    ("20", ["--backbone", "vgg11", "--stochastic-depth", "0.2"], ["use --stochastic-depth 0"]),
+    ("20", ["--aug", "nonsense"], ["--aug nonsense", ", ".join(common.AUGMENTATIONS)]),
+    ("20", ["--loss", "huber"], ["--loss huber: expected one of mse"]),
+    ("20", ["--seeds", ""], ["--seeds"]),
+    ("20", ["--seeds", "42,43,42"], ["--seeds 42,43,42", "twice"]),
+    ("20", ["--train-slides", "1,1,2"], ["--train-slides 1,1,2", "twice"]),
+    ("20", [*LOSO, "--test-slide", "2"], ["--test-slide 2: --protocol loso does not ask for it"]),
+    ("20", [*LOSO, "--test-slide", "3"], ["--test-slide 3: --protocol loso does not ask for it"]),
+    ("20", [*LOSO, "--valid-fraction", "0.3"], ["--valid-fraction 0.3: --protocol loso"]),
+    ("20", ["--device", "tpu"], ["--device tpu"]),
+    ("20", ["--protocol", "block"], ["--protocol block", "--target lognorm"]),
+    ("20", [*LOSO, "--train-slides", "1,2"], ["slide 1", "two are needed"]),
+    ("20", ["--protocol", "random"], ["--protocol random", "paper, loso, block"]),
+    ("20", ["--trainable-stages", "10"], ["TRAINABLE_STAGES 10", "9 stages"]),
+    ("20", ["--trainable-stages", "-2"], ["--trainable-stages -2", "from -1"]),
+    ("20", ["--data-root", "nowhere"], ["nowhere", "19_make_patches_and_csv.py --data-root nowhere"]),
     ("21", ["--recipe", "published", "--only", "densenet121"], ["another recipe than published"]),
     ("22", [*LOSO, "--folds", "3"], ["--folds 3: --protocol loso does not ask for it"]),
     ("23", ["--seeds", "1.5"], ["--seeds", "invalid tuple value"]),
     ("24", ["--min-cluster", "2"], ["--min-cluster 2.0", "from 0 to 1"]),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("script, arguments, words", OTHERS)
-def test_the_other_scripts_refuse(simulated, tmp_path, monkeypatch, script, arguments, words):
+@pytest.mark.parametrize("script, arguments, words", COMMANDS)
+def test_a_command_is_refused_before_anything_is_written(
+    simulated, tmp_path, monkeypatch, script, arguments, words
+):
     monkeypatch.chdir(tmp_path)
-    options = {}
-    if script > "17":
-        options = {"data_root": tmp_path}
-    if script > "20":
-        options = (TINY_SEARCH if script == "22" else TINY) | {"data_root": simulated}
+    options = {"data_root": tmp_path} if script in ("18", "19") else {}
+    if script >= "20":
+        options = TINY_SEARCH if script == "22" else TINY
+        options = options | {"data_root": simulated, "out": tmp_path / "out"}
     expect_refusal(words, script, *flags_of(options), *arguments)
-    assert not list(tmp_path.rglob("rows.json")) and not (tmp_path / "slides.csv").exists()
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {".lock"}
 
 
 def test_spots_without_counts_are_left_out_and_said(tmp_path):
@@ -317,13 +339,16 @@ def test_spots_without_counts_are_left_out_and_said(tmp_path):
     assert len(common.load_dataset(tmp_path, "lognorm").spots) == 6
 
 
-@pytest.mark.parametrize("content, words", [("", ["panel.csv"]), ("gene\n", ["panel.csv", "names no gene"]),
-                                            ("gene\nNONE\n", ["panel.csv", "hold none", "NONE"])])  # fmt: skip
+@pytest.mark.parametrize("content, words", [
+    (b"", []), (b"gene\n", ["names no gene"]), (b"gene\nNONE\n", ["hold none", "NONE"]),
+    (OTHER_KINDS[WORKBOOK], [f"this is {WORKBOOK}", "as CSV"]),
+])  # fmt: skip
 def test_a_panel_without_genes(tmp_path, content, words):
     make_root(tmp_path)
-    (tmp_path / "panel.csv").write_text(content)
     panel = tmp_path / "panel.csv"
-    expect_refusal(words, "19", data_root=tmp_path, target="lognorm", panel=panel)
+    panel.write_bytes(content)
+    options = {"data_root": tmp_path, "target": "lognorm", "panel": panel}
+    expect_refusal(["panel.csv", *words], "19", **options)
     assert not (tmp_path / "dataset").exists()
 
 
@@ -578,36 +603,6 @@ def test_the_best_recipe_does_not_start_from_the_quick_budgets_random_weights(qu
     expect_refusal(["--recipe best", "--quick"], "20", recipe="best", **quick)
 
 
-def make_zip(*names):
-    """An archive with empty files of these names."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        for name in names:
-            archive.writestr(name, "")
-    return made.getvalue()
-
-
-def make_tar():
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("slides.csv"))
-    return made.getvalue()
-
-
-OTHER_KINDS = {
-    "an Excel workbook (.xlsx)": make_zip("[Content_Types].xml", "xl/workbook.xml"),
-    "a .zip archive": make_zip("slides.csv"),
-    "an old Excel workbook (.xls)": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512),
-    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(100),
-    "a .tar archive": make_tar(),
-    "packed as .bz2": bz2.compress(b"gene\nHAL\n"),
-    "packed as .xz": lzma.compress(b"gene\nHAL\n"),
-    "a web page": b"<!DOCTYPE html>\n<html><body>Not found</body></html>",
-    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    "binary": bytes(range(256)),
-}
-
-
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_of_another_kind_under_the_name_of_a_table_is_named(tmp_path, kind, packed):
@@ -617,13 +612,3 @@ def test_a_file_of_another_kind_under_the_name_of_a_table_is_named(tmp_path, kin
     for read in (inputs.split_cells, inputs.read_dense_table):
         with refused(f"table.csv: this is {kind}", "as CSV"):
             read(path)
-
-
-@pytest.mark.parametrize("flag", ["manifest", "panel", "positions"])
-def test_a_workbook_under_the_name_of_a_table_ends_script_19(tmp_path, flag):
-    make_root(tmp_path)
-    name = {"manifest": "slides.csv", "panel": "panel.csv", "positions": "positions1.csv"}[flag]
-    (tmp_path / name).write_bytes(OTHER_KINDS["an Excel workbook (.xlsx)"])
-    options = {"panel": tmp_path / name} if flag == "panel" else {}
-    options |= {"data_root": tmp_path, "target": "lognorm", "check": True}
-    expect_refusal([name, "this is an Excel workbook (.xlsx)", "as CSV"], "19", **options)
