@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, flags_of, run_script
+from conftest import REPOSITORY, flags_of, run_script
 from PIL import Image
 from test_interruptions import SCRIPTS, start
 from test_patches import make_root
@@ -196,16 +196,6 @@ def test_rank_and_world_size_of_a_pod_are_not_torchruns(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert run_code("from study import shell; print(shell.RANK, shell.RANKS)") == "0 1\n"
-
-
-def test_script_20_runs_alone_in_a_pod(simulated, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    options = TINY | {"epochs": 1, "target": "lognorm", "data_root": simulated}
-    process = start([sys.executable, SCRIPTS["20"], *flags_of(options | {"out": tmp_path / "out"})])
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert stdout.count("rows: ") == 1
 
 
 # ------------------------------------------------------------------------------------ environments
