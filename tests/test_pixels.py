@@ -338,6 +338,14 @@ def test_black_where_nothing_was_scanned_is_no_tissue(tmp_path, black):
 
 
 # -------------------------------------------------------------------------------------- resolution
+def write_tags(path, **tags):
+    tifffile.imwrite(path, picture(), photometric="rgb", metadata=None, **tags)
+
+
+def write_aperio(path, stated):
+    write_tags(path, description=f"Aperio Image Library v11.2.1\n900x700|AppMag = 20|{stated}")
+
+
 def write_ome(path, size, unit):
     metadata = {"PhysicalSizeX": size, "PhysicalSizeY": size}
     if unit:
@@ -346,37 +354,35 @@ def write_ome(path, size, unit):
         tiff.write(picture(), photometric="rgb", metadata=metadata)
 
 
-@pytest.mark.parametrize("size, unit", [
-    (500.0, "nm"), (0.5, "µm"), (0.5, None), (0.0005, "mm"), (0.00005, "cm"), (5e-7, "m"),
-])  # fmt: skip
-def test_units_of_ome(tmp_path, size, unit):
-    write_ome(tmp_path / "s.ome.tif", size, unit)
-    assert imaging.read_resolution(tmp_path / "s.ome.tif") == pytest.approx(0.5)
-
-
-def test_a_unit_that_is_no_length_is_no_resolution(tmp_path):
-    write_ome(tmp_path / "s.ome.tif", 0.5, "pixel")
-    with refused("--um-per-px"):
-        imaging.read_resolution(tmp_path / "s.ome.tif")
-
-
-@pytest.mark.parametrize("per_unit, unit", [
-    (2.0, "um"), (2.0, "micron"), (2.0, "\\u00B5m"), (2000.0, "mm"), (20000.0, "cm"), (50800.0, "inch"),
-])  # fmt: skip
-def test_units_of_imagej(tmp_path, per_unit, unit):
+def write_imagej(path, per_unit, unit):
     options = {"imagej": True, "resolution": (per_unit, per_unit)}
-    tifffile.imwrite(tmp_path / "s.tif", picture(), metadata={"unit": unit}, **options)
-    assert imaging.read_resolution(tmp_path / "s.tif") == pytest.approx(0.5)
+    tifffile.imwrite(path, picture(), metadata={"unit": unit}, **options)
 
 
-@pytest.mark.parametrize(
-    "stated", ["MPP = 0.5000", "MPP = 0,5000", "MPP=0.5", "MPP = 0,5|Date = 1"]
-)
-def test_aperio_may_write_a_decimal_comma(tmp_path, stated):
-    text = f"Aperio Image Library v11.2.1\n900x700|AppMag = 20|{stated}"
-    options = {"photometric": "rgb", "metadata": None, "description": text}
-    tifffile.imwrite(tmp_path / "s.svs", picture(), **options)
-    assert imaging.read_resolution(tmp_path / "s.svs") == 0.5
+@pytest.mark.parametrize("write, stated, um", [
+    *[(write_ome, stated, 0.5) for stated in ((500.0, "nm"), (0.5, "µm"), (0.5, None))],
+    *[(write_ome, stated, 0.5) for stated in ((0.0005, "mm"), (0.00005, "cm"), (5e-7, "m"))],
+    (write_ome, (0.5, "pixel"), None),  # is no length
+    *[(write_imagej, (2.0, unit), 0.5) for unit in ("um", "micron", "\\u00B5m")],
+    *[(write_imagej, stated, 0.5) for stated in ((2000.0, "mm"), (20000.0, "cm"), (50800.0, "inch"))],
+    *[(write_aperio, [stated], 0.5) for stated in ("MPP = 0.5000", "MPP = 0,5000", "MPP=0.5", "MPP = 0,5|Date = 1")],
+    (write_aperio, ["MPP = 0.4990"], 0.499),
+    (write_tags, {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5),
+    (write_tags, {"resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5),
+    (write_tags, {"resolution": (72, 72), "resolutionunit": "INCH"}, None),  # of a screen
+    (write_tags, {}, None),
+])  # fmt: skip
+def test_the_resolution_is_what_tags_state(tmp_path, write, stated, um):
+    path = tmp_path / "s.tif"
+    if isinstance(stated, dict):
+        write(path, **stated)
+    else:
+        write(path, *stated)
+    if um:
+        assert imaging.read_resolution(path) == pytest.approx(um)
+    else:
+        with refused("--um-per-px"):
+            imaging.read_resolution(path)
 
 
 def test_the_resolution_is_that_of_the_image_that_is_read(tmp_path):
