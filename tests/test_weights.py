@@ -32,6 +32,13 @@ def weights_of(folder, name=SMALL, seed=7):
     return folder
 
 
+def save(path, state):
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({"state_dict": state}, path)
+
+
 def build(name, pretrained):
     recipe = NETWORK | {"BACKBONE": name, "PRETRAINED": str(pretrained)}
     return common.build_model(recipe, 5, 0).backbone
@@ -48,10 +55,7 @@ def assert_same_weights(backbone, trained):
 def test_a_checkpoint_of_timm_is_loaded_and_its_classifier_ignored(tmp_path, suffix):
     trained = pretend(SMALL)
     path = tmp_path / f"{SMALL}{suffix}"
-    if suffix == ".safetensors":
-        safetensors.torch.save_file(trained.state_dict(), path)
-    else:
-        torch.save({"state_dict": trained.state_dict()}, path)
+    save(path, trained.state_dict())
     assert_same_weights(build(SMALL, path), trained)
     assert_same_weights(build(SMALL, tmp_path), trained)
 
@@ -91,18 +95,15 @@ def test_other_names_without_their_order_are_refused(tmp_path):
         build("resnet10t", path)
 
 
-def test_another_architecture_is_told_with_tensor_and_shapes(tmp_path):
+@pytest.mark.parametrize("other, words", [
+    ("densenet121", r"\(.*\) stands where resnet18 has .* \(.*\)"),
+    ("resnet34", "layer.*which resnet18 does not have"),  # all names are there, and more
+    ("resnet50", "layer.*which resnet18 does not have"),
+])  # fmt: skip
+def test_another_architecture_is_told_with_its_tensors(tmp_path, other, words):
     path = tmp_path / "resnet18.safetensors"
-    safetensors.torch.save_file(pretend("densenet121").state_dict(), path)
-    with pytest.raises(shell.InputError, match=r"\(.*\) stands where resnet18 has .* \(.*\)"):
-        build("resnet18", path)
-
-
-@pytest.mark.parametrize("other", ["resnet34", "resnet50"])
-def test_a_deeper_network_that_holds_all_names_is_another_one(tmp_path, other):
-    path = tmp_path / "resnet18.safetensors"
-    safetensors.torch.save_file(pretend(other).state_dict(), path)
-    with pytest.raises(shell.InputError, match=r"layer.*which resnet18 does not have"):
+    save(path, pretend(other).state_dict())
+    with pytest.raises(shell.InputError, match=words):
         build("resnet18", path)
 
 
@@ -130,11 +131,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_truncated_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"{SMALL}{suffix}"
-    state = pretend(SMALL).state_dict()
-    if suffix == ".safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save(state, path)
+    save(path, pretend(SMALL).state_dict())
     path.write_bytes(path.read_bytes()[:10_000])
     with pytest.raises(shell.InputError, match="not a file of weights"):
         build(SMALL, path)
