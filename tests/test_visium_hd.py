@@ -174,30 +174,22 @@ def test_positions_may_be_a_parquet(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- bad input
-def remove_parquet(binned):
-    (binned / "spatial" / "tissue_positions.parquet").unlink()
+PARQUET = "spatial/tissue_positions.parquet"
+
+
+def positioned(change):
+    """The positions of the bins are what `change` makes of their table."""
+    return lambda binned: write_parquet(binned / PARQUET, change(make_bins()[0]))
 
 
 def cut_parquet(binned):
-    path = binned / "spatial" / "tissue_positions.parquet"
-    path.write_bytes(path.read_bytes()[:1000])
+    content = (binned / PARQUET).read_bytes()
+    (binned / PARQUET).write_bytes(content[:1000])
 
 
-def drop_column(binned):
-    table, _ = make_bins()
-    path = binned / "spatial" / "tissue_positions.parquet"
-    write_parquet(path, table.drop(columns="array_row"))
-
-
-def leave_a_gap(binned):
-    table, _ = make_bins()
+def leave_a_gap(table):
     table["pxl_row_in_fullres"] = table["pxl_row_in_fullres"].where(table.index != 4)
-    write_parquet(binned / "spatial" / "tissue_positions.parquet", table)
-
-
-def leave_no_tissue(binned):
-    table, _ = make_bins()
-    write_parquet(binned / "spatial" / "tissue_positions.parquet", table.assign(in_tissue=0))
+    return table
 
 
 def name_other_bins(binned):
@@ -211,19 +203,15 @@ def drop_bin_size(binned):
     (binned / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
 
 
-def keep_finest_bins(binned):
-    binned.rename(binned.with_name("square_002um"))
-
-
 @pytest.mark.parametrize("change, words", [
-    (remove_parquet, ["no tissue_positions.parquet"]),
+    (lambda binned: (binned / PARQUET).unlink(), ["no tissue_positions.parquet"]),
     (cut_parquet, ["tissue_positions.parquet", "not a whole .parquet"]),
-    (drop_column, ["tissue_positions.parquet", "no column array_row"]),
-    (leave_a_gap, ["s_008um_00000_00004-1", "pxl_row", "not a number"]),
-    (leave_no_tissue, ["tissue_positions.parquet", "no spot of 56 um", "in_tissue"]),
+    (positioned(lambda table: table.drop(columns="array_row")), ["tissue_positions.parquet", "no column array_row"]),
+    (positioned(leave_a_gap), ["s_008um_00000_00004-1", "pxl_row", "not a number"]),
+    (positioned(lambda table: table.assign(in_tissue=0)), ["tissue_positions.parquet", "no spot of 56 um", "in_tissue"]),
     (name_other_bins, ["s_016um_00000_00000-1", "not of one slide"]),
     (drop_bin_size, ["scalefactors_json.json", "no bin_size_um"]),
-    (keep_finest_bins, ["square_008um or square_016um"]),
+    (lambda binned: binned.rename(binned.with_name("square_002um")), ["square_008um or square_016um"]),
 ])  # fmt: skip
 def test_bins_that_cannot_be_read_are_refused(tmp_path, change, words):
     outs, image = make_hd(tmp_path / "liver")
