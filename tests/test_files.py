@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import unicodedata
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -141,15 +142,7 @@ def write_as_write_table(path, table):
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_as_seurat(path, table):
-    names = ["barcode", "tissue", "row", "col", "imagerow", "imagecol"]
-    table.set_axis(names, axis=1).set_index("barcode").to_csv(path, index_label="")
-
-
-def write_gzipped(path, table):
-    path.write_bytes(gzip.compress(table.to_csv(index=False, header=False).encode()))
-
-
+SEURAT = ["barcode", "tissue", "row", "col", "imagerow", "imagecol"]
 HEADED = spot_array().rename(columns=FULLRES)
 TABLES = {
     "columns in another order": lambda p: HEADED[HEADED.columns[[0, 1, 2, 3, 5, 4]]].to_csv(p, index=False),
@@ -164,14 +157,15 @@ TABLES = {
     "write.csv": lambda p: write_as_r(p, HEADED),
     "write.csv2": lambda p: write_as_r(p, HEADED.assign(pxl_row_in_fullres=HEADED["pxl_row_in_fullres"] + 0.25), sep=";", decimal=","),
     "write.table": lambda p: write_as_write_table(p, HEADED),
-    "Seurat": lambda p: write_as_seurat(p, spot_array()),
+    "Seurat": lambda p: spot_array().set_axis(SEURAT, axis=1).set_index("barcode").to_csv(p, index_label=""),
+    "decimals that are no thousands": lambda p: HEADED.assign(**{name: HEADED[name] + 0.125 for name in FULLRES.values()}).to_csv(p, sep=";", index=False),
     "logical in_tissue": lambda p: HEADED.assign(in_tissue="TRUE").to_csv(p, index=False),
     "tabs": lambda p: spot_array().to_csv(p, sep="\t", index=False, header=False),
     "blanks": lambda p: spot_array().to_csv(p, sep=" ", index=False, header=False),
     "a byte order mark and CRLF": lambda p: HEADED.to_csv(p, index=False, encoding="utf-8-sig", lineterminator="\r\n"),
     "UTF-16 with tabs": lambda p: HEADED.to_csv(p, index=False, sep="\t", encoding="utf-16"),
     "empty lines at the end": lambda p: p.write_text(HEADED.to_csv(index=False) + ",,,,,\n\n"),
-    "gzipped under a plain name": lambda p: write_gzipped(p, spot_array()),
+    "gzipped under a plain name": lambda p: p.write_bytes(gzip.compress(spot_array().to_csv(index=False, header=False).encode())),
 }  # fmt: skip
 
 
@@ -578,23 +572,22 @@ def test_another_image_than_space_rangers_is_refused(tmp_path, change, words):
     refuse(tmp_path / "mine", "scan1.tif", *words, **options)
 
 
+def list_outs(root):
+    """Of a data root whose files are where Space Ranger put them, (outs/, the full image)."""
+    outs, path = make_outs(root, 1)
+    row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
+    row.append("outs/filtered_feature_bc_matrix")
+    pd.DataFrame([row], columns=MANIFEST).to_csv(root / "slides.csv", index=False)
+    return outs, path
+
+
 def test_an_image_is_held_against_the_hires_image_beside_its_positions(tmp_path):
-    _, path = make_outs(tmp_path, 1)
+    outs, path = list_outs(tmp_path)
     tifffile.imwrite(path, paint(1)[:, ::-1], photometric="rgb")
-    row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
-    row.append("outs/filtered_feature_bc_matrix")
-    pd.DataFrame([row], columns=MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
     refuse(tmp_path, "scan1.tif", "shows something else", "tissue_hires_image.png")
-
-
-def test_a_hires_image_of_unknown_scale_beside_the_positions_is_a_warning(tmp_path):
-    outs, path = make_outs(tmp_path, 1)
     (outs / "spatial" / "scalefactors_json.json").write_text('{"tissue_lowres_scalef": 0.1}')
-    row = [1, "S", "D", path.name, 0.5, "outs/spatial/tissue_positions.csv"]
-    row.append("outs/filtered_feature_bc_matrix")
-    pd.DataFrame([row], columns=MANIFEST).to_csv(tmp_path / "slides.csv", index=False)
     printed, _, _ = make_dataset(tmp_path)
-    assert "warning: " in printed and "cannot be told" in printed
+    assert "warning: " in printed and "cannot be told" in printed, "its scale is not known"
 
 
 def test_space_rangers_files_as_geo_has_them(tmp_path):
@@ -631,35 +624,42 @@ def test_the_pitch_is_held_against_um_per_px(tmp_path, um, words):
     assert all(word in printed for word in words), printed
 
 
-# 200 px apart, the spots are as many um apart as this; whether that is somebody's design.
-@pytest.mark.parametrize("um, known", [
-    (100, True), (108, True), (110, True), (128, True), (185, True),
-    (114, False), (120, False), (124, False), (150, False), (256, False),
-])  # fmt: skip
-def test_pitches_that_collections_have_by_design_are_known(tmp_path, capsys, um, known):
-    make_slides(tmp_path, 1)
-    edit_manifest(tmp_path, um_per_px=um / 199.8)
-    (slide,) = read_manifest(tmp_path)
-    positions = read_positions(slide.positions)
-    positions["array_col"] //= 2  # Visium's array, of which one pitch is known, is hexagonal.
-    check_pitch(slide, positions)
-    printed = capsys.readouterr().out
-    assert ("warning" in printed) != known
-    assert known or f"are {um} um; expected 100 (Visium), 200 (ST)" in printed
+def lay_visium():
+    """Visium's array, whose hexagons the numbers of rows and columns do not tell."""
+    positions = spot_array().set_index("barcode")
+    return positions.assign(array_col=positions["array_col"] // 2)
 
 
-@pytest.mark.parametrize("um, known", [(94, 0), (100, 0), (110, 1), (188, 1), (400, 0)])
-def test_a_square_grid_has_no_pitch_of_visium(tmp_path, capsys, um, known):
-    """As where the um_per_px of a section of ST is half of what it should be."""
-    make_slides(tmp_path, 1)
-    edit_manifest(tmp_path, um_per_px=um / 200)
-    (slide,) = read_manifest(tmp_path)
+def lay_squares(names=None):
+    """A square grid of 200 px."""
     row, col = np.divmod(np.arange(30), 6)
     places = {"pxl_row": 200 * row + 300 + col, "pxl_col": 200 * col + 300}
-    check_pitch(slide, pd.DataFrame({"array_row": row, "array_col": col} | places))
-    printed = capsys.readouterr().out
-    assert ("warning" in printed) != known
-    assert known or ("expected 200 of a square grid (ST)" in printed and "would be 200" in printed)
+    return pd.DataFrame({"array_row": row, "array_col": col} | places, names)
+
+
+def lay_hest():
+    """Squares of Xenium, which HEST has made 100 um wide and tells by their names."""
+    return lay_squares([f"{i // 6:03}x{i % 6:03}" for i in range(30)])
+
+
+# Spots 200 px apart: of how many um that is somebody's design, of how many it is not.
+PITCHES = {
+    lay_visium: ((100, 108, 110, 128, 185), (114, 120, 124, 150, 256), ["{} um; expected 100 (Visium), 200 (ST)"]),
+    # As where the um_per_px of a section of ST is half of what it should be.
+    lay_squares: ((110, 188), (94, 100, 400), ["expected 200 of a square grid (ST)", "would be 200"]),
+    lay_hest: ((100, 128), (50,), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lay", PITCHES)
+def test_pitches_that_collections_have_by_design_are_known(capsys, lay):
+    known, others, words = PITCHES[lay]
+    image = Path("a.tif")
+    for um in (*known, *others):
+        check_pitch(Slide(1, "A", "A", image, um / 199.9, positions=image, matrix=None), lay())
+        printed = capsys.readouterr().out
+        assert ("warning" in printed) == (um in others), um
+        assert um in known or all(word.format(um) in printed for word in words), printed
 
 
 @pytest.mark.parametrize("turn", [0, 10, 45])
@@ -675,17 +675,6 @@ def test_visium_without_an_array_is_no_square_grid(tmp_path, capsys, turn):
     check_pitch(slide, read_positions(tmp_path / "a.h5ad"))
     printed = capsys.readouterr().out
     assert "no array_row and array_col" in printed and "warning" not in printed
-
-
-@pytest.mark.parametrize("um, known", [(50, 0), (100, 1), (128, 1)])
-def test_the_squares_of_hest_are_known_by_their_names(tmp_path, capsys, um, known):
-    """Those of Xenium are 100 um wide."""
-    row, col = np.divmod(np.arange(30), 6)
-    positions = {"array_row": row, "array_col": col, "pxl_row": 250 * row, "pxl_col": 250 * col}
-    names = [f"{i:03}x{j:03}" for i, j in zip(row, col, strict=True)]
-    slide = Slide(1, "A", "A", tmp_path / "a.tif", um / 250, tmp_path / "a.h5ad", None)
-    check_pitch(slide, pd.DataFrame(positions, names))
-    assert ("warning" in capsys.readouterr().out) != known
 
 
 @pytest.mark.parametrize(
@@ -876,12 +865,3 @@ def test_spots_on_one_pixel_are_refused(tmp_path):
     barcodes = " and ".join(table["barcode"][[5, 7]])
     with refused(f"the spots {barcodes} lie on one pixel, pxl_row"):
         read_positions(tmp_path / "positions.csv")
-
-
-def test_decimals_under_semicolons_are_no_thousands(tmp_path):
-    table = spot_array().rename(columns=FULLRES)
-    for name in FULLRES.values():
-        table[name] = table[name].map(lambda value: f"{value + 0.125:.3f}")
-    table.to_csv(tmp_path / "positions.csv", sep=";", index=False)
-    read = read_positions(tmp_path / "positions.csv")
-    assert [*read["pxl_row"]] == [*spot_array()["pxl_row"]]
