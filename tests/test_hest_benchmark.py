@@ -354,30 +354,10 @@ def test_the_ceiling_of_a_fold_is_over_all_its_test_spots(root, data, scored):
 
 
 # ---------------------------------------------------------------------------------------- refusals
-def without_test_file(task):
-    (task / "splits" / "test_1.csv").unlink()
-
-
-def with_a_sample_twice(task):
-    write_split(task, "test", 0, ["MEND3", "TENX1"])
-
-
-def with_other_columns(task):
-    (task / "splits" / "train_0.csv").write_text("sample,patches\nTENX1,patches/TENX1.h5\n")
-
-
 def without_a_gene(task):
     path = task / "adata" / "NCBI2.h5ad"
     table = anndata.read_h5ad(path)
     table[:, [gene for gene in GENES if gene != TASK_GENES[0]]].copy().write_h5ad(path)
-
-
-def without_genes(task):
-    (task / "var_50genes.json").write_text("[]")
-
-
-def without_patches(task):
-    (task / "patches" / "MEND3.h5").unlink()
 
 
 def with_a_barcode_too_many(task):
@@ -385,20 +365,25 @@ def with_a_barcode_too_many(task):
     anndata.read_h5ad(path)[1:].copy().write_h5ad(path)
 
 
-@pytest.mark.parametrize(
-    "change, options, words",
-    [
-        (without_test_file, {}, ["test_1.csv", "no such file"]),
-        (with_a_sample_twice, {}, ["TENX1", "train_0.csv", "test_0.csv"]),
-        (with_other_columns, {}, ["train_0.csv", "sample_id, patches_path, expr_path"]),
-        (without_a_gene, {}, ["NCBI2", TASK_GENES[0], "1 of the 6 genes"]),
-        (without_genes, {}, ["var_50genes.json", "no list of genes"]),
-        (without_patches, {}, ["MEND3.h5", "no such file"]),
-        (with_a_barcode_too_many, {}, ["NCBI2.h5", "no barcode"]),
-        (lambda task: None, {"samples": "TENX1"}, ["--samples", "splits/"]),
-        (lambda task: None, {"panel": "genes.csv"}, ["--panel genes.csv", "leave it out"]),
-    ],
-)
+def without(name):
+    return lambda task: (task / name).unlink()
+
+
+def written(name, text):
+    return lambda task: (task / name).write_text(text)
+
+
+@pytest.mark.parametrize("change, options, words", [
+    (without("splits/test_1.csv"), {}, ["test_1.csv", "no such file"]),
+    (lambda task: write_split(task, "test", 0, ["MEND3", "TENX1"]), {}, ["TENX1", "train_0.csv", "test_0.csv"]),
+    (written("splits/train_0.csv", "sample,patches\nTENX1,TENX1.h5\n"), {}, ["train_0.csv", "sample_id, patches_path, expr_path"]),
+    (without_a_gene, {}, ["NCBI2", TASK_GENES[0], "1 of the 6 genes"]),
+    (written("var_50genes.json", "[]"), {}, ["var_50genes.json", "no list of genes"]),
+    (without("patches/MEND3.h5"), {}, ["MEND3.h5", "no such file"]),
+    (with_a_barcode_too_many, {}, ["NCBI2.h5", "no barcode"]),
+    (lambda task: None, {"samples": "TENX1"}, ["--samples", "splits/"]),
+    (lambda task: None, {"panel": "genes.csv"}, ["--panel genes.csv", "leave it out"]),
+])  # fmt: skip
 def test_a_task_in_doubt_is_refused(tmp_path, change, options, words):
     task = make_task(tmp_path / "IDC")
     change(task)
@@ -418,30 +403,17 @@ def test_the_folder_above_tasks_names_them(tmp_path, options):
     expect_refusal(words, "19", **options)
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"protocol": "hest", "target": "lognorm"}, ["--protocol hest", "--target log1p"]),
-        ({"protocol": "hest", "target": "harmony"}, ["--protocol hest", "--target log1p"]),
-        ({"protocol": "paper", "target": "log1p"}, ["--target log1p", "--protocol hest"]),
-        ({"protocol": "loso", "target": "log1p"}, ["--target log1p", "--target lognorm"]),
-        ({"protocol": "hest", "target": "log1p"}, ["no task of HEST-Benchmark", "--from-hest"]),
-    ],
-)
-def test_other_data_and_targets_are_refused(simulated, tmp_path, options, words):
-    expect_refusal(words, "20", data_root=simulated, out=tmp_path, **(TINY | options))
-
-
-def test_harmony_over_a_task_is_refused_with_what_to_use(root, tmp_path):
-    words = ["task of HEST-Benchmark", "--protocol hest --target log1p"]
-    expect_refusal(words, "20", data_root=root, out=tmp_path, **TINY)
-
-
-def test_log1p_is_no_target_of_other_slides(simulated):
-    words = ["--target log1p", "--target lognorm"]
-    expect_refusal(words, "19", data_root=simulated, target="log1p")
-
-
-def test_the_search_has_folds_of_its_own(root, tmp_path):
-    words = ["--protocol hest", "paper, loso, block"]
-    expect_refusal(words, "22", data_root=root, out=tmp_path, protocol="hest")
+@pytest.mark.parametrize("script, slides, options, words", [
+    ("19", "simulated", {"target": "log1p"}, ["--target log1p", "--target lognorm"]),
+    ("20", "simulated", TINY | HEST | {"target": "lognorm"}, ["--protocol hest", "--target log1p"]),
+    ("20", "simulated", TINY | HEST | {"target": "harmony"}, ["--protocol hest", "--target log1p"]),
+    ("20", "simulated", TINY | HEST | {"protocol": "paper"}, ["--target log1p", "--protocol hest"]),
+    ("20", "simulated", TINY | HEST | {"protocol": "loso"}, ["--target log1p", "--target lognorm"]),
+    ("20", "simulated", TINY | HEST, ["no task of HEST-Benchmark", "--from-hest"]),
+    ("20", "root", TINY, ["task of HEST-Benchmark", "--protocol hest --target log1p"]),
+    ("22", "root", {"protocol": "hest"}, ["--protocol hest", "paper, loso, block"]),
+])  # fmt: skip
+def test_other_data_and_targets_are_refused(request, tmp_path, script, slides, options, words):
+    out = {} if script == "19" else {"out": tmp_path}
+    data_root = request.getfixturevalue(slides)
+    expect_refusal(words, script, data_root=data_root, **out, **options)
