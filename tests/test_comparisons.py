@@ -83,15 +83,8 @@ def mbconv(inputs, outputs, kernel, expansion):
 
 
 # Expansion, outputs, blocks and kernel of the seven stages in Tan and Le's table 1.
-STAGES = [
-    (1, 16, 1, 3),
-    (6, 24, 2, 3),
-    (6, 40, 2, 5),
-    (6, 80, 3, 3),
-    (6, 112, 3, 5),
-    (6, 192, 4, 5),
-    (6, 320, 1, 3),
-]
+STAGES = [(1, 16, 1, 3), (6, 24, 2, 3), (6, 40, 2, 5), (6, 80, 3, 3), (6, 112, 3, 5)]
+STAGES += [(6, 192, 4, 5), (6, 320, 1, 3)]
 
 
 def stages_by_hand():
@@ -277,7 +270,7 @@ def fold_roles(spots, protocol, seed=42, folds=5):
 @pytest.mark.parametrize(
     "protocol, folds, spread", [("paper", 5, 1), ("block", 5, 25), ("loso", 2, 1)]
 )
-def test_folds_are_disjoint_and_exhaustive(protocol, folds, spread):
+def test_folds_are_disjoint_exhaustive_and_of_the_seed(protocol, folds, spread):
     spots = two_slides()
     trainings = fold_roles(spots, protocol, folds=folds)
     assert len(trainings) == folds
@@ -287,15 +280,9 @@ def test_folds_are_disjoint_and_exhaustive(protocol, folds, spread):
     for roles in trainings:
         assert (roles[test] == "").all()
         assert (roles == "valid").sum() == pytest.approx((~test).sum() / folds, abs=spread)
-
-
-@pytest.mark.parametrize("protocol, folds", [("paper", 5), ("block", 5), ("loso", 2)])
-def test_folds_follow_from_the_seed_but_for_slides(protocol, folds):
-    spots = two_slides()
-    first = fold_roles(spots, protocol, seed=42, folds=folds)
-    assert np.array_equal(first, fold_roles(spots, protocol, seed=42, folds=folds))
+    assert np.array_equal(trainings, fold_roles(spots, protocol, seed=42, folds=folds))
     other = fold_roles(spots, protocol, seed=43, folds=folds)
-    assert np.array_equal(first, other) == (protocol == "loso")
+    assert np.array_equal(trainings, other) == (protocol == "loso"), "slides do not change"
 
 
 def test_under_loso_a_donor_who_validates_does_not_train():
