@@ -329,21 +329,13 @@ def with_nan(folder):
         file["embeddings"][3, 1] = np.nan
 
 
-def with_a_backbones_name(folder):
-    folder.rename(folder.with_name("resnet18"))
-
-
-def with_nothing(folder):
-    shutil.rmtree(folder)
-
-
 LACKING = {
     without_two_spots: ["slide SIM_B1 lacks 2 of 10 spots, as ", "<tissue_index>.h5"],
     without_all_files_but_one: ["SIM_B1 has no", "SIM_C1 has no", "SIM_D1 has no"],
     with_another_width: [f"{WIDTH} of SIM_A1", "5 of SIM_B1", "one model?"],
     with_nan: ["slide SIM_B1", "1 of 13 embeddings"],
-    with_a_backbones_name: ["ridge (resnet18)", "rename"],
-    with_nothing: ["--features", "no folder of .h5 files"],
+    lambda folder: folder.rename(folder.with_name("resnet18")): ["ridge (resnet18)", "rename"],
+    shutil.rmtree: ["--features", "no folder of .h5 files"],
 }
 
 
@@ -390,11 +382,10 @@ def read_weights(path):
 
 
 def test_a_run_has_the_rows_beside_its_own_and_computes_only_these(
-    simulated, trained, brought, tmp_path
+    simulated, copied, brought, tmp_path
 ):
     """The network's row is that of a run without embeddings."""
-    out = tmp_path / "run"
-    shutil.copytree(trained[0], out)
+    out = copied("20")
     stdout = stdout_of("20", data_root=simulated, out=out, features=brought, **SMALL_RUNS["20"])
     assert stdout.count("on disk already") == 2
     rows = table_of(stdout).query("split == 'test' and truth == 'lognorm'").set_index("setting")

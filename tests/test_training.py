@@ -196,13 +196,12 @@ def test_the_head_fits_every_kind_of_backbone(backbone):
         assert model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 5)
 
 
-def test_changed_gene_lists_are_another_row(trained, simulated, tmp_path):
+def test_changed_gene_lists_are_another_row(copied, simulated, tmp_path):
     root = tmp_path / "SIMULATED_data"
     shutil.copytree(simulated / "dataset", root / "dataset")
     (root / "gene_sets.csv").write_text("group,gene\nHEG,ALB\nHEG,nowhere\nMG,HAL\n")
     shutil.copy(REPOSITORY / "GSE240429_data" / "published_results.csv", root)
-    shutil.copytree(trained[0], tmp_path / "out")
-    stdout = stdout_of("20", data_root=root, out=tmp_path / "out", **TINY)
+    stdout = stdout_of("20", data_root=root, out=copied("20"), **TINY)
     assert "gene_sets.csv; not in the panel: nowhere" in stdout
     assert "on disk already" not in stdout
     row = rows_of(stdout)[0]
@@ -369,9 +368,8 @@ def test_a_row_on_disk_is_not_computed_again(trained, simulated, monkeypatch):
     assert rows_of(again) == rows_of(stdout)
 
 
-def test_another_constant_is_another_row(trained, simulated, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(trained[0], out)
+def test_another_constant_is_another_row(copied, simulated):
+    out = copied("20")
     options = TINY | {"aug": "none", "target": "lognorm"}
     rows = table_of(stdout_of("20", data_root=simulated, out=out, **options))
     assert set(rows["truth"]) == {"lognorm"}
