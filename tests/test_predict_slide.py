@@ -414,10 +414,9 @@ def test_the_h5ad_opens_in_scanpy_and_draws(predicted):
 
 
 def test_results_of_another_script_stay_and_those_of_another_start_go(
-    simulated, trained, weights, tmp_path, monkeypatch
+    simulated, copied, weights, tmp_path, monkeypatch
 ):
-    run = tmp_path / "run"
-    shutil.copytree(trained[0], run)
+    run = copied("20")
     command = ("26", "--weights", weights, *slide_of(simulated), "--out")
     for out, name in ((run, "rows.csv"), (run / weights.parent.name, "rows.json")):
         expect_refusal([str(out), name, "another folder"], *command, out)
@@ -561,22 +560,6 @@ def test_a_gene_is_compared_by_its_id_where_its_symbol_is_shared():
     assert script.find_genes(features, trained).tolist() == [1, -1]
 
 
-@pytest.mark.parametrize("tags, um", [
-    ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5),
-    ({"resolution": (50800, 50800), "resolutionunit": "INCH"}, 0.5),
-    ({"description": "Aperio Image Library |AppMag = 20|MPP = 0.4990"}, 0.499),
-    ({"resolution": (72, 72), "resolutionunit": "INCH"}, None),
-    ({}, None),
-])  # fmt: skip
-def test_resolution_from_tags(tmp_path, tags, um):
-    tifffile.imwrite(tmp_path / "slide.tif", picture(), photometric="rgb", metadata=None, **tags)
-    if um:
-        assert imaging.read_resolution(tmp_path / "slide.tif") == pytest.approx(um)
-    else:
-        with pytest.raises(shell.InputError, match="--um-per-px"):
-            imaging.read_resolution(tmp_path / "slide.tif")
-
-
 def spoil_weights(weights, path, change):
     with safetensors.safe_open(weights, "pt") as file:
         metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -624,9 +607,8 @@ def name_folder(run, name, *tables):
     shell.save_json(run / "run.json", facts)
 
 
-def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained[0], run)
+def test_of_a_run_the_best_network_in_validation_is_taken(simulated, copied, tmp_path):
+    run = copied("20")
     table = pd.read_csv(run / "rows.csv")
     network = table["setting"] == "EfficientNet-B0"
     better = table[network].assign(folder="better", setting="another seed")
@@ -646,9 +628,8 @@ def test_of_a_run_the_best_network_in_validation_is_taken(simulated, trained, tm
     expect_refusal(["no rows.csv"], *command, tmp_path / "out")
 
 
-def test_of_a_search_its_choice_is_taken_and_no_fold(simulated, trained, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(trained[0], run)
+def test_of_a_search_its_choice_is_taken_and_no_fold(simulated, copied, capsys):
+    run = copied("20")
     table = pd.read_csv(run / "rows.csv")
     network = table[table["setting"] == "EfficientNet-B0"]
     tested = network[network["split"] == "test"]
@@ -762,7 +743,7 @@ def test_script_26_refuses_what_is_not_there(
 
 
 def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
-    simulated, trained, weights, tmp_path
+    simulated, copied, weights, tmp_path
 ):
     odd = tmp_path / "a $x_{ b$.tif"
     odd.symlink_to(slide_of(simulated)[0].removeprefix("--image="))
@@ -771,8 +752,7 @@ def test_a_damaged_run_json_is_refused_and_any_name_of_an_image_drawn(
     figure = Figure()
     figure.suptitle("caf\udce9")
     drawing.save_figure(tmp_path / "maps.png", figure, "caf\udce9")
-    run = tmp_path / "run"
-    shutil.copytree(trained[0], run)
+    run = copied("20")
     (run / "run.json").write_text("{")
     options = ("--run", run, *image, "--out", tmp_path / "other")
     expect_refusal(["run.json", "not as a script wrote it"], "26", *options)
