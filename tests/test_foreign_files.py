@@ -269,9 +269,9 @@ JOINED = [
 
 
 def join_slides(slides):
-    """Join the genes of slides 1, 2, ... of these (names, ids)."""
+    """Join the genes of slides 5, 6, ... of these (names, ids)."""
     tables = [pd.DataFrame({"name": names}, ids) for names, ids in slides]
-    return join_genes(enumerate(tables, 1))
+    return join_genes(enumerate(tables, 5))
 
 
 @pytest.mark.parametrize("slides, words", JOINED)
@@ -283,8 +283,8 @@ def test_genes_that_may_be_joined_wrongly_are_warned_of(slides, words):
 
 
 @pytest.mark.parametrize("slides, words", [
-    ([(GENES, ENSEMBL)] * 2 + [(GENES, GENES)] * 2, ["no gene id is in every slide ", "slide 1: ENSG0"]),
-    ([(["A"], ["A"])] * 2 + [(["B"], ["B"])], ["slide 3 shares no gene id"]),
+    ([(GENES, ENSEMBL)] * 2 + [(GENES, GENES)] * 2, ["no gene id is in every slide ", "slide 5: ENSG0"]),
+    ([(["A"], ["A"])] * 2 + [(["B"], ["B"])], ["slide 7 shares no gene id"]),
     ([([*GENES, "GFP"], [*ENSEMBL, "GFP"]), ([*GENES, "GFP"], [*GENES, "GFP"])],
      ["other ids on other slides: 4, as CYP3A4: ", "name genes"]),
 ])  # fmt: skip
