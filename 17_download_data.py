@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from slides import inputs
 from slides.imaging import open_image
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATASET = "GSE240429"  # GSE240429 or HER2ST
@@ -258,7 +259,7 @@ def check_space(root, needed):
 
 def copy_whole(source, path):
     """Copy a file, whole or not at all."""
-    with shell.whole_file(path) as partial:
+    with files.whole_file(path) as partial:
         shutil.copyfile(source, partial)
     print(f"  {path}  {path.stat().st_size:,} bytes")
 
@@ -363,7 +364,7 @@ def unpack_download(path):
     try:
         with (
             gzip.open(path) as packed,
-            shell.whole_file(path.with_suffix("")) as partial,
+            files.whole_file(path.with_suffix("")) as partial,
             open(partial, "wb") as file,
         ):
             shutil.copyfileobj(packed, file, CHUNK)
@@ -404,7 +405,7 @@ def prepare_her2st(root):
         slide = {"tissue_index": number, "name": section, "donor": section[0]}
         slide["um_per_px"] = HER2ST_UM_PER_PX
         slides.append(slide | convert_section(root, section, source))
-    shell.save_csv(root / "slides.csv", pd.DataFrame(slides))
+    files.save_csv(root / "slides.csv", pd.DataFrame(slides))
 
 
 def download_her2st(root):
@@ -465,7 +466,7 @@ def convert_section(root, section, source):
         "matrix": f"data/matrices/{section}",
     }
     copy_whole(image, root / slide["image"])
-    with shell.whole_file(root / slide["positions"]) as path:
+    with files.whole_file(root / slide["positions"]) as path:
         spots.reset_index().to_csv(path, header=False, index=False)
     genes = pd.DataFrame({"id": counts.columns, "name": counts.columns})
     table = scipy.sparse.csc_matrix(counts.loc[both].to_numpy())
@@ -525,7 +526,7 @@ def main():
     root = Path(DATA_ROOT or f"{DATASET}_data")
     if not source_is_remote() and not Path(SOURCE).is_dir():
         raise InputError(f"--source {SOURCE}: no such folder")
-    shell.hold_folder(root)
+    files.hold_folder(root)
     if DATASET == "GSE240429":
         prepare_gse240429(root)
     else:

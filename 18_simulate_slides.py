@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 import common
 from slides import inputs
-from study.shell import InputError
+from study import constants, files, hashes
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "SIMULATED_data"  # folder to write; must not hold slides already
@@ -330,7 +331,7 @@ def paint(path, fields, kinds, shape, rng):
         resolution=(1e4 / UM_PER_PX, 1e4 / UM_PER_PX),
         resolutionunit="CENTIMETER",
     )
-    shell.reserve_disk(path)
+    files.reserve_disk(path)
     grain = rng.standard_normal((2, GRAIN, GRAIN))
     grain = gaussian_filter(grain, (0, 0.8, 0.8), mode="wrap").astype(np.float32)
     strength = rng.normal(1, [0.06, 0.06])  # of this slide's two dyes
@@ -533,22 +534,22 @@ def main():
             f"{root / 'slides.csv'} exists already: remove {root} or choose another --data-root"
         )
     tables, names = choose_geometry()
-    shell.hold_folder(root)
+    files.hold_folder(root)
     for folder in ("image", "truth"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(shell.seed_of(SEED, "genes"))
+    rng = np.random.default_rng(hashes.seed_of(SEED, "genes"))
     genes = gene_table(names["name"].tolist(), rng)
     print("SIMULATED slides")
     print("slide  name      spots   rows x columns px   counts/spot (median)")
     slides = [make_manifest_row(number) for number in range(1, SLIDES + 1)]
     best = []
     for slide, table in zip(slides, tables, strict=True):
-        rng = np.random.default_rng(shell.seed_of(SEED, "slide", slide["tissue_index"]))
+        rng = np.random.default_rng(hashes.seed_of(SEED, "slide", slide["tissue_index"]))
         best.append(write_slide(root, slide, table, names, genes, rng))
-    constants = {name: globals()[name] for name in shell.read_comments(globals())}
-    del constants["DATA_ROOT"]
-    shell.save_json(root / "simulation.json", constants)
-    shell.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
+    made_with = {name: globals()[name] for name in constants.read_comments(globals())}
+    del made_with["DATA_ROOT"]
+    files.save_json(root / "simulation.json", made_with)
+    files.save_csv(root / "slides.csv", pd.DataFrame(slides))  # last: it makes this a data root
     ceiling, image_ceiling = np.mean(best, axis=0)
     what = "best mean r of the 50 highest expressed genes, per slide"
     print(f"{what}: {ceiling:.3f} against counting noise,")

@@ -72,9 +72,9 @@ from slides.panel import (
 from slides.positions import measure_pitch, place_spots
 from slides.spots import read_spots
 from slides.twins import check_alike_counts, check_patches
-from study import drawing, exports, panels, splitting
+from study import constants, drawing, exports, files, hashes, panels, splitting
+from study.errors import InputError
 from study.features import describe_size, hash_patches, remove_others
-from study.shell import InputError
 
 # -------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv
@@ -296,7 +296,7 @@ def exchange_files(work, folder):
 def open_array(path, dtype, shape):
     """The array of a new .npy file, memory-mapped, whose disk space is taken now."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    shell.reserve_disk(path)
+    files.reserve_disk(path)
     return array
 
 
@@ -348,7 +348,7 @@ def circle_spots(picture, spots, step):
 def keep_rows(path, kept):
     """Rewrite a .npy file with these rows alone, by their numbers, and map it."""
     rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    with shell.whole_file(path) as partial:
+    with files.whole_file(path) as partial:
         made = open_array(partial, rows.dtype, (len(kept), *rows.shape[1:]))
         for part in common.parts_of(len(kept), 256):
             made[part] = rows[kept[part]]
@@ -498,7 +498,7 @@ def write_meta(root, out, manifest, target, over_border):
     whole = [slide for slide in manifest if not holds_patches(slide.image)]
     steps = {slide.name: imaging.thumbnail_step(slide) for slide in whole}
     libraries = ("numpy", "pandas", "scanpy", "anndata", "tifffile", "harmonypy")
-    given = shell.flags_given(globals())
+    given = constants.flags_given(globals())
     task_files = (common.TASK_FOLDS, common.TASK_GENES) if has_folds(root) else ()
     meta = {
         "format": common.FORMAT,
@@ -511,7 +511,7 @@ def write_meta(root, out, manifest, target, over_border):
         "px_per_thumbnail_px": steps if THUMBNAIL else {},
         "seed": SEED,
         "hvg_per_slide": HVG_PER_SLIDE,
-        "dataset_sha256": shell.hash_file(out / "dataset.csv"),
+        "dataset_sha256": hashes.hash_file(out / "dataset.csv"),
         "patches_sha256": hash_patches(patches),
         "slides": [describe_slide(root, slide) for slide in manifest],
         "task": {name: describe_file(root / name) for name in task_files},
@@ -643,7 +643,7 @@ def link_hest(root):
                 f"--from-hest {FROM_HEST}: a task of HEST-Benchmark, whose splits/ names its "
                 "samples: leave out --samples, --organ, --species and --technology"
             )
-        shell.hold_folder(root)
+        files.hold_folder(root)
         hest.write_task(root, folder)
         return
     # A folder above tasks, as the data set MahmoodLab/hest-bench is.
@@ -658,7 +658,7 @@ def link_hest(root):
             "--from-hest: which samples? Give --samples NCBI826,NCBI827, or --organ, --species or "
             "--technology"
         )
-    shell.hold_folder(root)
+    files.hold_folder(root)
     hest.write_hest_manifest(root, folder, list(dict.fromkeys(named)), filters, HEST_PATCHES)
 
 
@@ -705,14 +705,14 @@ def main():
             "--samples, --organ, --species, --technology and --hest-patches go with --from-hest"
         )
     if FROM_SPACERANGER:
-        shell.hold_folder(root)
+        files.hold_folder(root)
         folders = split_paths("--from-spaceranger", FROM_SPACERANGER)
         images = split_paths("--images", IMAGES)
         space_ranger.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
     manifest = read_manifest(root)
     if not CHECK:  # It writes nothing, and may look at what it cannot write to.
-        shell.hold_folder(root)
+        files.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
     if len(have_counts) > 1:
         raise InputError(
@@ -748,7 +748,7 @@ def main():
             write_expression(root, out, tables, manifest, named)
         else:
             spots = obs.reset_index(names="id")
-            shell.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
+            files.save_csv(out / "dataset.csv", spots[common.ID_COLUMNS])
         meta = write_meta(root, out, manifest, target, over_border)
         check_unchanged(noted)
     remove_others(root / "dataset", meta["patches_sha256"])

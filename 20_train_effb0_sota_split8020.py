@@ -29,6 +29,7 @@ import torch.distributed
 
 import common
 from study import embeddings, methods, printing, probes, recipes, runs, shell
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -130,7 +131,7 @@ def fill_rows(run, split, recipe, suffix="", models=()):
 
 def main():
     if COMPARE_TARGETS and TARGET != "harmony":
-        raise shell.InputError("--compare-targets sets lognorm beside --target harmony")
+        raise InputError("--compare-targets sets lognorm beside --target harmony")
     run = runs.open_run(globals())
     models = []
     if FEATURES:

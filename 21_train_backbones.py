@@ -25,7 +25,8 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import drawing, methods, printing, recipes, recording, runs, shell
+from study import backbones, drawing, methods, printing, recipes, recording, runs, shell
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -79,11 +80,11 @@ QUICK_BUDGET = recipes.QUICK | {
 def check_backbone(recipe):
     """InputError now for a backbone that could not be trained later, hours from now."""
     name = recipe["BACKBONE"]
-    common.find_weights(recipe["PRETRAINED"], name)
+    backbones.find_weights(recipe["PRETRAINED"], name)
     needs = build_on_meta(recipe, 1).backbone.pretrained_cfg
     has_weights = any(needs.get(source) for source in ("url", "hf_hub_id", "file"))
     if recipe["PRETRAINED"] is True and not has_weights:
-        raise shell.InputError(
+        raise InputError(
             f"{name} has no pretrained weights: choose a variant with, or leave it out"
         )
 

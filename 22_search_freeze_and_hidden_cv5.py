@@ -35,7 +35,8 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from study import drawing, methods, recipes, recording, runs, shell, splitting, weights
+from study import drawing, files, methods, recipes, recording, runs, shell, splitting, weights
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -96,7 +97,7 @@ class Search:
         """The best epoch in the mean history of a setting's rows on the folds."""
         rows = [row for row in trained if row.setting == setting and row.split in self.folds]
         numbers = ("epoch", "valid_mse", "valid_heg")
-        histories = [shell.read_csv(row.folder / "history.csv", numbers=numbers) for row in rows]
+        histories = [files.read_csv(row.folder / "history.csv", numbers=numbers) for row in rows]
         mean = pd.concat(histories).groupby("epoch", as_index=False).mean()
         return common.choose_epoch(mean.to_dict("records"), rows[0].recipe)
 
@@ -128,7 +129,7 @@ def rank_settings(rows):
     n_genes = table["heg_n"].sum()
     table = table[["heg", "hvg"]].mean()[n_genes == n_genes.max()].dropna(subset="heg")
     if table.empty:
-        raise shell.InputError(
+        raise InputError(
             "no setting has a defined r of HEG: its genes are missing from the panel or constant, "
             "or all predictions are: take more epochs or a higher rate"
         )

@@ -36,6 +36,7 @@ from torch import nn
 import common
 from slides.colour import colour_statistics
 from study import drawing, methods, recipes, runs, shell, splitting
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 DATA_ROOT = "GSE240429_data"  # folder with slides.csv and dataset/
@@ -233,7 +234,7 @@ def predict_anew(run, aug, split):
 def main():
     for aug in AUGS:  # a wrong name is told now, not when its training begins
         if setting_of(aug)["AUG"] not in common.AUGMENTATIONS:
-            raise shell.InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
+            raise InputError(f"AUGS: {aug!r} is no name of common.AUGMENTATIONS")
     run = runs.open_run(globals())
     run.print_header()
     settings = run.chosen({aug: setting_of(aug) for aug in AUGS})

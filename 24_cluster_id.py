@@ -41,7 +41,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from study import drawing, methods, printing, recipes, runs, shell
+from study import drawing, files, hashes, methods, printing, recipes, runs, shell
+from study.errors import InputError
 from study.features import encode_spots
 
 # ---------------------------------------------------------------------------------------- constants
@@ -137,7 +138,7 @@ def cluster_spots(data, train, recipe, seed):
     # numba has set them to the number of cores, whatever the user asked for.
     torch.set_num_threads(threads)
     if not found:
-        raise shell.InputError(
+        raise InputError(
             f"no weights of {WEIGHTS} give 2 to {MOST_CLUSTERS} clusters: "
             f"change MIN_CLUSTER ({MIN_CLUSTER})"
         )
@@ -182,7 +183,7 @@ def assign_ids(joint, train, ids):
 def shuffle_ids(ids, slides, seed):
     """The same ids in another order within each slide."""
     shuffled = ids.copy()
-    random = np.random.default_rng(shell.seed_of(seed, "shuffled id"))
+    random = np.random.default_rng(hashes.seed_of(seed, "shuffled id"))
     for slide in np.unique(slides):
         shuffled[slides == slide] = random.permutation(ids[slides == slide])
     return shuffled
@@ -241,7 +242,7 @@ def network(ids_of, row):
     if row.recipe["ID"] == "shuffled id":
         ids = shuffle_ids(ids, split.data.spots["tissue_index"].to_numpy(), split.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(shell.seed_of(split.seed, "embedding"))
+        torch.manual_seed(hashes.seed_of(split.seed, "embedding"))
         with_id = WithId(model, ids.max() + 1, row.recipe["EMBEDDING"]).to(row.device)
     patches = PatchesWithId(row.place_patches(), ids)
     row.fit(with_id, patches, model=model)
@@ -283,7 +284,7 @@ def draw_clusters(path, title, split, ids, points):
 
 def show_patches(ax, patches, train, ids, columns=5, rows=10):
     """Draw a few training patches of each of the first clusters, a row a cluster."""
-    random = np.random.default_rng(shell.seed_of("sample patches"))
+    random = np.random.default_rng(hashes.seed_of("sample patches"))
     sheet = []
     for cluster in range(min(ids.max() + 1, rows)):
         chosen = random.choice(train[ids[train] == cluster], columns)
@@ -304,7 +305,7 @@ def cluster_every_split(run):
         found = cluster_spots(run.data, split.spots("train"), run.recipe, split.seed)
         every[split.seed, split.fold] = found
     ids, points, grid = every[SEEDS[0], 0]
-    shell.save_csv(run.out / "grid.csv", grid)
+    files.save_csv(run.out / "grid.csv", grid)
     title = run.title("clusters of the first training by weights; the first line is used")
     printing.print_table(title, grid.round(3).fillna("-"), keys=2)
     draw_clusters(
@@ -312,7 +313,7 @@ def cluster_every_split(run):
     )
     ids_of = {training: found[0] for training, found in every.items()}
     table = pd.DataFrame({f"cluster_{seed}_{fold}": ids for (seed, fold), ids in ids_of.items()})
-    shell.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
+    files.save_csv(run.out / "clusters.csv", run.data.spots[["id", "tissue_index"]].join(table))
     return ids_of
 
 

@@ -42,7 +42,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from study import embeddings, methods, printing, probes, recording, ridges, runs, shell, splitting
+from study import (
+    embeddings,
+    hashes,
+    methods,
+    printing,
+    probes,
+    recording,
+    ridges,
+    runs,
+    shell,
+    splitting,
+)
+from study.errors import InputError
 from study.features import freeze_features
 
 # ---------------------------------------------------------------------------------------- constants
@@ -240,7 +252,7 @@ def build_bleep(model, row):
     split = row.split
     expression = torch.from_numpy(split.data.target[split.spots("train")])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(shell.seed_of(split.seed, "projections"))
+        torch.manual_seed(hashes.seed_of(split.seed, "projections"))
         model.head = Projection(model.head[-1].in_features)
         model.spots = Projection(expression.shape[1])
     return Bleep(model, expression, row.recipe["MICRO_BATCH"]).to(model.mean.device)
@@ -400,7 +412,7 @@ def embedded_methods(run):
     """As computed_methods, of the models whose embeddings lie in FEATURES; {} of a timm name."""
     if not Path(FEATURES).is_dir():
         if "/" in FEATURES and ":" not in FEATURES:  # No name of timm's is so.
-            raise shell.InputError(f"--features {FEATURES}: no such folder")
+            raise InputError(f"--features {FEATURES}: no such folder")
         return {}
     backbones = BACKBONE, STNET_BACKBONE, BLEEP_BACKBONE
     models = embeddings.open_models(FEATURES, run.data, run.splits, backbones)

@@ -56,10 +56,12 @@ from slides.sections import split_part
 from slides.spots import read_spots
 from study import (
     conformal,
+    constants,
     drawing,
     embeddings,
     evidence,
     exports,
+    files,
     gene_sets,
     printing,
     runs,
@@ -69,7 +71,7 @@ from study import (
     viewer,
     weights,
 )
-from study.shell import InputError
+from study.errors import InputError
 
 # -------------------------------------------------------------------------------- constants
 RUN = ""  # folder of a run of scripts 20 to 23: its last start's best network in validation
@@ -196,7 +198,7 @@ def choose_slide():
             f"--image {IMAGE}: patches alone; expected the slide's TIFF, JPEG or PNG, as HEST-1k "
             "has in wsis/"
         )
-    name = shell.as_utf8(image.stem)  # as files hold it
+    name = files.as_utf8(image.stem)  # as files hold it
     slide = Slide(
         tissue_index=1,
         name=name,
@@ -245,7 +247,7 @@ def hold_results(out):
             f"--out {out}: holds {rows[0] if rows else 'run.json'} of a run, which would be "
             "replaced: name another folder"
         )
-    shell.hold_folder(out)
+    files.hold_folder(out)
     for name in RESULTS:
         (out / name).unlink(missing_ok=True)
 
@@ -388,7 +390,7 @@ def save_predictions(path, table, trained):
 
     They are made one at a time, since together they would take four times a prediction's memory.
     """
-    with shell.whole_file(path) as partial:
+    with files.whole_file(path) as partial:
         table.write_h5ad(partial)
         with h5py.File(partial, "r+") as file:
             for name, half in trained.half_widths.items():
@@ -638,7 +640,7 @@ def report(slide, table, genes, scored, trained, out):
     if "measured" in table.layers:
         unit = UNITS["log1p" if trained.recipe["TARGET"] == "log1p" else "lognorm"]
         caption += f", and r against this slide's own {unit}"
-        shell.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
+        files.save_csv(out / "correlations.csv", table.var.rename_axis("gene").reset_index())
     of_genes = table.var.filter(items=REPORTED).rename_axis("gene")
     groups = describe_groups(table)
     tables = {caption: groups}
@@ -656,8 +658,8 @@ def report(slide, table, genes, scored, trained, out):
         inputs.warn("HEG has no r in validation: nothing says that these maps are more than noise")
     elif heg < LEAST_R:
         inputs.warn(f"HEG r in validation is {heg:.2f}: these maps may be noise")
-    files = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
-    print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {files}")
+    written = "predictions.h5ad, .csv and .geojson, maps.png, report.html"
+    print(f"\n{table.n_obs:,} spots x {table.n_vars:,} genes, {out}: {written}")
     is_judged = trained.judged is not None
     if is_judged:
         reported = of_genes[table.var[[*trained.groups]].any(axis=1)]
@@ -676,7 +678,7 @@ def report(slide, table, genes, scored, trained, out):
         folders=[],  # It has no rows.
         tables=records,
         figures=[out / "maps.png"],
-        recipe=shell.recipe_of(globals()),
+        recipe=constants.recipe_of(globals()),
         warnings=inputs.WARNINGS,
         about=ABOUT_GENES if is_judged else "",
     )

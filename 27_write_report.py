@@ -34,8 +34,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from study import drawing, printing, recording, viewer
-from study.shell import InputError, fingerprint_of
+from study import drawing, files, printing, recording, viewer
+from study.errors import InputError
+from study.hashes import fingerprint_of
 
 # ---------------------------------------------------------------------------------------- constants
 RUN = ""  # folder that a script from 20 on wrote: it holds run.json
@@ -324,10 +325,10 @@ def read_row(folder, row, data_root):
     table = read_test_slide(folder / "predictions.h5ad")
     prefix = f"test_{recipes.headline_of(row['protocol']).truth}_"
     numbers = f"{prefix}r", f"{prefix}ceiling"
-    genes = shell.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
+    genes = files.read_csv(folder / "per_gene.csv", ("gene",), numbers).set_index("gene")
     genes = genes.filter(like=prefix).rename(columns=lambda name: name.removeprefix(prefix))
     table.var = genes.reindex(table.var_names)
-    groups = shell.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
+    groups = files.read_csv(folder / "genes.csv", ("group", "gene"), ("rank",))
     slide = int(table.obs["tissue_index"].iloc[0])
     fingerprint = json.loads((folder / "recipe.json").read_text())["data"]
     return table, groups, read_saved_thumbnail(data_root, slide, fingerprint)
@@ -340,7 +341,7 @@ def draw_row(folder, row, data_root, title):
     table, groups, thumbnail = read_row(folder, row, data_root)
     history = None
     if (folder / "history.csv").is_file():
-        history = shell.read_csv(folder / "history.csv", numbers=HISTORY)
+        history = files.read_csv(folder / "history.csv", numbers=HISTORY)
     selected = row.get("best_epoch")
     draw_scores(folder / "scores.png", table.var, groups, history, selected, title)
     if "," in row["slide"]:  # as of a fold of HEST-Benchmark
@@ -421,7 +422,7 @@ def read_rows_of_run(run, folders):
         raise InputError(f"{path}: is gone, and run.json names its rows: run its script again")
     if not path.is_file():
         return []
-    table = shell.read_csv(
+    table = files.read_csv(
         path,
         (*KEYS, "folder", "protocol", "n_spots"),
         ("heg",),
@@ -482,11 +483,11 @@ def show_scores(run, rows):
     tables = [(caption, first), ("Of validation spots, and against other truths", others)]
     sizes = {}
     for folder in dict.fromkeys(row["folder"] for row in rows):
-        groups = shell.read_csv(run / folder / "genes.csv", ("group", "gene"))
+        groups = files.read_csv(run / folder / "genes.csv", ("group", "gene"))
         sizes[folder] = printing.count_genes(groups)
     # The folds of HEST-Benchmark share one panel; of other protocols its size is not shown.
     path = run / rows[0]["folder"] / "per_gene.csv"
-    n_genes = len(shell.read_csv(path, ("gene",), usecols=["gene"]))
+    n_genes = len(files.read_csv(path, ("gene",), usecols=["gene"]))
     parts = []
     for caption, part in tables:
         if part:
@@ -585,7 +586,7 @@ def write_report(run, facts):
     for caption in ("settings", "machine"):
         lines = [{"name": name, "value": str(value)} for name, value in facts[caption].items()]
         parts.append(as_table(caption.capitalize(), lines))
-    with shell.whole_file(run / "report.html") as path:
+    with files.whole_file(run / "report.html") as path:
         path.write_text("\n".join([*parts, "</html>\n"]), encoding="utf-8", errors="replace")
 
 
@@ -600,7 +601,7 @@ def main():
         ) from None
     if lacking:
         raise InputError(f"{path}: lacks {', '.join(sorted(lacking))}: run its script again")
-    shell.hold_folder(path.parent)
+    files.hold_folder(path.parent)
     try:
         write_report(path.parent, facts)
     except FileNotFoundError as error:  # of which HDF5's does not tell the file but in its text

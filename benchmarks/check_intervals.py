@@ -32,7 +32,7 @@ from compare_stages import describe_host
 from scipy.spatial.distance import cdist
 
 import common
-from study import intervals
+from study import files, intervals
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -122,8 +122,8 @@ def main():
             print(*(f"{key} {value:.3g}" for key, value in lines[-1].items() if key != "places"))
     table = pd.DataFrame(lines)
     out = Path(OUT)
-    shell.save_csv(out / "intervals.csv", table)
-    shell.save_json(out / "machine.json", describe_host())
+    files.save_csv(out / "intervals.csv", table)
+    files.save_json(out / "machine.json", describe_host())
     print(table.round(3).to_string(index=False))
 
 

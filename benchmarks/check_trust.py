@@ -33,7 +33,7 @@ from scipy.ndimage import gaussian_filter
 
 import common
 from slides.colour import colour_statistics
-from study import conformal, similarity, weights
+from study import conformal, files, similarity, weights
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -143,7 +143,7 @@ def measure_network(data, folder):
     """Lines of the network in a setting's folder on its test slide, as it is and changed."""
     model, trained = weights.read_weights(folder)
     recipe, training = trained.recipe, trained.training_slides
-    read = shell.read_csv(folder / "split.csv", ("id", "role"))
+    read = files.read_csv(folder / "split.csv", ("id", "role"))
     test = np.flatnonzero(data.spots["id"].isin(read["id"][read["role"] == "test"]))
     truth = data.lognorm[test][:, pd.Index(data.genes).get_indexer(trained.genes)]
     heg = np.isin(trained.genes, trained.groups["heg"])
@@ -168,19 +168,19 @@ def measure_network(data, folder):
 def main():
     out = Path(OUT)
     table = compare_slides()
-    shell.save_csv(out / "distances.csv", table)
-    shell.save_json(out / "machine.json", describe_host())
+    files.save_csv(out / "distances.csv", table)
+    files.save_json(out / "machine.json", describe_host())
     print(summarise(table).to_string(index=False))
     if not RUN:
         return
     data = common.load_dataset(DATA_ROOT, "lognorm")
-    rows = shell.read_csv(Path(RUN, "rows.csv"), ("setting", "split", "folder"))
+    rows = files.read_csv(Path(RUN, "rows.csv"), ("setting", "split", "folder"))
     chosen = rows[(rows["setting"] == SETTING) & (rows["split"] == "test")]
     lines = []
     for folder in chosen["folder"].unique():
         lines += measure_network(data, Path(RUN, folder))
     table = pd.DataFrame(lines)
-    shell.save_csv(out / "coverage.csv", table)
+    files.save_csv(out / "coverage.csv", table)
     print(table.round(3).to_string(index=False))
 
 

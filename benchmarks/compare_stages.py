@@ -46,7 +46,8 @@ from torch import nn
 import common
 from slides import imaging
 from slides.positions import read_positions
-from study import exports, recipes, ridges, runs, shell
+from study import exports, files, recipes, ridges, runs, shell
+from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
 OUT = "runs/benchmarks"
@@ -427,7 +428,7 @@ STAGES = {
 
 def main():
     if ONLY not in ("", *STAGES):
-        raise shell.InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
+        raise InputError(f"--only {ONLY}: expected one of {', '.join(STAGES)}")
     out = Path(OUT)
     machine = describe_host()
     print(json.dumps(machine))
@@ -444,8 +445,8 @@ def main():
             shutil.rmtree(work)
         table = pd.DataFrame(rows)
         print(table.to_string(index=False, float_format="{:.2f}".format), flush=True)
-    shell.save_csv(out / "stages.csv", table)
-    shell.save_json(out / "machine.json", machine)
+    files.save_csv(out / "stages.csv", table)
+    files.save_json(out / "machine.json", machine)
 
 
 if __name__ == "__main__":

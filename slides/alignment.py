@@ -11,7 +11,7 @@ from common import PATCH_SIZE, parts_of
 from slides import inputs
 from slides.imaging import DARK_SLIDE, PLACE, SWAPPED, find_inside, lies_mirrored, read_patches
 from slides.positions import is_hexagonal
-from study.shell import InputError
+from study.errors import InputError
 
 SWAP_SAMPLE = 64  # spots that are looked at for pxl_row and pxl_col being swapped
 LEAST_DETAIL = 5.0  # of 255, a standard deviation: glass has less, HER2ST's spots 22 and more

@@ -5,7 +5,7 @@ import scipy.sparse
 import torch
 from scipy.spatial import cKDTree
 
-from study import shell
+from study import hashes
 
 
 def counting_ceiling(counts, totals):
@@ -33,7 +33,7 @@ def ceiling_of_noise(gene_totals, totals, levels=16, draws=32):
     # The levels are the slide's, so that a gene's ceiling does not depend on the other genes.
     level = np.geomspace(1, max(totals.sum() / 2, 2), levels)
     share = np.repeat(level, draws) / totals.sum()
-    random = np.random.default_rng(shell.seed_of("ceiling of noise"))
+    random = np.random.default_rng(hashes.seed_of("ceiling of noise"))
     drawn = random.poisson(totals[:, None] * share)
     # Where no count was drawn, there is nothing to find.
     found = np.nan_to_num(fit_ceilings(drawn, totals)).reshape(levels, draws)

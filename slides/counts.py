@@ -13,7 +13,7 @@ import scipy.sparse
 import common
 from slides import inputs
 from slides.sections import check_one_sample, find_part_spots, is_anndata, read_anndata, split_part
-from study.shell import InputError
+from study.errors import InputError
 
 ASSEMBLY = r"(?i:GRC[a-z]\d|hg\d|mm\d|rn\d)"  # how the name of a genome begins
 MOST_GENOMES = 4  # in one matrix; more prefixes than these are parts of names

@@ -11,8 +11,8 @@ from slides import inputs, space_ranger
 from slides.hest_patches import open_hest_patches
 from slides.manifest import NO_FILE, Slide, link_slides
 from slides.positions import read_positions
-from study import shell
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 NUMBERS = re.compile(r"\d+").findall
 HEST_UM_PER_PX = 0.5  # of HEST-1k's patches
@@ -42,7 +42,7 @@ def write_hest_manifest(root, folder, samples, filters, use_patches):
         slides.append(slide)
         positions.append(places)
     table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
-    shell.save_csv(root / "slides.csv", table)
+    files.save_csv(root / "slides.csv", table)
     donors = table["donor"].nunique()
     print(f"wrote {root / 'slides.csv'}: {len(table)} slides of {donors} donors")
 
@@ -156,9 +156,9 @@ def write_task(root, folder):
     table = link_slides(root, slides, positions, POSITIONS, "--from-hest")
     numbers = {slide.name: slide.tissue_index for slide in slides}
     splits["tissue_index"] = splits["sample_id"].map(numbers)
-    shell.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
-    shell.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])
-    shell.save_csv(root / "slides.csv", table)
+    files.save_csv(root / common.TASK_GENES, pd.DataFrame({"gene": genes}))
+    files.save_csv(root / common.TASK_FOLDS, splits[["fold", "role", "tissue_index", "sample_id"]])
+    files.save_csv(root / "slides.csv", table)
     n_folds = splits["fold"].nunique()
     print(f"wrote {root / 'slides.csv'}: {len(table)} slides, {n_folds} folds, {len(genes)} genes")
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from common import PATCH_SIZE
 from slides import imaging, inputs
-from study.shell import InputError
+from study.errors import InputError
 
 
 def holds_patches(image):

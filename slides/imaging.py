@@ -25,8 +25,8 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from slides import inputs
-from study import shell
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 THUMBNAIL_UM = 8.0  # um a px of a thumbnail, about
 BAND = 512  # rows of an image that lies open as one array are handed on so many at a time
@@ -621,7 +621,7 @@ def map_scratch(folder, shape):
     """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.truncate(math.prod(shape))
-        shell.reserve_disk(Path(file.name))
+        files.reserve_disk(Path(file.name))
         return np.memmap(file, np.uint8, "r+", shape=shape)
 
 

@@ -21,8 +21,8 @@ import pandas as pd
 import polars
 import scipy.io
 
-from study import shell
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
 # (first bytes, bytes further on, what it is) of files that people keep under a name of a table.
@@ -349,12 +349,12 @@ def write_10x_folder(folder, counts, barcodes, genes):
     """Write sparse counts (n, G) as an unpacked 10x folder, each file whole or not at all; `genes`
     is a table id, name.
     """
-    with shell.whole_file(folder / "barcodes.tsv") as path:
+    with files.whole_file(folder / "barcodes.tsv") as path:
         path.write_text("".join(f"{barcode}\n" for barcode in barcodes))
-    with shell.whole_file(folder / "features.tsv") as path:
+    with files.whole_file(folder / "features.tsv") as path:
         features = genes.assign(kind="Gene Expression")
         features.to_csv(path, sep="\t", header=False, index=False)
-    with shell.whole_file(folder / "matrix.mtx") as path:
+    with files.whole_file(folder / "matrix.mtx") as path:
         scipy.io.mmwrite(path, counts.T.tocoo())
 
 

@@ -17,8 +17,8 @@ from common import PATCH_SIZE
 from slides import inputs
 from slides.counts import FOLDER_PART
 from slides.sections import is_anndata, split_part
-from study import shell
-from study.shell import InputError
+from study import files, hashes, shell
+from study.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,8 @@ def name_file(root, path):
 
 def describe_file(path):
     """What meta.json says of a file, of which check_source compares size and `blocks`."""
-    found = {"bytes": path.stat().st_size, "sha256": shell.hash_file(path)}
-    return found | {"blocks": shell.hash_blocks(path)}
+    found = {"bytes": path.stat().st_size, "sha256": hashes.hash_file(path)}
+    return found | {"blocks": hashes.hash_blocks(path)}
 
 
 def list_files(slide):
@@ -289,7 +289,7 @@ def check_source(path, described, command):
             f"{path}: {size:,} bytes, and {described['bytes']:,} when the dataset was made: run "
             f"{command} again"
         )
-    if "blocks" in described and described["blocks"] != shell.hash_blocks(path):
+    if "blocks" in described and described["blocks"] != hashes.hash_blocks(path):
         raise InputError(
             f"{path}: its content is not as it was when the dataset was made: run {command} again"
         )
@@ -327,7 +327,7 @@ def link_slides(root, slides, positions, name, flag):
         place_file(root / links.image, slide.image)
         place_file(root / links.matrix, slide.matrix)
         if places is not None:
-            shell.save_csv(root / links.positions, places.reset_index())
+            files.save_csv(root / links.positions, places.reset_index())
         elif slide.positions is not None:
             place_file(root / links.positions, slide.positions)
     return table
@@ -338,7 +338,7 @@ def place_file(place, path):
     process ends.
     """
     if inputs.scratch_folder() in path.parents:
-        with shell.whole_file(place) as partial:
+        with files.whole_file(place) as partial:
             shutil.copyfile(path, partial)
         return
     if place.exists() and not place.is_symlink():

@@ -8,7 +8,7 @@ import torch
 
 import common
 from slides import inputs
-from study.shell import InputError
+from study.errors import InputError
 
 PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name")
 PUBLISHED = "data/filtered_expression_matrices/hvg_union.npy"  # in the paper's data root

@@ -22,7 +22,7 @@ from slides.sections import (
     read_anndata,
     split_part,
 )
-from study.shell import InputError
+from study.errors import InputError
 
 SPOT_PITCH = 100.0  # um between the spots of Visium, and of a grid over a slide without positions
 # um: the share by which spots may be off, of Visium, its forerunner ST, and two that HEST-1k has by

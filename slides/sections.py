@@ -10,7 +10,7 @@ import pandas as pd
 
 from slides import inputs
 from slides.imaging import ARRAY
-from study.shell import InputError
+from study.errors import InputError
 
 # How programs call the column of obs that names the section of a spot, by normalise_name.
 SECTION = re.compile(r"(library|sample|section|slide)(_id)?|sample_name|batch|orig_ident|slice")

@@ -15,8 +15,8 @@ from slides import imaging, inputs, visium_hd
 from slides.counts import find_part
 from slides.manifest import Slide, link_slides
 from slides.positions import SPOT_PITCH, measure_pitch, read_positions
-from study import shell
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 HIRES_IMAGE = "tissue_hires_image.png"
 HIRES_SCALE = "tissue_hires_scalef"  # px of it a px of the full-resolution image
@@ -281,5 +281,5 @@ def write_manifest(root, folders, images, use_hires, bin_um=BIN_UM):
     positions = [None if images else places for _, places in samples]
     table = link_slides(root, slides, positions, "positions_hires.csv", "--from-spaceranger")
     path = root / "slides.csv"
-    shell.save_csv(path, table)
+    files.save_csv(path, table)
     print(f"wrote {path}: each slide is taken for another donor's; fix that there if it is not so")

@@ -7,7 +7,7 @@ from slides import inputs
 from slides.counts import check_counts, has_one_depth, read_matrix
 from slides.hest_patches import holds_patches, open_hest_patches
 from slides.positions import lay_blocks, measure_pitch
-from study.shell import InputError
+from study.errors import InputError
 
 FEW_COUNTED = 0.2  # of the spots in tissue: not in the matrix, from which it is warned of
 SAME_TISSUE = 0.95  # of the spots; of four slides of one liver, two shared up to 0.92

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from study.shell import InputError
+from study.errors import InputError
 
 FEW_COUNTS = 100  # two spots with fewer may be the same by chance
 FEW_GENES = 20  # as well, where the slides share fewer of their genes

@@ -14,8 +14,8 @@ from slides import inputs, space_ranger
 from slides.counts import check_counts, read_matrix_file
 from slides.imaging import ARRAY, PLACE
 from slides.positions import read_positions
-from study import shell
-from study.shell import InputError
+from study import files
+from study.errors import InputError
 
 BINS = ("square_008um", "square_016um")  # of Visium HD's folders, the finest of these is read
 BIN_POSITIONS = "tissue_positions.parquet"
@@ -52,7 +52,7 @@ def make_spots(outs, name, bin_um):
     )
     folder = Path(tempfile.mkdtemp(dir=inputs.scratch_folder()))
     made = folder / f"positions_{bin_um:g}um.csv", folder / f"matrix_{bin_um:g}um.h5ad"
-    shell.save_csv(made[0], spots.reset_index())
+    files.save_csv(made[0], spots.reset_index())
     summed.write_h5ad(made[1])
     return made
 

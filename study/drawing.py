@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from study import shell
+from study import files
 
 PALE = 0.6  # opacity of the H&E beneath the spots
 SPOT = 0.55  # of the pitch: a spot's diameter (Visium 55 of 100 um, ST 100 of 200 um)
@@ -108,14 +108,14 @@ def keep_text(figure):
     entries = [entry for legend in legends if legend for entry in legend.get_texts()]
     for text in (*figure.texts, *(ax.title for ax in figure.axes), *entries):
         text.set_parse_math(False)
-        text.set_text(shell.as_utf8(text.get_text()))
+        text.set_text(files.as_utf8(text.get_text()))
 
 
 def save_image(path, image, description):
     """Write a PNG whole, with the text that stands for it where it cannot be seen."""
     information = PngInfo()
-    information.add_text("Description", shell.as_utf8(description))
-    with shell.whole_file(path) as partial:
+    information.add_text("Description", files.as_utf8(description))
+    with files.whole_file(path) as partial:
         image.save(partial, pnginfo=information, optimize=True)
 
 

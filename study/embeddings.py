@@ -21,8 +21,8 @@ from scipy.spatial import cKDTree
 
 import common
 from slides import inputs
-from study import methods, probes, ridges, shell
-from study.shell import InputError
+from study import hashes, methods, probes, ridges
+from study.errors import InputError
 
 VALUES = ("embeddings", "features")  # what the dataset of the embeddings is called
 BARCODES = ("barcodes", "barcode")
@@ -189,7 +189,7 @@ class Model:
     @property
     def constants(self):
         """{name: value} of what its rows follow from: the files' content, not where they lie."""
-        held = {str(slide): shell.identify_file(path) for slide, path in self.files.items()}
+        held = {str(slide): hashes.identify_file(path) for slide, path in self.files.items()}
         constants = {"METHOD": "ridge", "BACKBONE": self.name, "WIDTH": self.width}
         if self.side_um:
             constants["SIDE_UM"] = self.side_um

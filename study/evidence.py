@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 import common
-from study import intervals, recording, scales, shell
+from study import files, intervals, recording, scales
 
 ROUNDS = 10  # of intervals.LAID, for genes that chance hardly reaches
 # What the r of validation spots can claim, by where they lie.
@@ -100,11 +100,11 @@ def describe_validation(split, predicted, truth):
     sizes = data.spots["tissue_index"].value_counts().to_dict()
     genes = judge_genes(predicted, truth, spots, sizes)
     columns = {
-        name: values.tolist() if values.dtype == bool else shell.without_nan(values)
+        name: values.tolist() if values.dtype == bool else files.without_nan(values)
         for name, values in genes.items()
     }
     r = scales.score_components(predicted, truth, spots["tissue_index"].to_numpy())
-    return {"genes": columns, "components": shell.without_nan(r), "claim": claim}
+    return {"genes": columns, "components": files.without_nan(r), "claim": claim}
 
 
 # ------------------------------------------------------------------------------------ another slide

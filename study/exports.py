@@ -9,7 +9,7 @@ import pandas as pd
 import polars
 
 from common import ID_COLUMNS, SPOTS_AT_ONCE, parts_of
-from study import conformal, shell
+from study import conformal, files
 
 MOST_MEASUREMENTS = 50  # a spot; QuPath shows them as a list
 CORNERS = 32  # of the polygon that stands for a round spot
@@ -32,7 +32,7 @@ def write_geojson(path, centres, diameter, table):
     for name, centre, values in zip(table.index, centres, table.to_numpy(float), strict=True):
         features.append(describe_spot(str(name), centre + circle, table.columns, values))
     collection = {"type": "FeatureCollection", "features": features}
-    with shell.whole_file(path) as partial:
+    with files.whole_file(path) as partial:
         partial.write_text(json.dumps(collection, allow_nan=False), encoding="utf-8")
 
 
@@ -108,7 +108,7 @@ def save_expression(path, spots, values, genes):
     By polars, which takes a second where pandas takes half a minute; in parts, because all spots at
     once would be held twice.
     """
-    with shell.whole_file(path) as partial, open(partial, "wb") as file:
+    with files.whole_file(path) as partial, open(partial, "wb") as file:
         for part in parts_of(len(spots), SPOTS_AT_ONCE):
             columns = spots.iloc[part]
             table = polars.DataFrame({name: columns[name].to_list() for name in ID_COLUMNS})

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from study import recipes, ridges, shell
-from study.shell import InputError
+from study import files, recipes, ridges
+from study.errors import InputError
 
 FOLDER = "features"  # in dataset/, beside patches.npy
 LEFTOVER = 3600  # seconds without a change, after which a file that was begun is nobody's
@@ -175,7 +175,7 @@ def keep_features(path, features):
     """
     try:
         remove_leftovers(path.parent)
-        with shell.whole_file(path, mark=os.getpid()) as partial, open(partial, "wb") as file:
+        with files.whole_file(path, mark=os.getpid()) as partial, open(partial, "wb") as file:
             np.save(file, features)
         return common.map_array(path)
     except OSError as error:

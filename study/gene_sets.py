@@ -18,8 +18,8 @@ import common
 from common import GROUPS
 from slides import inputs
 from slides.counts import VERSION
-from study import intervals, printing, recipes, recording, shell
-from study.shell import InputError
+from study import files, intervals, printing, recipes, recording
+from study.errors import InputError
 
 LEAST = 5  # genes of a set in the panel, of which fewer say little
 NAMED = 20  # sets left out that the header names; more are in TABLE
@@ -216,7 +216,7 @@ def score_row(folder, lines, members):
         scores, moved = score_line(
             line, scored, expression["prediction"][spots], truth[spots], inside
         )
-        found.append({name: shell.none_for_nan(value) for name, value in scores.items()})
+        found.append({name: files.none_for_nan(value) for name, value in scores.items()})
         headline = recipes.headline_of(line["protocol"])
         if line["split"] == "test" and line["truth"] == headline.truth:
             influence = recording.locate_spots(scored.obs).join(moved)
@@ -289,8 +289,8 @@ def add_scores(row, sets):
         path.unlink(missing_ok=True)  # Else a kill could leave it beside INFLUENCE of other sets.
         lines, influence = score_row(row.folder, row.lines, members)
         if influence is not None:
-            shell.save_csv(row.folder / INFLUENCE, influence)
-        shell.save_json(path, names | {"lines": lines})
+            files.save_csv(row.folder / INFLUENCE, influence)
+        files.save_json(path, names | {"lines": lines})
     lines = json.loads(path.read_text())["lines"]
     return [line | scores for line, scores in zip(row.lines, lines, strict=True)]
 

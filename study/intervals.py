@@ -14,7 +14,7 @@ from scipy.stats import t as student_t
 
 import common
 from common import average_slides, parts_of, pearson_per_gene
-from study.shell import seed_of
+from study.hashes import seed_of
 
 BANDWIDTHS = 4.5  # in the side of a square that holds a slide's spots; see measure_error
 CELLS = 6  # in a bandwidth

@@ -10,9 +10,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import common
-from study import recording, ridges, splitting
+from study import backbones, recording, ridges, splitting
+from study.errors import InputError
 from study.features import freeze_features
-from study.shell import InputError
 
 
 # ----------------------------------------------------------------------------------------- networks
@@ -84,7 +84,7 @@ def name_network(backbone):
 
 def name_weights(recipe):
     """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
-    path = common.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
+    path = backbones.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"

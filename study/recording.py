@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import common
 from common import GROUPS, SCORED
-from study import conformal, intervals, recipes, scales, shell, splitting
+from study import conformal, files, intervals, recipes, scales, splitting
 
 SET_SCORES = "set_scores.json"  # in a row's folder: what gene_sets adds to the lines of rows.json
 SET_PREFIX = "set_"  # of a gene set's columns there
@@ -76,14 +76,14 @@ def save_setting(folder, setting, recipe, split, predicted, more, made_with):
     table.layers["lognorm"] = lognorm = data.lognorm[scored]
     table.layers["target"] = lognorm if data.target is data.lognorm else data.target[scored]
     table.obsm["spatial"] = table.obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
-    shell.save_csv(folder / "per_gene.csv", per_gene)
-    shell.save_csv(folder / "split.csv", roles[split.roles != ""])
-    shell.save_csv(folder / "genes.csv", split.groups)
-    shell.save_csv(folder / "influence.csv", influence)
-    with shell.whole_file(folder / "predictions.h5ad") as path:
+    files.save_csv(folder / "per_gene.csv", per_gene)
+    files.save_csv(folder / "split.csv", roles[split.roles != ""])
+    files.save_csv(folder / "genes.csv", split.groups)
+    files.save_csv(folder / "influence.csv", influence)
+    with files.whole_file(folder / "predictions.h5ad") as path:
         table.write_h5ad(path)
-    shell.save_json(folder / "recipe.json", made_with)
-    shell.save_json(folder / "rows.json", lines)
+    files.save_json(folder / "recipe.json", made_with)
+    files.save_json(folder / "rows.json", lines)
 
 
 def read_prediction(folder):
@@ -137,7 +137,7 @@ def score_split(setting, recipe, split, predicted, more):
                 moved = moved.join(over_slides.add_suffix("_pooled"))
             line |= describe_intervals(line, moved, influence)
             influence = influence.join(moved.add_prefix(f"{truth}_"))
-        lines.append({name: shell.none_for_nan(value) for name, value in line.items()})
+        lines.append({name: files.none_for_nan(value) for name, value in line.items()})
     return lines, per_gene.reset_index(), influence
 
 
@@ -263,7 +263,7 @@ def join_columns(lines, out, name, columns):
     parts = []
     for _, folders in units:
         for folder in folders:
-            table = shell.read_csv(out / folder / name, numbers=[*PLACE, *columns])
+            table = files.read_csv(out / folder / name, numbers=[*PLACE, *columns])
             moved = table[[*columns]].rename(columns=columns) / len(folders) / len(units)
             parts.append(pd.concat([table[PLACE], moved], axis=1))
     keys = [*columns.values()]

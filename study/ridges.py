@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 import common
 from study import panels, splitting
-from study.shell import InputError
+from study.errors import InputError
 
 # In units of the features' mean squared length; so wide that its ends are not chosen.
 ALPHAS = np.logspace(-4, 5, 37)

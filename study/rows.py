@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-from study import methods, printing, recording, ridges, shell, splitting, weights
+from study import files, methods, printing, recording, ridges, splitting, weights
 from study.shell import RANK
 
 
@@ -178,13 +178,13 @@ class Row:
         made_with = self.split.made_with(self.recipe)
         if self.history is not None:
             self.note(peak_memory_mb=peak_memory(self.device) / 2**20)
-            shell.save_csv(self.folder / "history.csv", pd.DataFrame(self.history))
+            files.save_csv(self.folder / "history.csv", pd.DataFrame(self.history))
         if self.model is not None:
             path = self.folder / "weights.safetensors"
             weights.save_weights(path, self.model, self.split, made_with, predicted)
         if self.refit_history is not None:
             table = pd.DataFrame(self.refit_history)
-            shell.save_csv(self.folder / "history_refit.csv", table)
+            files.save_csv(self.folder / "history_refit.csv", table)
         recording.save_setting(
             self.folder, self.setting, self.recipe, self.split, predicted, self.notes, made_with
         )

@@ -19,9 +19,20 @@ from tqdm import tqdm
 
 import common
 from slides.manifest import check_sources
-from study import gene_sets, printing, recipes, recording, shell, splitting
+from study import (
+    backbones,
+    constants,
+    files,
+    gene_sets,
+    printing,
+    recipes,
+    recording,
+    shell,
+    splitting,
+)
+from study.errors import InputError
 from study.rows import Row
-from study.shell import RANK, RANKS, InputError
+from study.shell import RANK, RANKS
 
 # What a constant that names something in common.py may be, beside recipes.ALLOWED.
 NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}
@@ -82,11 +93,11 @@ def finish_run(
         "tables": tables,
         "about": about,
         "figures": [path.name for path in figures],
-        "settings": shell.recipe_of(script),
+        "settings": constants.recipe_of(script),
         "warnings": list(warnings),
         "machine": describe_machine(common.find_device(recipe)),
     }
-    shell.save_json(out / "run.json", page)
+    files.save_json(out / "run.json", page)
     with redirect_stdout(io.StringIO()):  # What it says is said below.
         shell.call_script("27_write_report.py", "--run", str(out))
     print(f"report: {out / 'report.html'}")
@@ -136,7 +147,7 @@ class Run:
         lines = describe_run(self.recipe, self.splits)
         if self.sets.listed:
             lines["gene sets"] = self.sets.describe()
-            shell.save_csv(self.out / gene_sets.TABLE, self.sets.table())
+            files.save_csv(self.out / gene_sets.TABLE, self.sets.table())
         whole_words = {"break_long_words": False, "break_on_hyphens": False}  # Paths are copied.
         wrapper = textwrap.TextWrapper(printing.WIDTH, subsequent_indent=" " * 12, **whole_words)
         for name, value in lines.items():
@@ -165,7 +176,7 @@ class Run:
             self.lines_on_disk[row.folder.name] = row.lines
             lines = [self.lines_on_disk[name] for name in sorted(self.lines_on_disk)]
             table = pd.DataFrame(list(itertools.chain(*lines)))
-            shell.save_csv(self.out / "rows.csv", table)
+            files.save_csv(self.out / "rows.csv", table)
         return row
 
     @functools.cached_property
@@ -238,7 +249,7 @@ class Run:
         differences = None
         if minus:
             differences = recording.pair_differences(lines, self.out, minus)
-            shell.save_csv(self.out / "paired_differences.csv", differences)
+            files.save_csv(self.out / "paired_differences.csv", differences)
             settings = chosen["setting"].unique()
             shown.append(printing.describe_differences(differences, settings, headline))
         scored = printing.describe_scored(chosen) + printing.describe_freedom(chosen)
@@ -364,7 +375,7 @@ def describe_weights(recipe):
         return "random: no pretraining"
     if "BACKBONE" not in recipe:
         return f"from {recipe['PRETRAINED']}"
-    return f"{common.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+    return f"{backbones.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):
@@ -416,8 +427,8 @@ def open_run(script, *, validate=True):
 
     Without `validate` all spots of the training slides train: the script draws folds of its own.
     """
-    shell.check_constants(script, NAMED_IN_COMMON)
-    recipe = shell.recipe_of(script)
+    constants.check_constants(script, NAMED_IN_COMMON)
+    recipe = constants.recipe_of(script)
     for name in NEEDED:
         if name not in recipe:
             block = f"the ruled block of constants of {Path(script['__file__']).name}"
@@ -426,8 +437,8 @@ def open_run(script, *, validate=True):
         raise InputError("--seeds: expected one number at least")
     for name in ("SEEDS", "TRAIN_SLIDES"):
         if len(set(recipe[name])) < len(recipe[name]):
-            shown = shell.show_constant(recipe[name])
-            raise InputError(f"{shell.flag_of(name)} {shown}: a number is there twice")
+            shown = constants.show_constant(recipe[name])
+            raise InputError(f"{constants.flag_of(name)} {shown}: a number is there twice")
     check_target(recipe["PROTOCOL"], recipe["TARGET"])
     root = Path(recipe["DATA_ROOT"])
     if recipe["QUICK"] and recipe["DATA_ROOT"] == script["QUICK_BUDGET"]["DATA_ROOT"]:
@@ -443,7 +454,7 @@ def open_run(script, *, validate=True):
     panels = [split.data.genes for split in splits]
     sets = gene_sets.match_sets(listed, data.annotations.var, panels)
     out = choose_out(script, root)
-    shell.hold_folder(out)
+    files.hold_folder(out)
     if not RANK:  # Those of another start may be of other slides.
         (out / "paired_differences.csv").unlink(missing_ok=True)
     return Run(script, recipe, splits, out, sets)

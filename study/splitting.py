@@ -11,8 +11,8 @@ import pandas as pd
 
 import common
 from common import GROUPS, SCORED
-from study import panels, shell
-from study.shell import InputError
+from study import backbones, hashes, panels
+from study.errors import InputError
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -86,8 +86,8 @@ class Split:
             files = {}
             for name in ("BACKBONE", "FEATURES"):
                 if recipe.get(name):
-                    path = common.find_weights(recipe["PRETRAINED"], recipe[name])
-                    files[recipe[name]] = f"{path.name} {shell.identify_file(path)}"
+                    path = backbones.find_weights(recipe["PRETRAINED"], recipe[name])
+                    files[recipe[name]] = f"{path.name} {hashes.identify_file(path)}"
             made_with["PRETRAINED"] = files
         if "LOSS" in recipe:
             made_with["LOSS"] = common.describe_loss(recipe["LOSS"])
@@ -196,7 +196,7 @@ def split_random(n, pool, valid_fraction, seed):
             f"--valid-fraction {valid_fraction} of {len(pool)} spots leaves validation or training "
             "none"
         )
-    order = np.random.default_rng(shell.seed_of(seed, "split")).permutation(pool)
+    order = np.random.default_rng(hashes.seed_of(seed, "split")).permutation(pool)
     return assign_roles(n, train=order[n_valid:], valid=order[:n_valid])
 
 
@@ -302,7 +302,7 @@ def assign_folds(spots, protocol, folds, seed):
     column = {"paper": "id", "block": "block"}[protocol]
     units = pd.factorize(spots[column], sort=protocol == "block")[0]
     sizes = np.bincount(units)
-    order = np.random.default_rng(shell.seed_of(seed, "folds")).permutation(len(sizes))
+    order = np.random.default_rng(hashes.seed_of(seed, "folds")).permutation(len(sizes))
     drawn_before = np.empty(len(sizes), np.int64)
     drawn_before[order] = np.cumsum(sizes[order]) - sizes[order]
     return drawn_before[units] * folds // len(spots)

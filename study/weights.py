@@ -16,9 +16,9 @@ import common
 from slides import inputs
 from slides.manifest import name_file
 from slides.sections import split_part
-from study import conformal, embeddings, evidence, ridges, shell, similarity, splitting
+from study import conformal, embeddings, evidence, files, hashes, ridges, similarity, splitting
+from study.errors import InputError
 from study.recipes import headline_of
-from study.shell import InputError
 
 # What a recipe must say of a network, and of a ridge on embeddings.
 NETWORK = {"BACKBONE", "HIDDEN", "TRAINABLE_STAGES", "IMAGE_SIZE", "TTA", "TARGET", "REFIT"}
@@ -85,7 +85,7 @@ def save_weights(path, model, split, made_with, predicted):
         state = model.state_dict()
     state = {name: value.contiguous() for name, value in state.items()}
     texts = {name: json.dumps(value) for name, value in metadata.items()}
-    with shell.whole_file(path) as partial:
+    with files.whole_file(path) as partial:
         partial.write_bytes(safetensors.torch.save(state, texts))
 
 
@@ -114,12 +114,12 @@ def describe_model(split, made_with, predicted):
         um_per_px=find_patch_resolution(split),
         patch_size=common.PATCH_SIZE,
         groups={key: genes for key, genes in split.members.items() if key != "all"},
-        valid_r=shell.without_nan(split.validate_genes(of_valid, truth)),
-        ceiling=shell.without_nan(ceilings.mean(axis=1)),
+        valid_r=files.without_nan(split.validate_genes(of_valid, truth)),
+        ceiling=files.without_nan(ceilings.mean(axis=1)),
         title=data.label,
         training_slides=similarity.describe_training(colour, data.spots.iloc[learnt]),
-        half_width_80=shell.without_nan(half_widths["80"]),
-        half_width_95=shell.without_nan(half_widths["95"]),
+        half_width_80=files.without_nan(half_widths["80"]),
+        half_width_95=files.without_nan(half_widths["95"]),
         evidence=described,
         pitch_um=find_pitch(split),
     )
@@ -223,7 +223,7 @@ def choose_model(run, slide, takes_embeddings):
     if not path.is_file():
         raise InputError(f"--run {run}: no rows.csv there: is it the folder of a run?")
     texts = ("folder", "setting", "split", "truth", "protocol")
-    table = shell.read_csv(path, texts=texts, numbers=("heg",))
+    table = files.read_csv(path, texts=texts, numbers=("heg",))
     facts = read_facts(run)
     if facts:
         # The rows of its last start, which its report shows: what one protocol says in validation
@@ -285,7 +285,7 @@ def find_in_run(run, slide):
             numbers = set()  # Grids of one layout may be all alike.
         if numbers:
             break
-    return numbers, shell.fingerprint_of(content)
+    return numbers, hashes.fingerprint_of(content)
 
 
 def identify_part(path):
@@ -295,9 +295,9 @@ def identify_part(path):
     if path is None:
         return set()
     file, section = split_part(path)
-    files = [*file.glob("*matrix.mtx*")] if file.is_dir() else [file]
-    files = {*files, *map(inputs.unpack, files)}
-    return {(file.stat().st_size, shell.hash_blocks(file), section) for file in files}
+    parts = [*file.glob("*matrix.mtx*")] if file.is_dir() else [file]
+    parts = {*parts, *map(inputs.unpack, parts)}
+    return {(part.stat().st_size, hashes.hash_blocks(part), section) for part in parts}
 
 
 def identify_listed(root, listed, column):
@@ -325,7 +325,7 @@ def find_role(folder, found):
     numbers, fingerprint = found
     if json.loads((folder / "recipe.json").read_text())["data"] != fingerprint:
         return UNKNOWN
-    table = shell.read_csv(folder / "split.csv", ("id", "role"))
+    table = files.read_csv(folder / "split.csv", ("id", "role"))
     starts = tuple(f"{number}_" for number in numbers)
     roles = {*table["role"][table["id"].str.startswith(starts)]}
     return next((role for role in (*LEARNT, "test") if role in roles), None)

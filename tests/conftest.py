@@ -31,7 +31,8 @@ SHARED = REPOSITORY.parent / "shared"  # real data, where someone has put it
 
 import common  # noqa: E402
 from slides.manifest import MANIFEST  # noqa: E402
-from study import intervals, recipes, rows, shell, splitting  # noqa: E402
+from study import constants, intervals, recipes, rows, shell, splitting  # noqa: E402
+from study.errors import InputError  # noqa: E402
 
 # ------------------------------------------------------------------------------------------ options
 # Of the command line, for flags_of and run_script: a network that trains in a second.
@@ -103,7 +104,7 @@ def flags_of(options):
     """Options as the command line takes them: {"image_size": 32} -> ["--image-size", "32"]."""
     words = []
     for name, value in options.items():
-        words += [shell.flag_of(name), shell.show_constant(value)]
+        words += [constants.flag_of(name), constants.show_constant(value)]
     return words
 
 
@@ -149,7 +150,7 @@ def expect_refusal(words, name, *arguments, **options):
 @contextlib.contextmanager
 def refused(*words):
     """What is done here is refused by an InputError of one line, which holds these words."""
-    with pytest.raises(shell.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         yield
     error = str(caught.value)
     assert "\n" not in error

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from study import runs, shell
+from study import constants, runs
 
 SYMMETRIES = list(itertools.product([False, True], repeat=3))
 
@@ -103,7 +103,7 @@ def test_presets_draw_the_same_affine_maps():
 
 def test_every_preset_is_allowed_as_aug():
     for preset in common.AUGMENTATIONS:
-        shell.check_constants({"AUG": preset}, runs.NAMED_IN_COMMON)
+        constants.check_constants({"AUG": preset}, runs.NAMED_IN_COMMON)
 
 
 def test_resized_patches_keep_order_and_colour():

@@ -39,7 +39,8 @@ from slides import inputs
 from slides.counts import check_counts, read_matrix
 from slides.manifest import MANIFEST, read_manifest
 from slides.positions import read_positions
-from study import panels, runs, shell, splitting
+from study import panels, runs, splitting
+from study.errors import InputError
 
 
 # Each of these gives a function that spoils a data root.
@@ -394,7 +395,7 @@ def test_harmony_over_a_lognorm_dataset_names_the_command(tmp_path):
 
 
 def test_gene_sets_csv_with_other_columns_names_the_line():
-    with pytest.raises(shell.InputError, match=r"gene_sets\.csv, line 1: .* group, gene"):
+    with pytest.raises(InputError, match=r"gene_sets\.csv, line 1: .* group, gene"):
         inputs.parse_gene_sets("set,gene\nHEG,ALB\n", "gene_sets.csv")
 
 
@@ -573,7 +574,7 @@ def test_readers_raise_nothing_but_input_errors(whole_root, name):
     @given(spoilt(whole))
     def read(content):
         path.write_bytes(content)
-        with suppress(shell.InputError):
+        with suppress(InputError):
             READERS[name](whole_root)
 
     try:

@@ -34,7 +34,8 @@ from scipy.spatial.distance import cdist
 from torchvision.transforms.v2 import functional as torchvision
 
 import common
-from study import rows, shell, splitting
+from study import rows, splitting
+from study.errors import InputError
 
 # ------------------------------------------------------------------------------- what is trainable
 
@@ -481,7 +482,7 @@ def test_ranking_is_by_r_in_validation_and_never_by_nan():
     ranked = ["first", "second", "no hvg", "test is not looked at"]
     assert script.rank_settings([SimpleNamespace(lines=records)]) == ranked
     undefined = [valid_record("undefined", None, 0.9, heg_n=0)]
-    with pytest.raises(shell.InputError, match="no setting"):
+    with pytest.raises(InputError, match="no setting"):
         script.rank_settings([SimpleNamespace(lines=undefined)])
 
 

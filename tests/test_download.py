@@ -18,7 +18,7 @@ from PIL import Image
 from slides.manifest import read_manifest
 from slides.positions import read_positions
 from slides.spots import read_spots
-from study import shell
+from study.errors import InputError
 
 SAMPLES = {"GSM7697868": "A1", "GSM7697869": "B1", "GSM7697870": "C1", "GSM7697871": "D1"}
 
@@ -157,7 +157,7 @@ ENTRY = {"type": "file", "download_url": "https://example.org/x", "size": 4, "sh
 ])  # fmt: skip
 def test_a_listing_cannot_name_files_elsewhere(mirror, content):
     mirror.files["/listing"] = content.encode()
-    with pytest.raises(shell.InputError, match=r"no plain file name|cannot be read"):
+    with pytest.raises(InputError, match=r"no plain file name|cannot be read"):
         load_script("17").read_listing(f"{mirror.url}/listing")
 
 

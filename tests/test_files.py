@@ -37,7 +37,8 @@ from slides.manifest import MANIFEST, Slide, read_manifest
 from slides.panel import warn_of_unlisted
 from slides.positions import check_pitch, read_positions
 from slides.spots import match_barcodes, read_spots
-from study import shell
+from study import files
+from study.errors import InputError
 
 FULLRES = {"pxl_row": "pxl_row_in_fullres", "pxl_col": "pxl_col_in_fullres"}
 GENES = [*common.MARKER_GENES, *(f"GENE{number}" for number in range(40))]
@@ -382,7 +383,7 @@ def test_tables_that_hold_no_counts_are_refused(tmp_path, kind):
     text, words = BAD_DENSE[kind]
     path = tmp_path / "counts.csv"
     path.write_text(text)
-    with pytest.raises(shell.InputError, match=str(path)) as caught:
+    with pytest.raises(InputError, match=str(path)) as caught:
         read_matrix(path)
     for word in words:
         assert re.search(word, str(caught.value))
@@ -808,7 +809,7 @@ def test_check_says_what_is_found_and_writes_nothing(tmp_path, monkeypatch):
     """It needs no folder that can be written to."""
     make_slides(tmp_path)
     spot_array()[2:].to_csv(tmp_path / "positions1.csv", header=False, index=False)
-    monkeypatch.setattr(shell, "hold_folder", lambda folder: pytest.fail(f"{folder} is held"))
+    monkeypatch.setattr(files, "hold_folder", lambda folder: pytest.fail(f"{folder} is held"))
     printed = stdout_of("19", data_root=tmp_path, check=True)
     for line in ["1400 x 1600 px", "0.5 um/px in slides.csv", "its tags say nothing",
                  "34 kept; 2 left out (2 without a position)", "48 genes, as HAL, CYP3A4",
@@ -853,7 +854,7 @@ def test_thousands_under_any_separator_are_refused_by_name(tmp_path, column, sep
     table[name] = table[name].map(lambda value: f"{value + far:,}".replace(",", mark))
     table.to_csv(tmp_path / "positions.csv", sep=separator, index=False)
     words = rf"{column} '[1-9]\{mark}\d+' of barcode [ACGT]+-1 may be .*separators of thousands"
-    with pytest.raises(shell.InputError, match=words):
+    with pytest.raises(InputError, match=words):
         read_positions(tmp_path / "positions.csv")
 
 

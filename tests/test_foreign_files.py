@@ -21,7 +21,7 @@ from slides.counts import check_counts, join_genes, read_matrix
 from slides.manifest import Slide
 from slides.positions import check_array, check_tags, read_positions
 from study import gene_sets
-from study.shell import InputError
+from study.errors import InputError
 
 GENES = ["HAL", "CYP3A4", "VWF", "SOX9"]
 BARCODES = [f"AAACAAGTATCTCC{letter}A-1" for letter in "ACGT"]

@@ -374,7 +374,7 @@ def test_a_kill_between_two_files_of_scores_mixes_no_sets(paper_split, tmp_path,
     path = tmp_path / first.rows[0].folder.name / gene_sets.INFLUENCE
     influence = path.read_bytes()
     with monkeypatch.context() as killed:
-        killed.setattr(gene_sets.shell, "save_json", Mock(side_effect=KeyboardInterrupt))
+        killed.setattr(gene_sets.files, "save_json", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start(paper_split, tmp_path, {"A": genes[9:20]})
     start(paper_split, tmp_path, {"A": genes[:9]})

@@ -193,7 +193,7 @@ from study import shell
 for epoch in (1, 2):
     if epoch == 2:
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-    with shell.whole_file(pathlib.Path({str(path)!r})) as partial:
+    with files.whole_file(pathlib.Path({str(path)!r})) as partial:
         torch.save({{"epoch": epoch}}, partial)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
@@ -303,7 +303,7 @@ def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_pa
 import pathlib, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from study import shell
-shell.hold_folder(pathlib.Path({str(held)!r}))
+files.hold_folder(pathlib.Path({str(held)!r}))
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -28,7 +28,7 @@ from test_patches import make_root
 
 import common
 from slides import imaging
-from study import shell
+from study import errors, files, shell
 
 NOBODY = 65534
 
@@ -49,7 +49,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(fcntl, "lockf", refuse)
     make_root(tmp_path)
     assert run_script("19", data_root=tmp_path, target="lognorm") == 0
-    shell.hold_folder(tmp_path)
+    files.hold_folder(tmp_path)
     out = capsys.readouterr().out
     assert out.count("has no locks") == 1
     assert f"warning: {tmp_path}: its file system has no locks ({os.strerror(number)})" in out
@@ -334,12 +334,12 @@ def test_a_limit_that_a_library_meets_is_explained_in_one_line(kind):
     fail, words = FAILURES[kind]
     with pytest.raises(Exception) as caught:  # Libraries differ in what they raise.
         fail()
-    assert re.search(words, shell.explain(caught.value))
+    assert re.search(words, errors.explain(caught.value))
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback():
-    assert shell.explain(KeyError("memory")) is None
-    assert shell.explain(OSError(errno.EIO, os.strerror(errno.EIO))) is None
+    assert errors.explain(KeyError("memory")) is None
+    assert errors.explain(OSError(errno.EIO, os.strerror(errno.EIO))) is None
 
 
 # ------------------------------------------------------------------------------------------- macOS
@@ -500,12 +500,12 @@ def test_a_disk_that_fills_while_a_picture_is_written_is_told(tmp_path):
 
     with pytest.raises(OSError, match="No space left") as caught:
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(Full(), format="png")
-    assert "no space left" in shell.explain(caught.value)
+    assert "no space left" in errors.explain(caught.value)
     try:
         try:
             raise AttributeError("'_idat' object has no attribute 'fileno'")
         except AttributeError:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: B904
     except OSError as error:
-        assert "no space left" in shell.explain(error)
-    assert shell.explain(AttributeError("another")) is None
+        assert "no space left" in errors.explain(error)
+    assert errors.explain(AttributeError("another")) is None

@@ -27,7 +27,7 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 import common
-from study import methods, recipes, ridges, rows, runs, shell, splitting
+from study import constants, methods, recipes, ridges, rows, runs, splitting
 
 SMALL_NETWORK = NETWORK | {"BACKBONE": "resnet18", "HIDDEN": 0}
 CPU = {"DEVICE": "cpu", "PRECISION": "fp32", "IMAGE_SIZE": 32, "PRETRAINED": False, "REFIT": False}
@@ -542,7 +542,7 @@ def test_a_method_is_not_computed_again_for_another_ones_constants(copied, simul
 
 # --------------------------------------------------------------------------------------- script 24
 def recipe_24(script, **changed):
-    return shell.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
+    return constants.recipe_of(vars(script)) | CPU | {"FEATURES": ""} | changed
 
 
 def grid_of_spots(n_slides=3, side=14):

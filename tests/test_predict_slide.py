@@ -39,8 +39,9 @@ from slides import imaging, inputs
 from slides.counts import read_matrix
 from slides.manifest import MANIFEST, Slide
 from slides.positions import place_spots, read_positions
-from study import drawing, shell
+from study import drawing, files
 from study import weights as weighing
+from study.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +501,7 @@ def test_tissue_up_to_the_border_has_no_spot_beyond_it(tmp_path):
 
 
 def test_a_white_slide_has_no_tissue(tmp_path):
-    with pytest.raises(shell.InputError, match="no tissue"):
+    with pytest.raises(InputError, match="no tissue"):
         grid_of(tmp_path, np.full((900, 900, 3), 240, np.uint8), 0.5)
 
 
@@ -604,7 +605,7 @@ def name_folder(run, name, *tables):
     shutil.copytree(network, run / name)
     facts = facts_of(run)
     facts["folders"].append(name)
-    shell.save_json(run / "run.json", facts)
+    files.save_json(run / "run.json", facts)
 
 
 def test_of_a_run_the_best_network_in_validation_is_taken(simulated, copied, tmp_path):
@@ -687,7 +688,7 @@ def test_a_slide_of_the_run_gets_a_network_that_has_not_learnt_from_it(
     assert script.choose_weights(slide_in(simulated / images[1])) == run / tests["1"]
     told = "not known whether the model has learnt from this slide, since"
     assert told in capsys.readouterr().out
-    shell.save_json(run / "run.json", facts_of(run) | {"data_root": str(tmp_path)})
+    files.save_json(run / "run.json", facts_of(run) | {"data_root": str(tmp_path)})
     script.choose_weights(slide_in(simulated / images[1]))
     told = capsys.readouterr().out
     assert "no test" not in told
@@ -707,9 +708,9 @@ def test_a_training_slide_is_known_by_any_of_its_files(simulated, trained, tmp_p
     assert not weighing.find_in_run(run, slide_in(other, positions))[0], "all have these positions"
     meta = json.loads((simulated / "dataset" / "meta.json").read_text())
     meta["slides"] = meta["slides"][:1]
-    shell.save_json(tmp_path / "one" / "dataset" / "meta.json", meta)
+    files.save_json(tmp_path / "one" / "dataset" / "meta.json", meta)
     facts = {"script": "20", "folders": []}
-    shell.save_json(tmp_path / "of_one" / "run.json", facts | {"data_root": "../one"})
+    files.save_json(tmp_path / "of_one" / "run.json", facts | {"data_root": "../one"})
     assert weighing.find_in_run(tmp_path / "of_one", slide_in(other, positions))[0] == {1}
     numbers, fingerprint = weighing.find_in_run(run, slide_in(other))
     assert numbers == set()
@@ -785,7 +786,7 @@ def space_ranger(folder, simulated, number, kind):
     for name in ["unused.tif"] + ["cytassist_image.tiff"] * (kind == "cytassist"):
         tifffile.imwrite(outs / "spatial" / name, image[::8, ::8], photometric="rgb")
     Image.fromarray(image[::4, ::4]).save(outs / "spatial" / "tissue_hires_image.png")
-    shell.save_json(outs / "spatial" / "scalefactors_json.json", {"tissue_hires_scalef": 0.25})
+    files.save_json(outs / "spatial" / "scalefactors_json.json", {"tissue_hires_scalef": 0.25})
     return outs, simulated / row["image"]
 
 

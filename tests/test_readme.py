@@ -13,7 +13,7 @@ from conftest import REPOSITORY, SHARED, TINY, expect_refusal, load_script, stdo
 from test_predict_slide import space_ranger
 from test_source import too_wide
 
-from study import shell
+from study import constants
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [README, *(path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md")))]
@@ -35,7 +35,7 @@ def test_every_command_names_a_script_and_its_constants():
     scripts = [command for command in COMMANDS if command[1:] and command[1].endswith(".py")]
     assert len(scripts) >= 20
     for _, script, *arguments in scripts:
-        shell.build_parser(vars(load_script(script[:2]))).parse_args(arguments)
+        constants.build_parser(vars(load_script(script[:2]))).parse_args(arguments)
 
 
 def test_ci_runs_readmes_test_command():

@@ -6,7 +6,8 @@ import pytest
 from conftest import REPOSITORY, TINY, load_script, stdout_of
 
 import common
-from study import recipes, shell
+from study import constants, recipes, shell
+from study.errors import InputError
 
 SCRIPTS = ["20", "21", "22", "23", "24", "25"]
 
@@ -15,7 +16,7 @@ def override(name, *flags, **edited):
     """The globals of a script, some of them edited, after its command line."""
     script = vars(load_script(name))
     script.update(edited)
-    shell.override_constants(script, list(flags))
+    constants.override_constants(script, list(flags))
     return script
 
 
@@ -31,14 +32,14 @@ def test_scripts_come_with_the_constants_of_recipe_paper(name):
 def test_every_recipe_says_the_same_constants():
     assert recipes.PUBLISHED.keys() == recipes.BEST.keys() == recipes.PAPER.keys()
     for recipe in recipes.RECIPES.values():
-        shell.check_constants(recipe, recipes.ALLOWED)
+        constants.check_constants(recipe, recipes.ALLOWED)
 
 
 def test_an_edited_constant_wins_over_the_recipe_and_is_told(capsys):
     script = override("20", "--recipe", "best", "--neighbourhood", "false", EPOCHS=9)
     assert script["EPOCHS"] == 9
-    assert shell.recipe_of(script)["EPOCHS"] == 9
-    assert shell.recipe_of(script)["HEAD_START"] == recipes.BEST["HEAD_START"]
+    assert constants.recipe_of(script)["EPOCHS"] == 9
+    assert constants.recipe_of(script)["HEAD_START"] == recipes.BEST["HEAD_START"]
     told = capsys.readouterr().out
     assert f"EPOCHS = 9 as edited, in place of {recipes.BEST['EPOCHS']} of recipe best" in told
 
@@ -46,16 +47,16 @@ def test_an_edited_constant_wins_over_the_recipe_and_is_told(capsys):
 @pytest.mark.parametrize("name", ["20", "21"])
 @pytest.mark.parametrize("flags, edited", [(["--epochs", "9"], {}), ([], {"EPOCHS": 9})])
 def test_a_network_in_training_is_refused_the_neighbourhood(name, flags, edited):
-    with pytest.raises(shell.InputError, match="--epochs 9: a network in training sees single"):
+    with pytest.raises(InputError, match="--epochs 9: a network in training sees single"):
         override(name, "--recipe", "best", *flags, **edited)
 
 
 @pytest.mark.parametrize("name", ["22", "23", "24"])
 def test_what_compares_trainings_refuses_a_recipe_without_any_and_its_ridge_start(name):
     for flags in ([], ["--epochs", "2"]):
-        with pytest.raises(shell.InputError, match="--recipe best: expected one of paper, publish"):
+        with pytest.raises(InputError, match="--recipe best: expected one of paper, publish"):
             override(name, "--recipe", "best", *flags)
-    with pytest.raises(shell.InputError, match="--epochs 0: expected a number from 1"):
+    with pytest.raises(InputError, match="--epochs 0: expected a number from 1"):
         override(name, "--epochs", "0")
 
 
@@ -67,7 +68,7 @@ def test_all_that_a_recipe_changes_is_used_and_printed(name, recipe, capsys):
     script = override(name, "--recipe", recipe)
     told = capsys.readouterr().out
     for constant, value in recipes.RECIPES[recipe].items():
-        assert shell.recipe_of(script)[constant] == value
+        assert constants.recipe_of(script)[constant] == value
         if value != recipes.PAPER[constant]:
             assert f"{constant} = {value!r}" in told
 
@@ -80,9 +81,11 @@ def test_a_flag_wins_over_the_recipe():
 
 def test_true_and_false_are_no_paths_of_weights_whatever_the_script_says():
     for default in (True, "weights"):
-        found = [shell.parse_constant("PRETRAINED", default, text) for text in ("false", "True")]
+        found = [
+            constants.parse_constant("PRETRAINED", default, text) for text in ("false", "True")
+        ]
         assert found == [False, True]
-        assert shell.parse_constant("PRETRAINED", default, "folder") == "folder"
+        assert constants.parse_constant("PRETRAINED", default, "folder") == "folder"
 
 
 def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulated, tmp_path):
@@ -95,7 +98,7 @@ def test_the_published_recipe_trains_otherwise_by_each_of_its_constants(simulate
     assert len(changes) == 6
     for name, value in [("RECIPE", "paper"), *changes.items()]:
         out = tmp_path / name
-        flags = [shell.flag_of(name), shell.show_constant(value)]
+        flags = [constants.flag_of(name), constants.show_constant(value)]
         stdout = stdout_of("20", *flags, data_root=simulated, out=out, **options)
         losses = re.findall(r"^ +\d\*? +\S+ +(\S+)", stdout, flags=re.MULTILINE)
         assert len(losses) == 2

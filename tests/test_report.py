@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import distance_transform_cdt
 
-from study import drawing, recording, shell
+from study import drawing, files, recording
 
 
 class Page(HTMLParser):
@@ -204,8 +204,8 @@ def test_a_rows_csv_without_a_column_is_named(report, tmp_path, name):
 
 def test_a_gene_may_be_called_na(tmp_path):
     table = pd.DataFrame({"gene": ["NA", "nan", "ALB"], "r": [0.1, np.nan, 0.2]})
-    shell.save_csv(tmp_path / "genes.csv", table)
-    pd.testing.assert_frame_equal(shell.read_csv(tmp_path / "genes.csv", ("gene",), ("r",)), table)
+    files.save_csv(tmp_path / "genes.csv", table)
+    pd.testing.assert_frame_equal(files.read_csv(tmp_path / "genes.csv", ("gene",), ("r",)), table)
 
 
 SAVED = {

@@ -45,8 +45,8 @@ from slides.counts import CONTROLS, read_matrix
 from slides.manifest import check_sources, read_manifest
 from slides.positions import place_spots
 from slides.spots import read_spots
-from study import shell
-from study.shell import InputError
+from study import hashes
+from study.errors import InputError
 
 HEIGHT, WIDTH = 2600, 1800  # of a slide whose lower half is glass
 
@@ -248,19 +248,19 @@ def test_a_file_that_came_into_the_folder_of_a_matrix_is_refused(tmp_path):
 
 def test_blocks_of_a_large_file_are_compared(tmp_path, monkeypatch):
     """Both ends, and no less than every gap between two blocks; the cost does not grow."""
-    monkeypatch.setattr(shell, "WHOLE_BYTES", 2**20)
+    monkeypatch.setattr(hashes, "WHOLE_BYTES", 2**20)
     path = tmp_path / "image.tif"
     content = bytearray(np.random.default_rng(0).bytes(3 * 2**20))
     path.write_bytes(content)
-    before = shell.hash_blocks(path)
-    gap = (len(content) - shell.BLOCK_BYTES) // (shell.BLOCKS - 1)
+    before = hashes.hash_blocks(path)
+    gap = (len(content) - hashes.BLOCK_BYTES) // (hashes.BLOCKS - 1)
     for start in (0, len(content) - 1, 5 * gap + 100, len(content) // 2):
         edited = content.copy()
         edited[start] ^= 1
         path.write_bytes(edited)
-        assert shell.hash_blocks(path) != before
+        assert hashes.hash_blocks(path) != before
     path.write_bytes(content)
-    assert shell.hash_blocks(path) == before
+    assert hashes.hash_blocks(path) == before
 
 
 def test_the_flags_of_19_are_in_its_command(tmp_path):

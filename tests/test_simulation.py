@@ -12,7 +12,7 @@ from conftest import REPOSITORY, SHARED, load_script, stdout_of
 import common
 from slides.counts import read_matrix
 from slides.positions import read_positions
-from study import shell
+from study import hashes, shell
 
 
 def test_layout_is_gse240429s(simulated):
@@ -56,7 +56,7 @@ def paint(folder, monkeypatch, tile, strip, threads):
     script, shape = load_script("18"), (1200, 1300)
     script.TILE, script.STRIP, script.MOST_THREADS = tile, strip, threads
     monkeypatch.setattr(shell, "count_cores", lambda: threads)
-    rng = np.random.default_rng(shell.seed_of(0))
+    rng = np.random.default_rng(hashes.seed_of(0))
     fields = script.tissue_fields(script.hexagonal_grid(4), shape, rng)
     path = folder / f"{tile}_{strip}_{threads}.tif"
     script.paint(path, fields, script.scatter_objects(fields, rng), shape, rng)
@@ -90,7 +90,7 @@ def test_real_geometry_gives_real_positions_and_names(tmp_path, monkeypatch):
     table, genes = script.read_geometry(SHARED / "gse240429", 3)
     assert table["in_tissue"].sum() == 2277
     assert len(genes) == 36601
-    random = np.random.default_rng(shell.seed_of(0))
+    random = np.random.default_rng(hashes.seed_of(0))
     base, visible, hidden = script.gene_table(genes["name"].tolist(), random)
     assert base.shape == (36601,)
     assert visible.shape[0] == hidden.shape[0] == 36601

@@ -15,37 +15,39 @@ RUNS = sorted(SMALL_RUNS)
 
 
 # ------------------------------------------------------------------------------------------- rooms
-def names_of(path):
-    """(modules that a file imports, names of the functions that it calls)."""
-    imported, called = set(), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+# What needs no package but Python itself, so that a command is checked at once.
+QUICK_ROOMS = {"shell", "errors", "files", "hashes", "constants", "recipes"}
+
+
+def imported_by(path):
+    """(rooms of study/, other modules) that a file imports when it is loaded, and not later in its
+    functions.
+    """
+    rooms, others = set(), set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
+            others |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "study":
+            rooms |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("study."):
+            rooms.add(node.module.removeprefix("study."))
         elif isinstance(node, ast.ImportFrom):
-            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            called.add(node.func.id)
-    return imported, called
+            others.add(node.module)
+    return rooms, others
 
 
 def test_common_knows_neither_its_neighbours_nor_a_script():
-    imported, called = names_of(REPOSITORY / "common.py")
-    rooms = {name for name in imported if name.startswith(("study", "slides"))}
-    assert rooms == {"study.shell", "study.shell.InputError"}
-    assert "globals" not in called
+    rooms, others = imported_by(REPOSITORY / "common.py")
+    assert rooms == {"shell", "errors", "files", "hashes", "backbones"}
+    assert not [name for name in others if name.startswith("slides")]
     assert "globals()" not in (REPOSITORY / "common.py").read_text()
 
 
-def test_shell_needs_no_package():
-    tree = ast.parse((REPOSITORY / "study" / "shell.py").read_text(encoding="utf-8"))
-    imported = set()
-    for node in tree.body:  # and not in the functions, which are called later
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
-    assert "study.recipes" in imported
-    assert imported - {"study.recipes"} <= sys.stdlib_module_names
+@pytest.mark.parametrize("room", sorted({*QUICK_ROOMS, "backbones"}))
+def test_a_room_that_common_or_a_command_needs_needs_no_package(room):
+    rooms, others = imported_by(REPOSITORY / "study" / f"{room}.py")
+    assert rooms <= QUICK_ROOMS
+    assert others <= sys.stdlib_module_names
 
 
 # ----------------------------------------------------------------------------------------- headers

@@ -30,7 +30,8 @@ from conftest import (
 )
 
 import common
-from study import panels, printing, shell, splitting
+from study import panels, printing, splitting
+from study.errors import InputError
 
 RECIPE = NETWORK | {"LEARNING_RATE": 1e-3, "EPOCHS": 3, "BATCH_SIZE": 4}
 
@@ -231,7 +232,7 @@ def test_the_first_prediction_is_the_training_mean(simulated, tmp_path, monkeypa
         with torch.inference_mode():
             first = network(patches[torch.arange(3)].float()).numpy()
         seen.append((first, split.data.target[split.spots("train")].mean(0, np.float64)))
-        raise shell.InputError("seen enough")
+        raise InputError("seen enough")
 
     monkeypatch.setattr(common, "fit", look)
     tiny = TINY | {"hidden": hidden}

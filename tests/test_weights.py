@@ -13,7 +13,7 @@ import torch
 from conftest import NETWORK, TINY, refused, run_script, table_of
 
 import common
-from study import shell
+from study.errors import InputError
 
 SMALL = "mobilenetv3_small_050"  # a backbone of half a million parameters
 
@@ -91,7 +91,7 @@ def test_other_names_without_their_order_are_refused(tmp_path):
             state[f"body.{number:03}.{name.split('.')[-1]}"] = value
     path = tmp_path / "resnet10t.safetensors"
     safetensors.torch.save_file(state, path)
-    with pytest.raises(shell.InputError, match=r"resnet10t\.safetensors: .*lost the order"):
+    with pytest.raises(InputError, match=r"resnet10t\.safetensors: .*lost the order"):
         build("resnet10t", path)
 
 
@@ -103,7 +103,7 @@ def test_other_names_without_their_order_are_refused(tmp_path):
 def test_another_architecture_is_told_with_its_tensors(tmp_path, other, words):
     path = tmp_path / "resnet18.safetensors"
     save(path, pretend(other).state_dict())
-    with pytest.raises(shell.InputError, match=words):
+    with pytest.raises(InputError, match=words):
         build("resnet18", path)
 
 
@@ -133,7 +133,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"{SMALL}{suffix}"
     save(path, pretend(SMALL).state_dict())
     path.write_bytes(path.read_bytes()[:10_000])
-    with pytest.raises(shell.InputError, match="not a file of weights"):
+    with pytest.raises(InputError, match="not a file of weights"):
         build(SMALL, path)
 
 
@@ -144,7 +144,7 @@ def test_a_hub_that_does_not_answer_is_told_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     recipe = NETWORK | {"BACKBONE": SMALL, "PRETRAINED": True}
-    with pytest.raises(shell.InputError, match=f"--pretrained FOLDER with {SMALL}.safetensors"):
+    with pytest.raises(InputError, match=f"--pretrained FOLDER with {SMALL}.safetensors"):
         common.build_model(recipe, 5, 0)
     assert huggingface_hub.constants.HF_HUB_OFFLINE, "it was not tried again and again"
 
@@ -161,14 +161,14 @@ def test_backbones_for_one_size_take_it_or_say_so(backbone, size, fits):
         images = torch.zeros(2, 3, size, size)
         assert common.build_model(recipe, 5, 0).eval()(images).shape == (2, 5)
         return
-    with pytest.raises(shell.InputError, match=rf"{backbone}.*--image-size"):
+    with pytest.raises(InputError, match=rf"{backbone}.*--image-size"):
         common.build_model(recipe, 5, 0)
 
 
 @pytest.mark.parametrize("pool_stages", [False, True])
 def test_an_image_that_is_too_small_is_told_whatever_the_head_sees(pool_stages):
     recipe = NETWORK | {"BACKBONE": "inception_v3", "IMAGE_SIZE": 32, "POOL_STAGES": pool_stages}
-    with pytest.raises(shell.InputError, match=r"inception_v3 cannot take --image-size 32"):
+    with pytest.raises(InputError, match=r"inception_v3 cannot take --image-size 32"):
         common.build_model(recipe, 5, 0)
 
 
