@@ -711,7 +711,7 @@ def main():
         space_ranger.write_manifest(root, folders, images, USE_HIRES, BIN_UM)
     target = choose_target(root)
     manifest = read_manifest(root)
-    if not CHECK:  # It writes nothing, and may look at what it cannot write to.
+    if not CHECK:  # It writes no dataset, and may look at what it cannot write to.
         files.hold_folder(root)
     have_counts = {slide.matrix is not None for slide in manifest}
     if len(have_counts) > 1:

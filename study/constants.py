@@ -33,7 +33,7 @@ def read_script(path):
     """{name: value} of a script's docstring, constants and ALLOWED. They are read and not run, so
     that a value must be written out: else InputError.
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(path).read_bytes())  # Of bytes, since an editor may add a mark to them.
     script = {"__file__": path, "__doc__": ast.get_docstring(tree)}
     constants = read_comments(script)
     for node in tree.body:
@@ -149,7 +149,8 @@ def override_constants(script, argv):
     if settled.get("NEIGHBOURHOOD") and settled.get("EPOCHS"):
         raise InputError(
             f"--epochs {settled['EPOCHS']}: a network in training sees single patches, without the "
-            "neighbourhood of recipe best: add --neighbourhood false (in 20), or leave epochs out"
+            "neighbourhood of recipe best: add --neighbourhood false (in 20), or use --recipe best "
+            "without --epochs"
         )
 
 
