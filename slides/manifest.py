@@ -114,7 +114,8 @@ def check_manifest(path, table):
     if not resolutions.between(0.05, 20).all():
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
     names, donors = table["name"], table["donor"]
-    twins = names[table["positions"].isin(NO_FILE) < table["positions"].duplicated(keep=False)]
+    positions = table["positions"]
+    twins = names[positions.duplicated(keep=False) & ~positions.isin(NO_FILE)]
     if len(twins):
         inputs.warn(
             f"{path}: slides {' and '.join(twins[:2])} have one file of positions: is each slide's "

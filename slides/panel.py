@@ -14,7 +14,7 @@ PANEL_SPELLINGS = ("gene", "genes", "symbol", "gene_symbol", "gene_name", "name"
 PUBLISHED = "data/filtered_expression_matrices/hvg_union.npy"  # in the paper's data root
 LOST_GENES = 20  # genes of a panel that a warning names at most
 UNLIKELY_ZERO = 20  # counts on a slide, where none are found by chance once in 5e8
-MANY_UNLISTED = 0.01  # of the panel; a table of counts may leave out what a woman lacks
+MANY_UNLISTED = 0.01  # of the panel; tables leave out genes without a count, as a woman's of Y
 
 
 def find_variable_genes(counts, n_genes):
