@@ -9,7 +9,8 @@ Reads      RUN, the folder of a run of scripts 20 to 23, of which the network wi
            takes embeddings, whose patches are the spots where no positions are given
 Writes     <OUT>/predictions.h5ad (layers low, high, low_95, high_95: intervals of 80 and 95 %; obs
            distance: how far a spot is from the training slides; var believe, valid_low, ...: what
-           validation says of a gene), predictions.csv, predictions.geojson (for QuPath), maps.png,
+           validation says of a gene; uns neighbourhood: whether half of a value is that of the
+           spots around), predictions.csv, predictions.geojson (for QuPath), maps.png,
            report.html; correlations.csv if the slide has counts
 Prints     how many genes pass in validation, and what it can claim; how the slide is read, and how
            far it is from the training slides; mean r of HEG, HVG, MG and all genes in validation,
@@ -406,7 +407,8 @@ def save_predictions(path, table, trained):
 def assemble(slide, spots, predicted, thumbnail, trained):
     """AnnData as scanpy and squidpy draw it: X, obsm["spatial"], uns["spatial"] with the thumbnail.
 
-    var says how well each gene was predicted in validation. Of a slide with counts,
+    var says how well each gene was predicted in validation, uns["neighbourhood"] whether half of a
+    value is that of the spots around. Of a slide with counts,
     layers["measured"] are its counts in the unit of `measure`, and var["r"] compares.
     """
     obs = spots.obs.rename_axis("id")[[*common.ID_COLUMNS[1:], "pitch"]]
@@ -418,6 +420,7 @@ def assemble(slide, spots, predicted, thumbnail, trained):
     table.obsm["spatial"] = obs[["pxl_col", "pxl_row"]].to_numpy(np.float64)
     shown = exports.describe_library(thumbnail.pixels(), thumbnail.step, drawing.diameter_of(table))
     table.uns["spatial"] = {slide.name: shown}
+    table.uns["neighbourhood"] = trained.recipe["NEIGHBOURHOOD"]
     if slide.matrix is not None:
         table.layers["measured"] = measure(slide, spots, trained)
         table.var["r"] = common.pearson_per_gene(predicted, table.layers["measured"])

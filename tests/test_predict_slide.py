@@ -134,6 +134,7 @@ def test_spots_are_blended_as_in_the_run_over_as_many_micrometres(simulated, tmp
     np.testing.assert_allclose(tables["coarse"].X, expected, rtol=0, atol=1e-4)
     assert np.abs(expected - ours.X).max() > 1e-2
     np.testing.assert_array_equal(tables["near"].X, alone.X)
+    assert ours.uns["neighbourhood"] and not alone.uns["neighbourhood"]
     assert "no spot has any: of 0 of 10 spots half is the mean of those around, sd 30 um" in printed
 
 
