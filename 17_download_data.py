@@ -114,19 +114,19 @@ def read_listing(url):
     try:
         with connect(url) as response:
             text = response.read().decode("utf-8", "replace")
-        files = parse_listing(text, url)
+        listed = parse_listing(text, url)
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{url}: cannot be read ({error}); try again later") from None
-    files = {name: entry for name, entry in files.items() if name not in ("", ".", "..")}
-    for name in files:
+    listed = {name: entry for name, entry in listed.items() if name not in ("", ".", "..")}
+    for name in listed:
         if Path(name).name != name:
             raise InputError(f"{url}: lists {name!r}, which is no plain file name")
-    return files
+    return listed
 
 
 def parse_listing(text, url):
     """Entries of GitHub's contents API (JSON) or of a web server's index page (GEO: its links)."""
-    files = {}
+    listed = {}
     if text.lstrip().startswith("["):
         for entry in json.loads(text):
             if entry["type"] != "file":
@@ -134,13 +134,13 @@ def parse_listing(text, url):
             file = {"url": entry["download_url"], "size": entry["size"], "sha": entry["sha"]}
             if "media.githubusercontent" in file["url"]:  # Listed is what LFS's pointer has.
                 file |= {"size": None, "sha": None}
-            files[entry["name"]] = file
-        return files
+            listed[entry["name"]] = file
+        return listed
     for link in re.findall(r'href="([^"?#/]+)"', text):
         name = urllib.parse.unquote(link)
         address = urllib.parse.urljoin(url, urllib.parse.quote(name))
-        files[name] = {"url": address, "size": None, "sha": None}
-    return files
+        listed[name] = {"url": address, "size": None, "sha": None}
+    return listed
 
 
 def remote_size(entry):
@@ -377,16 +377,16 @@ def unpack_download(path):
 def copy_gse240429(root, slides, source):
     """Copy the sections' files from a local folder in the published layout."""
     names = *slides["image"], *slides["positions"], *slides["matrix"], HVG_UNION
-    files = []
+    paths = []
     for path in (source / name for name in names):
         if not path.exists():
             raise InputError(
                 f"{path} does not exist: --source needs GSE240429 in the published layout"
             )
         inside = [path] if path.is_file() else path.iterdir()
-        files += [file for file in inside if file.is_file()]
-    check_space(root, sum(file.stat().st_size for file in files))
-    for file in files:
+        paths += [file for file in inside if file.is_file()]
+    check_space(root, sum(file.stat().st_size for file in paths))
+    for file in paths:
         copy_whole(file, root / file.relative_to(source))
 
 

@@ -80,7 +80,7 @@ QUICK_BUDGET = recipes.QUICK | {
 def check_backbone(recipe):
     """InputError now for a backbone that could not be trained later, hours from now."""
     name = recipe["BACKBONE"]
-    backbones.find_weights(recipe["PRETRAINED"], name)
+    backbones.find_pretrained(recipe["PRETRAINED"], name)
     needs = build_on_meta(recipe, 1).backbone.pretrained_cfg
     has_weights = any(needs.get(source) for source in ("url", "hf_hub_id", "file"))
     if recipe["PRETRAINED"] is True and not has_weights:
@@ -138,9 +138,13 @@ def draw_figure(path, title, lines):
 
 def main():
     settings = {name: {"BACKBONE": name, "TRAINABLE_STAGES": -1} for name in BACKBONES}
-    for name in FROZEN if EPOCHS else ():  # Without epochs every backbone stays as it is.
+    for name in FROZEN:
         settings[f"{name} frozen"] = {"BACKBONE": name, "TRAINABLE_STAGES": 0}
+    title = "backbones, all stages trainable unless named frozen"
     run = runs.open_run(globals())
+    if run.recipe.get("EPOCHS") == 0:  # Every backbone stays as it is.
+        settings = {name: settings[name] for name in BACKBONES}
+        title = "ridges on backbones, none of which is trained"
     run.print_header()
     settings = run.chosen(settings)
     for setting in settings.values():
@@ -151,9 +155,6 @@ def main():
     lines = run.tested()
     costs = {name: describe_costs(group, resnet) for name, group in lines.groupby("setting")}
     minus = {name: BACKBONES[0] for name in settings if name != BACKBONES[0] and not ONLY}
-    title = "backbones, all stages trainable unless named frozen"
-    if not EPOCHS:
-        title = "ridges on backbones, none of which is trained"
     leave_out = ("MG", "all", "r>=.30", "q<.05")
     run.print_scores(title, minus=minus, columns=costs, leave_out=leave_out)
     if not ONLY:

@@ -59,7 +59,7 @@ OF_SPOTS = (
 BARCODES = r"(?:.*[ACGT]{14,}.*)|(?:.*?\d+(?:\.\d+)?x\d+(?:\.\d+)?(?:[-_]\w+)?)"
 PROBE = r"[^|]+\|[^|]+\|[0-9a-f]{7}"  # id, symbol and number of a probe, of which a gene has three
 # What spreadsheets, and those who read them, make of MARCH1, SEPT2 and DEC1.
-DATES = r"(?:\d{1,2}-(?:Mar|Sep|Dec)(-\d+)?|(?:Mar|Sep|Dec)-\d{1,2}|\d{4}-(?:03|09|12)-\d\d.*)"
+DATES = r"\d{1,2}-(?:mar|sep|dec)(?:-\d+)?|(?:mar|sep|dec)-\d{1,4}|\d{4}-(?:03|09|12)-\d\d.*"
 BINARISED = 50  # counts a spot, of which some would be above 1
 RENAMED = 0.2  # of the ids that slides share: with other symbols, above which it is warned of
 MOST_COUNTS = 2**31 - 1  # in which counts.h5ad keeps one
@@ -599,7 +599,7 @@ def warn_of_renamed(symbols):
             f"{len(renamed)} of {len(shared)} gene ids have other symbols on other slides, as "
             f"{renamed[0]}: {', '.join(first[:2])}: are ids the same genes on all slides?"
         )
-    dates = symbols["name"][symbols["name"].str.fullmatch(DATES)]
+    dates = symbols["name"][symbols["name"].str.fullmatch(DATES, case=False)]
     if len(dates):
         inputs.warn(
             f"a gene is called {dates.iloc[0]}, which a spreadsheet has made of a name as MARCH1: "

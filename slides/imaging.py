@@ -433,9 +433,8 @@ def read_resolution(path):
     with suppress(InputError), tiff_errors(path), tifffile.TiffFile(path) as tiff:
         found = find_resolution(tiff)
     if not 0.05 < found < 20:
-        raise InputError(
-            f"{path}: its resolution is not known (tags say {found:g} um/px): give --um-per-px"
-        )
+        stated = f"tags say {found:g} um/px" if found else "its tags say none that fits it"
+        raise InputError(f"{path}: its resolution is not known ({stated}): give --um-per-px")
     return found
 
 
@@ -468,16 +467,21 @@ def find_resolution(tiff):
 
 def reduction_of(page):
     """How many px of the slide a px of a page is, by Aperio's description: MPP is of the slide,
-    also where the image was made smaller, "[0,0 4096x4096] (256x256) -> 1024x1024".
+    also where the image was made smaller, "4200x4200 [0,0 4096x4096] (256x256) -> 1024x1024".
 
     0 where the page has another width than the description says: a program that scaled or cut the
     image has left it there.
     """
-    found = re.search(r"\[\d+,\d+[ ,](\d+)x\d+\](?:.*-> *(\d+)x\d+)?", page.description)
-    if not found:
+    # Of several lines the first one says what was done last.
+    done = re.search(r"\d+x\d+[^;|\r\n]*", page.description)
+    if not page.description.startswith("Aperio") or not done:
         return 1.0
-    whole, made = int(found[1]), int(found[2] or found[1])
-    return whole / made if made == page.imagewidth else 0.0
+    scanned = re.search(r"\d+", done[0])
+    cut = re.search(r"(?<=,)\d+[ ,](\d+)x\d+\]", done[0])
+    made = re.search(r"-> *(\d+)", done[0])
+    whole = int(cut[1] if cut else scanned[0])
+    width = int(made[1]) if made else whole
+    return whole / width if width == page.imagewidth else 0.0
 
 
 def um_of(unit):

@@ -114,13 +114,6 @@ def check_manifest(path, table):
     if not resolutions.between(0.05, 20).all():
         raise InputError(f"{path}: um_per_px must be a number from 0.05 to 20 for every slide")
     names, donors = table["name"], table["donor"]
-    positions = table["positions"]
-    twins = names[positions.duplicated(keep=False) & ~positions.isin(NO_FILE)]
-    if len(twins):
-        inputs.warn(
-            f"{path}: slides {' and '.join(twins[:2])} have one file of positions: is each slide's "
-            "its own?"
-        )
     if (names == "").any() or names.duplicated().any():
         raise InputError(f"{path}: every slide needs a name of its own")
     if (donors == "").any():
@@ -134,6 +127,13 @@ def check_manifest(path, table):
             f"{path}: slides {' and '.join(names[unnamed][:2])} have the donor "
             f"{donors[unnamed].iloc[0]!r}, which programs write for no name: give every person one"
         )
+    positions = table["positions"][~table["positions"].isin(NO_FILE)]
+    for file, twins in names[positions.index].groupby(positions):
+        if len(twins) > 1:
+            inputs.warn(
+                f"{path}: slides {' and '.join(twins)} have one file of positions, {file}: give "
+                "each slide its own"
+            )
 
 
 def read_manifest_row(root, row, need_files):
@@ -197,8 +197,8 @@ def find_named(root, row, column, need_files):
 
 def describe_slide(root, slide):
     """What meta.json says of a slide: its row of slides.csv, and its files."""
-    files = {name_file(root, path): describe_file(path) for path in list_files(slide)}
-    return describe_row(root, slide) | {"files": files}
+    described = {name_file(root, path): describe_file(path) for path in list_files(slide)}
+    return describe_row(root, slide) | {"files": described}
 
 
 def describe_row(root, slide):

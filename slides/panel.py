@@ -93,7 +93,8 @@ def warn_of_lost_genes(path, genes, names):
 
 def warn_of_unlisted(panel, counts, depths):
     """Warn of slides that do not list many genes of the panel (G), of which they would have counts
-    by the rates of the others: these were not measured, as by another kit, and 0 is no measurement.
+    by the rates of the others: these were probably not measured, as by another kit, unless they are
+    genes of another organ, and 0 is no measurement.
 
     `counts` {tissue_index: (G,) counts} and `depths` {tissue_index: counts of all genes}.
     """
@@ -105,9 +106,9 @@ def warn_of_unlisted(panel, counts, depths):
             gene = np.argmax(np.where(unlisted, expected, 0))
             inputs.warn(
                 f"slide {slide} does not list {unlisted.sum()} of the {len(panel)} genes of the "
-                f"panel that other slides have many counts of, as {panel.index[gene]}, of which "
-                f"it would have {expected[gene]:,.0f}: it was not measured there, and is taken as "
-                "0: give --panel with genes that all slides list"
+                "panel, though by the other slides it should have counts of them "
+                f"({expected[gene]:,.0f} of {panel.index[gene]}): they count as 0 there. Was it "
+                "another kit? Then give --panel with genes that all slides list"
             )
 
 

@@ -387,7 +387,8 @@ def lay_grid(slide, thumbnail):
     if min(high, wide) < SPOT_PITCH / 1000 or max(high, wide) > LARGEST_SLIDE:
         raise InputError(
             f"{slide.image}: at um_per_px {slide.um_per_px:g} its {height} x {width} px are "
-            f"{high:.3g} x {wide:.3g} mm, which no section is: give um per px, about 0.5 at 20x"
+            f"{high:.3g} x {wide:.3g} mm, which no section is: give its um per px, about 0.5 at "
+            "20x (um_per_px in slides.csv, --um-per-px in 26)"
         )
     pitch = SPOT_PITCH / slide.um_per_px  # px; rows are 0.866 pitches apart
     grid = np.mgrid[0 : int(height / pitch / 0.866) + 1, 0 : int(2 * width / pitch) + 1]

@@ -14,7 +14,7 @@ def build_backbone(recipe):
     import timm
 
     name, pretrained = recipe["BACKBONE"], recipe["PRETRAINED"]
-    path = find_weights(pretrained, name)
+    path = find_pretrained(pretrained, name)
     from_hub = pretrained is True
     if from_hub:
         check_hub()
@@ -46,11 +46,11 @@ def build_backbone(recipe):
         reason = str(error).splitlines()[0][:120]
         raise InputError(f"backbone {name}: {reason}; {fix}") from None
     if path:
-        load_weights(backbone, name, path)
+        load_pretrained(backbone, name, path)
     return backbone
 
 
-def find_weights(pretrained, backbone):
+def find_pretrained(pretrained, backbone):
     """The file of weights that PRETRAINED names for a backbone; None for true and false.
 
     In a folder it is called <backbone>.safetensors (or .pth, .pt, .bin) or, as the hub has it,
@@ -84,7 +84,7 @@ def read_architecture(path):
         return None
 
 
-def load_weights(backbone, name, path):
+def load_pretrained(backbone, name, path):
     """Load a file of weights into a timm backbone. A classifier in it is ignored.
 
     Tensors of other names are taken in timm's order, if each has the shape of its place; not of a

@@ -70,6 +70,8 @@ def show_constant(value):
 def parse_constant(name, default, text):
     """The text of the command line as a value of the type of `default`; () takes whole numbers."""
     words = {"true": True, "false": False}
+    if isinstance(ALLOWED.get(name, ("",))[-1], float):  # also where it is edited to a whole number
+        return float(text)
     if name == "PRETRAINED":  # true, false, or a file or folder, whatever it is edited to
         return words.get(text.lower(), text)
     if isinstance(default, bool):
@@ -149,8 +151,8 @@ def override_constants(script, argv):
     if settled.get("NEIGHBOURHOOD") and settled.get("EPOCHS"):
         raise InputError(
             f"--epochs {settled['EPOCHS']}: a network in training sees single patches, without the "
-            "neighbourhood of recipe best: add --neighbourhood false (in 20), or use --recipe best "
-            "without --epochs"
+            "neighbourhood of recipe best: add --neighbourhood false (in 20), or train none by "
+            "--recipe best --epochs 0"
         )
 
 

@@ -95,6 +95,7 @@ def count_digits(values):
 def paint(figure):
     """A figure as an RGB image. matplotlib's savefig would draw it twice, once for its layout."""
     keep_text(figure)
+    figure.set_dpi(100)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -84,7 +84,7 @@ def name_network(backbone):
 
 def name_weights(recipe):
     """What a network started from: "pretrained" (timm's hub), "random", or a file's name."""
-    path = backbones.find_weights(recipe["PRETRAINED"], recipe["BACKBONE"])
+    path = backbones.find_pretrained(recipe["PRETRAINED"], recipe["BACKBONE"])
     if path:
         return path.name
     return "pretrained" if recipe["PRETRAINED"] else "random"

@@ -375,7 +375,7 @@ def describe_weights(recipe):
         return "random: no pretraining"
     if "BACKBONE" not in recipe:
         return f"from {recipe['PRETRAINED']}"
-    return f"{backbones.find_weights(recipe['PRETRAINED'], recipe['BACKBONE'])}"
+    return f"{backbones.find_pretrained(recipe['PRETRAINED'], recipe['BACKBONE'])}"
 
 
 def describe_split(split, n_trainings):

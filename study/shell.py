@@ -30,7 +30,7 @@ RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it start
 
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and files.hold_folder keeps other runs out. The
-# variable is read when h5py is loaded; every script imports this room first.
+# variable is read when h5py is loaded; every script imports this module first.
 os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
 

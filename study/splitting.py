@@ -86,7 +86,7 @@ class Split:
             files = {}
             for name in ("BACKBONE", "FEATURES"):
                 if recipe.get(name):
-                    path = backbones.find_weights(recipe["PRETRAINED"], recipe[name])
+                    path = backbones.find_pretrained(recipe["PRETRAINED"], recipe[name])
                     files[recipe[name]] = f"{path.name} {hashes.identify_file(path)}"
             made_with["PRETRAINED"] = files
         if "LOSS" in recipe:

@@ -189,7 +189,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
 import os, pathlib, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 import torch
-from study import shell
+from study import files
 for epoch in (1, 2):
     if epoch == 2:
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
@@ -302,7 +302,7 @@ def test_a_second_process_on_the_same_folder_says_so_and_stops(simulated, tmp_pa
     code = f"""
 import pathlib, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from study import shell
+from study import files
 files.hold_folder(pathlib.Path({str(held)!r}))
 print("held", flush=True)
 sys.stdin.read()

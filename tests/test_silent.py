@@ -42,7 +42,7 @@ from test_pixels import write_alpha
 import common
 from slides import alignment, cutting, hest
 from slides.counts import CONTROLS, read_matrix
-from slides.manifest import check_sources, read_manifest
+from slides.manifest import check_manifest, check_sources, read_manifest
 from slides.positions import place_spots
 from slides.spots import read_spots
 from study import hashes
@@ -586,6 +586,14 @@ def test_one_file_of_positions_for_two_slides_is_warned_of(tmp_path, capsys):
     edit_manifest(tmp_path, positions="positions1.csv")
     read_manifest(tmp_path)
     assert "slides S1 and S2 have one file of positions" in capsys.readouterr().out
+
+
+def test_slides_are_named_beside_those_whose_positions_they_have(tmp_path, capsys):
+    table = pd.DataFrame({"tissue_index": [1, 2, 3, 4], "um_per_px": 0.5, "donor": "A"})
+    table = table.assign(name=[*"abcd"], positions=[*"pqpq"])
+    check_manifest(tmp_path, table)
+    printed = capsys.readouterr().out
+    assert "slides a and c have" in printed and "slides b and d have" in printed
     edit_manifest(tmp_path, matrix="", positions="")
     read_manifest(tmp_path)
     assert "warning" not in capsys.readouterr().out, "each gets a grid"

@@ -19,12 +19,10 @@ RUNS = sorted(SMALL_RUNS)
 QUICK_ROOMS = {"shell", "errors", "files", "hashes", "constants", "recipes"}
 
 
-def imported_by(path):
-    """(rooms of study/, other modules) that a file imports when it is loaded, and not later in its
-    functions.
-    """
+def imported_by(nodes):
+    """(rooms of study/, other modules) that these nodes of a file's tree import."""
     rooms, others = set(), set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in nodes:
         if isinstance(node, ast.Import):
             others |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "study":
@@ -37,15 +35,18 @@ def imported_by(path):
 
 
 def test_common_knows_neither_its_neighbours_nor_a_script():
-    rooms, others = imported_by(REPOSITORY / "common.py")
+    text = (REPOSITORY / "common.py").read_text(encoding="utf-8")
+    rooms, others = imported_by(ast.walk(ast.parse(text)))
     assert rooms == {"shell", "errors", "files", "hashes", "backbones"}
     assert not [name for name in others if name.startswith("slides")]
-    assert "globals()" not in (REPOSITORY / "common.py").read_text()
+    assert "globals()" not in text
 
 
 @pytest.mark.parametrize("room", sorted({*QUICK_ROOMS, "backbones"}))
 def test_a_room_that_common_or_a_command_needs_needs_no_package(room):
-    rooms, others = imported_by(REPOSITORY / "study" / f"{room}.py")
+    path = REPOSITORY / "study" / f"{room}.py"
+    # When it is loaded, and not later in its functions.
+    rooms, others = imported_by(ast.parse(path.read_text(encoding="utf-8")).body)
     assert rooms <= QUICK_ROOMS
     assert others <= sys.stdlib_module_names
 
@@ -101,7 +102,7 @@ def test_what_a_header_says_is_written_is_there_and_nothing_else(finished, name)
 
 # ------------------------------------------------------------------------------------------- width
 def too_wide(stdout):
-    """Printed lines that are wider than runner.WIDTH."""
+    """Printed lines that are wider than printing.WIDTH."""
     return [line for line in stdout.splitlines() if len(line) > printing.WIDTH]
 
 
