@@ -474,7 +474,7 @@ def reduction_of(page):
     """
     # Of several lines the first one says what was done last.
     done = re.search(r"\d+x\d+[^;|\r\n]*", page.description)
-    if not page.description.startswith("Aperio") or not done:
+    if not done:
         return 1.0
     scanned = re.search(r"\d+", done[0])
     cut = re.search(r"(?<=,)\d+[ ,](\d+)x\d+\]", done[0])
