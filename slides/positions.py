@@ -387,7 +387,7 @@ def lay_grid(slide, thumbnail):
     if min(high, wide) < SPOT_PITCH / 1000 or max(high, wide) > LARGEST_SLIDE:
         raise InputError(
             f"{slide.image}: at um_per_px {slide.um_per_px:g} its {height} x {width} px are "
-            f"{high:.3g} x {wide:.3g} mm, which no section is: give its um per px, about 0.5 at "
+            f"{high:.3g} x {wide:.3g} mm, which no section is: give um per px, about 0.5 at "
             "20x (um_per_px in slides.csv, --um-per-px in 26)"
         )
     pitch = SPOT_PITCH / slide.um_per_px  # px; rows are 0.866 pitches apart
