@@ -28,7 +28,7 @@ from datetime import timedelta
 import torch.distributed
 
 import common
-from study import embeddings, methods, printing, probes, recipes, runs, shell
+from study import embeddings, methods, printing, probes, ranks, recipes, runs, shell
 from study.errors import InputError
 
 # ---------------------------------------------------------------------------------------- constants
@@ -89,7 +89,7 @@ def efficientnet(row):
 
 def join_ranks(recipe):
     """Have torchrun's processes, if there are several, train one network together."""
-    if shell.RANKS == 1:
+    if ranks.RANKS == 1:
         return
     device = common.find_device(recipe)
     if device.type == "cuda":
@@ -106,8 +106,8 @@ def fill_rows(run, split, recipe, suffix="", models=()):
     network = methods.name_network(BACKBONE)
     # Whose embeddings stand beside it changes nothing of the network.
     without = {name: value for name, value in recipe.items() if name != "FEATURES"}
-    if shell.RANKS > 1:  # Each process draws dropouts of its own, and has its share of a batch.
-        without["RANKS"] = shell.RANKS
+    if ranks.RANKS > 1:  # Each process draws dropouts of its own, and has its share of a batch.
+        without["RANKS"] = ranks.RANKS
     run.fill(run.row(network + suffix, split, without), efficientnet)
     baseline = run.baseline | {"TARGET": recipe["TARGET"]}
     run.fill(run.row("ridge (colour)" + suffix, split, baseline), methods.ridge_on_colour)

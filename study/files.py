@@ -10,7 +10,7 @@ import shutil
 from contextlib import contextmanager
 
 from study.errors import InputError
-from study.shell import RANK
+from study.ranks import RANK
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import common
 from study import files, methods, printing, recording, ridges, splitting, weights
-from study.shell import RANK
+from study.ranks import RANK
 
 
 @dataclass(eq=False)

@@ -31,8 +31,8 @@ from study import (
     splitting,
 )
 from study.errors import InputError
+from study.ranks import RANK, RANKS
 from study.rows import Row
-from study.shell import RANK, RANKS
 
 # What a constant that names something in common.py may be, beside recipes.ALLOWED.
 NAMED_IN_COMMON = {"AUG": tuple(common.AUGMENTATIONS), "LOSS": tuple(common.LOSSES)}

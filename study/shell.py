@@ -1,7 +1,8 @@
 """The start and the end of a script.
 
-Needs no package but Python itself, as errors, files, hashes, constants and recipes, so that --help
-and what is wrong in a command are told at once: torch and its company take five seconds to load.
+Needs no package but Python itself, as errors, ranks, files, hashes, constants and recipes, so that
+--help and what is wrong in a command are told at once: torch and its company take five seconds to
+load.
 """
 
 import atexit
@@ -20,13 +21,10 @@ from pathlib import Path
 
 from study import constants, errors
 from study.errors import InputError
+from study.ranks import RANK
 from study.recipes import ALLOWED
 
 SPINS = 3000  # of an OpenMP thread that waits on an idle machine; as it comes, some 300,000
-# Batch systems and pods may set RANK and WORLD_SIZE of a process that torchrun did not start.
-BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK = int(os.environ["RANK"]) if BY_TORCHRUN else 0  # of this process among torchrun's
-RANKS = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1  # how many it started
 
 # HDF5 locks every file that it opens, which some file systems cannot do. Nothing is lost without
 # it: files get their name when they are whole, and files.hold_folder keeps other runs out. The

@@ -195,7 +195,7 @@ shell.run_script(globals())
 def test_rank_and_world_size_of_a_pod_are_not_torchruns(monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert run_code("from study import shell; print(shell.RANK, shell.RANKS)") == "0 1\n"
+    assert run_code("from study import ranks; print(ranks.RANK, ranks.RANKS)") == "0 1\n"
 
 
 # ------------------------------------------------------------------------------------ environments

@@ -16,7 +16,7 @@ RUNS = sorted(SMALL_RUNS)
 
 # ------------------------------------------------------------------------------------------- rooms
 # What needs no package but Python itself, so that a command is checked at once.
-QUICK_ROOMS = {"shell", "errors", "files", "hashes", "constants", "recipes"}
+QUICK_ROOMS = {"shell", "errors", "ranks", "files", "hashes", "constants", "recipes"}
 
 
 def imported_by(nodes):
