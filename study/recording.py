@@ -34,7 +34,7 @@ def read_rows(out, fingerprint, sets):
     they are these `sets` (see gene_sets.name_members), since other files may call other genes the
     same.
     """
-    lines, n_others, renamed = {}, 0, []
+    lines, n_others = {}, 0
     for path in sorted(out.glob("[!.]*/rows.json")):
         made_with = json.loads(path.with_name("recipe.json").read_text())
         if made_with.get("data") != fingerprint:
@@ -44,7 +44,7 @@ def read_rows(out, fingerprint, sets):
             continue
         found = json.loads(path.read_text())
         if {line["folder"] for line in found} != {path.parent.name}:
-            renamed.append(path.parent.name)  # or a copy
+            tqdm.write(f"{path.parent} has been copied or renamed: rows.csv leaves it out")
             continue
         scores = path.with_name(SET_SCORES)
         if scores.is_file():
@@ -58,8 +58,6 @@ def read_rows(out, fingerprint, sets):
         tqdm.write(
             f"{out}: rows.csv leaves out {n_others} of another data root, or of what 19 made before"
         )
-    for name in renamed:
-        tqdm.write(f"{out / name} has been copied or renamed: rows.csv leaves it out")
     return lines
 
 
